@@ -1,0 +1,27 @@
+"""`jllm`: one group over all commands. A command's module is imported only when it is called."""
+
+import click
+
+from jllm import __version__
+from jllm.options import Group
+
+COMMANDS = {
+    "raw2ids": ("jllm.raw2ids:main", "text and chat files to token-id shards"),
+    "shuffle": ("jllm.shuffle_datasets:main", "exact global shuffle of data sets"),
+    "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
+    "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
+}
+
+
+@click.group(
+    cls=Group,
+    lazy=COMMANDS,
+    help="jllm: token-id shards, a global shuffle, and a pipeline-parallel trainer.",
+)
+@click.version_option(__version__, prog_name="jllm", message="%(prog)s %(version)s")
+def main() -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""What a data set is, where it came from, and whether it is intact.
+
+A data set is a folder of shards, at any depth, with one `_manifest.json` at its top. The manifest names every file
+with its rows, tokens, size and checksum, says how the set was made and with which tokenizer, and carries the set's
+fingerprint: the hash of the files' names and contents, in order. Anything whose behaviour must not survive a change
+of the data, such as a training run's position, is bound to that fingerprint.
+
+A folder without a manifest (written by Spark, or put together by hand from several sets) is a data set too:
+`open_data_set` joins the manifests found below it and reads the footers of the rest. Opening costs one small
+read for each file; it finds files that are missing, added, or changed in size or footer. `verify` reads everything.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jllm import __version__, atomic
+from jllm.data.shards import ShardReader, ShardStatistics, list_shards
+from jllm.errors import UserError
+
+MANIFEST_NAME = "_manifest.json"
+FORMAT_VERSION = 1
+FOOTER_TAIL = 8  # a Parquet file ends with the footer's length (4 bytes, little-endian) and "PAR1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One shard of a data set.
+
+    Attributes:
+        path: relative to the data set's folder, with forward slashes.
+        rows, tokens, trained_tokens, longest_row: as in `ShardStatistics`; None where only the footer was read.
+        bytes: size of the file.
+        footer: sha256 of the Parquet footer, in hex: a cheap check that the file is still the one described.
+        sha256: of the whole file, in hex; None where only the footer was read.
+    """
+
+    path: str
+    rows: int
+    tokens: int | None
+    trained_tokens: int | None
+    longest_row: int | None
+    bytes: int
+    footer: str
+    sha256: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The tokenizer that made the ids.
+
+    Attributes:
+        name: folder name or hub name, for people.
+        vocab_size: number of ids, added tokens included.
+        sha256: of the serialised backend (the text of tokenizer.json as the library writes it), in hex.
+    """
+
+    name: str
+    vocab_size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything known about a data set. `extra` holds what only some commands add (bad records, engine, mixing)."""
+
+    command: str
+    options: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    tokenizer: Tokenizer | None = None
+    sources: tuple[dict[str, Any], ...] = ()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def total(self, name: str) -> int | None:
+        """Sum over the files of `rows`, `tokens` or `trained_tokens`; None where some file does not know."""
+        values = [getattr(entry, name) for entry in self.files]
+        return None if None in values else sum(values)
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.rows for entry in self.files)
+
+    @property
+    def longest_row(self) -> int | None:
+        lengths = [entry.longest_row for entry in self.files]
+        return None if None in lengths else max((length for length in lengths if length is not None), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the files in order: path, rows, and content (or footer, where the content was not read)."""
+        content = [(entry.path, entry.rows, entry.sha256 or entry.footer) for entry in self.files]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT_VERSION,
+            "made_by": {"command": self.command, "options": self.options, "version": __version__},
+            "tokenizer": dataclasses.asdict(self.tokenizer) if self.tokenizer else None,
+            "rows": self.rows,
+            "tokens": self.total("tokens"),
+            "trained_tokens": self.total("trained_tokens"),
+            "longest_row": self.longest_row,
+            **self.extra,
+            "sources": list(self.sources),
+            "fingerprint": self.fingerprint,
+            "files": [dataclasses.asdict(entry) for entry in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], path: Path) -> "Manifest":
+        if value.get("format") != FORMAT_VERSION:
+            raise UserError(f"{path}: manifest format {value.get('format')!r}; this version reads {FORMAT_VERSION}")
+        known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row"}
+        known |= {"sources", "fingerprint", "files"}
+        try:
+            manifest = cls(
+                command=value["made_by"]["command"],
+                options=value["made_by"]["options"],
+                files=tuple(FileEntry(**entry) for entry in value["files"]),
+                tokenizer=Tokenizer(**value["tokenizer"]) if value["tokenizer"] else None,
+                sources=tuple(value["sources"]),
+                extra={key: item for key, item in value.items() if key not in known},
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest FOLDER"
+            ) from None
+        if manifest.fingerprint != value["fingerprint"]:
+            raise UserError(f"{path}: the fingerprint does not match the files it lists; the manifest was edited")
+        return manifest
+
+
+def footer_of(path: Path) -> str:
+    """sha256 of a Parquet file's footer, in hex."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - FOOTER_TAIL))
+        tail = file.read(FOOTER_TAIL)
+        if len(tail) < FOOTER_TAIL or tail[4:] != b"PAR1":
+            raise UserError(f"{path}: not a complete Parquet file ({size} bytes)")
+        length = int.from_bytes(tail[:4], "little")
+        file.seek(max(0, size - FOOTER_TAIL - length))
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def entry_of_written(path: Path, folder: Path, statistics: ShardStatistics) -> FileEntry:
+    """The entry of a shard that was just written."""
+    return FileEntry(path=path.relative_to(folder).as_posix(), footer=footer_of(path), **dataclasses.asdict(statistics))
+
+
+def entry_from_footer(path: Path, folder: Path) -> FileEntry:
+    """The entry of a shard of which only the footer is read: no tokens, no checksum."""
+    reader = ShardReader(path)
+    rows = reader.metadata.num_rows
+    reader.close()
+    return FileEntry(
+        path=path.relative_to(folder).as_posix(),
+        rows=rows,
+        tokens=None,
+        trained_tokens=None,
+        longest_row=None,
+        bytes=path.stat().st_size,
+        footer=footer_of(path),
+        sha256=None,
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder/_manifest.json` atomically."""
+    atomic.write_json(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest at the top of `folder`, or None where there is none."""
+    path = folder / MANIFEST_NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); make it again with: jllm manifest FOLDER") from None
+    return Manifest.from_json(value, path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A folder of shards and what is known about it."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def paths(self) -> list[Path]:
+        """The shards, in the manifest's order."""
+        return [self.folder / entry.path for entry in self.manifest.files]
+
+
+def open_data_set(folder: Path) -> DataSet:
+    """Open a data set and check that its files are the ones its manifest describes, by name, size and footer.
+
+    Raises:
+        UserError: no folder, no shards, or files that are missing, changed, or not in the manifest.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a data set")
+    shards = list_shards(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if not shards:
+            raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
+        return DataSet(folder=folder, manifest=_joined(folder, shards))
+    listed = {entry.path for entry in manifest.files}
+    present = {path.relative_to(folder).as_posix() for path in shards}
+    if present - listed:
+        raise UserError(
+            f"{folder}: {min(present - listed)} is not in its manifest; remove the file, or describe the folder"
+            f" anew with: jllm manifest {folder}"
+        )
+    for entry in manifest.files:
+        _check(folder / entry.path, entry)
+    return DataSet(folder=folder, manifest=manifest)
+
+
+def _check(path: Path, entry: FileEntry) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: listed in the manifest and not there; restore it, or make the data set again")
+    if path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
+        raise UserError(f"{path}: changed since its manifest was written; restore it, or make the data set again")
+
+
+def _joined(folder: Path, shards: list[Path]) -> Manifest:
+    """The manifest of a folder without one: the sets below it, and footers for shards that are in none of them."""
+    parts = {path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_NAME))}
+    entries: dict[str, FileEntry] = {}
+    sources: list[dict[str, Any]] = []
+    tokenizers: dict[str, Tokenizer] = {}
+    for part, manifest in parts.items():
+        assert manifest is not None  # just listed
+        prefix = part.relative_to(folder).as_posix()
+        for entry in manifest.files:
+            _check(part / entry.path, entry)
+            moved = dataclasses.replace(entry, path=f"{prefix}/{entry.path}")
+            entries[moved.path] = moved
+        sources.append({"name": prefix, "fingerprint": manifest.fingerprint})
+        if manifest.tokenizer:
+            tokenizers[manifest.tokenizer.sha256] = manifest.tokenizer
+    if len(tokenizers) > 1:
+        names = " and ".join(sorted(tokenizer.name for tokenizer in tokenizers.values()))
+        raise UserError(f"{folder}: its data sets were made with different tokenizers ({names}); use one tokenizer")
+    for path in shards:
+        name = path.relative_to(folder).as_posix()
+        if name not in entries:
+            entries[name] = entry_from_footer(path, folder)
+    return Manifest(
+        command="join",
+        options={},
+        files=tuple(entries[name] for name in sorted(entries)),
+        tokenizer=next(iter(tokenizers.values()), None),
+        sources=tuple(sources),
+    )
+
+
+def data_sets_below(folder: Path) -> list[DataSet]:
+    """The data sets of a folder: itself where it has a manifest or shards at its top, else each child with shards.
+
+    Raises:
+        UserError: no such folder, or no shards in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder of data sets")
+    itself = (folder / MANIFEST_NAME).is_file() or any(path.parent == folder for path in list_shards(folder))
+    if itself:
+        return [open_data_set(folder)]
+    children = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "_.")
+    sets = [open_data_set(child) for child in children if list_shards(child) or (child / MANIFEST_NAME).is_file()]
+    if not sets:
+        raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
+    return sets
+
+
+def one_tokenizer(sets: Iterable[DataSet]) -> Tokenizer | None:
+    """The tokenizer of all sets that name one.
+
+    Raises:
+        UserError: two sets were made with different tokenizers.
+    """
+    found: tuple[DataSet, Tokenizer] | None = None
+    for data_set in sets:
+        tokenizer = data_set.manifest.tokenizer
+        if tokenizer is None:
+            continue
+        if found is not None and found[1].sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{found[0].folder} and {data_set.folder} were made with different tokenizers ({found[1].name},"
+                f" {tokenizer.name}); use one tokenizer"
+            )
+        found = (data_set, tokenizer)
+    return found[1] if found else None
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(data_set: DataSet) -> list[str]:
+    """Read every file; the problems found, one line each. Files without a checksum are skipped."""
+    problems = []
+    for entry in data_set.manifest.files:
+        if entry.sha256 is not None and sha256_of(data_set.folder / entry.path) != entry.sha256:
+            problems.append(f"{data_set.folder / entry.path}: the content does not match its checksum")
+    return problems

@@ -1,0 +1,316 @@
+"""The contract on disk: Parquet files of token-id rows.
+
+A shard has the column `input_ids: list<int32>` and optionally `labels` (unshifted, -100 where not trained on) and
+`cu_seqlens` (document boundaries in row coordinates: starts with 0, ends with the number of real tokens; padding lies
+beyond). Columns and elements are non-null and signed, so that Spark reads them.
+
+Guarantees: the bytes of a file are a function of its rows, columns and codec alone, not of how the rows were grouped in
+calls to `ShardWriter.write`; a file is there completely or not at all; every page carries a checksum that reading
+verifies. Row groups hold about `ROW_GROUP_TOKENS` tokens, so readers stream with a few MiB in memory.
+
+Cost: writing 40-50 M tokens/s and reading about 100 M tokens/s on one core (zstd level 1, no dictionary).
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jllm import atomic
+from jllm.errors import UserError
+
+INPUT_IDS = "input_ids"
+LABELS = "labels"
+CU_SEQLENS = "cu_seqlens"
+COLUMNS = (INPUT_IDS, LABELS, CU_SEQLENS)
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on (PyTorch's `ignore_index`)."""
+
+ROW_GROUP_TOKENS = 1 << 20
+CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
+LIST_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+def schema(columns: Sequence[str]) -> pa.Schema:
+    """The Arrow schema of a shard with these columns, in the contract's order."""
+    return pa.schema([pa.field(name, LIST_TYPE, nullable=False) for name in COLUMNS if name in columns])
+
+
+def to_list_array(values: Int32, offsets: Int64) -> pa.ListArray:
+    """Rows `values[offsets[i]:offsets[i+1]]` as an Arrow list column, without a copy of the values."""
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32, casting="same_kind")), pa.array(values, pa.int32()), type=LIST_TYPE
+    )
+
+
+def from_list_array(column: pa.ListArray) -> tuple[Int32, Int64]:
+    """The inverse of `to_list_array`: values and offsets with `offsets[0] == 0`; zero-copy for a non-null column."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    return values, offsets - offsets[0]
+
+
+def file_name(split: str, index: int, codec: str) -> str:
+    """`<split>-00000.zstd.parquet`: the name of a split's file `index`."""
+    return f"{split}-{index:05d}.{codec}.parquet"
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """All Parquet files below `folder`, sorted by path; names starting with `_` or `.` are skipped at every level.
+
+    Raises:
+        UserError: a writer is, or was when it died, still at work there (Spark's `_temporary`).
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        if "_temporary" in folders:
+            raise UserError(
+                f"{parent} holds _temporary: its writer has not finished or died; run it again, or remove _temporary"
+            )
+        folders[:] = [name for name in folders if not name.startswith(("_", "."))]
+        found.extend(Path(parent, name) for name in files if name.endswith(".parquet") and name[0] not in "_.")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardStatistics:
+    """What one file holds.
+
+    Attributes:
+        rows: number of rows.
+        tokens: real tokens of all rows, padding not counted; a token that two rows share counts twice.
+        trained_tokens: tokens that are predicted (see `count_trained`).
+        longest_row: length of the longest row, padding included.
+        bytes: size of the file.
+        sha256: of the file's bytes, in hex.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest_row: int
+    bytes: int
+    sha256: str
+
+
+def real_lengths(batch: pa.RecordBatch) -> Int64:
+    """The number of real tokens of each row: the last of `cu_seqlens`, or the row's length."""
+    if CU_SEQLENS in batch.schema.names:
+        values, offsets = from_list_array(batch.column(CU_SEQLENS))
+        return values[offsets[1:] - 1].astype(np.int64)
+    _, offsets = from_list_array(batch.column(INPUT_IDS))
+    return np.diff(offsets)
+
+
+def count_trained(batch: pa.RecordBatch) -> int:
+    """The number of predicted tokens: real, label not -100, and neither the row's nor a document's first token."""
+    ids, offsets = from_list_array(batch.column(INPUT_IDS))
+    trained = np.ones(len(ids), dtype=bool)
+    if LABELS in batch.schema.names:
+        labels, _ = from_list_array(batch.column(LABELS))
+        trained &= labels != IGNORE_INDEX
+    starts, ends = offsets[:-1], offsets[1:]
+    trained[starts[ends > starts]] = False
+    if CU_SEQLENS in batch.schema.names:
+        boundaries, cu_offsets = from_list_array(batch.column(CU_SEQLENS))
+        row_of = np.repeat(np.arange(len(starts)), np.diff(cu_offsets))
+        position = boundaries + starts[row_of]
+        trained[position[boundaries < (ends - starts)[row_of]]] = False
+        real_ends = starts + boundaries[cu_offsets[1:] - 1]
+        for start, end in zip(real_ends[real_ends < ends], ends[real_ends < ends], strict=True):
+            trained[start:end] = False
+    return int(trained.sum())
+
+
+class _HashingFile:
+    """A binary file that is hashed as it is written, so that its checksum costs no second read."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._hash = hashlib.sha256()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._raw.write(data)
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def close(self) -> None:
+        self.closed = True
+        self._raw.close()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class ShardWriter:
+    """Writes one shard; use it as a context manager. `statistics` is there after the block.
+
+    Args:
+        path: the final name; the file is written beside it and renamed when the block ends well.
+        columns: names out of `COLUMNS`; every batch has exactly these.
+        codec: one of `CODECS`.
+    """
+
+    def __init__(self, path: Path, *, columns: Sequence[str], codec: str = "zstd") -> None:
+        self.path = path
+        self.schema = schema(columns)
+        self.codec = codec
+        self.statistics: ShardStatistics
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_tokens = 0
+        self._rows = self._tokens = self._trained = self._longest = 0
+
+    def __enter__(self) -> "ShardWriter":
+        self._replacing = atomic.replacing(self.path)
+        temporary = self._replacing.__enter__()
+        self._file = _HashingFile(temporary.open("wb"))
+        self._writer = pq.ParquetWriter(
+            pa.PythonFile(self._file, mode="w"),
+            self.schema,
+            compression=self.codec,
+            compression_level=1 if self.codec == "zstd" else None,
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
+        return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows. Batches may have any size; row groups are cut by tokens."""
+        if batch.schema != self.schema:
+            batch = batch.cast(self.schema)
+        while batch.num_rows:
+            _, offsets = from_list_array(batch.column(INPUT_IDS))
+            room = ROW_GROUP_TOKENS - self._pending_tokens
+            # The row that reaches the budget closes the group, so the cuts depend on the rows alone.
+            taken = min(int(np.searchsorted(offsets, room)), batch.num_rows)
+            head = batch.slice(0, taken)
+            self._pending.append(head)
+            self._pending_tokens += int(offsets[taken])
+            if self._pending_tokens >= ROW_GROUP_TOKENS:
+                self._flush()
+            batch = batch.slice(taken)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        group = pa.Table.from_batches(self._pending, self.schema).combine_chunks().to_batches()[0]
+        lengths = np.diff(from_list_array(group.column(INPUT_IDS))[1])
+        self._rows += group.num_rows
+        self._tokens += int(real_lengths(group).sum())
+        self._trained += count_trained(group)
+        self._longest = max(self._longest, int(lengths.max(initial=0)))
+        self._writer.write_batch(group, row_group_size=max(1, group.num_rows))
+        self._pending, self._pending_tokens = [], 0
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            try:
+                self._flush()
+                self._writer.close()
+                size = self._file.tell()
+                self._file.close()
+            except BaseException as failure:
+                self._replacing.__exit__(type(failure), failure, failure.__traceback__)
+                raise
+            self.statistics = ShardStatistics(
+                rows=self._rows,
+                tokens=self._tokens,
+                trained_tokens=self._trained,
+                longest_row=self._longest,
+                bytes=size,
+                sha256=self._file.hexdigest(),
+            )
+        else:
+            self._file.close()
+        self._replacing.__exit__(kind, error, trace)
+
+
+class ShardReader:
+    """One shard, read by row group in the contract's schema, whoever wrote it.
+
+    Lists that are nullable (without nulls) or int64 (within int32) are brought to the contract's type.
+
+    Raises:
+        UserError: not a Parquet file, no `input_ids` lists, nulls, ids beyond int32, or a page whose checksum is wrong;
+            the message names the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
+        names = self._file.schema_arrow.names
+        if INPUT_IDS not in names:
+            found = ", ".join(names[:8])
+            raise UserError(f"{path}: not a token-id shard: no column {INPUT_IDS} (columns: {found})")
+        self.columns = tuple(name for name in COLUMNS if name in names)
+        for name in self.columns:
+            kind = self._file.schema_arrow.field(name).type
+            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            if not (is_list and pa.types.is_integer(kind.value_type)):
+                raise UserError(f"{path}: column {name} is {kind}; it must be a list of integers")
+
+    @property
+    def metadata(self) -> pq.FileMetaData:
+        return self._file.metadata
+
+    @property
+    def rows_of_groups(self) -> list[int]:
+        """The number of rows of each row group."""
+        return [self.metadata.row_group(index).num_rows for index in range(self.metadata.num_row_groups)]
+
+    def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Row group `index` as one batch in the contract's schema."""
+        wanted = [name for name in self.columns if columns is None or name in columns]
+        try:
+            table = self._file.read_row_group(index, columns=wanted, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: row group {index} is damaged: {error}") from None
+        arrays = [self._normalised(name, table.column(name), index) for name in wanted]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema(wanted))
+
+    def _normalised(self, name: str, column: pa.ChunkedArray, group: int) -> pa.ListArray:
+        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        if isinstance(array, pa.ChunkedArray):
+            raise UserError(
+                f"{self.path}: row group {group} is too large for column {name}; rewrite with smaller groups"
+            )
+        if array.null_count:
+            raise UserError(f"{self.path}: row group {group}: column {name} has {array.null_count} null rows")
+        elements = array.values.slice(array.offsets[0].as_py(), array.offsets[-1].as_py() - array.offsets[0].as_py())
+        if elements.null_count:
+            raise UserError(f"{self.path}: row group {group}: column {name} has {elements.null_count} null elements")
+        if array.type == LIST_TYPE:
+            return array
+        try:
+            values = elements.cast(pa.int32())
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{self.path}: row group {group}: column {name}: {error}") from None
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        return to_list_array(values.to_numpy(), offsets - offsets[0])
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        """All row groups in order, one in memory at a time."""
+        for index in range(self.metadata.num_row_groups):
+            yield self.read_group(index)
+
+    def close(self) -> None:
+        self._file.close()

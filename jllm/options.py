@@ -1,0 +1,274 @@
+"""Options, declared once: a frozen dataclass is the config, its command-line flags, its TOML keys and its help text.
+
+    @dataclass(frozen=True, kw_only=True)
+    class ShuffleConfig:
+        seed: int = option(1234, help="seed of the permutation")
+
+    @command(ShuffleConfig, name="shuffle_datasets")
+    def main(config: ShuffleConfig) -> None:
+        "Shuffle data sets globally."
+
+A field's type decides how its value is read: `str`, `int`, `float`, `Path`, `bool` (a flag; `--no_x` turns it off),
+each also `| None`, and `tuple[T, ...]` (the option may be repeated). `--config FILE` reads TOML whose keys are field
+names, alone or in tables; flags win over it. Underscores and dashes in flags are the same. Checks that concern more
+than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
+
+A user's mistake is one line on standard error and exit code 2. Only click and the standard library are imported here,
+so that `--help` is fast.
+"""
+
+import dataclasses
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from jllm import __version__
+from jllm.errors import EXIT_CODE, UserError, did_you_mean
+
+Config = TypeVar("Config")
+CONTEXT_SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptionFacts:
+    """What a flag needs beyond the field's name, type and default."""
+
+    flags: tuple[str, ...]
+    help: str
+    choices: tuple[str, ...] | None
+    metavar: str | None
+    hidden: bool
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *flags: str,
+    help: str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    hidden: bool = False,
+) -> Any:
+    """A dataclass field that is also an option.
+
+    Args:
+        default: the field's default; leave it out for a required option.
+        flags: names beside `--<field name>`, such as "-i".
+        help: one or two sentences, for `--help`.
+        choices: the allowed values, where they are few.
+        metavar: how the value is shown in `--help`.
+        hidden: not shown in `--help`.
+    """
+    facts = OptionFacts(
+        flags=flags, help=help, choices=tuple(choices) if choices else None, metavar=metavar, hidden=hidden
+    )
+    return dataclasses.field(default=default, metadata={"option": facts})
+
+
+class _OneLineErrors(click.Command):
+    """Turns a user's mistake into one line and exit code 2, for a command and for a group of them."""
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        extra["standalone_mode"] = False
+        try:
+            return super().main(args=args, prog_name=prog_name, **extra)
+        except click.exceptions.Exit as exit_request:
+            sys.exit(exit_request.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except click.ClickException as error:
+            _report(error.format_message())
+        except UserError as error:
+            _report(str(error))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        for name, value in CONTEXT_SETTINGS.items():
+            kwargs.setdefault(name, value)
+        return super().make_context(*args, **kwargs)
+
+
+def _report(message: str) -> typing.NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(EXIT_CODE)
+
+
+class Command(_OneLineErrors):
+    """A click command whose parameters came from a config class."""
+
+
+class Group(_OneLineErrors, click.Group):
+    """A group that imports a command's module only when that command is called.
+
+    Args:
+        lazy: command name → "module:attribute" of its click command and the line that describes it in the list.
+    """
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return None
+        import importlib
+
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        loaded: click.Command = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in self.lazy.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.lazy:
+            known = ", ".join(self.lazy)
+            raise UserError(f'no command "{args[0]}"; commands: {known}.{did_you_mean(args[0], self.lazy)}')
+        return super().resolve_command(ctx, args)
+
+
+def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Config], Any]], Command]:
+    """Decorator: a function of one config becomes a command; its docstring is the help text.
+
+    A config class with a field named `config` gets its other values from that TOML file too.
+    """
+
+    def decorate(function: Callable[[Config], Any]) -> Command:
+        def callback(**values: Any) -> Any:
+            return function(config_type(**values))
+
+        return Command(name=name, params=_parameters(config_type), callback=callback, help=function.__doc__)
+
+    return decorate
+
+
+def _parameters(config_type: type[Any]) -> list[click.Parameter]:
+    hints = typing.get_type_hints(config_type)
+    parameters: list[click.Parameter] = [
+        _click_option(field, hints[field.name], config_type) for field in dataclasses.fields(config_type)
+    ]
+    version = click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_version,
+        help="print the version",
+    )
+    return [*parameters, version]
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"jllm {__version__}")
+        context.exit()
+
+
+def value_type(hint: Any) -> tuple[type, bool, bool]:
+    """The scalar type of a field's hint, whether it may repeat, and whether it may be None."""
+    optional = False
+    if isinstance(hint, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        assert len(members) == 1, f"an option has one type, not {hint}"
+        hint, optional = members[0], True
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _click_option(field: "dataclasses.Field[Any]", hint: Any, config_type: type[Any]) -> click.Option:
+    facts: OptionFacts = field.metadata["option"]
+    scalar, repeated, _ = value_type(hint)
+    required = field.default is dataclasses.MISSING
+    settings: dict[str, Any] = {
+        "help": facts.help,
+        "metavar": facts.metavar,
+        "hidden": facts.hidden,
+        "required": required,
+        "multiple": repeated,
+        "default": None if required else field.default,
+        "show_default": not required and field.default not in (None, False, "", ()),
+    }
+    long_name = f"--{field.name}"
+    if scalar is bool:
+        settings.pop("metavar")
+        # `--no_x` exists where the flag can be on without being given: by default, or through a config file.
+        return click.Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
+    settings["type"] = click.Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
+    if scalar is Path:
+        settings["type"] = click.Path(path_type=Path)
+    if field.name == "config":
+        settings.update(is_eager=True, callback=_toml_reader(config_type))
+    return click.Option([*facts.flags, long_name, field.name], **settings)
+
+
+def _toml_reader(config_type: type[Any]) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    def read(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            context.default_map = {**(context.default_map or {}), **read_toml(path, config_type)}
+        return path
+
+    return read
+
+
+def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
+    """The values of a TOML file whose keys are `config_type`'s field names; tables only group them.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown or given twice, or a value has the wrong type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+    hints = typing.get_type_hints(config_type)
+    known = [field.name for field in dataclasses.fields(config_type) if not field.metadata["option"].hidden]
+    known.remove("config")
+    values: dict[str, Any] = {}
+    for key, value in _flat(document):
+        if key not in known:
+            raise UserError(f'--config {path}: unknown key "{key}".{did_you_mean(key, known)} --help lists them all')
+        if key in values:
+            raise UserError(f'--config {path}: key "{key}" is given twice; keep one')
+        values[key] = _checked(path, key, value, hints[key])
+    return values
+
+
+def _flat(document: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
+    scalar, repeated, _ = value_type(hint)
+    allowed: tuple[type, ...] = {float: (int, float), int: (int,), bool: (bool,)}.get(scalar, (str,))
+    items = value if repeated and isinstance(value, list) else [value]
+    for item in items:
+        if not isinstance(item, allowed) or (scalar is not bool and isinstance(item, bool)):
+            wanted = "text in quotes" if allowed == (str,) else "true or false" if scalar is bool else scalar.__name__
+            raise UserError(f"--config {path}: {key} = {item!r} is not {wanted}")
+    return items if repeated else value
