@@ -1,0 +1,112 @@
+"""Where a transformers causal model keeps its embedding, its decoder layers and its head, and who owns what.
+
+Nothing here knows a family by name. The base model is the one behind `base_model_prefix`; its decoder layers are the
+`ModuleList` whose length is the configuration's number of layers. What is registered before that list (embedding,
+learned positions, an embedding norm) is used before the first layer, what is registered after it (final norm) after
+the last one: transformers' families are written in that order, and `USED_AFTER_LAYERS` names the few exceptions.
+A model that does not have this shape is refused with a `UserError` that says what is unusual about it.
+
+Costs nothing: it works on models without memory (meta device) and only looks at names and shapes.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from jllm.errors import UserError
+
+# Registered before the layers in some family (OPT, MPT, ...), though applied after the last one.
+USED_AFTER_LAYERS = frozenset(
+    {"norm", "norm_f", "ln_f", "final_norm", "final_layer_norm", "final_layernorm", "project_out"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """Dotted names of the parts of a causal model, relative to the model itself."""
+
+    layers: str
+    """The `ModuleList` of decoder layers."""
+    num_layers: int
+    before: tuple[str, ...]
+    """Modules with parameters that run before the first decoder layer; the first stage owns them."""
+    after: tuple[str, ...]
+    """Modules with parameters that run after the last decoder layer, the head included; the last stage owns them."""
+    embedding: str
+    """The token embedding, one of `before`."""
+    tied: tuple[tuple[str, str], ...]
+    """Pairs (copy, original) of parameter names that are one tensor in the whole model: the head and the embedding."""
+
+
+def declared_num_layers(model: PreTrainedModel) -> int:
+    """The number of decoder layers that the configuration declares."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int) or count < 1:
+        raise UserError(
+            f"model type {model.config.model_type!r} does not say how many decoder layers it has (num_hidden_layers); "
+            "a pipeline needs a model with a list of decoder layers"
+        )
+    return count
+
+
+def find_layers(model: PreTrainedModel) -> str:
+    """The dotted name of the list of decoder layers."""
+    count = declared_num_layers(model)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
+    ]
+    outermost = [name for name in found if not any(name.startswith(other + ".") for other in found if other != name)]
+    if len(outermost) == 1:
+        return outermost[0]
+    by_name = [name for name in outermost if name.rsplit(".", 1)[-1] in {"layers", "h", "blocks"}]
+    if len(by_name) == 1:
+        return by_name[0]
+    raise UserError(
+        f"model type {model.config.model_type!r} has {len(outermost)} lists of {count} layers"
+        f"{' (' + ', '.join(outermost) + ')' if outermost else ''}; a pipeline needs exactly one list of decoder layers"
+    )
+
+
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
+    """The parts of `model`, or a `UserError` where it does not have the shape that a pipeline needs."""
+    layers = find_layers(model)
+    before: list[str] = []
+    after: list[str] = []
+    # Walk down from the model to the list of layers: at each level the siblings are used before or after it.
+    path = layers.split(".")
+    for depth in range(len(path)):
+        prefix = ".".join(path[:depth])
+        parent = model.get_submodule(prefix)
+        if loose := [name for name, _ in parent.named_parameters(recurse=False)]:
+            raise UserError(
+                f"model type {model.config.model_type!r} has parameters outside its modules ({', '.join(loose)}); "
+                "a pipeline cannot tell which stage owns them"
+            )
+        passed = False
+        for name, child in parent.named_children():
+            if name == path[depth]:
+                passed = True
+            elif any(True for _ in child.parameters()):
+                late = passed or name in USED_AFTER_LAYERS
+                (after if late else before).append(f"{prefix}.{name}" if prefix else name)
+    embedding = _name_of(model, model.get_input_embeddings())
+    if embedding is None or not any(embedding == name or embedding.startswith(name + ".") for name in before):
+        raise UserError(
+            f"model type {model.config.model_type!r} has no token embedding before its decoder layers; "
+            "a pipeline cannot feed it"
+        )
+    return Anatomy(
+        layers=layers,
+        num_layers=declared_num_layers(model),
+        before=tuple(before),
+        after=tuple(after),
+        embedding=embedding,
+        tied=tuple(sorted(model.all_tied_weights_keys.items())),
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)

@@ -1,0 +1,199 @@
+"""What each decoder layer, the embedding and the head cost: compute, parameters, bytes of activations.
+
+The one cost model behind every partition method and the stage table. Parameters are counted on the family's own model
+built without memory (meta device), so they are exact. Time is estimated from them: two operations per weight, token
+and matrix product in the forward pass, twice that in the backward pass, attention scores added, experts counted as
+often as they are used; `measured` replaces the estimates by timings. Activations: what each product needs for its
+backward pass. Estimates rank layers well and stages within some percent; they do not predict seconds.
+
+Costs: building the model on the meta device, some milliseconds per layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from jllm.models.anatomy import find_anatomy
+from jllm.models.source import causal_class
+
+# Forward and backward pass in units of the forward pass, and with the forward pass repeated.
+_TRAINING, _RECOMPUTED = 3.0, 4.0
+# Bytes per parameter: bf16 weight and gradient, fp32 gradient, fp32 master and two moments; or all of it in fp32.
+MIXED_BYTES, FP32_BYTES = 20.0, 16.0
+FROZEN_BYTES = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Costs of one decoder layer for one micro-batch."""
+
+    kind: str
+    """Class name, and the layer's type where the configuration gives one; `type:regex` matches on it."""
+    parameters: int
+    time: float
+    """Forward and backward pass, in operations or (when measured) in seconds."""
+    activation_bytes: float
+    """Kept from the forward to the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Costs of a model, split the way stages can split it."""
+
+    layers: tuple[LayerCost, ...]
+    embedding_parameters: int
+    head_parameters: int
+    """Final norm and head; a tied head counts, because a last stage holds a copy."""
+    embedding_time: float
+    head_time: float
+    embedding_activation_bytes: float
+    head_activation_bytes: float
+    """Logits and their gradient: held for one micro-batch at a time, by the last stage only."""
+    boundary_bytes: float
+    """The hidden state that a stage receives and keeps per micro-batch in flight."""
+    transient_bytes: float
+    """Activations that exist only while checkpointed layers are recomputed."""
+    bytes_per_parameter: float
+    tied: bool
+    is_measured: bool = False
+
+    def parameters(self, first: int, end: int) -> int:
+        """Parameters of a stage that owns layers [first, end)."""
+        count = sum(layer.parameters for layer in self.layers[first:end])
+        if first == 0:
+            count += self.embedding_parameters
+        if end == len(self.layers):
+            alone = first == 0
+            count += self.head_parameters - (self._tied_parameters if alone else 0)
+        return count
+
+    def time(self, first: int, end: int) -> float:
+        """Time of a stage for one micro-batch, forward and backward."""
+        total = sum(layer.time for layer in self.layers[first:end])
+        total += self.embedding_time if first == 0 else 0.0
+        return total + (self.head_time if end == len(self.layers) else 0.0)
+
+    def memory(self, first: int, end: int, *, in_flight: int) -> float:
+        """Estimated peak bytes of a stage that keeps `in_flight` micro-batches between forward and backward."""
+        kept = sum(layer.activation_bytes for layer in self.layers[first:end])
+        kept += self.embedding_activation_bytes if first == 0 else self.boundary_bytes
+        total = self.bytes_per_parameter * self.parameters(first, end) + in_flight * kept + self.transient_bytes
+        return total + (self.head_activation_bytes if end == len(self.layers) else 0.0)
+
+    @property
+    def _tied_parameters(self) -> int:
+        return self.embedding_parameters if self.tied else 0
+
+
+def estimate_costs(
+    config: PretrainedConfig,
+    *,
+    sequence_length: int = 2048,
+    micro_batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpoint_interval: int = 0,
+    trainable: bool = True,
+    family: type[PreTrainedModel] | None = None,
+) -> Costs:
+    """The cost model of `config`, from shapes alone. `checkpoint_interval` k: every k layers are recomputed."""
+    with torch.device("meta"):
+        model = (family or causal_class(config))._from_config(config, dtype=dtype)
+    anatomy = find_anatomy(model)
+    text = config.get_text_config(decoder=True)
+    layers = model.get_submodule(anatomy.layers)
+    assert isinstance(layers, nn.ModuleList)
+    tokens = sequence_length * micro_batch_size
+    hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
+    passes = _RECOMPUTED if checkpoint_interval else _TRAINING
+    full = [tokens * _activation_bytes_per_token(layer, text, dtype.itemsize) for layer in layers]
+    kept = [hidden_bytes / checkpoint_interval] * len(full) if checkpoint_interval else full
+    head_parameters = sum(_count(model.get_submodule(name)) for name in anatomy.after)
+    head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
+    types = getattr(text, "layer_types", None) or [""] * len(full)
+    return Costs(
+        layers=tuple(
+            LayerCost(
+                kind=f"{type(layer).__name__} {types[index]}".rstrip(),
+                parameters=_count(layer),
+                time=passes
+                * tokens
+                * (2.0 * _weights_used(layer, text) + _attention_operations(text, types[index], sequence_length)),
+                activation_bytes=kept[index],
+            )
+            for index, layer in enumerate(layers)
+        ),
+        embedding_parameters=sum(_count(model.get_submodule(name)) for name in anatomy.before),
+        head_parameters=head_parameters,
+        embedding_time=0.0,
+        head_time=_TRAINING * tokens * 2.0 * head_products,
+        embedding_activation_bytes=8.0 * tokens,
+        # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
+        head_activation_bytes=float(tokens * text.vocab_size * (dtype.itemsize + 8)),
+        boundary_bytes=hidden_bytes,
+        transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
+        bytes_per_parameter=FROZEN_BYTES if not trainable else FP32_BYTES if dtype == torch.float32 else MIXED_BYTES,
+        tied=bool(anatomy.tied),
+    )
+
+
+def with_timings(costs: Costs, *, layers: Sequence[float], embedding: float, head: float) -> Costs:
+    """The same costs with measured seconds in place of estimated time."""
+    assert len(layers) == len(costs.layers)
+    timed = tuple(replace(layer, time=seconds) for layer, seconds in zip(costs.layers, layers, strict=True))
+    return replace(costs, layers=timed, embedding_time=embedding, head_time=head, is_measured=True)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _weights_used(module: nn.Module, config: PretrainedConfig) -> float:
+    """Weights that one token is multiplied with: all matrices, experts as far as they are chosen."""
+    share = _expert_share(config)
+    used = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2:
+            is_routed = "experts" in name.split(".") and "shared" not in name
+            used += parameter.numel() * (share if is_routed else 1.0)
+    return used
+
+
+def _expert_share(config: PretrainedConfig) -> float:
+    """Chosen experts per token / experts."""
+    total = next(
+        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))),
+        None,
+    )
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if isinstance(total, int) and isinstance(chosen, int):
+        return min(1.0, chosen / total)
+    return 1.0
+
+
+def _attention_operations(config: PretrainedConfig, layer_type: str, sequence_length: int) -> float:
+    """Scores and their product with the values, per token, forward, causal."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not isinstance(heads, int):
+        return 0.0
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    seen = sequence_length / 2
+    window = getattr(config, "sliding_window", None)
+    if "sliding" in layer_type and isinstance(window, int):
+        seen = min(seen, window)
+    return float(4.0 * seen * heads * head_size)
+
+
+def _activation_bytes_per_token(layer: nn.Module, config: PretrainedConfig, itemsize: int) -> float:
+    """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32."""
+    share = _expert_share(config) or 1.0
+    elements = 0.0
+    for name, parameter in layer.named_parameters():
+        is_routed = "experts" in name.split(".") and "shared" not in name
+        if parameter.dim() == 2 and not is_routed:
+            elements += sum(parameter.shape)
+        elif parameter.dim() == 3 and is_routed:
+            elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2])
+    return float(itemsize * elements) + 2.0 * int(config.hidden_size) * (4 + itemsize)

@@ -1,0 +1,192 @@
+"""Which decoder layers go to which pipeline stage, and a table that shows what each stage costs.
+
+    fast          the slowest stage is as fast as possible (the head counts, so a last stage has fewer layers)
+    mem           the fullest stage is as small as possible; earlier stages hold more micro-batches in flight
+    parameters    the largest stage, by parameters, is as small as possible
+    uniform       equal numbers of layers; the first stages take what is left over
+    type:REGEX    equal numbers of layers whose class or layer type matches
+    9,5           9 layers on the first stage, 5 on the last one, the rest even
+    0,8,17,26     boundaries: stage k owns layers [b[k], b[k+1])
+
+The first four methods search all splits (dynamic programming) and give the best one on the cost model of
+`jllm.models.costs`: optimal, not approximate. Every stage owns at least one layer.
+"""
+
+import itertools
+import re
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+
+from jllm.errors import UserError
+from jllm.models.costs import Costs, estimate_costs
+
+METHODS = ("fast", "mem", "uniform", "parameters", "profile")
+
+
+def partition(
+    method: str,
+    *,
+    config: PretrainedConfig,
+    num_stages: int,
+    micro_batches: int | None = None,
+    costs: Costs | None = None,
+) -> list[int]:
+    """Boundaries: num_stages + 1 increasing layer numbers, from 0 to the number of decoder layers.
+
+    `micro_batches` is how many a step has (gradient accumulation steps); it bounds how many are in flight. `costs`
+    default to estimates for `config`; `profile` is `fast` on measured ones, so it needs them.
+    """
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    if num_stages < 1:
+        raise UserError(f"{num_stages} pipeline stages: a pipeline needs at least 1; set --pipe_parallel_size")
+    if num_stages > num_layers:
+        raise UserError(
+            f"{num_stages} pipeline stages for a model of {num_layers} layers: every stage needs at least one layer; "
+            f"set --pipe_parallel_size to {num_layers} or fewer"
+        )
+    if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", method):
+        return _explicit(method, num_layers, num_stages)
+    if method == "uniform":
+        return _even(0, num_layers, num_stages)
+    if method not in METHODS and not method.startswith("type:"):
+        raise UserError(
+            f"--partition_method {method!r} is not a method; give one of {', '.join(METHODS)}, type:REGEX, "
+            '"9,5" (layers of the first and the last stage) or boundaries such as "0,8,17,26"'
+        )
+    if costs is None:
+        costs = estimate_costs(config)
+    if method.startswith("type:"):
+        return _by_type(method.removeprefix("type:"), costs, num_stages)
+    if method == "profile" and not costs.is_measured:
+        raise UserError("--partition_method profile needs measured layer times; give fast where nothing was measured")
+    if method == "parameters":
+        return best_split(num_layers, num_stages, lambda first, end, _: float(costs.parameters(first, end)))
+    if method == "mem":
+        return best_split(
+            num_layers,
+            num_stages,
+            lambda first, end, stage: costs.memory(
+                first, end, in_flight=micro_batches_in_flight(stage, num_stages, micro_batches)
+            ),
+        )
+    return best_split(num_layers, num_stages, lambda first, end, _: costs.time(first, end))
+
+
+def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int | None) -> int:
+    """How many micro-batches a stage keeps between their forward and backward pass (1F1B schedule)."""
+    waiting = num_stages - stage
+    return waiting if micro_batches is None else min(waiting, micro_batches)
+
+
+def best_split(num_layers: int, num_stages: int, cost: Callable[[int, int, int], float]) -> list[int]:
+    """Boundaries whose largest `cost(first, end, stage)` is smallest; among equals the most even split.
+
+    O(stages · layers²) evaluations of `cost`.
+    """
+    # best[end] = (largest cost, sum of squares, boundaries) for the stages so far to own exactly layers [0, end).
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
+    for stage in range(num_stages):
+        remaining = num_stages - stage - 1
+        following: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        ends = [num_layers] if remaining == 0 else range(stage + 1, num_layers - remaining + 1)
+        for end in ends:
+            for first, (largest, squares, bounds) in best.items():
+                if first < end:
+                    own = cost(first, end, stage)
+                    candidate = (max(largest, own), squares + own * own, (*bounds, end))
+                    if end not in following or candidate < following[end]:
+                        following[end] = candidate
+        best = following
+    return list(best[num_layers][2])
+
+
+def stage_table(
+    costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, memory_limit: float | None = None
+) -> str:
+    """Layers, parameters, estimated memory and time share of each stage, and the share of time lost to the bubble."""
+    count = len(boundaries) - 1
+    times = [costs.time(boundaries[k], boundaries[k + 1]) for k in range(count)]
+    whole = sum(times) or 1.0
+    lines = [f"{'stage':>5}  {'layers':>11}  {'parameters':>10}  {'memory':>9}  {'time':>6}"]
+    for stage in range(count):
+        first, end = boundaries[stage], boundaries[stage + 1]
+        in_flight = micro_batches_in_flight(stage, count, micro_batches)
+        memory = costs.memory(first, end, in_flight=in_flight)
+        extras = [name for name, has in (("embedding", stage == 0), ("head", stage == count - 1)) if has]
+        warning = "  over the device's memory" if memory_limit is not None and memory > memory_limit else ""
+        lines.append(
+            f"{stage:>5}  {f'{first}-{end - 1} ({end - first})':>11}  {_si(costs.parameters(first, end)):>10}  "
+            f"{memory / 2**30:>5.1f} GiB  {100 * times[stage] / whole:>5.1f}%  {' + '.join(extras)}{warning}".rstrip()
+        )
+    imbalance = max(times) * count / whole
+    how = "measured" if costs.is_measured else "estimated"
+    lines.append(
+        f"time {how}; slowest stage {100 * (imbalance - 1):.1f}% over the mean; {_bubble(count, micro_batches)}"
+    )
+    return "\n".join(lines)
+
+
+def bubble_share(num_stages: int, micro_batches: int) -> float:
+    """Share of a step in which a stage of a balanced pipeline waits: (P - 1) / (M + P - 1)."""
+    return (num_stages - 1) / (micro_batches + num_stages - 1)
+
+
+def _bubble(num_stages: int, micro_batches: int | None) -> str:
+    if micro_batches is None:
+        return f"bubble {num_stages - 1} / (micro-batches + {num_stages - 1})"
+    return f"bubble {100 * bubble_share(num_stages, micro_batches):.1f}% with {micro_batches} micro-batches a step"
+
+
+def _even(first: int, end: int, parts: int) -> list[int]:
+    size, rest = divmod(end - first, parts)
+    bounds = [first]
+    for part in range(parts):
+        bounds.append(bounds[-1] + size + (1 if part < rest else 0))
+    return bounds
+
+
+def _explicit(method: str, num_layers: int, num_stages: int) -> list[int]:
+    numbers = [int(number) for number in method.split(",")]
+    given = f"--partition_method {method!r}"
+    if len(numbers) == num_stages + 1 and (numbers[0] == 0 or num_stages != 1):
+        if numbers[0] != 0 or numbers[-1] != num_layers:
+            raise UserError(f"{given}: boundaries start with 0 and end with {num_layers}, the model's number of layers")
+        if any(right <= left for left, right in itertools.pairwise(numbers)):
+            raise UserError(f"{given} leaves a stage without layers; boundaries must increase from 0 to {num_layers}")
+        return numbers
+    if len(numbers) == 2 and num_stages >= 2:
+        first, last = numbers
+        middle = num_layers - first - last
+        if first < 1 or last < 1 or middle < num_stages - 2 or (num_stages == 2 and middle != 0):
+            needed = f"{num_layers}" if num_stages == 2 else f"at most {num_layers - (num_stages - 2)}"
+            raise UserError(
+                f"{given} puts {first} layers on the first of {num_stages} stages and {last} on the last one; "
+                f"both must be at least 1 and together {needed}, so that every stage has a layer"
+            )
+        if num_stages == 2:
+            return [0, first, num_layers]
+        return [0, *_even(first, num_layers - last, num_stages - 2), num_layers]
+    raise UserError(
+        f"{given} has {len(numbers)} numbers; give 2 (layers of the first and the last stage) "
+        f"or {num_stages + 1} boundaries from 0 to {num_layers} for {num_stages} stages"
+    )
+
+
+def _by_type(pattern: str, costs: Costs, num_stages: int) -> list[int]:
+    try:
+        expression = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise UserError(f"--partition_method type:{pattern}: not a regular expression ({error})") from None
+    counts = [1.0 if expression.search(layer.kind) else 0.0 for layer in costs.layers]
+    if not any(counts):
+        kinds = ", ".join(sorted({layer.kind for layer in costs.layers}))
+        raise UserError(f"--partition_method type:{pattern} matches no layer; the model's layers are: {kinds}")
+    return best_split(len(counts), num_stages, lambda first, end, _: sum(counts[first:end]))
+
+
+def _si(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,149 @@
+"""What a model folder says about itself, without loading a weight.
+
+Reads `config.json` and the headers of the safetensors files (a few KiB each). Every mistake in a folder is one line.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from jllm.errors import UserError, did_you_mean
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# The names that safetensors headers use.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the trainer asks of a model folder before it starts."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the token embedding: ids must be smaller."""
+    hidden_size: int
+    num_layers: int
+    dtype: torch.dtype
+    """The dtype that most of the stored weights have; from the configuration where there are no safetensors files."""
+    tied: bool
+    """Whether the head is the embedding."""
+
+
+def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model folder."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"model folder {str(folder)!r} does not exist; give a Hugging Face folder with a config.json")
+    if not path.is_file():
+        raise UserError(f"model folder {str(folder)!r} has no config.json; give a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(model_type, str):
+        raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        has_code = ", or --trust_remote_code to run the code in the folder" if raw.get("auto_map") else ""
+        raise UserError(
+            f"model type {model_type!r} of {path} is not one that the installed transformers knows;"
+            f"{did_you_mean(model_type, CONFIG_MAPPING)} give a known type (`jllm models` lists them){has_code}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a {model_type!r} configuration: {error}") from None
+
+
+def causal_class(
+    config: PretrainedConfig, *, folder: str | Path | None = None, trust_remote_code: bool = False
+) -> type[PreTrainedModel]:
+    """The family's own `...ForCausalLM` class."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        found = mapping[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and reference and folder is not None:
+        return get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+    raise UserError(
+        f"model type {config.model_type!r} has no causal language model in the installed transformers; "
+        "give a decoder (`jllm models` lists them)"
+    )
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, or a `UserError` where weights are missing.
+
+    Empty for a folder whose weights are pickled (`pytorch_model.bin`): transformers reads those, whole files at a time.
+    """
+    folder = Path(folder)
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is not a weight index ({error}); download it again") from None
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(
+                f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if any((folder / name).is_file() for name in _PICKLED):
+        return []
+    raise UserError(
+        f"model folder {str(folder)!r} has no weights ({SINGLE_NAME} or {INDEX_NAME}); "
+        "download them, or give --init to start from random weights"
+    )
+
+
+def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Name → dtype, shape and offsets of each tensor in a safetensors file."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size))
+        except (ValueError, MemoryError, OverflowError) as error:
+            raise UserError(f"{path} is not a safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The floating dtype that holds most bytes of the stored weights; None without safetensors files."""
+    held: dict[torch.dtype, int] = {}
+    for path in weight_files(folder):
+        for entry in read_header(path).values():
+            if (dtype := _DTYPES.get(entry["dtype"])) is not None:
+                start, end = entry["data_offsets"]
+                held[dtype] = held.get(dtype, 0) + end - start
+    return max(held, key=lambda dtype: held[dtype]) if held else None
+
+
+def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weights: bool = True) -> ModelInfo:
+    """Sizes and dtype of a model folder. `with_weights=False` is for --init, where only the configuration counts."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    text = config.get_text_config(decoder=True)
+    dtype = stored_dtype(folder) if with_weights else None
+    if dtype is None:
+        declared = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+        dtype = getattr(torch, declared) if isinstance(declared, str) else declared or torch.float32
+    return ModelInfo(
+        model_type=config.model_type,
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        dtype=dtype,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )

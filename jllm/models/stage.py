@@ -1,0 +1,236 @@
+"""One pipeline stage: the transformers model itself, with what the stage does not own left out.
+
+A stage keeps the family's own `ForCausalLM` class. Decoder layers of other stages are replaced by stand-ins that hand
+the hidden state on, so layer indices, attention masks, rotary tables and sliding windows stay the family's own, and
+parameter names stay global: `model.layers.7.mlp.up_proj.weight` has that name whatever the number of stages.
+
+What a later stage receives enters at its first decoder layer, not as `inputs_embeds`: whatever the family does to the
+embedding inside its forward (scaling, learned positions, a norm) happens on the first stage only, and needs no code
+here. The last stage calls the family's whole forward, so scaling and soft-capping of logits stay the family's own.
+
+Guarantees: chained stages compute what the whole model computes, the same operations in the same order.
+Costs: masks and rotary tables are computed once per stage; later stages apply the embedding's element-wise operations
+once to a tensor that is then dropped (no gradient, no extra memory after the first layer).
+
+Masks follow the position ids: where they restart inside a row, documents do not attend to each other; where they do
+not, attention is plainly causal. Padding belongs at the end of rows, masked in the labels, and needs no mask.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from jllm.models.anatomy import Anatomy, find_anatomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpan:
+    """What one pipeline stage owns: decoder layers [first_layer, end_layer), and what lies before or after them all."""
+
+    index: int
+    count: int
+    first_layer: int
+    end_layer: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage owns the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage owns the final norm and the head."""
+        return self.index == self.count - 1
+
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers this stage owns."""
+        return self.end_layer - self.first_layer
+
+
+def spans_of(boundaries: Sequence[int]) -> list[StageSpan]:
+    """The stages between `boundaries`: [0, 8, 17, 26] gives three."""
+    count = len(boundaries) - 1
+    return [
+        StageSpan(index=index, count=count, first_layer=boundaries[index], end_layer=boundaries[index + 1])
+        for index in range(count)
+    ]
+
+
+class AbsentLayer(nn.Module):
+    """Stands in for a decoder layer of another stage: hands the hidden state on.
+
+    It answers for the plain attributes of the layer it replaces (`attention_type`, ...), which some families read
+    while they walk the list. On a later stage the first of these is the entrance: it returns what was received.
+    """
+
+    def __init__(self, replaced: nn.Module, returns_tuple: bool = False) -> None:
+        super().__init__()
+        own = set(nn.Module().__dict__)
+        for name, value in replaced.__dict__.items():
+            if name not in own and isinstance(value, (int, float, str, bool)):
+                setattr(self, name, value)
+        self.returns_tuple = returns_tuple
+        self.received: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The received hidden state on an entrance, else the first argument."""
+        hidden = self.received if self.received is not None else args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self.returns_tuple else hidden
+
+
+class AbsentEmbedding(nn.Module):
+    """Stands in for an embedding (of tokens or positions) of the first stage: adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A scalar zero, which broadcasts to whatever it is added to."""
+        return torch.zeros((), device=next((a.device for a in args if isinstance(a, Tensor)), None))
+
+
+class AbsentModule(nn.Module):
+    """Stands in for a norm, a projection or a head of another stage: hands its input on, in the right shape."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        is_resizing = isinstance(replaced, nn.Linear) and replaced.in_features != replaced.out_features
+        self.width = replaced.out_features if is_resizing else None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Its input, or zeros of the width that the replaced projection would give."""
+        return hidden if self.width is None else hidden.new_zeros(1).expand(*hidden.shape[:-1], self.width)
+
+
+def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrainedModel]:
+    """The family's own class, whose instances keep only what `span` owns.
+
+    Deriving at run time lets `from_pretrained` build the whole model without memory (meta device), lose the parts of
+    other stages, and then read only the tensors that still have a place.
+    """
+
+    def init(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, config, *args, **kwargs)
+        carve(self, span)
+
+    namespace = {
+        "__init__": init,
+        "__module__": family.__module__,
+        "__qualname__": family.__qualname__,
+        "__doc__": family.__doc__,
+        # The other stages' tensors have no place here, and that is no reason for a warning.
+        "_keys_to_ignore_on_load_unexpected": [r".*"] if span.count > 1 else family._keys_to_ignore_on_load_unexpected,
+    }
+    return type(family.__name__, (family,), namespace)
+
+
+def carve(model: PreTrainedModel, span: StageSpan) -> None:
+    """Replace in place what `span` does not own. A tied head's original stays on the last stage until `seal`."""
+    anatomy = find_anatomy(model)
+    model.__dict__["_jllm_anatomy"] = anatomy
+    layers = model.get_submodule(anatomy.layers)
+    assert isinstance(layers, nn.ModuleList)
+    assert 0 <= span.first_layer < span.end_layer <= anatomy.num_layers
+    for index, layer in enumerate(layers):
+        if not span.first_layer <= index < span.end_layer:
+            layers[index] = AbsentLayer(layer)
+    if not span.is_first:
+        needed_by_head = {original.rpartition(".")[0] for _, original in anatomy.tied} if span.is_last else set()
+        for name in anatomy.before:
+            if name not in needed_by_head:
+                _replace(model, name)
+    if not span.is_last:
+        for name in anatomy.after:
+            _replace(model, name)
+        # Not a tie inside this process any more: the head is on another stage.
+        if span.count > 1:
+            model.all_tied_weights_keys = {}
+
+
+def seal(model: PreTrainedModel, span: StageSpan) -> None:
+    """After the weights are in: the last stage of a tied model keeps the head and lets go of the embedding."""
+    if span.is_last and not span.is_first:
+        anatomy = anatomy_of(model)
+        for name in anatomy.before:
+            if any(True for _ in model.get_submodule(name).parameters()):
+                _replace(model, name)
+        model.all_tied_weights_keys = {}
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """The parts of a model that went through `carve`, as they were in the whole model."""
+    anatomy = model._jllm_anatomy
+    assert isinstance(anatomy, Anatomy)
+    return anatomy
+
+
+def published_names(model: PreTrainedModel, span: StageSpan) -> dict[str, str]:
+    """Name of each parameter in this stage's model → its name in the whole model.
+
+    The two differ only for a tied head on a stage that does not own the embedding: there the head's own name maps to
+    the embedding's, because in the whole model they are one tensor. So two stages share that name, and nothing else.
+    """
+    copies = dict(anatomy_of(model).tied) if span.is_last and not span.is_first else {}
+    return {name: copies.get(name, name) for name, _ in model.named_parameters()}
+
+
+def tied_parameter(model: PreTrainedModel, span: StageSpan) -> tuple[str, nn.Parameter] | None:
+    """The parameter that must be kept equal on the first and the last stage, with its name in the whole model.
+
+    The embedding on the first stage, the head's copy on the last one; None on other stages, for an untied model, and
+    with one stage. The sum of both gradients is the whole model's gradient.
+    """
+    ties = anatomy_of(model).tied
+    if not ties or span.count == 1 or not (span.is_first or span.is_last):
+        return None
+    assert len(ties) == 1, ties
+    copy, original = ties[0]
+    return original, model.get_parameter(original if span.is_first else copy)
+
+
+class PipelineStage(nn.Module):
+    """The single DeepSpeed layer of a pipeline rank.
+
+    Between stages travels a tuple of the hidden state (float) and one integer tensor [2, B, S] with the shifted labels
+    and the position ids. The first stage takes (input_ids, integers); the last stage returns the loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, span: StageSpan, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.span = span
+        self.loss_fn = loss_fn
+        base = model.base_model
+        assert base is not model, "a causal model with a head has a base model inside"
+        self._base_name = next(name for name, module in model.named_modules() if module is base)
+        self._layers_name = anatomy_of(model).layers
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
+        """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
+        received, integers = inputs
+        labels, positions = integers[0], integers[1]
+        runner = self.model if self.span.is_last else self.model.get_submodule(self._base_name)
+        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if self.span.is_first:
+            output = runner(input_ids=received, **arguments)
+        else:
+            entrance = self.model.get_submodule(f"{self._layers_name}.0")
+            assert isinstance(entrance, AbsentLayer)
+            entrance.received = received
+            try:
+                output = runner(inputs_embeds=received.detach(), **arguments)
+            finally:
+                entrance.received = None
+        if self.span.is_last:
+            return self.loss_fn(output.logits, labels)
+        return output.last_hidden_state, integers
+
+
+def _replace(model: PreTrainedModel, name: str) -> None:
+    """Put the fitting stand-in where module `name` is."""
+    parent_name, _, child_name = name.rpartition(".")
+    replaced = model.get_submodule(name)
+    stand_in = AbsentEmbedding() if isinstance(replaced, nn.Embedding) else AbsentModule(replaced)
+    setattr(model.get_submodule(parent_name), child_name, stand_in)

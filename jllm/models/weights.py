@@ -1,0 +1,297 @@
+"""Weights of one pipeline stage: from and to Hugging Face folders, without ever holding the whole model.
+
+`load_stage` reads only the tensors that the stage owns (the files are mapped, not read). `init_stage` draws random
+weights module by module, each module from its own seed, so the weights do not depend on the number of stages.
+`save_stage` and `write_index` write what plain `from_pretrained` reads: published names, the published layout (per
+expert where the family's checkpoints are), and one copy of a tied embedding.
+
+Costs: loading holds the stage's own weights once, plus the tensors in flight; saving holds one file's worth (`shard`
+bytes) beside the model where the dtype changes, and nothing where it does not.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
+
+from jllm.errors import UserError
+from jllm.models.anatomy import Anatomy
+from jllm.models.source import INDEX_NAME, SINGLE_NAME, causal_class, read_config, read_header, weight_files
+from jllm.models.stage import (
+    AbsentEmbedding,
+    AbsentLayer,
+    AbsentModule,
+    StageSpan,
+    anatomy_of,
+    carve,
+    seal,
+    stage_class,
+)
+
+SHARD_BYTES = 4 * 2**30
+_STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
+_STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
+
+
+def load_stage(
+    folder: str | Path,
+    span: StageSpan,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    weight_files(folder)
+    _check_span(config, span)
+    family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    model: PreTrainedModel
+    device = torch.device(device)
+    try:
+        with _quiet():
+            reader: Any = stage_class(family, span)
+            model, report = reader.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one line
+                **({} if device.type == "cpu" else {"device_map": {"": device}}),
+            )
+    except SafetensorError as error:
+        raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}); download them again") from None
+    tied_copies = {copy for copy, _ in anatomy_of(model).tied}
+    if missing := sorted(set(report["missing_keys"]) - tied_copies):
+        raise UserError(
+            f"{len(missing)} tensors of {family.__name__} are missing in {str(folder)!r} ({missing[0]}); "
+            "give the folder of the whole model, as it was published"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{len(mismatched)} tensors in {str(folder)!r} do not fit its config.json: {name} is {list(stored)}, "
+            f"the configuration says {list(wanted)}; give the config.json that was published with the weights"
+        )
+    seal(model, span)
+    model.train()
+    return model
+
+
+def init_stage(
+    config: PretrainedConfig,
+    span: StageSpan,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Random weights for this stage, by the family's own initialisation.
+
+    Every module draws from a generator seeded by (seed, its name in the whole model): the same seed gives the same
+    weights for any number of stages, on the same kind of device.
+    """
+    _check_span(config, span)
+    family = stage_class(causal_class(config), span)
+    keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model = family._from_config(config, dtype=dtype, **keywords)
+    device = torch.device(device)
+    model.to_empty(device=device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _initialise(model, model, "", seed)
+    for copy, original in anatomy_of(model).tied if span.is_last else ():
+        owner, _, leaf = copy.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(original))
+    seal(model, span)
+    model.train()
+    return model
+
+
+def adopt(model: PreTrainedModel) -> tuple[PreTrainedModel, StageSpan]:
+    """A whole model that is already in memory, as the only stage."""
+    carve(model, StageSpan(index=0, count=1, first_layer=0, end_layer=model.config.get_text_config().num_hidden_layers))
+    return model, StageSpan(index=0, count=1, first_layer=0, end_layer=anatomy_of(model).num_layers)
+
+
+def save_stage(
+    model: PreTrainedModel,
+    span: StageSpan,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write this stage's tensors under their published names; returns published name → file name.
+
+    File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
+    tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
+    the last stage is not written: the published file has the embedding only.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    for copy, _ in anatomy_of(model).tied:
+        tensors.pop(copy, None)
+    for ignored in model._keys_to_ignore_on_save or ():
+        tensors.pop(ignored, None)
+    published = revert_weight_conversion(model, tensors)
+    weight_map: dict[str, str] = {}
+    for part, names in enumerate(_parts(published, shard_bytes)):
+        file_name = _STAGE_FILE.format(stage=span.index, part=part)
+        chunk = {name: _as_stored(published[name], dtype) for name in names}
+        temporary = folder / (file_name + ".tmp")
+        save_file(chunk, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        os.replace(temporary, folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    return weight_map
+
+
+def write_index(folder: str | Path) -> dict[str, str]:
+    """Give the files of all stages in `folder` their final names and write the index over them.
+
+    One process calls it, after every stage's `save_stage` returned. One file becomes `model.safetensors` (no index),
+    several become `model-00001-of-0000N.safetensors`. Returns tensor name → file name.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("model-stage-*.safetensors"))
+    if not files:
+        raise UserError(f"{str(folder)!r} has no stage files to index; save the stages there first")
+    weight_map: dict[str, str] = {}
+    total_size = total_parameters = 0
+    for number, path in enumerate(files, start=1):
+        name = SINGLE_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        for key, entry in read_header(path).items():
+            assert key not in weight_map, f"{key} written by two stages"
+            weight_map[key] = name
+            start, end = entry["data_offsets"]
+            total_size += end - start
+            total_parameters += torch.Size(entry["shape"]).numel()
+        os.replace(path, folder / name)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_parameters": total_parameters, "total_size": total_size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        temporary = folder / (INDEX_NAME + ".tmp")
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, folder / INDEX_NAME)
+    return weight_map
+
+
+def write_companions(
+    model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtype, source: str | Path | None = None
+) -> None:
+    """Everything of a Hugging Face folder that is not a weight: configuration, tokenizer, chat template, licence, ...
+
+    Small files of `source` are copied as they are, except config.json, which is written from the model with `dtype`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        for path in sorted(Path(source).iterdir()):
+            if path.is_file() and path.name != "config.json" and not _is_weight_file(path.name):
+                shutil.copyfile(path, folder / path.name)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None and not (folder / "generation_config.json").exists():
+        model.generation_config.save_pretrained(folder)
+
+
+def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if not 0 <= span.first_layer < span.end_layer <= layers:
+        raise UserError(
+            f"stage {span.index} would own layers {span.first_layer} to {span.end_layer} of a model with {layers}; "
+            "every stage needs at least one layer: use fewer stages or other boundaries"
+        )
+
+
+def _initialise(model: nn.Module, submodel: PreTrainedModel, prefix: str, seed: int) -> None:
+    """Initialise `model` (children first, as transformers does), each module from its own seed."""
+    for name, child in model.named_children():
+        if not isinstance(child, _STAND_INS):
+            owner = child if isinstance(child, PreTrainedModel) else submodel
+            _initialise(child, owner, f"{prefix}.{name}" if prefix else name, seed)
+    digest = hashlib.blake2b(f"{seed}/{prefix}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    submodel._init_weights(model)
+
+
+def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, in groups of at most `shard_bytes` (a larger tensor is a group of its own)."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if group and size + bytes_ > shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += bytes_
+    if group:
+        yield group
+
+
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.cpu().contiguous()
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".tmp"))
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: this module checks the report itself."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+__all__ = [
+    "SHARD_BYTES",
+    "Anatomy",
+    "adopt",
+    "init_stage",
+    "load_stage",
+    "save_stage",
+    "write_companions",
+    "write_index",
+]

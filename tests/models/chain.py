@@ -1,0 +1,82 @@
+"""Helpers: a whole model and its stages chained in one process, side by side."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jllm.models.stage import PipelineStage, StageSpan, published_names, spans_of, tied_parameter
+from jllm.models.weights import load_stage
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over trained tokens; labels are already shifted."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+
+def packed_batch(vocab: int, *, batch: int = 2, length: int = 24, packed: bool = True) -> tuple[Tensor, Tensor]:
+    """Ids, and labels stacked on position ids; with `packed` the rows hold documents of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocab, (batch, length), generator=generator)
+    labels = torch.roll(ids, -1, dims=1)
+    labels[:, -1] = -100
+    positions = torch.arange(length).repeat(batch, 1)
+    if packed:
+        for row in range(batch):
+            for cut in (5 + 3 * row, 14 + row):
+                positions[row, cut:] = torch.arange(length - cut)
+                labels[row, cut - 1] = -100
+    return ids, torch.stack([labels, positions])
+
+
+def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of the plain model."""
+    model.zero_grad()
+    loss = token_loss(model(input_ids=ids, position_ids=integers[1], use_cache=False).logits, integers[0])
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def load_chain(folder: Path, boundaries: list[int], **keywords: object) -> list[PipelineStage]:
+    """All stages, each loaded on its own."""
+    options = {"dtype": torch.float32, **keywords}
+    return [PipelineStage(load_stage(folder, span, **options), span, token_loss) for span in spans_of(boundaries)]
+
+
+def chained_loss_and_gradients(
+    stages: list[PipelineStage], ids: Tensor, integers: Tensor, between: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the stages one after the other, cutting the graph between them as a pipeline does."""
+    for stage in stages:
+        stage.zero_grad()
+    received, entering, leaving = ids, [], []
+    for stage in stages[:-1]:
+        output = stage((received, integers))
+        assert isinstance(output, tuple)
+        leaving.append(output[0])
+        received = output[0].detach().requires_grad_()
+        entering.append(received)
+    loss = stages[-1]((received, integers))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for sent, got in zip(reversed(leaving), reversed(entering), strict=True):
+        sent.backward(got.grad)
+    gradients: dict[str, Tensor] = {}
+    for stage in stages:
+        names = published_names(stage.model, stage.span)
+        for name, parameter in stage.model.named_parameters():
+            if parameter.grad is not None:
+                key = names[name]
+                gradients[key] = gradients[key] + parameter.grad if key in gradients else parameter.grad.clone()
+    return loss.detach(), gradients
+
+
+def tied_names(stages: list[PipelineStage]) -> list[str | None]:
+    """What each stage says must be kept in sync."""
+    found = [tied_parameter(stage.model, stage.span) for stage in stages]
+    return [None if entry is None else entry[0] for entry in found]
+
+
+__all__ = ["StageSpan", "chained_loss_and_gradients", "load_chain", "packed_batch", "tied_names", "token_loss"]

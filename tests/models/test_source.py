@@ -1,0 +1,118 @@
+"""Model folders: facts without loading, only a stage's own tensors read, every mistake one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from jllm.errors import UserError
+from jllm.models import weights
+from jllm.models.source import model_info, read_config
+from jllm.models.stage import StageSpan, spans_of
+
+WHOLE = StageSpan(index=0, count=1, first_layer=0, end_layer=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def test_info(folder: Path) -> None:
+    info = model_info(folder)
+    assert (info.vocab_size, info.hidden_size, info.num_layers) == (96, 32, 4)
+    assert info.dtype == torch.bfloat16
+    assert info.model_type == "llama"
+    assert not info.tied
+
+
+def test_only_the_stage_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    class Slice:
+        def __init__(self, inner: object, name: str) -> None:
+            self.inner, self.name = inner, name
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def __getitem__(self, index: object) -> torch.Tensor:
+            read.append(self.name)
+            return self.inner[index]
+
+    class Spy:
+        def __init__(self, *args: object, **keywords: object) -> None:
+            self.inner = safe_open(*args, **keywords)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def __enter__(self) -> object:
+            return self.inner.__enter__()
+
+        def __exit__(self, *args: object) -> None:
+            self.inner.__exit__(*args)
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(self.inner.get_slice(name), name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.inner.get_tensor(name)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", Spy)
+    for span in spans_of([0, 1, 3, 4]):
+        read.clear()
+        model = weights.load_stage(folder, span, dtype=torch.float32)
+        assert sorted(read) == sorted(name for name, _ in model.named_parameters())
+        assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    def refuse(path: Path, says: str, span: StageSpan = WHOLE) -> None:
+        with pytest.raises(UserError, match=says) as caught:
+            weights.load_stage(path, span, dtype=torch.float32)
+        assert "\n" not in str(caught.value)
+
+    refuse(tmp_path / "nowhere", "does not exist")
+    bare = copy("bare")
+    (bare / "model.safetensors").unlink()
+    refuse(bare, "no weights")
+    (bare / "config.json").unlink()
+    refuse(bare, "no config.json")
+    broken = copy("broken")
+    (broken / "config.json").write_text("{")
+    refuse(broken, "not valid JSON")
+    strange = copy("strange")
+    (strange / "config.json").write_text('{"model_type": "lama"}')
+    refuse(strange, 'Did you mean "llama"')
+    (strange / "config.json").write_text('{"model_type": "vit"}')
+    refuse(strange, "no causal language model")
+    larger = copy("larger")
+    config = json.loads((folder / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    refuse(larger, "missing", StageSpan(index=1, count=2, first_layer=3, end_layer=5))
+    (larger / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    refuse(larger, "do not fit its config.json")
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:2000])
+    refuse(cut, "cannot be read|not a safetensors")
+    refuse(folder, "at least one layer", StageSpan(index=1, count=2, first_layer=4, end_layer=4))
+    index = copy("index")
+    (index / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    refuse(index, "missing")
+    (strange / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    with pytest.raises(UserError, match="trust_remote_code"):
+        read_config(strange)

@@ -1,0 +1,133 @@
+"""Chained stages equal the whole model: loss, every gradient, packed rows, tied or not; and so do saved stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers.configuration_utils import PretrainedConfig
+
+from jllm.models.stage import spans_of
+from jllm.models.weights import init_stage, load_stage, save_stage, write_companions, write_index
+from tests.models.chain import (
+    chained_loss_and_gradients,
+    load_chain,
+    packed_batch,
+    tied_names,
+    whole_loss_and_gradients,
+)
+
+torch.set_num_threads(1)
+LAYERS = 4
+
+
+def tiny_config(family: str, tied: bool) -> PretrainedConfig:
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
+    if family == "llama":
+        return LlamaConfig(**sizes)
+    if family == "mixtral":
+        return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    return Qwen3Config(**sizes, head_dim=8, use_sliding_window=False)
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "mixtral", "qwen3", "qwen3-tied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, _, tied = request.param.partition("-")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(tiny_config(family, bool(tied))).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("boundaries", [[0, 4], [0, 2, 4], [0, 1, 3, 4]])
+def test_chain_equals_whole(folder: Path, boundaries: list[int], packed: bool, attention: str) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).train()
+    ids, integers = packed_batch(96, packed=packed)
+    loss, gradients = whole_loss_and_gradients(whole, ids, integers)
+    stages = load_chain(folder, boundaries, attn_implementation=attention)
+    chained_loss, chained = chained_loss_and_gradients(stages, ids, integers)
+    torch.testing.assert_close(chained_loss, loss, atol=1e-5, rtol=0)
+    assert chained.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(chained[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_packed_documents_do_not_see_each_other(folder: Path) -> None:
+    stages = load_chain(folder, [0, 2, 4])
+    logits: list[torch.Tensor] = []
+    stages[-1].loss_fn = lambda values, labels: (logits.append(values), values.sum())[1]
+    ids, integers = packed_batch(96)
+    chained_loss_and_gradients(stages, ids, integers)
+    alone = torch.stack([torch.full((1, 9), -100), torch.arange(9)[None]])
+    chained_loss_and_gradients(stages, ids[:1, 5:14], alone)
+    torch.testing.assert_close(logits[0][:1, 5:14], logits[1], atol=1e-5, rtol=1e-5)
+    integers[1] = torch.arange(24)
+    chained_loss_and_gradients(stages, ids, integers)
+    assert (logits[2][:1, 5:14] - logits[1]).abs().max() > 1e-3
+
+
+def test_tied_parameter_is_named_alike_at_both_ends(folder: Path) -> None:
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    name = "model.embed_tokens.weight" if tied else None
+    assert tied_names(load_chain(folder, [0, 1, 3, 4])) == [name, None, name]
+    assert tied_names(load_chain(folder, [0, 4])) == [None]
+
+
+@pytest.mark.parametrize("boundaries", [[0, 4], [0, 1, 3, 4]])
+def test_saved_stages_load_as_one_model(folder: Path, boundaries: list[int], tmp_path: Path) -> None:
+    for span in spans_of(boundaries):
+        model = load_stage(folder, span, dtype=torch.float32)
+        save_stage(model, span, tmp_path, dtype=torch.float32, shard_bytes=60_000)
+    write_companions(model, tmp_path, dtype=torch.float32, source=folder)
+    weight_map = write_index(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == sorted(set(weight_map.values()))
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    after, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(after) is type(before)
+    ids, _ = packed_batch(96)
+    assert torch.equal(before(ids).logits, after(ids).logits)
+    published = {key for file in folder.glob("*.safetensors") for key in _keys(file)}
+    assert set(weight_map) == published
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral", "qwen3-tied"])
+def test_init_does_not_depend_on_stages(family: str, tmp_path: Path) -> None:
+    name, _, tied = family.partition("-")
+    config = tiny_config(name, bool(tied))
+    found = []
+    for boundaries in ([0, 4], [0, 2, 4], [0, 1, 3, 4]):
+        target = tmp_path / str(len(boundaries))
+        for span in spans_of(boundaries):
+            model = init_stage(config, span, dtype=torch.float32, seed=7)
+            save_stage(model, span, target)
+        write_companions(model, target, dtype=torch.float32)
+        write_index(target)
+        found.append(AutoModelForCausalLM.from_pretrained(target).state_dict())
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[key], found[0][key]) for key in other)
+    down = [value for key, value in found[0].items() if key.endswith("q_proj.weight")]
+    assert all(abs(value.std().item() - 0.2) < 0.03 for value in down)
+    assert not torch.equal(down[0], down[1])
+    different = init_stage(config, spans_of([0, 4])[0], dtype=torch.float32, seed=8).state_dict()
+    assert not torch.equal(different["model.layers.0.self_attn.q_proj.weight"], down[0])
+
+
+def _keys(file: Path) -> list[str]:
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    return [key for key in json.loads(file.read_bytes()[8 : 8 + size]) if key != "__metadata__"]
