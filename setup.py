@@ -42,6 +42,7 @@ DEV = [
     "pytest-timeout>=2.3",
     "ruff>=0.11",
     "tiktoken>=0.9",
+    "types-psutil>=7",
 ]
 
 setup(
