@@ -8,6 +8,7 @@ from jllm.options import Group
 COMMANDS = {
     "raw2ids": ("jllm.raw2ids:main", "text and chat files to token-id shards"),
     "shuffle": ("jllm.shuffle_datasets:main", "exact global shuffle of data sets"),
+    "shuffle-partition": ("jllm.shuffle_partition:main", "shuffle the rows across all files of a folder"),
     "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
     "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }

@@ -132,6 +132,25 @@ def count_trained(batch: pa.RecordBatch) -> int:
     return int(trained.sum())
 
 
+def conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """The batch with exactly these columns: an absent `labels` trains on everything, an absent `cu_seqlens` is one
+    document without padding."""
+    if batch.schema.names == list(columns):
+        return batch
+    ids, offsets = from_list_array(batch.column(INPUT_IDS))
+    arrays = []
+    for name in columns:
+        if name in batch.schema.names:
+            arrays.append(batch.column(name))
+        elif name == LABELS:
+            arrays.append(to_list_array(ids, offsets))
+        else:
+            boundaries = np.zeros((batch.num_rows, 2), np.int32)
+            boundaries[:, 1] = np.diff(offsets)
+            arrays.append(to_list_array(boundaries.ravel(), np.arange(0, 2 * batch.num_rows + 1, 2)))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema(columns))
+
+
 class _HashingFile:
     """A binary file that is hashed as it is written, so that its checksum costs no second read."""
 
@@ -276,6 +295,22 @@ class ShardReader:
     def rows_of_groups(self) -> list[int]:
         """The number of rows of each row group."""
         return [self.metadata.row_group(index).num_rows for index in range(self.metadata.num_row_groups)]
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all lists of the contract's columns, from the footer; 1 for an empty list."""
+        total = 0
+        for group in range(self.metadata.num_row_groups):
+            chunks = self.metadata.row_group(group)
+            for index in range(chunks.num_columns):
+                chunk = chunks.column(index)
+                if chunk.path_in_schema.split(".")[0] in self.columns:
+                    total += chunk.num_values
+        return total
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        """Row group `group` in batches of bounded size, also where its writer made it large."""
+        yield self.read_group(group)
 
     def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Row group `index` as one batch in the contract's schema."""

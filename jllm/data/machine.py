@@ -1,0 +1,93 @@
+"""What the machine lets this process use: cores, memory, disk; and sizes as people write them.
+
+Limits of the container (control groups) count as well as those of the machine.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from jllm.errors import UserError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(wanted: int = -1) -> int:
+    """`wanted` workers, or as many as the cores this process may run on where `wanted` is negative.
+
+    Raises:
+        UserError: `wanted` is 0.
+    """
+    if wanted == 0:
+        raise UserError("--cores 0: give a number of workers, or -1 for all cores")
+    return wanted if wanted > 0 else len(os.sched_getaffinity(0))
+
+
+def parse_memory(option: str, text: str) -> int:
+    """Bytes of `512M`, `4G`, `1.5GiB` (powers of 1024).
+
+    Raises:
+        UserError: not a size; `option` names where it was given.
+    """
+    return _parse(option, text, _UNITS, r"([KMGT]?)(?:i?B)?", "a size such as 512M or 4G")
+
+
+def parse_count(option: str, text: str) -> int:
+    """The number of `250000`, `100M`, `1B` (powers of 1000).
+
+    Raises:
+        UserError: not a number; `option` names where it was given.
+    """
+    return _parse(option, text, _COUNT_UNITS, "([KMBT]?)", "a number such as 250000, 100M or 1B")
+
+
+def _parse(option: str, text: str, units: dict[str, int], suffix: str, allowed: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*" + suffix, text.strip(), re.IGNORECASE)
+    number = int(float(match[1]) * units[match[2].upper()]) if match else 0
+    if number <= 0:
+        raise UserError(f"{option} {text}: give {allowed}")
+    return number
+
+
+def free_memory() -> int:
+    """Bytes that can be used without swapping or being killed: the machine's free memory or less in a container."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    try:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(facts["MemAvailable"].split()[0]) << 10]
+    except (OSError, KeyError):
+        pass  # not Linux: free pages alone are a safe answer
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((_CGROUP / "memory.current").read_text())
+            cache = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            free.append(int(limit) - used + int(cache.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control groups, or only their first version
+    return max(min(free), 64 << 20)
+
+
+def require_disk(folder: Path, needed: int, purpose: str) -> None:
+    """Check that the disk of `folder` has room for `needed` bytes.
+
+    Raises:
+        UserError: it has not; the message says how much is missing.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {purpose} needs about {megabytes(needed)} of disk and {megabytes(free)} are free;"
+            " free some, or write elsewhere"
+        )
+
+
+def megabytes(size: int) -> str:
+    """A size for people."""
+    return f"{size / 2**20:,.0f} MiB"

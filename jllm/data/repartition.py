@@ -1,0 +1,215 @@
+"""Deals the files of all data sets in a folder to partitions of equal weight, without copying a byte.
+
+`<folder>/<set>/<files>` becomes `<folder>/<id>-part-00000/<files>`, ...: partition k holds block k, k+n, ... of every
+set. The new tree is built of hard links beside the old one, in `.<folder>.parting.tmp`, and takes the folder's place by
+two renames; the old tree waits in `.<folder>.parted.tmp` until then. A run killed at any moment leaves one of the two
+complete, and the next run finishes; run again when done, it changes nothing. Files in the folder that belong to no
+data set are kept where they are.
+
+Cost: a footer read and a link for each file. The folder's file system must know hard links.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from jllm import atomic
+from jllm.data.manifest import (
+    MANIFEST_NAME,
+    DataSet,
+    FileEntry,
+    Manifest,
+    data_sets_below,
+    one_tokenizer,
+    read_manifest,
+    write_manifest,
+)
+from jllm.errors import UserError
+
+COMMAND = "repartition"
+INFO_NAME = "data.info"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """One file of one data set. `path` is relative to the folder; `name` is what it is called in its partition."""
+
+    set_name: str
+    index: int
+    path: str
+    name: str
+    entry: FileEntry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which block goes to which partition. `sets` are the names and fingerprints of the sets, in order."""
+
+    id: str
+    sets: tuple[dict[str, str], ...]
+    partitions: tuple[tuple[Block, ...], ...]
+    manifest: Manifest
+
+    def info(self, name: str) -> str:
+        """`data.info`: the plan for people."""
+        files = sum(len(blocks) for blocks in self.partitions)
+        lines = [
+            f"Source:      {name} ({', '.join(source['name'] for source in self.sets)})",
+            f"Partitions:  {len(self.partitions)}",
+            f"Files:       {files}",
+            f"Samples:     {self.manifest.rows} x {_known(self.manifest.longest_row)}",
+            f"Tokens:      {_known(self.manifest.total('tokens'))}",
+            f"Id:          {self.id}",
+            "",
+            "partition                   files        samples           tokens          bytes",
+        ]
+        for index, blocks in enumerate(self.partitions):
+            tokens = [block.entry.tokens for block in blocks]
+            total = None if None in tokens else sum(value or 0 for value in tokens)
+            rows, size = sum(block.entry.rows for block in blocks), sum(block.entry.bytes for block in blocks)
+            lines.append(f"{_part_name(self.id, index):<26}{len(blocks):>7}{rows:>15}{_known(total):>17}{size:>15}")
+        return "\n".join(lines) + "\n"
+
+
+def _known(value: int | None) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def _part_name(identity: str, index: int) -> str:
+    return f"{identity}-part-{index:05d}"
+
+
+def recover(folder: Path) -> None:
+    """Bring back a folder whose swap was cut off, and remove what a killed run left beside it."""
+    parting, parted = _beside(folder)
+    if parted.exists() and not folder.exists():
+        os.rename(parting if parting.exists() else parted, folder)
+    shutil.rmtree(parting, ignore_errors=True)
+    shutil.rmtree(parted, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    names = [f".{folder.name}.{state}{atomic.TEMPORARY_SUFFIX}" for state in ("parting", "parted")]
+    return folder.with_name(names[0]), folder.with_name(names[1])
+
+
+def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None) -> Plan:
+    """Deal the blocks of all data sets of `folder` to `partitions`, or to partitions of about `partition_tokens`.
+
+    Raises:
+        UserError: no data, fewer blocks than partitions, or tokens that nobody counted.
+    """
+    sets = data_sets_below(folder)
+    one = sets[0].manifest if len(sets) == 1 else None
+    if one is not None and one.command == COMMAND:
+        names, blocks = _blocks_of_dealt(one)
+    else:
+        names, blocks = _blocks_of_sets(folder, sets)
+    if partitions is None:
+        assert partition_tokens is not None
+        partitions = _partitions_by_tokens(folder, blocks, partition_tokens)
+    most = max(sum(block.set_name == source["name"] for block in blocks) for source in names)
+    if partitions > most:
+        raise UserError(
+            f"{folder}: {partitions} partitions, but no data set has more than {most} files, so some would be empty;"
+            f" ask for at most {most}, or shuffle with --num_block {partitions}"
+        )
+    identity = hashlib.sha256("".join(source["fingerprint"] for source in names).encode()).hexdigest()[:8]
+    dealt = tuple(
+        tuple(sorted((block for block in blocks if block.index % partitions == k), key=lambda b: (b.index, b.set_name)))
+        for k in range(partitions)
+    )
+    manifest = Manifest(
+        command=COMMAND,
+        options={"partitions": partitions},
+        files=tuple(
+            dataclasses.replace(block.entry, path=f"{_part_name(identity, k)}/{block.name}")
+            for k, part in enumerate(dealt)
+            for block in part
+        ),
+        tokenizer=one_tokenizer(sets),
+        sources=names,
+        extra={
+            "id": identity,
+            "blocks": [[block.set_name, block.index] for part in dealt for block in part],
+        },
+    )
+    return Plan(id=identity, sets=names, partitions=dealt, manifest=manifest)
+
+
+def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, str], ...], list[Block]]:
+    names: list[dict[str, str]] = []
+    blocks: list[Block] = []
+    base_names = [Path(entry.path).name for data_set in sets for entry in data_set.manifest.files]
+    unique = len(set(base_names)) == len(base_names)
+    for data_set in sets:
+        prefix = data_set.folder.resolve().relative_to(folder.resolve()).as_posix()
+        names.append({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint})
+        for index, entry in enumerate(data_set.manifest.files):
+            base = Path(entry.path).name
+            name = base if unique else f"{data_set.name}-{index:05d}-{base}"
+            path = entry.path if prefix == "." else f"{prefix}/{entry.path}"
+            blocks.append(Block(set_name=data_set.name, index=index, path=path, name=name, entry=entry))
+    return tuple(names), blocks
+
+
+def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, str], ...], list[Block]]:
+    """The blocks of a folder that was dealt before, to deal them again."""
+    blocks = [
+        Block(set_name=name, index=index, path=entry.path, name=Path(entry.path).name, entry=entry)
+        for entry, (name, index) in zip(manifest.files, manifest.extra["blocks"], strict=True)
+    ]
+    return manifest.sources, blocks
+
+
+def _partitions_by_tokens(folder: Path, blocks: Sequence[Block], partition_tokens: int) -> int:
+    counts = [block.entry.tokens for block in blocks]
+    if None in counts:
+        raise UserError(f"{folder}: the tokens of its files are not known; count them with: jllm manifest {folder}")
+    return max(1, round(sum(count or 0 for count in counts) / partition_tokens))
+
+
+def repartition(folder: Path, plan: Plan) -> bool:
+    """Put the plan into effect; False where the folder is so already."""
+    present = read_manifest(folder)
+    if present is not None and present.to_json() == plan.manifest.to_json():
+        return False
+    parting, parted = _beside(folder)
+    parting.mkdir()
+    _link_others(folder, parting, plan)
+    try:
+        for index, blocks in enumerate(plan.partitions):
+            part = parting / _part_name(plan.id, index)
+            part.mkdir()
+            for block in blocks:
+                os.link(folder / block.path, part / block.name)
+            atomic.sync_file(part)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot make hard links there ({error.strerror}); use a file system that can"
+        ) from None
+    atomic.write_text(parting / INFO_NAME, plan.info(folder.name))
+    write_manifest(parting, plan.manifest)
+    atomic.sync_file(parting)
+    os.rename(folder, parted)
+    os.rename(parting, folder)
+    atomic.sync_file(folder.parent)
+    shutil.rmtree(parted)
+    return True
+
+
+def _link_others(folder: Path, parting: Path, plan: Plan) -> None:
+    """Link what belongs to no data set into the new tree, at the same place."""
+    dealt = {block.path for blocks in plan.partitions for block in blocks}
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            path = Path(parent, name)
+            inside = path.relative_to(folder)
+            ours = inside.as_posix() in dealt or name == MANIFEST_NAME or inside.as_posix() == INFO_NAME
+            if ours or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":
+                continue
+            (parting / inside.parent).mkdir(parents=True, exist_ok=True)
+            os.link(path, parting / inside)

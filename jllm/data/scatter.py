@@ -1,0 +1,114 @@
+"""Rows thrown into buckets by where they must go, kept in memory or on disk, and handed back in order.
+
+`Scatter` is one worker's side: it takes batches with the final position of every row, and keeps each row in the bucket
+of its position. Past its memory allowance it appends what it holds to scratch files, one a bucket. `Bucket` joins what
+all workers kept for one bucket and yields the rows sorted by position.
+
+Cost: one copy of the rows going in (one `take` a batch, sorted by bucket, so a bucket's share is a slice), lz4 on what
+goes to disk, two copies coming out. No Python object per row.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+POSITION = "_position"
+Positions = NDArray[np.integer]
+_SCRATCH_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+
+
+class Scatter:
+    """One worker's rows by bucket.
+
+    Args:
+        bounds: the first position of every bucket, ascending; the last bucket is open-ended.
+        wanted: for each bucket, whether its rows are needed; the others are dropped.
+        allowance: bytes of rows to hold in memory before appending them to disk.
+        scratch: where the files go; `worker` tells this worker's files from others'.
+    """
+
+    def __init__(
+        self, *, bounds: Positions, wanted: NDArray[np.bool_], allowance: int, scratch: Path, worker: int
+    ) -> None:
+        self._bounds = bounds
+        self._wanted = wanted
+        self._allowance = allowance
+        self._scratch = scratch
+        self._worker = worker
+        self._held = 0
+        self.pieces: dict[int, list[pa.RecordBatch]] = {}
+        self.files: dict[int, Path] = {}
+
+    def add(self, batch: pa.RecordBatch, positions: Positions) -> None:
+        """Keep the rows of `batch`; row i goes to `positions[i]` of the output."""
+        bucket = np.searchsorted(self._bounds, positions, side="right") - 1
+        order = np.argsort(bucket, kind="stable")
+        if not self._wanted.all():
+            order = order[self._wanted[bucket[order]]]
+        if not len(order):
+            return
+        bucket = bucket[order]
+        full = pa.RecordBatch.from_arrays(
+            [*batch.columns, pa.array(positions)], names=[*batch.schema.names, POSITION]
+        ).take(pa.array(order))
+        starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+        for start, end in zip(starts, np.append(starts[1:], len(bucket)), strict=True):
+            self.pieces.setdefault(int(bucket[start]), []).append(full.slice(start, end - start))
+        self._held += full.nbytes
+        if self._held > self._allowance:
+            self.spill()
+
+    def spill(self) -> None:
+        """Move everything held in memory to the scratch files."""
+        for bucket, pieces in self.pieces.items():
+            path = self.files.setdefault(bucket, self._scratch / f"{bucket:05d}-{self._worker:03d}.arrows")
+            # Each spill appends one Arrow stream, so that no file stays open however many buckets there are.
+            with path.open("ab") as file, pa.ipc.new_stream(file, pieces[0].schema, options=_SCRATCH_OPTIONS) as stream:
+                for piece in pieces:
+                    stream.write_batch(piece)
+        self.pieces = {}
+        self._held = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """One bucket's rows from all workers."""
+
+    pieces: list[pa.RecordBatch]
+    files: list[Path]
+
+    def ordered(self) -> "OrderedRows":
+        """The rows by ascending position. The bucket is empty afterwards, its scratch files are for the caller."""
+        for path in self.files:
+            self.pieces.extend(_read_streams(path))
+        rows = pa.Table.from_batches(self.pieces).combine_chunks().to_batches()[0]
+        self.pieces.clear()
+        position = rows.column(POSITION).to_numpy()
+        order = np.argsort(position)
+        return OrderedRows(rows=rows.drop_columns([POSITION]), order=order, positions=position[order])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderedRows:
+    """Rows and the order to read them in."""
+
+    rows: pa.RecordBatch
+    order: Positions
+    positions: Positions
+
+    def between(self, low: int, high: int, *, rows_at_once: int) -> Iterator[pa.RecordBatch]:
+        """The rows at positions in [low, high), in order, a batch at a time."""
+        first, last = np.searchsorted(self.positions, [low, high])
+        for start in range(int(first), int(last), rows_at_once):
+            yield self.rows.take(pa.array(self.order[start : min(start + rows_at_once, int(last))]))
+
+
+def _read_streams(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(path)) as file:
+        size = file.size()
+        while file.tell() < size:
+            yield from pa.ipc.open_stream(file)
