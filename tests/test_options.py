@@ -1,0 +1,143 @@
+"""One dataclass gives flags, TOML keys, defaults and help; mistakes name the option, the value and the way out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jllm.errors import UserError
+from jllm.options import command, option, read_toml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    source: tuple[Path, ...] = option(dataclasses.MISSING, "-i", help="where from")
+    number: int = option(3, "-n", help="how many")
+    rate: float = option(0.5, help="how fast")
+    name: str | None = option(None, help="what it is called")
+    kind: str = option("a", help="which kind", choices=("a", "b"))
+    loud: bool = option(False, "-l", help="tell more")
+    quick: bool = option(True, help="hurry")
+    config: Path | None = option(None, help="TOML file")
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UserError(f"--number {self.number}: it must be at least 1")
+
+
+def parse(*arguments: str) -> Example:
+    """What a command made from `Example` gets for these arguments."""
+    seen: list[Example] = []
+
+    @command(Example, name="example")
+    def main(config: Example) -> None:
+        seen.append(config)
+
+    main(list(arguments))
+    return seen[0]
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The single line that these arguments end with."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(*arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+def toml(folder: Path, text: str) -> str:
+    path = folder / "options.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_and_types() -> None:
+    config = parse("-i", "x", "-i", "y")
+    assert config == Example(source=(Path("x"), Path("y")))
+    assert isinstance(config.source[0], Path)
+    config = parse("-i", "x", "-n", "7", "--rate", "2", "--name", "n", "--kind", "b", "-l", "--no_quick")
+    assert config == Example(
+        source=(Path("x"),), number=7, rate=2.0, name="n", kind="b", loud=True, quick=False, config=None
+    )
+
+
+def test_dashes_and_underscores_in_flags_are_the_same() -> None:
+    assert parse("-i", "x", "--no-quick").quick is False
+
+
+def test_toml_gives_values_alone_or_in_tables_and_flags_win(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'source = ["x", "y"]\nrate = 1\n[more]\nnumber = 9\nloud = true\nquick = false\n')
+    assert parse("--config", path) == Example(
+        source=(Path("x"), Path("y")), rate=1.0, number=9, loud=True, quick=False, config=Path(path)
+    )
+    config = parse("--config", path, "-n", "2", "--no_loud", "-i", "z")
+    assert (config.number, config.loud, config.source) == (2, False, (Path("z"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nunber = 3", ['unknown key "nunber"', 'Did you mean "number"?']),
+        ("[table]\nnunber = 3", ['unknown key "nunber"']),
+        ("number = 3\n[table]\nnumber = 4", ['"number" is given twice']),
+        ('number = "3"', ["number = '3' is not int"]),
+        ("number = true", ["number = True is not int"]),
+        ("number = 1.5", ["number = 1.5 is not int"]),
+        ('loud = "false"', ["loud = 'false' is not true or false"]),
+        ("name = 3", ["name = 3 is not text in quotes"]),
+        ("kind = 'c'", ["c", "a", "b"]),
+        ("number = 0", ["--number 0", "at least 1"]),
+        ("number =", ["not valid TOML"]),
+    ],
+)
+def test_mistakes_in_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: list[str]) -> None:
+    line = mistake(capsys, "-i", "x", "--config", toml(tmp_path, text))
+    for words in expected:
+        assert words in line
+
+
+def test_missing_toml_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.toml: No such file" in mistake(capsys, "-i", "x", "--config", "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--source"),
+        (["-i", "x", "--number", "many"], "'many' is not a valid integer"),
+        (["-i", "x", "--kind", "c"], "'c' is not one of 'a', 'b'"),
+        (["-i", "x", "--number", "0"], "--number 0: it must be at least 1"),
+        (["-i", "x", "--nunber", "1"], "--number"),
+        (["-i", "x", "stray"], "stray"),
+    ],
+)
+def test_mistakes_in_flags(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert expected in mistake(capsys, *arguments)
+
+
+def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    @command(Example, name="example")
+    def main(config: Example) -> None:
+        raise AssertionError("help runs nothing")
+
+    main(["-h"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Example):
+        assert f"--{field.name}" in shown
+        assert field.metadata["option"].help in shown
+    assert "[default: 3]" in shown
+
+
+def test_hidden_options_are_no_toml_keys(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Hidden:
+        secret: int = option(0, help="set by a launcher", hidden=True)
+        config: Path | None = option(None, help="TOML file")
+
+    config_type: type[Any] = Hidden
+    with pytest.raises(UserError, match='unknown key "secret"'):
+        read_toml(Path(toml(tmp_path, "secret = 1")), config_type)
