@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import click
 
 from jllm import __version__
-from jllm.errors import EXIT_CODE, UserError, did_you_mean
+from jllm.errors import EXIT_CODE, UserError, did_you_mean, report
 
 Config = TypeVar("Config")
 CONTEXT_SETTINGS: dict[str, Any] = {
@@ -104,7 +104,7 @@ class _OneLineErrors(click.Command):
 
 
 def _report(message: str) -> typing.NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    report(message)
     sys.exit(EXIT_CODE)
 
 
@@ -205,9 +205,10 @@ def _click_option(field: "dataclasses.Field[Any]", hint: Any, config_type: type[
         "hidden": facts.hidden,
         "required": required,
         "multiple": repeated,
-        "default": None if required else field.default,
         "show_default": not required and field.default not in (None, False, "", ()),
     }
+    if not required:  # click takes any given default, None too, for a value
+        settings["default"] = field.default
     long_name = f"--{field.name}"
     if scalar is bool:
         settings.pop("metavar")

@@ -1,0 +1,116 @@
+"""What the processes of a run tell each other beside the pipeline: facts about the data, and about each step.
+
+Only readers know the data. Before training, the first of them tells the others what it found, or which mistake it met,
+so that every process stops with the same line. At each step all processes learn the length of their pipeline's
+micro-batches and the number of trained tokens in the whole world, which the loss is divided by.
+
+Cost: one gather of a few integers for each step, on the CPU, so no accelerator is waited for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from jllm.errors import UserError
+from jllm.train.config import Layout
+from jllm.train.stream import Step
+
+Fact = TypeVar("Fact")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """One step, as every process knows it.
+
+    Attributes:
+        length: S of this process's pipeline.
+        tokens: inputs that are not padding, in the whole world.
+        trained_tokens: targets in the whole world.
+        rows: rows of the global batch that are not filling.
+        epoch: the epoch the step belongs to, from 0.
+        rows_before: rows of that epoch consumed before the step.
+    """
+
+    length: int
+    tokens: int
+    trained_tokens: int
+    rows: int
+    epoch: int
+    rows_before: int
+
+    @property
+    def rows_after(self) -> int:
+        return self.rows_before + self.rows
+
+
+class Agreement:
+    """The processes of one run; every method is called by all of them together."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._group = dist.new_group(backend="gloo")
+        self.rank = dist.get_rank()
+
+    @property
+    def reader(self) -> int:
+        """The rank of this process's pipeline that reads data."""
+        return self.rank - self.rank % self._layout.pipe
+
+    @property
+    def is_reader(self) -> bool:
+        return self.rank == self.reader
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this process's pipeline."""
+        return self.rank // self._layout.pipe
+
+    def from_first_reader(self, find: Callable[[], Fact]) -> Fact:
+        """What `find` returns on rank 0, on every process; its `UserError` is raised on every process."""
+        outcome: list[tuple[Fact | None, str | None]] = [(None, None)]
+        if self.rank == 0:
+            try:
+                outcome = [(find(), None)]
+            except UserError as error:
+                outcome = [(None, str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        fact, mistake = outcome[0]
+        if mistake is not None:
+            raise UserError(mistake)
+        return fact  # type: ignore[return-value]
+
+    def step(self, step: Step | None) -> StepFacts:
+        """Share one step; only readers have one.
+
+        Raises:
+            UserError: the readers are at different places of their data.
+        """
+        mine = [0] * 6
+        if step is not None:
+            start = step.start
+            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
+        gathered = [torch.zeros(6, dtype=torch.int64) for _ in range(self._layout.world_size)]
+        dist.all_gather(gathered, torch.tensor(mine, dtype=torch.int64), group=self._group)
+        readers = torch.stack(gathered)[:: self._layout.pipe]
+        views = readers[:, 3:].unique(dim=0).tolist()
+        if len(views) > 1:
+            one, other = (f"epoch {view[1]} row {view[2]} with {view[0]} rows" for view in views[:2])
+            raise UserError(
+                f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
+            )
+        rows, epoch, rows_before = views[0]
+        return StepFacts(
+            length=int(gathered[self.reader][0]),
+            tokens=int(readers[:, 1].sum()),
+            trained_tokens=int(readers[:, 2].sum()),
+            rows=rows,
+            epoch=epoch,
+            rows_before=rows_before,
+        )
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier(group=self._group)

@@ -1,0 +1,201 @@
+"""Every option of the trainer, once: flags, TOML keys and `--help` come from these fields (see `jllm.options`)."""
+
+import dataclasses
+from pathlib import Path
+
+from jllm.errors import UserError
+from jllm.options import option
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+PRECISIONS = ("bf16", "fp32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The options of a run. `__post_init__` refuses what is impossible whatever the data, model and world size."""
+
+    # Data
+    train_data: Path | None = option(None, help="folder of token-id shards to train on")
+    eval_data: Path | None = option(None, help="folder of token-id shards to evaluate on, every row, in order")
+    seq_len: int | None = option(
+        None, help="longest sequence given to the model; rows may have one token more [default: what the data needs]"
+    )
+    block_mask: bool = option(False, help="documents packed in one row do not attend to each other")
+    no_shuf: bool = option(False, help="read the rows in the order of the files in every epoch")
+    num_workers: int = option(1, help="threads that read ahead on the first stage; 0 reads between the steps")
+    skip_train_steps: str = option("", help='steps whose data is consumed without training on it: "3,4"')
+
+    # Model
+    model: Path | None = option(None, "-m", help="Hugging Face folder of the model: configuration, weights, tokenizer")
+    init: bool = option(False, help="start from random weights made from the model's configuration")
+    from_ckpt: Path | None = option(None, help="checkpoint to take the weights from, and nothing else")
+    resume_ckpt: str | None = option(
+        None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
+    )
+    force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
+    tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
+    output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
+
+    # Parallelism
+    pipe_parallel_size: int = option(1, help="pipeline stages; what remains of the processes is data-parallel")
+    model_parallel_size: int = option(1, help="tensor-parallel processes; only 1 in this version")
+    sequence_parallel_size: int = option(1, help="sequence-parallel processes; only 1 in this version")
+    zero_stage: int | None = option(
+        None, help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]"
+    )
+    ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
+    partition_method: str = option(
+        "fast", help='how layers go to stages: fast, mem, uniform, parameters, type:regex, "9,5" or "0,8,17,26"'
+    )
+    timeout: int = option(1800, help="seconds after which a collective operation gives up")
+
+    # Steps
+    per_device_train_batch_size: int = option(1, help="rows of a micro-batch")
+    gradient_accumulation_steps: int | None = option(None, help="micro-batches of a step [default: 1]")
+    global_batch_size: int | None = option(None, help="rows of a step over all processes, instead of the above")
+    num_train_epochs: int = option(1, help="passes over the data; 0: convert --from_ckpt to --output_dir only")
+    max_steps: int | None = option(None, help="train exactly this many steps, over as many epochs as that takes")
+    steps_per_print: int = option(1, help="steps between two lines on the console")
+
+    # Optimizer
+    optimizer: str = option("adamw", help="which optimizer", choices=("adamw", "sgd"))
+    learning_rate: float = option(1e-5, help="peak learning rate")
+    lr_min: float = option(0.0, help="learning rate that the decay ends at")
+    lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
+    lr_cycles: int = option(1, help="cycles of cosine_with_restarts")
+    num_warmup_steps: float = option(0.0, help="warm-up: steps where at least 1, a share of all steps below 1")
+    weight_decay: float = option(0.0, help="decoupled weight decay of matrices")
+    adam_beta1: float = option(0.9, help="AdamW's beta 1")
+    adam_beta2: float = option(0.999, help="AdamW's beta 2")
+    adam_eps: float = option(1e-8, help="AdamW's epsilon")
+    gradient_clipping: float = option(1.0, help="largest global gradient norm; 0 does not clip")
+    precision: str = option(
+        "bf16", help="bf16 keeps fp32 master weights and sums gradients in fp32", choices=PRECISIONS
+    )
+
+    # Memory
+    checkpoint_grad_interval: int = option(0, help="keep activations of every k-th layer, recompute the rest; 0 off")
+
+    # Evaluation, checkpoints, records
+    steps_per_eval: int = option(0, help="steps between evaluations; 0: at the end of each epoch")
+    checkpoint: Path | None = option(None, help="folder of checkpoints")
+    steps_per_checkpoint: int = option(0, help="steps between checkpoints; 0: at the end of each epoch")
+    max_num_checkpoints: int = option(0, help="newest checkpoints to keep; 0: all")
+    seed: int = option(1234, help="seed of the data order and of --init")
+    log_dir: Path | None = option(
+        None, help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
+    )
+    config: Path | None = option(None, help="TOML file of options; flags win")
+    local_rank: int = option(-1, help="set by the launcher", hidden=True)
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 1, "pipe_parallel_size", "per_device_train_batch_size", "steps_per_print", "timeout", "lr_cycles"
+        )
+        _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
+        _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
+        _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
+        _below_one(self, "adam_beta1", "adam_beta2")
+        if self.model is None:
+            raise UserError("--model is missing; give the Hugging Face folder of the model")
+        if self.train_data is None and self.num_train_epochs > 0:
+            raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps is not None:
+            raise UserError(
+                "--global_batch_size and --gradient_accumulation_steps exclude each other; give one of them"
+            )
+        if self.from_ckpt is not None and self.resume_ckpt is not None:
+            raise UserError("--from_ckpt and --resume_ckpt exclude each other: weights only, or everything; give one")
+        if self.num_train_epochs == 0 and (self.from_ckpt is None or self.output_dir is None):
+            raise UserError("--num_train_epochs 0 converts a checkpoint: give --from_ckpt and --output_dir")
+        if self.resume_ckpt == "auto" and self.checkpoint is None:
+            raise UserError("--resume_ckpt auto looks under --checkpoint; give that folder")
+        for name in ("model_parallel_size", "sequence_parallel_size"):
+            if getattr(self, name) != 1:
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: this version has pipeline and data parallelism; give 1"
+                )
+        if self.zero_stage not in (None, 0, 1):
+            raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise UserError("--zero_stage 0 with --precision bf16: fp32 master weights need --zero_stage 1")
+        skipped_steps(self)
+
+    @property
+    def resolved_log_dir(self) -> Path | None:
+        """`--log_dir`, or `log` inside `--checkpoint` or `--output_dir`, or None where there is no place."""
+        if self.log_dir is not None:
+            return self.log_dir
+        base = self.checkpoint or self.output_dir
+        return base / "log" if base is not None else None
+
+
+def skipped_steps(config: TrainConfig) -> frozenset[int]:
+    """`--skip_train_steps` as numbers."""
+    given = [part.strip() for part in config.skip_train_steps.split(",") if part.strip()]
+    try:
+        return frozenset(int(part) for part in given)
+    except ValueError:
+        raise UserError(f'--skip_train_steps "{config.skip_train_steps}": give step numbers, such as "3,4"') from None
+
+
+def _at_least(config: TrainConfig, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name} {value}: it must be at least {least}")
+
+
+def _below_one(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name} {value}: it must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run's processes and batches are divided.
+
+    Attributes:
+        world_size: processes.
+        pipe: pipeline stages.
+        data: data-parallel pipelines.
+        micro_batch: rows of a micro-batch.
+        accumulation: micro-batches of a step, for one pipeline.
+    """
+
+    world_size: int
+    pipe: int
+    data: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of a step over all pipelines."""
+        return self.micro_batch * self.accumulation * self.data
+
+
+def resolve_layout(config: TrainConfig, world_size: int) -> Layout:
+    """Divide `world_size` processes and the batch.
+
+    Raises:
+        UserError: sizes that do not divide.
+    """
+    pipe, micro_batch = config.pipe_parallel_size, config.per_device_train_batch_size
+    if world_size % pipe:
+        raise UserError(
+            f"--pipe_parallel_size {pipe} does not divide the {world_size} processes of this run;"
+            f" give a divisor of {world_size}, or start another number of processes (deepspeed --num_gpus)"
+        )
+    data = world_size // pipe
+    accumulation = config.gradient_accumulation_steps or 1
+    if config.global_batch_size is not None:
+        accumulation, rest = divmod(config.global_batch_size, micro_batch * data)
+        if rest or not accumulation:
+            raise UserError(
+                f"--global_batch_size {config.global_batch_size} is not a multiple of --per_device_train_batch_size"
+                f" {micro_batch} x {data} data-parallel pipelines = {micro_batch * data}; give a multiple of it"
+            )
+    return Layout(world_size=world_size, pipe=pipe, data=data, micro_batch=micro_batch, accumulation=accumulation)

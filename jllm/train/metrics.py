@@ -1,0 +1,136 @@
+"""Records of a run: a console line, `metrics.jsonl`, TensorBoard.
+
+`metrics.jsonl` has one JSON object a line. Training records have `step` (from 1), `epoch`, `loss`, `lr`, `grad_norm`,
+`tokens` (of the step, over the whole world), `tokens_per_second`, `data_wait` (share of the step's time in which the
+reader was waited for), `seconds`, `consumed_tokens` and `consumed_rows`. Evaluation records have `step` (0: before
+training), `eval_loss`, `eval_tokens`, `perplexity` and `seconds`. A resumed run goes on in the same file, after the
+lines of steps it is about to repeat are dropped.
+
+Only the first process records; on the others every method does nothing.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from jllm import atomic
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes the records of a run.
+
+    Args:
+        folder: where the files go; None keeps to the console.
+        enabled: whether this process records.
+        total_steps: for the console line.
+        first_step: the first step this run makes; records of it and later ones, left by an earlier run, are dropped.
+        steps_per_print: steps between two console lines.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, enabled: bool, total_steps: int, first_step: int, steps_per_print: int
+    ) -> None:
+        self._enabled = enabled
+        self._total_steps = total_steps
+        self._steps_per_print = steps_per_print
+        self._started = time.monotonic()
+        self._first_step = first_step
+        self._file: Any = None
+        self._board: Any = None
+        if enabled and folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / METRICS_NAME
+            _drop_from_step(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = _tensorboard(folder, first_step)
+
+    def say(self, line: str) -> None:
+        """A line on the console."""
+        if self._enabled:
+            print(line, flush=True)
+
+    def train(self, record: dict[str, Any]) -> None:
+        """A training step."""
+        if not self._enabled:
+            return
+        self._write(record)
+        self._scalars("train", record, ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait"))
+        step = record["step"]
+        if step % self._steps_per_print == 0 or step == self._total_steps:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / (step - self._first_step + 1) * (self._total_steps - step)
+            print(
+                f"step {step}/{self._total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}"
+                f"  lr {record['lr']:.3g}  grad norm {record['grad_norm']:.3f}"
+                f"  {record['tokens_per_second']:,.0f} tokens/s  data wait {100 * record['data_wait']:.1f}%"
+                f"  elapsed {clock(elapsed)}  left {clock(left)}",
+                flush=True,
+            )
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """An evaluation."""
+        if not self._enabled:
+            return
+        self._write(record)
+        self._scalars("eval", record, ("eval_loss", "perplexity"))
+        print(
+            f"eval after step {record['step']}/{self._total_steps}  loss {record['eval_loss']:.4f}"
+            f"  perplexity {record['perplexity']:.3f}  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            finite = {key: _finite(value) for key, value in record.items()}
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+
+    def _scalars(self, prefix: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
+        if self._board is not None:
+            for name in names:
+                self._board.add_scalar(f"{prefix}/{name.removeprefix('eval_')}", record[name], record["step"])
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+
+
+def clock(seconds: float) -> str:
+    """3723 → "1:02:03"; less than an hour → "2:03"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: such a value is written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_from_step(path: Path, first_step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the run died
+            continue
+        if record["step"] < first_step and (first_step > 1 or "eval_loss" not in record):
+            kept.append(line + "\n")
+    atomic.write_text(path, "".join(kept))
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed (pip install tensorboard): metrics.jsonl is written alone", flush=True)
+        return None
+    return SummaryWriter(log_dir=str(folder), purge_step=first_step)

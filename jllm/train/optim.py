@@ -1,0 +1,70 @@
+"""Optimizers and learning-rate schedules.
+
+The schedule is a pure function of the step, so a resumed run needs no state for it. Steps count from 1; the first step
+never has a learning rate of 0, and the last warm-up step has the full rate.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from jllm.errors import UserError
+from jllm.train.config import TrainConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` over the trainable parameters; matrices alone (two or more axes) are decayed."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps
+    )
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """`--num_warmup_steps`: steps where at least 1, a share of all steps where below 1."""
+    given = config.num_warmup_steps
+    steps = int(given) if given >= 1 else math.ceil(given * total_steps)
+    if steps > total_steps:
+        raise UserError(f"--num_warmup_steps {given:g} is more than the {total_steps} steps of this run; give fewer")
+    return steps
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The learning rate of step `step` (from 1) of `total_steps`.
+
+    Warm-up rises linearly to the full rate at its last step, except for `constant`, which has none. What follows is a
+    function of p, the share of the remaining steps already done (0 at the first step after warm-up):
+    linear 1 - p, polynomial (1 - p)^2, cosine (1 + cos(pi p)) / 2, cosine_with_restarts the same over p * cycles mod 1,
+    each scaled between `--lr_min` and the full rate.
+    """
+    peak, floor = config.learning_rate, config.lr_min
+    kind = config.lr_scheduler_type
+    if kind == "constant":
+        return peak
+    warmup = warmup_steps(config, total_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - 1 - warmup) / max(total_steps - warmup, 1)
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant_with_warmup": lambda p: 1.0,
+        "linear": lambda p: 1.0 - p,
+        "polynomial": lambda p: (1.0 - p) ** 2,
+        "cosine": lambda p: (1.0 + math.cos(math.pi * p)) / 2,
+        "cosine_with_restarts": lambda p: (1.0 + math.cos(math.pi * ((p * config.lr_cycles) % 1.0))) / 2,
+    }
+    return floor + (peak - floor) * shapes[kind](min(done, 1.0))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

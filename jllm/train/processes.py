@@ -1,0 +1,149 @@
+"""The processes of a run: joining them, telling them apart, and ending them all when one fails.
+
+The `deepspeed` launcher ends every rank of a node as soon as one rank ends with a non-zero code, so a rank that fails
+must end at once, whatever its peers are waiting in: `run_rank` reports the failure and leaves without tearing down the
+process groups. It also ends the rank when the launcher is gone, so that nothing outlives a launcher that was killed.
+"""
+
+import contextlib
+import datetime
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jllm.errors import EXIT_CODE, UserError, report
+
+LAUNCHER = "deepspeed.launcher.launch"
+LAUNCHER_POLL_SECONDS = 1.0
+
+
+def rank() -> int:
+    """This process's number in the run, from the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed's set-up messages, which it prints, off standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def join(timeout_seconds: int) -> None:
+    """Join the run's process group; a single process without a launcher is a run of one.
+
+    Raises:
+        UserError: DeepSpeed compiles a small operator for CPU runs, and there is no compiler.
+    """
+    _set_alone_environment()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel("WARNING")
+    if get_accelerator().device_name() == "cpu":
+        _compile_cpu_operator()
+    with quiet():
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(), timeout=datetime.timedelta(seconds=timeout_seconds)
+        )
+
+
+def _set_alone_environment() -> None:
+    if "RANK" in os.environ:
+        return
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _compile_cpu_operator() -> None:
+    """Build, or load from the cache, the shared-memory operator that DeepSpeed's CPU backend starts with."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    try:
+        with quiet():
+            builder.load()
+    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"training on CPU compiles a DeepSpeed operator ({builder.name}), which failed: {reason[:200]};"
+            " install a C++ compiler (such as the package g++) and ninja, or set CXX to the compiler"
+        ) from None
+
+
+def run_rank(function: Callable[[], Any]) -> None:
+    """Run one rank's work; does not return.
+
+    A `UserError` is one line, printed once for each node, and exit code 2. Any other exception is printed with the
+    rank's number and its traceback, and exit code 1.
+    """
+    _watch_launcher()
+    code = 0
+    try:
+        function()
+    except UserError as error:
+        report(str(error))
+        code = EXIT_CODE
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: process groups and their threads may wait for peers that will never answer.
+    os._exit(code)
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
+def _watch_launcher() -> None:
+    """End this rank when the launcher that started it, or the command that started the launcher, is gone."""
+    launcher = os.getppid()
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return
+    if LAUNCHER not in command:
+        return
+    starter = _parent_of(launcher)
+
+    def watch() -> None:
+        while os.getppid() == launcher and _parent_of(launcher) == starter:
+            time.sleep(LAUNCHER_POLL_SECONDS)
+        os._exit(130)
+
+    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

@@ -1,0 +1,138 @@
+"""Weights, master weights and optimizer state by parameter name, whatever DeepSpeed's optimizer makes of them.
+
+With ZeRO stage 1 each data-parallel rank owns a run of one long flat fp32 tensor; DeepSpeed records on every
+parameter which part of it this rank holds. Without, every rank holds everything, and the ranks of a stage divide the
+parameters among themselves for saving. Either way a `Piece` says: of parameter `name`, elements [start, stop) are here.
+
+Cost: views only; nothing is copied.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jllm.models.stage import PipelineStage, published_names
+from jllm.train.engine import Engine
+
+WEIGHT = "weight"
+MASTER = "master"
+STEP = "step"
+ReadPiece = Callable[[str, str, int, int], Tensor | None]
+"""(kind, parameter name, start, stop) → flat elements, or None where there are none of that kind."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements [start, stop) of a parameter's flattened tensor of some kind: weight, master or an optimizer state."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    tensor: Tensor
+
+
+class TrainingState:
+    """The state of this process's stage, as pieces with names that do not depend on the number of stages."""
+
+    def __init__(self, engine: Engine, stage: PipelineStage) -> None:
+        self._engine = engine
+        self._stage = stage
+        names = published_names(stage.model, stage.span)
+        self._parameters = {names[name]: p for name, p in stage.model.named_parameters()}
+        optimizer = engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        assert isinstance(inner, torch.optim.Optimizer)
+        self._inner = inner
+
+    def _copied_from_first_stage(self, parameter: nn.Parameter) -> bool:
+        return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+    def pieces(self) -> list[Piece]:
+        """What this process has to save: its share of its stage."""
+        found = []
+        data_rank, data_size = self._engine.grid.data_parallel_id, self._engine.grid.data_parallel_size
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            if self._copied_from_first_stage(parameter):
+                continue
+            shape = tuple(parameter.shape)
+            if number % data_size == data_rank:
+                whole = parameter.detach().reshape(-1)
+                found.append(Piece(kind=WEIGHT, name=name, shape=shape, start=0, stop=whole.numel(), tensor=whole))
+            if not parameter.requires_grad:
+                continue
+            for kind, start, tensor in self._high_precision(parameter, mine=number % data_size == data_rank):
+                stop = start + tensor.numel()
+                found.append(Piece(kind=kind, name=name, shape=shape, start=start, stop=stop, tensor=tensor.detach()))
+        return found
+
+    def _high_precision(self, parameter: nn.Parameter, *, mine: bool) -> list[tuple[str, int, Tensor]]:
+        """Master weights and optimizer states of a parameter that are here, as (kind, start, flat tensor)."""
+        if hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return []
+            start = mapping.lp_fragment_address.start
+            states = mapping.optim_fragment or {}
+            return [(MASTER, start, mapping.hp_fragment), *((kind, start, states[kind]) for kind in sorted(states))]
+        states = self._inner.state.get(parameter, {})
+        whole = {
+            kind: value for kind, value in states.items() if torch.is_tensor(value) and value.shape == parameter.shape
+        }
+        return [(kind, 0, whole[kind].reshape(-1)) for kind in sorted(whole)] if mine else []
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many updates the optimizer has made, which AdamW's bias correction depends on."""
+        counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
+        return max(counts, default=0)
+
+    def load_weights(self, read: ReadPiece) -> None:
+        """Take the weights, and the master weights where there are any (else they start from the weights)."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                weight = read(WEIGHT, name, 0, parameter.numel())
+                assert weight is not None, name
+                parameter.copy_(weight.view(parameter.shape))
+                mapping = getattr(parameter, "_hp_mapping", None)
+                if mapping is not None:
+                    start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                    master = read(MASTER, name, start, start + count)
+                    mapping.hp_fragment.copy_(weight[start : start + count] if master is None else master)
+                elif not hasattr(parameter, "_hp_mapping") and parameter.dtype == torch.float32:
+                    # A full-precision weight is its own master.
+                    master = read(MASTER, name, 0, parameter.numel())
+                    if master is not None:
+                        parameter.copy_(master.view(parameter.shape))
+
+    def load_optimizer(self, read: ReadPiece, optimizer_steps: int) -> None:
+        """Take the optimizer's state."""
+        self._make_optimizer_state(optimizer_steps)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if not parameter.requires_grad:
+                    continue
+                for kind, start, tensor in self._high_precision(parameter, mine=True):
+                    if kind == MASTER:
+                        continue
+                    stored = read(kind, name, start, start + tensor.numel())
+                    assert stored is not None, (kind, name)
+                    tensor.copy_(stored)
+
+    def _make_optimizer_state(self, optimizer_steps: int) -> None:
+        """AdamW makes its state at its first step; a resumed run needs the place for it before."""
+        if not isinstance(self._inner, torch.optim.AdamW):
+            return
+        for group in self._inner.param_groups:
+            for parameter in group["params"]:
+                self._inner.state[parameter] = {
+                    STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()

@@ -1,0 +1,83 @@
+"""One plain transformers process that trains on the same rows: what the pipeline has to equal."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jllm.data.order import epoch_order
+from jllm.data.shards import ShardReader, list_shards
+
+
+def rows_in_order(folder: Path, *, seed: int, epoch: int, shuffle: bool = True) -> list[dict[str, np.ndarray]]:
+    """The rows of an epoch, worked out from the files alone."""
+    from jllm.data.manifest import open_data_set
+
+    groups, sizes = [], []
+    for path in list_shards(folder):
+        for batch in ShardReader(path):
+            groups.append(
+                [{name: np.array(batch.column(name)[i].as_py()) for name in batch.schema.names} for i in range(len(batch))]
+            )
+            sizes.append(4 * sum(len(batch.column(name).values) for name in batch.schema.names))
+    order = epoch_order(
+        np.array([len(group) for group in groups]),
+        np.array(sizes),
+        fingerprint=open_data_set(folder).manifest.fingerprint,
+        seed=seed,
+        epoch=epoch,
+        shuffle=shuffle,
+        window_bytes=32 << 20,
+    )
+    found = []
+    for window in range(order.num_windows):
+        rows = [row for group in order.groups_of_window(window) for row in groups[group]]
+        found.extend(rows[i] for i in order.rows_of_window(window))
+    return found
+
+
+def targets_of(row: dict[str, np.ndarray]) -> np.ndarray:
+    """The shifted targets of a row, by the contract's words."""
+    ids = row["input_ids"]
+    labels = row.get("labels", ids).copy()
+    for start in row.get("cu_seqlens", np.array([0, len(ids)]))[:-1]:
+        labels[start] = -100
+    if "cu_seqlens" in row:
+        labels[row["cu_seqlens"][-1] :] = -100
+    return labels[1:]
+
+
+def train_reference(
+    model_folder: Path, data_folder: Path, *, steps: int, global_batch: int, options: dict[str, Any]
+) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Losses, gradient norms before clipping, and final weights; each row is its own forward pass."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()
+    if options["optimizer"] == "sgd":
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
+    rows: list[dict[str, np.ndarray]] = []
+    epoch = 0
+    losses, norms = [], []
+    for _ in range(steps):
+        if not rows:
+            rows = rows_in_order(data_folder, seed=options["seed"], epoch=epoch)
+            epoch += 1
+        batch, rows = rows[:global_batch], rows[global_batch:]
+        trained = sum(int((targets_of(row) != -100).sum()) for row in batch)
+        optimizer.zero_grad()
+        total = 0.0
+        for row in batch:
+            ids = torch.tensor(row["input_ids"][:-1])[None]
+            logits = model(input_ids=ids).logits[0]
+            loss = cross_entropy(logits, torch.tensor(targets_of(row)), ignore_index=-100, reduction="sum") / trained
+            loss.backward()
+            total += float(loss.detach())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options["gradient_clipping"])))
+        optimizer.step()
+        losses.append(total)
+    return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,75 @@
+"""A pipeline computes what one plain transformers process computes: losses, gradient norms, weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.reference import train_reference
+from tests.fixtures import random_rows, tiny_llama, write_rows
+
+STEPS = 5
+
+
+def train_rank(options: dict[str, Any]) -> None:
+    """One rank of a run, in a process group that other runs use too."""
+    from jllm.train.config import TrainConfig
+    from jllm.train.loop import run
+
+    run(TrainConfig(**options))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("world_size", "pipe", "optimizer"), [(2, 2, "sgd"), (4, 2, "adamw"), (4, 2, "sgd"), (3, 3, "adamw"), (2, 1, "adamw")]
+)
+def test_equals_one_process(
+    ranks: Callable[[int], Ranks], tmp_path: Path, world_size: int, pipe: int, optimizer: str, tied: bool
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = tiny_llama(tmp_path / "model", tied=tied)
+    data = write_rows(tmp_path / "data", random_rows(22, labels=True, packed=True), files=3)
+    options = {
+        "optimizer": optimizer,
+        "learning_rate": 0.05 if optimizer == "sgd" else 1e-3,
+        "gradient_clipping": 0.7,
+        "seed": 7,
+    }
+    data_size = world_size // pipe
+    ranks(world_size).run(
+        train_rank,
+        {
+            **options,
+            "model": model,
+            "train_data": data,
+            "precision": "fp32",
+            "pipe_parallel_size": pipe,
+            "gradient_accumulation_steps": 4 // data_size,
+            "per_device_train_batch_size": 2,
+            "max_steps": STEPS,
+            "lr_scheduler_type": "constant",
+            "output_dir": tmp_path / "out",
+            "partition_method": "uniform",
+        },
+    )
+    losses, norms, weights = train_reference(model, data, steps=STEPS, global_batch=8, options=options)
+    found = [record for record in records(tmp_path / "out/log") if "loss" in record]
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([record["loss"] for record in found], losses, atol=1e-5)
+    np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4)
+    exported: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        exported |= load_file(path)
+    assert set(weights) - set(exported) == ({"lm_head.weight"} if tied else set())
+    for name, tensor in exported.items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-5 if optimizer == "sgd" else 1e-4, rtol=0)
