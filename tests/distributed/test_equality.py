@@ -1,30 +1,17 @@
 """A pipeline computes what one plain transformers process computes: losses, gradient norms, weights."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import train_reference
+from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 STEPS = 5
-
-
-def train_rank(options: dict[str, Any]) -> None:
-    """One rank of a run, in a process group that other runs use too."""
-    from jllm.train.config import TrainConfig
-    from jllm.train.loop import run
-
-    run(TrainConfig(**options))
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -63,7 +50,7 @@ def test_equals_one_process(
         },
     )
     losses, norms, weights = train_reference(model, data, steps=STEPS, global_batch=8, options=options)
-    found = [record for record in records(tmp_path / "out/log") if "loss" in record]
+    found = records(tmp_path / "out/log")
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([record["loss"] for record in found], losses, atol=1e-5)
     np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4)
