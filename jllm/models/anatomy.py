@@ -9,10 +9,13 @@ A model that does not have this shape is refused with a `UserError` that says wh
 Costs nothing: it works on models without memory (meta device) and only looks at names and shapes.
 """
 
+import ast
+import inspect
+import textwrap
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
 
@@ -37,14 +40,20 @@ class Anatomy:
     """The token embedding, one of `before`."""
     tied: tuple[tuple[str, str], ...]
     """Pairs (copy, original) of parameter names that are one tensor in the whole model: the head and the embedding."""
+    returned: int
+    """What a decoder layer returns: 0 for the hidden state itself, n for a tuple of n with the hidden state first."""
+    needs_ids: bool
+    """Whether decoder layers take the input ids (hash routing): then these travel with the labels."""
 
 
-def declared_num_layers(model: PreTrainedModel) -> int:
-    """The number of decoder layers that the configuration declares."""
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+def count_layers(config: PretrainedConfig) -> int:
+    """The number of decoder layers that a configuration declares."""
+    text = config.get_text_config(decoder=True)
+    # Where the two differ (LongCat: two attentions per layer), num_layers counts what the model lists.
+    count = vars(text).get("num_layers") or getattr(text, "num_hidden_layers", None)
     if not isinstance(count, int) or count < 1:
         raise UserError(
-            f"model type {model.config.model_type!r} does not say how many decoder layers it has (num_hidden_layers); "
+            f"model type {config.model_type!r} does not say how many decoder layers it has (num_hidden_layers); "
             "a pipeline needs a model with a list of decoder layers"
         )
     return count
@@ -52,13 +61,15 @@ def declared_num_layers(model: PreTrainedModel) -> int:
 
 def find_layers(model: PreTrainedModel) -> str:
     """The dotted name of the list of decoder layers."""
-    count = declared_num_layers(model)
+    count = count_layers(model.config)
     found = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
     ]
-    outermost = [name for name in found if not any(name.startswith(other + ".") for other in found if other != name)]
+    outermost: list[str] = [
+        name for name in found if not any(name.startswith(other + ".") for other in found if other != name)
+    ]
     if len(outermost) == 1:
         return outermost[0]
     by_name = [name for name in outermost if name.rsplit(".", 1)[-1] in {"layers", "h", "blocks"}]
@@ -90,7 +101,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
             if name == path[depth]:
                 passed = True
             elif any(True for _ in child.parameters()):
-                late = passed or name in USED_AFTER_LAYERS
+                late = name in USED_AFTER_LAYERS or (passed and not name.startswith("embed_"))
                 (after if late else before).append(f"{prefix}.{name}" if prefix else name)
     embedding = _name_of(model, model.get_input_embeddings())
     if embedding is None or not any(embedding == name or embedding.startswith(name + ".") for name in before):
@@ -100,12 +111,40 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         )
     return Anatomy(
         layers=layers,
-        num_layers=declared_num_layers(model),
+        num_layers=count_layers(model.config),
         before=tuple(before),
         after=tuple(after),
         embedding=embedding,
         tied=tuple(sorted(model.all_tied_weights_keys.items())),
+        returned=_returned_by_layers(model.get_submodule(layers.rpartition(".")[0]), path[-1]),
+        needs_ids="input_ids" in inspect.signature(type(model.get_submodule(layers + ".0")).forward).parameters,
     )
+
+
+def _returned_by_layers(container: nn.Module, name: str) -> int:
+    """How the family's own loop over its layers unpacks what they return, read from its source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(container).forward)))
+    except (OSError, TypeError):
+        return 0
+    for loop in ast.walk(ast.parse(source)):
+        if isinstance(loop, ast.For) and f"self.{name}" in ast.unparse(loop.iter):
+            loop_names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
+            for node in ast.walk(loop):
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                    called = {inner.id for inner in ast.walk(node.value.func) if isinstance(inner, ast.Name)}
+                    if called & loop_names:
+                        return _unpacked(node.targets[0], loop)
+    return 0
+
+
+def _unpacked(target: ast.expr, loop: ast.For) -> int:
+    if isinstance(target, ast.Tuple):
+        return len(target.elts)
+    subscripted = {
+        node.value.id for node in ast.walk(loop) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)
+    }
+    return 3 if isinstance(target, ast.Name) and target.id in subscripted else 0
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:

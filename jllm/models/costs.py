@@ -9,6 +9,7 @@ backward pass. Estimates rank layers well and stages within some percent; they d
 Costs: building the model on the meta device, some milliseconds per layer.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -100,7 +101,7 @@ def estimate_costs(
 ) -> Costs:
     """The cost model of `config`, from shapes alone. `checkpoint_interval` k: every k layers are recomputed."""
     with torch.device("meta"):
-        model = (family or causal_class(config))._from_config(config, dtype=dtype)
+        model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
     anatomy = find_anatomy(model)
     text = config.get_text_config(decoder=True)
     layers = model.get_submodule(anatomy.layers)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
+from jllm.models.anatomy import count_layers
 from jllm.models.costs import Costs, estimate_costs
 
 METHODS = ("fast", "mem", "uniform", "parameters", "profile")
@@ -37,7 +38,7 @@ def partition(
     `micro_batches` is how many a step has (gradient accumulation steps); it bounds how many are in flight. `costs`
     default to estimates for `config`; `profile` is `fast` on measured ones, so it needs them.
     """
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = count_layers(config)
     if num_stages < 1:
         raise UserError(f"{num_stages} pipeline stages: a pipeline needs at least 1; set --pipe_parallel_size")
     if num_stages > num_layers:

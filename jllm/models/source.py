@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jllm.errors import UserError, did_you_mean
+from jllm.models.anatomy import count_layers
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -59,9 +60,12 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
             f"{did_you_mean(model_type, CONFIG_MAPPING)} give a known type (`jllm models` lists them){has_code}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} cannot be read as a {model_type!r} configuration: {error}") from None
+    return config
 
 
 def causal_class(
@@ -71,10 +75,12 @@ def causal_class(
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         found = mapping[type(config)]
-        return found[0] if isinstance(found, tuple) else found
+        native: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+        return native
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if trust_remote_code and reference and folder is not None:
-        return get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+        remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+        return remote
     raise UserError(
         f"model type {config.model_type!r} has no causal language model in the installed transformers; "
         "give a decoder (`jllm models` lists them)"
@@ -113,7 +119,7 @@ def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(size))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
         except (ValueError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is not a safetensors file ({error}); download it again") from None
     header.pop("__metadata__", None)
@@ -143,7 +149,7 @@ def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weig
         model_type=config.model_type,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
+        num_layers=count_layers(config),
         dtype=dtype,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )

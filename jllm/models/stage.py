@@ -4,13 +4,14 @@ A stage keeps the family's own `ForCausalLM` class. Decoder layers of other stag
 the hidden state on, so layer indices, attention masks, rotary tables and sliding windows stay the family's own, and
 parameter names stay global: `model.layers.7.mlp.up_proj.weight` has that name whatever the number of stages.
 
-What a later stage receives enters at its first decoder layer, not as `inputs_embeds`: whatever the family does to the
-embedding inside its forward (scaling, learned positions, a norm) happens on the first stage only, and needs no code
-here. The last stage calls the family's whole forward, so scaling and soft-capping of logits stay the family's own.
+What a later stage receives enters at the first decoder layer, not as `inputs_embeds`, and what is sent leaves after
+the stage's last layer: whatever the family does around its layers (scaling the embedding, learned positions, expanding
+and collapsing residual streams, norms) happens on the first or the last stage only, and needs no code here. The last
+stage calls the family's whole forward, so scaling and soft-capping of logits stay the family's own.
 
 Guarantees: chained stages compute what the whole model computes, the same operations in the same order.
-Costs: masks and rotary tables are computed once per stage; later stages apply the embedding's element-wise operations
-once to a tensor that is then dropped (no gradient, no extra memory after the first layer).
+Costs: masks and rotary tables are computed once per stage; the element-wise operations around the layers run on every
+stage, on tensors that are then dropped (no gradient).
 
 Masks follow the position ids: where they restart inside a row, documents do not attend to each other; where they do
 not, attention is plainly causal. Padding belongs at the end of rows, masked in the labels, and needs no mask.
@@ -65,30 +66,40 @@ class AbsentLayer(nn.Module):
     """Stands in for a decoder layer of another stage: hands the hidden state on.
 
     It answers for the plain attributes of the layer it replaces (`attention_type`, ...), which some families read
-    while they walk the list. On a later stage the first of these is the entrance: it returns what was received.
+    while they walk the list. On a later stage layer 0 is the entrance: it returns what was received. On all stages but
+    the last one, the stand-in after the stage's own layers is the exit: it keeps what is to be sent.
     """
 
-    def __init__(self, replaced: nn.Module, returns_tuple: bool = False) -> None:
+    def __init__(self, replaced: nn.Module, returned: int) -> None:
         super().__init__()
         own = set(nn.Module().__dict__)
         for name, value in replaced.__dict__.items():
             if name not in own and isinstance(value, (int, float, str, bool)):
                 setattr(self, name, value)
-        self.returns_tuple = returns_tuple
+        self.returned = returned
+        self.is_exit = False
         self.received: Tensor | None = None
+        self.sent: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The received hidden state on an entrance, else the first argument."""
         hidden = self.received if self.received is not None else args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.returns_tuple else hidden
+        if self.is_exit:
+            self.sent = hidden
+        return (hidden, *[None] * (self.returned - 1)) if self.returned else hidden
 
 
 class AbsentEmbedding(nn.Module):
-    """Stands in for an embedding (of tokens or positions) of the first stage: adds nothing."""
+    """Stands in for an embedding (of tokens or positions) of the first stage: zeros that take no memory."""
+
+    def __init__(self, replaced: nn.Embedding) -> None:
+        super().__init__()
+        self.width, self.dtype = replaced.embedding_dim, replaced.weight.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A scalar zero, which broadcasts to whatever it is added to."""
-        return torch.zeros((), device=next((a.device for a in args if isinstance(a, Tensor)), None))
+        """Zeros in the shape of an embedding of the first tensor argument."""
+        ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return torch.zeros(1, dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
 
 
 class AbsentModule(nn.Module):
@@ -96,8 +107,9 @@ class AbsentModule(nn.Module):
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        is_resizing = isinstance(replaced, nn.Linear) and replaced.in_features != replaced.out_features
-        self.width = replaced.out_features if is_resizing else None
+        self.width: int | None = None
+        if isinstance(replaced, nn.Linear) and replaced.in_features != replaced.out_features:
+            self.width = replaced.out_features
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Its input, or zeros of the width that the replaced projection would give."""
@@ -135,13 +147,16 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
     assert 0 <= span.first_layer < span.end_layer <= anatomy.num_layers
     for index, layer in enumerate(layers):
         if not span.first_layer <= index < span.end_layer:
-            layers[index] = AbsentLayer(layer)
+            layers[index] = AbsentLayer(layer, anatomy.returned)
     if not span.is_first:
         needed_by_head = {original.rpartition(".")[0] for _, original in anatomy.tied} if span.is_last else set()
         for name in anatomy.before:
             if name not in needed_by_head:
                 _replace(model, name)
     if not span.is_last:
+        leave = layers[span.end_layer]
+        assert isinstance(leave, AbsentLayer)
+        leave.is_exit = True
         for name in anatomy.after:
             _replace(model, name)
         # Not a tie inside this process any more: the head is on another stage.
@@ -194,7 +209,8 @@ class PipelineStage(nn.Module):
     """The single DeepSpeed layer of a pipeline rank.
 
     Between stages travels a tuple of the hidden state (float) and one integer tensor [2, B, S] with the shifted labels
-    and the position ids. The first stage takes (input_ids, integers); the last stage returns the loss.
+    and the position ids. The first stage takes (input_ids, integers); the last stage returns the loss. Families whose
+    layers look at the input ids get these as a third plane of the integers, added by the first stage.
     """
 
     def __init__(self, model: PreTrainedModel, span: StageSpan, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -205,7 +221,7 @@ class PipelineStage(nn.Module):
         base = model.base_model
         assert base is not model, "a causal model with a head has a base model inside"
         self._base_name = next(name for name, module in model.named_modules() if module is base)
-        self._layers_name = anatomy_of(model).layers
+        self._anatomy = anatomy_of(model)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
@@ -214,23 +230,36 @@ class PipelineStage(nn.Module):
         runner = self.model if self.span.is_last else self.model.get_submodule(self._base_name)
         arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
         if self.span.is_first:
-            output = runner(input_ids=received, **arguments)
-        else:
-            entrance = self.model.get_submodule(f"{self._layers_name}.0")
-            assert isinstance(entrance, AbsentLayer)
-            entrance.received = received
-            try:
-                output = runner(inputs_embeds=received.detach(), **arguments)
-            finally:
-                entrance.received = None
+            if self._anatomy.needs_ids and not self.span.is_last:
+                integers = torch.cat([integers, received[None]])
+            return self._sent(runner(input_ids=received, **arguments), labels, integers)
+        entrance = self._layer(0)
+        entrance.received = received
+        # The embedding is absent here: any ids give zeros of the right shape, which the entrance then ignores.
+        ids = integers[2] if self._anatomy.needs_ids else positions
+        try:
+            return self._sent(runner(input_ids=ids, **arguments), labels, integers)
+        finally:
+            entrance.received = None
+
+    def _sent(self, output: Any, labels: Tensor, integers: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        """What this stage hands on, given what the family's forward returned."""
         if self.span.is_last:
             return self.loss_fn(output.logits, labels)
-        return output.last_hidden_state, integers
+        leave = self._layer(self.span.end_layer)
+        hidden, leave.sent = leave.sent, None
+        assert hidden is not None, "the family's forward did not walk its list of layers"
+        return hidden, integers
+
+    def _layer(self, index: int) -> AbsentLayer:
+        layer = self.model.get_submodule(f"{self._anatomy.layers}.{index}")
+        assert isinstance(layer, AbsentLayer)
+        return layer
 
 
 def _replace(model: PreTrainedModel, name: str) -> None:
     """Put the fitting stand-in where module `name` is."""
     parent_name, _, child_name = name.rpartition(".")
     replaced = model.get_submodule(name)
-    stand_in = AbsentEmbedding() if isinstance(replaced, nn.Embedding) else AbsentModule(replaced)
+    stand_in = AbsentEmbedding(replaced) if isinstance(replaced, nn.Embedding) else AbsentModule(replaced)
     setattr(model.get_submodule(parent_name), child_name, stand_in)

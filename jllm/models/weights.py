@@ -9,6 +9,7 @@ Costs: loading holds the stage's own weights once, plus the tensors in flight; s
 bytes) beside the model where the dtype changes, and nothing where it does not.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from jllm.errors import UserError
-from jllm.models.anatomy import Anatomy
+from jllm.models.anatomy import Anatomy, count_layers
 from jllm.models.source import INDEX_NAME, SINGLE_NAME, causal_class, read_config, read_header, weight_files
 from jllm.models.stage import (
     AbsentEmbedding,
@@ -76,7 +77,7 @@ def load_stage(
             )
     except SafetensorError as error:
         raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}); download them again") from None
-    tied_copies = {copy for copy, _ in anatomy_of(model).tied}
+    tied_copies = {duplicate for duplicate, _ in anatomy_of(model).tied}
     if missing := sorted(set(report["missing_keys"]) - tied_copies):
         raise UserError(
             f"{len(missing)} tensors of {family.__name__} are missing in {str(folder)!r} ({missing[0]}); "
@@ -111,13 +112,13 @@ def init_stage(
     family = stage_class(causal_class(config), span)
     keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        model = family._from_config(config, dtype=dtype, **keywords)
+        model: PreTrainedModel = family._from_config(copy.deepcopy(config), dtype=dtype, **keywords)
     device = torch.device(device)
     model.to_empty(device=device)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _initialise(model, model, "", seed)
-    for copy, original in anatomy_of(model).tied if span.is_last else ():
-        owner, _, leaf = copy.rpartition(".")
+    for duplicate, original in anatomy_of(model).tied if span.is_last else ():
+        owner, _, leaf = duplicate.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(original))
     seal(model, span)
     model.train()
@@ -126,8 +127,9 @@ def init_stage(
 
 def adopt(model: PreTrainedModel) -> tuple[PreTrainedModel, StageSpan]:
     """A whole model that is already in memory, as the only stage."""
-    carve(model, StageSpan(index=0, count=1, first_layer=0, end_layer=model.config.get_text_config().num_hidden_layers))
-    return model, StageSpan(index=0, count=1, first_layer=0, end_layer=anatomy_of(model).num_layers)
+    span = StageSpan(index=0, count=1, first_layer=0, end_layer=count_layers(model.config))
+    carve(model, span)
+    return model, span
 
 
 def save_stage(
@@ -148,8 +150,8 @@ def save_stage(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    for copy, _ in anatomy_of(model).tied:
-        tensors.pop(copy, None)
+    for duplicate, _ in anatomy_of(model).tied:
+        tensors.pop(duplicate, None)
     for ignored in model._keys_to_ignore_on_save or ():
         tensors.pop(ignored, None)
     published = revert_weight_conversion(model, tensors)
@@ -220,7 +222,7 @@ def write_companions(
 
 
 def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
-    layers = config.get_text_config(decoder=True).num_hidden_layers
+    layers = count_layers(config)
     if not 0 <= span.first_layer < span.end_layer <= layers:
         raise UserError(
             f"stage {span.index} would own layers {span.first_layer} to {span.end_layer} of a model with {layers}; "

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jllm.models.stage import PipelineStage, StageSpan, published_names, spans_of, tied_parameter
+from jllm.models.stage import PipelineStage, published_names, spans_of, tied_parameter
 from jllm.models.weights import load_stage
 
 
@@ -56,7 +56,7 @@ def chained_loss_and_gradients(
         output = stage((received, integers))
         assert isinstance(output, tuple)
         leaving.append(output[0])
-        received = output[0].detach().requires_grad_()
+        received, integers = output[0].detach().requires_grad_(), output[1]
         entering.append(received)
     loss = stages[-1]((received, integers))
     assert isinstance(loss, Tensor)
@@ -73,10 +73,29 @@ def chained_loss_and_gradients(
     return loss.detach(), gradients
 
 
+def worst_difference(
+    folder: Path, boundaries: list[int], *, packed: bool, vocab: int, **keywords: object
+) -> tuple[float, float, str]:
+    """(loss difference, largest gradient difference, its name) between the whole model and its chained stages.
+
+    Gradient differences are relative to the largest element of the gradient, where that is above 1.
+    """
+    ids, integers = packed_batch(vocab, packed=packed)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **keywords).train()
+    torch.manual_seed(0)
+    loss, gradients = whole_loss_and_gradients(whole, ids, integers)
+    torch.manual_seed(0)
+    chained_loss, chained = chained_loss_and_gradients(load_chain(folder, boundaries, **keywords), ids, integers)
+    if absent := gradients.keys() ^ chained.keys():
+        return (chained_loss - loss).abs().item(), float("inf"), sorted(absent)[0]
+    worst, name = max(
+        ((gradients[key] - chained[key]).abs().max().item() / max(1.0, gradients[key].abs().max().item()), key)
+        for key in gradients
+    )
+    return (chained_loss - loss).abs().item(), worst, name
+
+
 def tied_names(stages: list[PipelineStage]) -> list[str | None]:
     """What each stage says must be kept in sync."""
     found = [tied_parameter(stage.model, stage.span) for stage in stages]
     return [None if entry is None else entry[0] for entry in found]
-
-
-__all__ = ["StageSpan", "chained_loss_and_gradients", "load_chain", "packed_batch", "tied_names", "token_loss"]
