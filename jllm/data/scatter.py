@@ -4,8 +4,8 @@
 of its position. Past its memory allowance it appends what it holds to scratch files, one a bucket. `Bucket` joins what
 all workers kept for one bucket and yields the rows sorted by position.
 
-Cost: one copy of the rows going in (one `take` a batch, sorted by bucket, so a bucket's share is a slice), lz4 on what
-goes to disk, two copies coming out. No Python object per row.
+Cost: one copy of the rows going in (one `take` a batch, sorted by bucket, so a bucket's share is a slice), two copies
+coming out, and what goes to disk written and read once, through lz4 where asked for. No Python object per row.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 POSITION = "_position"
 Positions = NDArray[np.integer]
-_SCRATCH_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 
 
 class Scatter:
@@ -29,11 +28,20 @@ class Scatter:
         wanted: for each bucket, whether its rows are needed; the others are dropped.
         allowance: bytes of rows to hold in memory before appending them to disk.
         scratch: where the files go; `worker` tells this worker's files from others'.
+        compressed: whether the files are worth lz4, which costs more time than all else here.
     """
 
     def __init__(
-        self, *, bounds: Positions, wanted: NDArray[np.bool_], allowance: int, scratch: Path, worker: int
+        self,
+        *,
+        bounds: Positions,
+        wanted: NDArray[np.bool_],
+        allowance: int,
+        scratch: Path,
+        worker: int,
+        compressed: bool,
     ) -> None:
+        self._options = pa.ipc.IpcWriteOptions(compression="lz4" if compressed else None, use_threads=False)
         self._bounds = bounds
         self._wanted = wanted
         self._allowance = allowance
@@ -67,7 +75,7 @@ class Scatter:
         for bucket, pieces in self.pieces.items():
             path = self.files.setdefault(bucket, self._scratch / f"{bucket:05d}-{self._worker:03d}.arrows")
             # Each spill appends one Arrow stream, so that no file stays open however many buckets there are.
-            with path.open("ab") as file, pa.ipc.new_stream(file, pieces[0].schema, options=_SCRATCH_OPTIONS) as stream:
+            with path.open("ab") as file, pa.ipc.new_stream(file, pieces[0].schema, options=self._options) as stream:
                 for piece in pieces:
                     stream.write_batch(piece)
         self.pieces = {}

@@ -296,17 +296,25 @@ class ShardReader:
         """The number of rows of each row group."""
         return [self.metadata.row_group(index).num_rows for index in range(self.metadata.num_row_groups)]
 
-    @property
-    def elements(self) -> int:
-        """The number of elements of all lists of the contract's columns, from the footer; 1 for an empty list."""
-        total = 0
+    def elements(self, name: str) -> tuple[int, tuple[int, int] | None]:
+        """From the footer: how many elements the lists of a column have (1 for an empty list), and their range.
+
+        The range is None where the writer recorded none.
+        """
+        total, low, high, known = 0, 0, 0, True
         for group in range(self.metadata.num_row_groups):
             chunks = self.metadata.row_group(group)
             for index in range(chunks.num_columns):
                 chunk = chunks.column(index)
-                if chunk.path_in_schema.split(".")[0] in self.columns:
-                    total += chunk.num_values
-        return total
+                if chunk.path_in_schema.split(".")[0] != name or not chunk.num_values:
+                    continue
+                total += chunk.num_values
+                statistics = chunk.statistics
+                if statistics is None or not statistics.has_min_max:
+                    known = False
+                else:
+                    low, high = min(low, statistics.min), max(high, statistics.max)
+        return total, (low, high) if known else None
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         """Row group `group` in batches of bounded size, also where its writer made it large."""

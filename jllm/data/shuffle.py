@@ -6,7 +6,8 @@ the number of workers, of the memory cap, or of what an earlier, killed run left
 `[k·rows/blocks, (k+1)·rows/blocks)`.
 
 Two passes. The first reads every input file once, row group by row group, and throws rows into buckets, which are
-ranges of positions (`scatter.py`); where they exceed the cap they go to disk, lz4-compressed. The second orders each
+ranges of positions (`scatter.py`), packed to 2 or 3 bytes a token (`compact.py`); where they exceed the cap they go
+to disk. The second orders each
 bucket and writes the blocks. Blocks are finished one by one: a killed run's blocks are kept and only the rows of the
 others are thrown again.
 
@@ -22,23 +23,27 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from jllm import atomic
+from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
 from jllm.data.machine import require_disk
 from jllm.data.manifest import DataSet, FileEntry, Manifest, entry_of_written, read_manifest, write_manifest
 from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
-from jllm.data.shards import COLUMNS, ROW_GROUP_TOKENS, ShardReader, ShardWriter, conform, file_name
+from jllm.data.shards import COLUMNS, INPUT_IDS, ROW_GROUP_TOKENS, ShardReader, ShardWriter, conform, file_name
 from jllm.errors import UserError
 
 COMMAND = "shuffle_datasets"
 CODEC = "zstd"
 PLAN_NAME = ".plan.json"
 SCRATCH_NAME = ".scratch"
-TOKEN_BYTES = 4
+OFFSET_BYTES = 4
+SCRATCH_SHARE = 2.7
+"""Scratch files are compressed where they would exceed this multiple of the input's size."""
+Item = TypeVar("Item")
 MAX_BUCKET = 512 << 20
 """Bytes of rows in a bucket: far below the 2^31 elements that an Arrow list column can address."""
 MIN_BUCKET = 4 << 20
@@ -106,8 +111,8 @@ class Source:
     path: Path
     first_row: int
     rows_of_groups: tuple[int, ...]
-    raw_bytes: int
     columns: tuple[str, ...]
+    elements: dict[str, tuple[int, Range | None]]
 
 
 def survey(data_set: DataSet) -> list[Source]:
@@ -116,14 +121,13 @@ def survey(data_set: DataSet) -> list[Source]:
     first_row = 0
     for path in data_set.paths:
         reader = ShardReader(path)
-        raw = reader.elements * TOKEN_BYTES + reader.metadata.num_rows * TOKEN_BYTES * (len(reader.columns) + 1)
         sources.append(
             Source(
                 path=path,
                 first_row=first_row,
                 rows_of_groups=tuple(reader.rows_of_groups),
-                raw_bytes=raw,
                 columns=reader.columns,
+                elements={name: reader.elements(name) for name in reader.columns},
             )
         )
         first_row += reader.metadata.num_rows
@@ -233,15 +237,30 @@ class _Job:
         self.resources = resources
         self.scratch = folder / SCRATCH_NAME
         self.sources = survey(data_set)
-        self.raw_bytes = max(1, sum(source.raw_bytes for source in self.sources))
         self.rows = data_set.manifest.rows
         self.columns = tuple(name for name in COLUMNS if any(name in source.columns for source in self.sources))
-        self.columns = self.columns or (COLUMNS[0],)
+        self.columns = self.columns or (INPUT_IDS,)
+        self.compact = Compact(columns=tuple(self._compact_column(name) for name in self.columns))
+        self.raw_bytes = self._packed_size()
         self.positions = destinations(self.rows, fingerprint=data_set.manifest.fingerprint, seed=seed)
         self.edges = block_edges(self.rows, blocks)
         self.input_bytes = sum(entry.bytes for entry in data_set.manifest.files)
         self.entries: dict[int, FileEntry] = {}
         self._stop = threading.Event()
+
+    def _compact_column(self, name: str) -> CompactColumn:
+        complete = all(name in source.columns for source in self.sources)
+        ranges = [source.elements[name][1] for source in self.sources] if complete else [None]
+        return CompactColumn(name=name, range=join_ranges(ranges))
+
+    def _packed_size(self) -> int:
+        """Bytes of all rows in memory: elements, a list offset for each row and column, and the position."""
+        size = self.rows * OFFSET_BYTES
+        for column in self.compact.columns:
+            for source in self.sources:
+                elements, _ = source.elements.get(column.name, source.elements[INPUT_IDS])
+                size += elements * column.bytes + sum(source.rows_of_groups) * OFFSET_BYTES * 2
+        return max(1, size)
 
     def run(self) -> int:
         """Write the blocks that are missing; how many were there."""
@@ -267,7 +286,7 @@ class _Job:
         missing = 1 - len(self.entries) / self.blocks
         needed = self.input_bytes * missing * 1.1 + (1 << 20)
         if not self._in_memory:
-            needed += self.raw_bytes * missing * 0.75  # lz4 takes token ids to half their size, or a little above
+            needed += min(self.raw_bytes, self.input_bytes * SCRATCH_SHARE) * missing
         require_disk(self.folder, int(needed), f"shuffling {self.folder.name}")
 
     def _layout(self) -> Layout:
@@ -300,7 +319,12 @@ class _Job:
 
         def work(worker: int) -> Scatter:
             scatter = Scatter(
-                bounds=layout.bounds, wanted=wanted, allowance=allowance, scratch=self.scratch, worker=worker
+                bounds=layout.bounds,
+                wanted=wanted,
+                allowance=allowance,
+                scratch=self.scratch,
+                worker=worker,
+                compressed=self.raw_bytes > SCRATCH_SHARE * self.input_bytes,
             )
             reader: ShardReader | None = None
             while not self._stop.is_set():
@@ -311,14 +335,16 @@ class _Job:
                 if reader is None or reader.path != source.path:
                     reader = ShardReader(source.path)
                 for batch in reader.batches(group):
-                    scatter.add(conform(batch, self.columns), self.positions[row : row + batch.num_rows])
+                    scatter.add(
+                        self.compact.pack(conform(batch, self.columns)), self.positions[row : row + batch.num_rows]
+                    )
                     row += batch.num_rows
             if not self._in_memory:
                 scatter.spill()
             return scatter
 
         scatters = self._parallel(workers, work)
-        del self.positions
+        del self.positions  # the second pass has its memory for the buckets
         return [
             Bucket(
                 pieces=[piece for scatter in scatters for piece in scatter.pieces.pop(bucket, [])],
@@ -349,13 +375,14 @@ class _Job:
         self._parallel(min(self.resources.cores, len(layout.units)), work)
 
     def _gather(self, unit: Unit, layout: Layout, buckets: list[Bucket]) -> None:
-        rows = _UnitRows(unit, layout, buckets, rows_at_once=self._rows_at_once)
+        ahead = len(layout.units) < self.resources.cores  # a core is idle: let it prepare the next bucket
+        rows = _UnitRows(unit, layout, buckets, rows_at_once=self._rows_at_once, ahead=ahead)
         for block in unit.blocks:
             if block in self.entries:
                 continue
             with ShardWriter(self._path(block), columns=self.columns, codec=CODEC) as writer:
                 for batch in rows.between(self.edges[block], self.edges[block + 1]):
-                    writer.write(batch)
+                    writer.write(self.compact.unpack(batch))
             entry = entry_of_written(self._path(block), self.folder, writer.statistics)
             atomic.write_json(self._entry_path(block), dataclasses.asdict(entry))
             self.entries[block] = entry
@@ -363,7 +390,7 @@ class _Job:
     @property
     def _rows_at_once(self) -> int:
         """About a row group's worth."""
-        return max(1, ROW_GROUP_TOKENS * TOKEN_BYTES * self.rows // self.raw_bytes)
+        return max(1, ROW_GROUP_TOKENS * self.compact.columns[0].bytes * self.rows // self.raw_bytes)
 
     def _path(self, block: int) -> Path:
         return self.folder / file_name(self.folder.name, block, CODEC)
@@ -381,13 +408,13 @@ class _Job:
 
 
 class _UnitRows:
-    """The rows of a unit's buckets in order of position, one bucket in memory at a time."""
+    """The rows of a unit's buckets in order of position, one bucket in memory at a time, or two with `ahead`."""
 
-    def __init__(self, unit: Unit, layout: Layout, buckets: list[Bucket], *, rows_at_once: int) -> None:
-        self._waiting = iter(unit.buckets)
+    def __init__(self, unit: Unit, layout: Layout, buckets: list[Bucket], *, rows_at_once: int, ahead: bool) -> None:
         self._bounds = layout.bounds
         self._buckets = buckets
         self._rows_at_once = rows_at_once
+        self._ordered = in_background(self._load_all(unit)) if ahead else self._load_all(unit)
         self._held: OrderedRows | None = None
         self._end = -1
 
@@ -396,16 +423,27 @@ class _UnitRows:
         while low < high:
             if self._end <= low:
                 self._held = None  # let go of the rows before the next ones come
-                self._held = self._load(next(self._waiting))
+                self._held, self._end = next(self._ordered)
             assert self._held is not None
             end = min(high, self._end)
             yield from self._held.between(low, end, rows_at_once=self._rows_at_once)
             low = end
 
-    def _load(self, index: int) -> OrderedRows:
-        self._end = int(self._bounds[index + 1]) if index + 1 < len(self._bounds) else 1 << 62
-        bucket, self._buckets[index] = self._buckets[index], Bucket(pieces=[], files=[])
-        rows = bucket.ordered()
-        for path in bucket.files:
-            path.unlink()
-        return rows
+    def _load_all(self, unit: Unit) -> Iterator[tuple[OrderedRows, int]]:
+        for index in unit.buckets:
+            end = int(self._bounds[index + 1]) if index + 1 < len(self._bounds) else 1 << 62
+            bucket, self._buckets[index] = self._buckets[index], Bucket(pieces=[], files=[])
+            rows = bucket.ordered()
+            for path in bucket.files:
+                path.unlink()
+            yield rows, end
+
+
+def in_background(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each prepared in a thread while the one before is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        end = object()
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
