@@ -1,0 +1,278 @@
+"""Sources to data sets: the loop of `raw2ids`.
+
+Blocks are read in order, encoded on every core, saved, and fed in order to the sinks. What can be redone is bounded:
+every encoded block is on disk until the file with its last row is finished, so a killed run encodes again only the
+blocks that were in flight, at most `IN_FLIGHT_BYTES` of input.
+
+Guarantees: everything written is a function of the sources, the tokenizer and the options; the number of workers and
+the moments at which runs were killed leave no trace.
+Cost: the engine takes every core it is given; reading, packing and writing take about half a core for each 50 MB/s.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jllm.data import encode
+from jllm.data.encode import Encoded
+from jllm.data.packing import Documents
+from jllm.data.sink import Checkpoint, Sink
+from jllm.data.sources import BLOCK_BYTES, BadRecord, Block, Source, read_blocks
+from jllm.errors import UserError
+
+IN_FLIGHT_BYTES = 48 << 20
+MAX_EXAMPLES = 5
+BAD_SHARE, BAD_LEAST = 0.01, 10
+
+
+class Encoder(Protocol):
+    """The work for one block."""
+
+    def __call__(self, block: Block, kind: str) -> Encoded: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class Totals:
+    """What was found in the sources, over the whole input.
+
+    Attributes:
+        counts: sums of `Encoded.counts`.
+        bad: bad records by kind: how many, and the first few as "file:line detail".
+        sources: for each source: documents and document tokens.
+        lengths: documents by length: exact up to 256 tokens, then in steps of 1/32 of an octave.
+        longest: the longest document.
+        encoded_bytes: input that this run encoded (decompressed bytes; rows of Parquet).
+    """
+
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    bad: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sources: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    lengths: dict[int, int] = dataclasses.field(default_factory=dict)
+    longest: int = 0
+    encoded_bytes: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(source["documents"] for source in self.sources)
+
+    @property
+    def document_tokens(self) -> int:
+        return sum(source["document_tokens"] for source in self.sources)
+
+    @property
+    def bad_records(self) -> int:
+        return sum(kind["count"] for kind in self.bad.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy as plain data, cheap enough to take before every block."""
+        bad = {kind: {**found, "examples": list(found["examples"])} for kind, found in self.bad.items()}
+        copy = dict(self.__dict__, counts=dict(self.counts), bad=bad, lengths=dict(self.lengths))
+        return copy | {"sources": self.sources[:-1] + [dict(source) for source in self.sources[-1:]]}
+
+    @classmethod
+    def restored(cls, snapshot: dict[str, Any]) -> "Totals":
+        """The inverse of `snapshot`, also after a round through JSON; nothing is encoded yet in this run."""
+        if not snapshot:
+            return cls()
+        totals = cls(**snapshot)
+        totals.encoded_bytes = 0
+        totals.lengths = {int(bucket): count for bucket, count in totals.lengths.items()}
+        return totals
+
+    def add(self, source: int, name: str, encoded: Encoded, encoded_bytes: int) -> None:
+        self.encoded_bytes += encoded_bytes
+        for key, value in encoded.counts.items():
+            self.counts[key] = self.counts.get(key, 0) + value
+        for record in encoded.bad:
+            kind = self.bad.setdefault(record.kind, {"count": 0, "examples": []})
+            kind["count"] += 1
+            if len(kind["examples"]) < MAX_EXAMPLES:
+                kind["examples"].append(describe(name, record))
+        while len(self.sources) <= source:
+            self.sources.append({"documents": 0, "document_tokens": 0})
+        lengths = encoded.documents.lengths
+        self.sources[source]["documents"] += len(lengths)
+        self.sources[source]["document_tokens"] += int(lengths.sum())
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
+        for bucket, count in zip(*np.unique(length_bucket(lengths), return_counts=True), strict=True):
+            self.lengths[int(bucket)] = self.lengths.get(int(bucket), 0) + int(count)
+
+    def quantile(self, share: float) -> int:
+        """The length that this share of the documents does not exceed, within 3 %."""
+        wanted, seen = share * self.documents, 0
+        for bucket in sorted(self.lengths):
+            seen += self.lengths[bucket]
+            if seen >= wanted:
+                return min(self.longest, bucket if bucket <= 256 else int(2 ** ((bucket - 256) / 32 + 8)))
+        return 0
+
+
+def describe(name: str, record: BadRecord) -> str:
+    """ "file:line: kind: detail", for people."""
+    return f"{name}:{record.line}: {record.kind}: {record.detail}"
+
+
+def length_bucket(lengths: Any) -> Any:
+    """Numbers whose order is that of the lengths, and of which there are few."""
+    coarse = 256 + np.ceil((np.log2(np.maximum(lengths, 1)) - 8) * 32)
+    return np.where(lengths <= 256, lengths, coarse).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """One run.
+
+    Attributes:
+        sources: what to read.
+        encoder: the work for one block.
+        work: hidden folder for encoded blocks and the state.
+        workers: blocks that are encoded at the same time.
+        vocab_size: number of ids, which decides how wide saved ids are.
+        columns: Parquet columns that are needed; None for all.
+        stop_at_first_bad: `--on_error stop`.
+        max_tokens: stop before the document that would take the data set beyond this many tokens.
+    """
+
+    sources: Sequence[Source]
+    encoder: Encoder
+    work: Path
+    workers: int
+    vocab_size: int
+    columns: Sequence[str] | None = None
+    stop_at_first_bad: bool = False
+    max_tokens: int | None = None
+
+
+def block_path(work: Path, source: int, index: int) -> Path:
+    return work / f"block-{source:05d}-{index:07d}"
+
+
+def convert(
+    run: Conversion,
+    sinks: Sequence[Sink],
+    deal: Callable[[int, int, Documents], list[Documents]],
+    watch: Callable[[Totals], None],
+) -> Totals:
+    """Read, encode and feed everything.
+
+    Args:
+        sinks: where documents go.
+        deal: (source, number of its first document in the source, documents) → the documents for each sink.
+        watch: called after each block.
+
+    Raises:
+        UserError: a source cannot be read, or a bad record under `stop_at_first_bad`.
+    """
+    first = min((sink.resume for sink in sinks), key=lambda checkpoint: checkpoint.place)
+    totals = Totals.restored(first.totals)
+    with ThreadPoolExecutor(max_workers=run.workers, thread_name_prefix="encode") as pool:
+        for number in range(first.source, len(run.sources)):
+            source = run.sources[number]
+            begin = first if number == first.source else Checkpoint(source=number)
+            point = dataclasses.replace(begin, totals=totals.snapshot())
+            for encoded, fresh in _in_order(run, point, source, pool):
+                if run.stop_at_first_bad and encoded.bad:
+                    raise UserError(
+                        f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
+                    )
+                encoded, stop = _capped(run.max_tokens, totals, encoded)
+                size = encoded.end - point.start
+                totals.add(number, source.name, encoded, size if fresh else 0)
+                for sink, part in zip(sinks, deal(number, point.documents, encoded.documents), strict=True):
+                    sink.feed(point, source.stem, part)
+                watch(totals)
+                if stop or all(sink.full for sink in sinks):
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    _end_splits(sinks, len(run.sources), totals)
+                    return totals
+                point = Checkpoint(
+                    source=number,
+                    block=point.block + 1,
+                    start=encoded.end,
+                    line=encoded.end_line,
+                    documents=point.documents + len(encoded.documents),
+                    totals=totals.snapshot(),
+                )
+            _end_splits(sinks, number + 1, totals)
+    return totals
+
+
+def _end_splits(sinks: Sequence[Sink], following: int, totals: Totals) -> None:
+    for sink in sinks:
+        sink.end_split((Checkpoint(source=following, totals=totals.snapshot()), 0))
+
+
+def _capped(max_tokens: int | None, totals: Totals, encoded: Encoded) -> tuple[Encoded, bool]:
+    """`encoded` up to the document that would take the total beyond `max_tokens`, and whether that is reached."""
+    if max_tokens is None:
+        return encoded, False
+    room = max_tokens - totals.document_tokens
+    kept = int(np.searchsorted(encoded.documents.offsets, room, side="right")) - 1
+    if kept == len(encoded.documents):
+        return encoded, False
+    return dataclasses.replace(encoded, documents=encoded.documents.slice(0, kept)), True
+
+
+def _in_order(
+    run: Conversion, point: Checkpoint, source: Source, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Encoded, bool]]:
+    """The blocks of a source from `point` on, encoded, in order; and whether this run encoded it.
+
+    What an earlier run saved is taken from disk as far as it goes without a gap; from there on the source is read.
+    """
+    index, start, line = point.block, point.start, point.line
+    while (saved := encode.load(block_path(run.work, point.source, index))) is not None:
+        yield saved, False
+        index, start, line = index + 1, saved.end, saved.end_line
+    waiting: collections.deque[tuple[Future[tuple[Encoded, bool]], int]] = collections.deque()
+    weight = 0
+
+    def work(block: Block) -> tuple[Encoded, bool]:
+        path = block_path(run.work, point.source, block.index)
+        known = encode.load(path)
+        if known is not None:
+            return known, False
+        encoded = run.encoder(block, source.kind)
+        encode.save(path, encoded, run.vocab_size)
+        return encoded, True
+
+    for block in read_blocks(source, point.source, start=start, line=line, index=index, columns=run.columns):
+        size = len(block.data) if isinstance(block.data, bytes) else BLOCK_BYTES
+        while waiting and (len(waiting) >= 2 * run.workers + 2 or weight + size > IN_FLIGHT_BYTES):
+            future, done = waiting.popleft()
+            weight -= done
+            yield future.result()
+        waiting.append((pool.submit(work, block), size))
+        weight += size
+    while waiting:
+        yield waiting.popleft()[0].result()
+
+
+def check_bad_share(totals: Totals) -> None:
+    """The default of `--on_error`.
+
+    Raises:
+        UserError: more than 1 % and at least 10 of all records are bad.
+    """
+    records = totals.counts.get("records", 0)
+    if totals.bad_records < BAD_LEAST or totals.bad_records <= BAD_SHARE * records:
+        return
+    kinds = ", ".join(f"{kind}: {found['count']}" for kind, found in totals.bad.items())
+    example = next(iter(totals.bad.values()))["examples"][0]
+    raise UserError(
+        f"{totals.bad_records} of {records} records are bad ({kinds}; {example}): more than 1 %; repair the input, or"
+        " take the rest with --on_error skip"
+    )
+
+
+def remove_blocks_before(work: Path, place: tuple[int, int]) -> None:
+    """Delete saved blocks that no sink needs any more."""
+    limit = block_path(work, *place).name
+    for path in work.glob("block-*"):
+        if path.name < limit:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,289 @@
+"""Documents to a data set on disk: splits, files, and the point from which a killed run goes on.
+
+A `Sink` is fed the documents of one block after another. It cuts splits after `per_split` documents and files after
+`per_file` rows, and writes on a thread of its own. Whenever a file is finished it commits: the file gets its name, then
+`state-<name>.json` says which files are finished and from which document on the rest must be fed again, with the
+packer's state there.
+
+Guarantees: the files depend on the documents and options alone; a file that is named in the state, or lies finished
+under its final name, is never written again.
+Cost: one flush to disk for each file; memory for a few blocks.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jllm import atomic
+from jllm.data.manifest import FileEntry, entry_of_written, sha256_of
+from jllm.data.packing import Documents, Packer
+from jllm.data.shards import ShardWriter, file_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The point before a block, from which the sources can be read again.
+
+    Attributes:
+        source, block: which block.
+        start, line: where it starts in its source (see `sources.Block`).
+        documents: documents of the source before it.
+        totals: what was counted before it.
+    """
+
+    source: int = 0
+    block: int = 0
+    start: int = 0
+    line: int = 1
+    documents: int = 0
+    totals: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.source, self.block
+
+
+Position = tuple[Checkpoint, int]
+"""A block, and how many of its documents that come to the sink are done with."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class SplitState:
+    """Where a split stands before some document.
+
+    Attributes:
+        name: `<stem>-00000`; empty between splits.
+        documents, rows: documents fed and rows given so far.
+        packer: the packer's state.
+        stems: number of splits begun for each stem.
+    """
+
+    name: str = ""
+    documents: int = 0
+    rows: int = 0
+    packer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stems: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SinkPlan:
+    """What a sink writes.
+
+    Attributes:
+        folder: of the data set.
+        work: hidden folder for unfinished files and the state, on the same file system.
+        name: of the sink, in the state's file name.
+        packer: makes the packer of a split.
+        codec: compression of the shards.
+        per_split: documents in a split.
+        per_file: rows in a file.
+        max_rows: stop after this many rows.
+    """
+
+    folder: Path
+    work: Path
+    name: str
+    packer: Callable[[], Packer]
+    codec: str
+    per_split: int
+    per_file: int
+    max_rows: int | None = None
+
+
+class Sink:
+    """See the module. Use it as a context manager: leaving it waits for the writer, or stops it after an error."""
+
+    def __init__(self, plan: SinkPlan, committed: Callable[[], None]) -> None:
+        self.plan = plan
+        self.entries: list[FileEntry] = []
+        self.resume = Checkpoint()  # where this run starts
+        self.committed = Checkpoint()  # where a run after this one would start
+        self.rows_total = 0
+        self._resume_document = 0
+        self._split = SplitState()
+        self._packer = plan.packer()
+        self._committed = committed
+        self._skip_rows = 0
+        self._restore()
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._write_loop, name=f"writer-{plan.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def _state_path(self) -> Path:
+        return self.plan.work / f"state-{self.plan.name}.json"
+
+    def _restore(self) -> None:
+        """Take up what a killed run left."""
+        try:
+            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        self.entries = [FileEntry(**entry) for entry in state["files"]]
+        self.resume = Checkpoint(**state["checkpoint"])
+        self.committed = self.resume
+        self._resume_document = state["document"]
+        self._split = SplitState(**state["split"])
+        if self._split.packer:
+            self._packer.restore(self._split.packer)
+        folder = f"{self._split.name}/"
+        finished = sum(entry.rows for entry in self.entries if entry.path.startswith(folder))
+        self._skip_rows = finished - self._split.rows if self._split.name else 0
+        self.rows_total = sum(entry.rows for entry in self.entries) - self._skip_rows
+
+    # Feeding.
+
+    @property
+    def full(self) -> bool:
+        """Whether `max_rows` is reached: nothing more needs to be fed."""
+        return self.plan.max_rows is not None and self.rows_total >= self.plan.max_rows
+
+    def feed(self, checkpoint: Checkpoint, stem: str, documents: Documents) -> None:
+        """Take the documents of one block; those before the resume point are passed over.
+
+        Args:
+            checkpoint: the point before the block.
+            stem: of its source.
+        """
+        if checkpoint.place < self.resume.place:
+            return
+        done = self._resume_document if checkpoint.place == self.resume.place else 0
+        while done < len(documents) and not self.full:
+            if not self._split.name:
+                number = self._split.stems.get(stem, 0)
+                stems = {**self._split.stems, stem: number + 1}
+                self._split = SplitState(name=f"{stem}-{number:05d}", stems=stems)
+                self._packer = self.plan.packer()
+            taken = min(len(documents) - done, self.plan.per_split - self._split.documents)
+            before = self._before((checkpoint, done))
+            piece = documents if taken == len(documents) else documents.slice(done, done + taken)
+            self._emit(self._packer.feed(piece), before)
+            done += taken
+            self._split.documents += taken
+            if self._split.documents == self.plan.per_split:
+                self.end_split((checkpoint, done))
+
+    def end_split(self, following: Position) -> None:
+        """Finish the split that is open, if one is; `following` is the position of what comes next."""
+        if not self._split.name:
+            return
+        self._emit(self._packer.finish(), self._before(following))
+        self._split = SplitState(stems=self._split.stems)
+        self._put(("close", following, self._split))
+
+    def _before(self, position: Position) -> tuple[Position, SplitState]:
+        return position, dataclasses.replace(self._split, packer=self._packer.state())
+
+    def _emit(self, batch: pa.RecordBatch | None, before: tuple[Position, SplitState]) -> None:
+        """Hand rows to the writer, cut at the ends of files; `before` is from where a later run would make them
+        again."""
+        if batch is None:
+            return
+        name = self._split.name
+        if self.plan.max_rows is not None:
+            batch = batch.slice(0, max(0, self.plan.max_rows - self.rows_total))
+        self.rows_total += batch.num_rows
+        while batch.num_rows:
+            index, used = divmod(self._split.rows, self.plan.per_file)
+            head = batch.slice(0, self.plan.per_file - used)
+            batch = batch.slice(head.num_rows)
+            self._split.rows += head.num_rows
+            skipped = min(self._skip_rows, head.num_rows)
+            self._skip_rows -= skipped
+            if skipped == head.num_rows:
+                continue
+            assert skipped == 0  # finished files are whole, and batches are cut at their ends
+            self._put(("rows", name, index, head))
+            if used + head.num_rows == self.plan.per_file:
+                self._put(("close", *before))
+
+    def _put(self, message: tuple[Any, ...]) -> None:
+        while self._failure is None:
+            try:
+                self._queue.put(message, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+        raise self._failure
+
+    # Writing, on its own thread.
+
+    def _write_loop(self) -> None:
+        writer: ShardWriter | None = None
+        final = self.plan.folder
+        while True:
+            message = self._queue.get()
+            try:
+                if message[0] == "stop":
+                    if writer is not None:
+                        writer.__exit__(InterruptedError, InterruptedError(), None)
+                    return
+                if message[0] == "rows":
+                    _, split, index, batch = message
+                    if writer is None:
+                        final = self.plan.folder / split / file_name(split, index, self.plan.codec)
+                        writer = ShardWriter(
+                            self.plan.work / final.name, columns=self._packer.columns, codec=self.plan.codec
+                        )
+                        writer.__enter__()
+                    writer.write(batch)
+                else:
+                    if writer is not None:
+                        finished, writer = writer, None
+                        finished.__exit__(None, None, None)
+                        self._name(finished, final)
+                    self._commit(message[1], message[2])
+            except BaseException as error:
+                self._failure = error
+                if writer is not None:
+                    with contextlib.suppress(BaseException):  # the first error is the one to report
+                        writer.__exit__(type(error), error, None)
+                return
+
+    def _name(self, writer: ShardWriter, final: Path) -> None:
+        """Move a finished file to its place, unless a run killed at this very point had put the same file there."""
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.is_file() and sha256_of(final) == writer.statistics.sha256:
+            writer.path.unlink()
+        else:
+            os.replace(writer.path, final)
+            atomic.sync_file(final.parent)
+        self.entries.append(entry_of_written(final, self.plan.folder, writer.statistics))
+
+    def _commit(self, position: Position, split: SplitState) -> None:
+        state = {
+            "files": [dataclasses.asdict(entry) for entry in self.entries],
+            "checkpoint": dataclasses.asdict(position[0]),
+            "document": position[1],
+            "split": {**dataclasses.asdict(split), "packer": _plain(split.packer)},
+        }
+        atomic.write_json(self._state_path, state)
+        self.committed = position[0]
+        self._committed()
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        while self._thread.is_alive():
+            try:
+                self._queue.put(("stop",), timeout=0.5)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        if kind is None and self._failure is not None:
+            raise self._failure
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}

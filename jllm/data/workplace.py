@@ -1,0 +1,169 @@
+"""The output folder of a run: whose it is, whether it may be gone on with, and how to start over.
+
+While a run is unfinished its folder holds `.raw2ids/`: `run.json` says what is being made (options, tokenizer,
+sources), beside it lie unfinished files, encoded blocks and the state. A finished folder holds shards and the
+manifest only.
+
+Guarantees: a run never mixes with files made with other options, another tokenizer or other sources, never with files
+it did not make, and never with a second run at the same time. `clean` removes nothing that this tool did not write.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from jllm import atomic
+from jllm.data.manifest import MANIFEST_NAME, Manifest, footer_of, read_manifest
+from jllm.data.shards import CODECS, list_shards
+from jllm.errors import UserError
+
+WORK_NAME = ".raw2ids"
+_START_OVER = "start over with -C, or give another -o"
+
+
+class Workplace:
+    """See the module.
+
+    Args:
+        folder: the data set's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / WORK_NAME
+        self._lock: IO[str] | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; created where it is missing.
+
+        Raises:
+            UserError: another run holds it, or the place is not a folder that can be written to.
+        """
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.work / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"-o {self.folder}: cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"-o {self.folder}: another run is writing there; wait for it, or give another -o"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.close()
+
+    def clean(self) -> None:
+        """Remove what an earlier run left: shards by its naming scheme or its manifest, the manifest, the work
+        folder."""
+        stems = self._stems()
+        codecs = "|".join(CODECS)
+        for path in list_shards(self.folder):
+            split = path.parent.name
+            ours = path.parent.parent == self.folder and re.fullmatch(
+                rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split
+            )
+            if ours and re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.({codecs})\.parquet", path.name):
+                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for path in self.work.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _stems(self) -> set[str]:
+        identity = self._identity() or {}
+        stems = {source["stem"] for source in identity.get("sources", ())}
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(self.folder)
+            for entry in manifest.files if manifest else ():
+                stems.add(entry.path.split("/")[0].rsplit("-", 1)[0])
+        return stems
+
+    def _identity(self) -> dict[str, Any] | None:
+        try:
+            value: dict[str, Any] = json.loads((self.work / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return value
+
+    def finished(self, identity: dict[str, Any]) -> Manifest | None:
+        """The manifest of a run that is finished and is this very run; None where there is work to do.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest is not None:
+            made: dict[str, Any] = {"options": manifest.options, "tokenizer": None, "sources": []}
+            if manifest.tokenizer:
+                made["tokenizer"] = manifest.tokenizer.sha256
+            made["sources"] = [{"name": item["name"], "bytes": item["bytes"]} for item in manifest.sources]
+            wanted = {
+                "options": identity["options"],
+                "tokenizer": identity["tokenizer"],
+                "sources": [{"name": item["name"], "bytes": item["bytes"]} for item in identity["sources"]],
+            }
+            self._compare(json.loads(json.dumps(wanted)), made)
+            made_at = (self.folder / MANIFEST_NAME).stat().st_mtime_ns
+            newer = [item["name"] for item in identity["sources"] if item["modified"] and item["modified"] > made_at]
+            if newer:
+                raise UserError(f"-o {self.folder}: finished before {newer[0]} was changed; {_START_OVER}")
+            for entry in manifest.files:
+                path = self.folder / entry.path
+                if not path.is_file() or path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
+                    raise UserError(f"-o {self.folder}: {entry.path} is missing or changed; {_START_OVER}")
+            return manifest
+        earlier = self._identity()
+        if earlier is not None:
+            self._compare(json.loads(json.dumps(identity)), earlier)
+        elif list_shards(self.folder):
+            raise UserError(
+                f"-o {self.folder}: holds Parquet files that this command did not write; give another folder"
+            )
+        else:
+            atomic.write_json(self.work / "run.json", identity)
+        return None
+
+    def _compare(self, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+        for key in {**made["options"], **wanted["options"]}:
+            before, now = made["options"].get(key), wanted["options"].get(key)
+            if before != now:
+                raise UserError(f"-o {self.folder}: was made with {key} = {before!r}, now it is {now!r}; {_START_OVER}")
+        if made["tokenizer"] != wanted["tokenizer"]:
+            raise UserError(f"-o {self.folder}: was made with another tokenizer; {_START_OVER}")
+        if made["sources"] != wanted["sources"]:
+            differing = [a["name"] for a in wanted["sources"] if a not in made["sources"]]
+            differing += [b["name"] for b in made["sources"] if b not in wanted["sources"]]
+            raise UserError(f"-o {self.folder}: the input changed ({differing[0]}); {_START_OVER}")
+
+    def remember(self, identity: dict[str, Any]) -> None:
+        """Replace what the run is making, in a folder that was just cleaned."""
+        atomic.write_json(self.work / "run.json", identity)
+
+    def close(self) -> None:
+        """Remove the work folder of a finished run."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def discard_temporaries(self) -> None:
+        """Remove the half-written files of a killed run."""
+        for path in self.work.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def modified_at(path: str) -> int | None:
+    """When a local file was last changed, in nanoseconds; None for anything else."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None

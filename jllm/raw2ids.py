@@ -1,0 +1,83 @@
+"""`python -m jllm.raw2ids`: text and chat files to token-id shards."""
+
+import dataclasses
+from pathlib import Path
+
+from jllm.errors import UserError
+from jllm.options import command, option
+
+CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Raw2IdsConfig:
+    """Options of `raw2ids`."""
+
+    input: tuple[str, ...] = option(
+        dataclasses.MISSING, "-i", help="file, folder, glob, URL, or - for standard input; may be repeated"
+    )
+    output: Path | None = option(
+        None, "-o", help="data set folder  [default: beside the input, <stem>_<tokenizer>]", metavar="FOLDER"
+    )
+    tokenizer: str = option(dataclasses.MISSING, help="Hugging Face folder or name", metavar="FOLDER")
+    type: str = option("ft", "-t", help="ft: chat fine-tuning; pretrain: documents", choices=("ft", "pretrain"))
+    num: int = option(1 << 23, "-n", help="documents or conversations in a split (one sub-folder)", metavar="N")
+    compress: str = option("zstd", "-c", help="compression of the shards", choices=CODECS)
+    batch_size: int = option(65536, help="rows in a Parquet file", metavar="N")
+    max_len: int = option(2048, help="row length in tokens, before the label shift", metavar="N")
+    stack: bool = option(False, help="pretrain: pack documents into full rows that overlap by one token")
+    engine: str = option("auto", help="tokenizer engine", choices=("auto", "fastokens", "hf"))
+    input_format: str | None = option(
+        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet")
+    )
+    text_field: str = option("text", help="pretrain: where the text is in a record; dots lead into it", metavar="A.B")
+    parse_special: bool = option(False, help="pretrain: special tokens inside the text become their ids")
+    stride: int | None = option(
+        None, help="pretrain without --stack: windows of a long document start this far apart  [default: max_len - 1]"
+    )
+    drop_tails: bool = option(False, help="pretrain: drop the shorter row at the end of a split or long document")
+    max_tokens: int | None = option(None, help="stop before the document that would exceed this many tokens")
+    max_rows: int | None = option(None, help="stop after this many rows")
+    on_error: str = option(
+        "auto",
+        help="bad records: skip them, stop at the first, or (auto) skip and fail at the end where more than 1 % and at"
+        " least 10 are bad",
+        choices=("auto", "skip", "stop"),
+    )
+    trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
+    cores: int = option(-1, help="workers; negative: all cores this process may use")
+    threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
+    clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
+
+    def __post_init__(self) -> None:
+        for name in ("num", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.max_len < 2:
+            raise UserError(f"--max_len {self.max_len}: give at least 2: a row of one token trains nothing")
+        if self.cores == 0:
+            raise UserError("--cores 0: give the number of workers, or a negative number for all cores")
+        if self.stack and self.type != "pretrain":
+            raise UserError("--stack: only for -t pretrain; conversations are packed with --packing best_fit")
+        if self.stride is not None and (self.stack or not 1 <= self.stride < self.max_len):
+            raise UserError(f"--stride {self.stride}: give 1 to max_len - 1, without --stack")
+        for name in ("max_tokens", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give at least 1")
+
+
+@command(Raw2IdsConfig, name="raw2ids")
+def main(config: Raw2IdsConfig) -> None:
+    """Turn text and chat files into token-id shards.
+
+    The result depends on the input, the tokenizer and the options alone, not on --cores. A killed run is finished by
+    running it again; a finished one is left as it is.
+    """
+    from jllm.data.prepare import prepare
+
+    prepare(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""raw2ids from the command line: what comes out, whatever goes in and whoever kills it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jllm.data.manifest import open_data_set, read_manifest
+from jllm.data.shards import CU_SEQLENS, INPUT_IDS, ShardReader
+
+WORDS = ["alpha", "beta", "gamma", "naïve", "日本語", "def f(x):", "  indented", "1234", "don't", "👍🏽"]
+
+
+def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, size=random.integers(1, longest))) + f" {number}" for number in range(count)]
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def raw2ids(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jllm.raw2ids", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def rows_of(folder: Path, column: str = INPUT_IDS) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for path in open_data_set(folder).paths:
+        for batch in ShardReader(path):
+            rows += batch.column(column).to_pylist()
+    return rows
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def reference_stream(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    end = backend.token_to_id("<|im_end|>")
+    return [[*backend.encode(text, add_special_tokens=False).ids, end] for text in texts]
+
+
+def stacked(streams: list[list[int]], length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The definition, written down naively."""
+    stream = [token for document in streams for token in document]
+    starts, at = set(), 0
+    for document in streams:
+        starts.add(at)
+        at += len(document)
+    rows, boundaries = [], []
+    begin = 0
+    while begin == 0 or begin + 1 < len(stream):
+        row = stream[begin : begin + length]
+        if not row:
+            break
+        rows.append(row)
+        boundaries.append(sorted({0, len(row), *(s - begin for s in starts if begin <= s < begin + len(row))}))
+        begin += length - 1
+    return rows, boundaries
+
+
+def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -> None:
+    texts = documents(300)
+    source = write_jsonl(tmp_path / "some.jsonl", texts)
+    out = tmp_path / "out"
+    raw2ids("-i", source, "-o", out, "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack", "--max_len", 65,
+            "-n", 110, "--batch_size", 20)  # fmt: skip
+    manifest = read_manifest(out)
+    assert manifest is not None
+    streams = reference_stream(byte_tokenizer, texts)
+    rows, boundaries = [], []
+    for start in range(0, 300, 110):
+        split_rows, split_boundaries = stacked(streams[start : start + 110], 65)
+        rows += split_rows
+        boundaries += split_boundaries
+    assert rows_of(out) == rows
+    assert rows_of(out, CU_SEQLENS) == boundaries
+    tokens = sum(map(len, streams))
+    assert manifest.extra["documents"] == 300
+    assert manifest.extra["document_tokens"] == tokens
+    assert manifest.total("trained_tokens") == tokens - 300
+    assert manifest.total("tokens") == sum(map(len, rows))
+    assert {entry.path.split("/")[0] for entry in manifest.files} == {"some-00000", "some-00001", "some-00002"}
+    assert manifest.files[0].path == "some-00000/some-00000-00000.zstd.parquet"
+    assert all(entry.rows <= 20 for entry in manifest.files)
+    assert not (out / ".raw2ids").exists()
+
+
+def test_text_and_jsonl_give_the_same_rows(tmp_path: Path, byte_tokenizer: Path) -> None:
+    texts = documents(50, seed=1)
+    (tmp_path / "a.txt").write_text("\n\n" + "\n \t\n\n".join(texts) + "\n\n\n", encoding="utf-8")
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    for name in ("a.txt", "b.jsonl"):
+        raw2ids("-i", tmp_path / name, "-o", tmp_path / f"{name}.out", "--tokenizer", byte_tokenizer, "-t", "pretrain",
+                "--stack", "--max_len", 33)  # fmt: skip
+    assert rows_of(tmp_path / "a.txt.out") == rows_of(tmp_path / "b.jsonl.out")
+    end = reference_stream(byte_tokenizer, [""])[0][0]
+    manifest = read_manifest(tmp_path / "a.txt.out")
+    assert manifest is not None
+    assert manifest.extra["documents"] == 50
+    stream = [row[1:] if i else row for i, row in enumerate(rows_of(tmp_path / "a.txt.out"))]
+    assert sum(row.count(end) for row in stream) == 50
+
+
+def test_same_bytes_for_any_number_of_cores(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(2000, seed=2))
+    for cores in (1, 2, 5):
+        raw2ids("-i", source, "-o", tmp_path / str(cores), "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack",
+                "--max_len", 129, "--cores", cores)  # fmt: skip
+    assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "5")
+
+
+def test_documents_alone_in_windows(tmp_path: Path, byte_tokenizer: Path) -> None:
+    texts = documents(40, seed=3, longest=80)
+    source = write_jsonl(tmp_path / "some.jsonl", texts)
+    raw2ids("-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", "--max_len", 50)
+    wanted = []
+    for ids in reference_stream(byte_tokenizer, texts):
+        wanted += [ids[begin : begin + 50] for begin in range(0, max(1, len(ids) - 1), 49)]
+    assert rows_of(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("content", ["", "\n\n \n", "{}\n"])
+def test_inputs_without_documents(tmp_path: Path, byte_tokenizer: Path, content: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "empty.jsonl").write_text(content)
+    raw2ids("-i", tmp_path / "in", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert (manifest.rows, manifest.extra["documents"]) == (0, 0)
+    assert open_data_set(tmp_path / "out").paths == []
+
+
+def test_finished_is_left_alone_and_changes_are_noticed(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(30))
+    arguments = ["-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack"]
+    raw2ids(*arguments)
+    before = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    assert "finished" in raw2ids(*arguments, "--cores", 1).stdout
+    assert before == {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    changed = raw2ids(*arguments, "--max_len", 100, check=False)
+    assert changed.returncode == 2
+    assert "max_len" in changed.stderr
+    assert "-C" in changed.stderr
+    raw2ids(*arguments, "--max_len", 100, "-C")
+    write_jsonl(source, documents(31))
+    changed = raw2ids(*arguments, "--max_len", 100, check=False)
+    assert changed.returncode == 2
+    assert "some.jsonl" in changed.stderr
+
+
+def test_clean_keeps_what_is_not_ours(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(30))
+    out = tmp_path / "out"
+    arguments = ["-i", source, "-o", out, "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack"]
+    raw2ids(*arguments, "-n", 10)
+    (out / "notes.txt").write_text("mine")
+    raw2ids(*arguments, "-C")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["some-00000"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "theirs.parquet").write_bytes(b"PAR1")
+    refused = raw2ids("-i", source, "-o", other, "--tokenizer", byte_tokenizer, "-t", "pretrain", check=False)
+    assert refused.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-i", "nowhere.jsonl", "--tokenizer", "TOKENIZER", "-t", "pretrain"], "nowhere.jsonl"),
+        (["-i", "INPUT", "--tokenizer", "./nowhere", "-t", "pretrain"], "./nowhere"),
+        (["-i", "INPUT", "--tokenizer", "TOKENIZER", "-t", "pretain"], "pretain"),
+        (["-i", "INPUT", "--tokenizer", "TOKENIZER", "-t", "pretrain", "--max_len", "1"], "--max_len 1"),
+        (["-i", "INPUT", "--tokenizer", "TOKENIZER", "-t", "pretrain", "-c", "zip"], "zip"),
+        (["-i", "INPUT", "--tokenizer", "TOKENIZER", "-t", "pretrain", "--cores", "0"], "--cores 0"),
+        (["-i", "INPUT", "--tokenizer", "EMPTY", "-t", "pretrain"], "--tokenizer"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, byte_tokenizer: Path, arguments: list[str], said: str) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(3))
+    (tmp_path / "empty").mkdir()
+    places = {"INPUT": source, "TOKENIZER": byte_tokenizer, "EMPTY": tmp_path / "empty"}
+    result = raw2ids("-o", tmp_path / "out", *[places.get(item, item) for item in arguments], check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom jllm.raw2ids import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'numpy', 'pyarrow', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.stdout.endswith("[]\n")
