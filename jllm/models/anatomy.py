@@ -121,6 +121,17 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     )
 
 
+def whole_anatomy(model: PreTrainedModel) -> Anatomy:
+    """The anatomy for a single stage, which nothing is taken from: a model of any shape will do."""
+    try:
+        return find_anatomy(model)
+    except UserError:
+        tied = tuple(sorted(model.all_tied_weights_keys.items()))
+        return Anatomy(
+            layers="", num_layers=0, before=(), after=(), embedding="", tied=tied, returned=0, needs_ids=False
+        )
+
+
 def _returned_by_layers(container: nn.Module, name: str) -> int:
     """How the family's own loop over its layers unpacks what they return, read from its source."""
     try:

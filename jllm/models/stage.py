@@ -17,6 +17,7 @@ Masks follow the position ids: where they restart inside a row, documents do not
 not, attention is plainly causal. Padding belongs at the end of rows, masked in the labels, and needs no mask.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.anatomy import Anatomy, find_anatomy
+from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
+from jllm.models.families import check_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +142,11 @@ def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrain
 
 def carve(model: PreTrainedModel, span: StageSpan) -> None:
     """Replace in place what `span` does not own. A tied head's original stays on the last stage until `seal`."""
-    anatomy = find_anatomy(model)
+    check_split(model.config, span)
+    anatomy = find_anatomy(model) if span.count > 1 else whole_anatomy(model)
     model.__dict__["_jllm_anatomy"] = anatomy
+    if span.count == 1:
+        return
     layers = model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
     assert 0 <= span.first_layer < span.end_layer <= anatomy.num_layers
@@ -149,9 +154,9 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
         if not span.first_layer <= index < span.end_layer:
             layers[index] = AbsentLayer(layer, anatomy.returned)
     if not span.is_first:
-        needed_by_head = {original.rpartition(".")[0] for _, original in anatomy.tied} if span.is_last else set()
+        needed_by_head = [original for _, original in anatomy.tied] if span.is_last else []
         for name in anatomy.before:
-            if name not in needed_by_head:
+            if not any(original.startswith(name + ".") for original in needed_by_head):
                 _replace(model, name)
     if not span.is_last:
         leave = layers[span.end_layer]
@@ -160,8 +165,7 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
         for name in anatomy.after:
             _replace(model, name)
         # Not a tie inside this process any more: the head is on another stage.
-        if span.count > 1:
-            model.all_tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
 
 
 def seal(model: PreTrainedModel, span: StageSpan) -> None:
@@ -222,13 +226,17 @@ class PipelineStage(nn.Module):
         assert base is not model, "a causal model with a head has a base model inside"
         self._base_name = next(name for name, module in model.named_modules() if module is base)
         self._anatomy = anatomy_of(model)
+        # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
+        self._takes = frozenset(inspect.signature((type(model) if span.is_last else type(base)).forward).parameters)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
         received, integers = inputs
         labels, positions = integers[0], integers[1]
         runner = self.model if self.span.is_last else self.model.get_submodule(self._base_name)
-        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        arguments = {
+            name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
+        }
         if self.span.is_first:
             if self._anatomy.needs_ids and not self.span.is_last:
                 integers = torch.cat([integers, received[None]])
@@ -261,5 +269,6 @@ def _replace(model: PreTrainedModel, name: str) -> None:
     """Put the fitting stand-in where module `name` is."""
     parent_name, _, child_name = name.rpartition(".")
     replaced = model.get_submodule(name)
-    stand_in = AbsentEmbedding(replaced) if isinstance(replaced, nn.Embedding) else AbsentModule(replaced)
+    embedding = next((module for module in replaced.modules() if isinstance(module, nn.Embedding)), None)
+    stand_in = AbsentModule(replaced) if embedding is None else AbsentEmbedding(embedding)
     setattr(model.get_submodule(parent_name), child_name, stand_in)

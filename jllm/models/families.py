@@ -1,0 +1,110 @@
+"""Which model families work in a pipeline, how that was shown, and why the others are refused.
+
+`check_split` is asked before a stage is built. Most refusals are not about a family but about a configuration: the
+same family without the feature, or cut elsewhere, or on one stage, works. What has no list of decoder layers at all is
+refused by `jllm.models.anatomy`.
+
+The catalogue is written by `tools/test_families.py`, which trains every causal model type of the installed
+transformers, tiny and random, whole and in stages, and compares. Nothing in it is claimed without that run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
+
+from jllm.errors import UserError
+
+if TYPE_CHECKING:
+    from jllm.models.stage import StageSpan
+
+CATALOGUE = Path(__file__).with_name("families.json")
+
+# Tested one by one in every run of the tests, at two and three stages.
+NAMED = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "cohere2",
+    "olmo2",
+    "granite",
+    "glm4",
+    "smollm3",
+    "starcoder2",
+    "deepseek_v3",
+    "gpt_oss",
+)
+
+# Families whose layers do more than hand a hidden state from one to the next, whatever the configuration.
+REFUSED = {
+    "hrm_text": "it runs its two lists of layers over and over, so no layer runs only once per token",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One line of the catalogue."""
+
+    model_type: str
+    status: str
+    """`pass`, `refused` or `failed`."""
+    shown: str
+    """What was compared, or the reason."""
+    has_plan: bool
+    """Whether transformers declares a pipeline plan for it."""
+    isolates_documents: bool = False
+    """Whether documents packed in a row do not see each other where position ids restart (`--block_mask`)."""
+
+
+def catalogue() -> tuple[str, list[Family]]:
+    """The version of transformers that was walked, and every causal model type with its result."""
+    stored = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    return stored["transformers"], [Family(**entry) for entry in stored["families"]]
+
+
+def catalogue_table() -> str:
+    """The catalogue as text for `jllm models`: one line per family."""
+    version, families = catalogue()
+    width = max(len(family.model_type) for family in families)
+    counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
+    lines = [f"{family.model_type:<{width}}  {family.status:<7}  {family.shown}" for family in families]
+    summary = f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed"
+    return "\n".join([*lines, "", summary])
+
+
+def check_split(config: PretrainedConfig, span: "StageSpan") -> None:
+    """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
+    if span.count == 1:
+        return
+    text = config.get_text_config(decoder=True)
+    what = f"model type {config.model_type!r} cannot be split into {span.count} pipeline stages"
+    remedy = "use --pipe_parallel_size 1"
+    if reason := REFUSED.get(config.model_type):
+        raise UserError(f"{what}: {reason}; {remedy}")
+    if config.is_encoder_decoder:
+        raise UserError(f"{what}: it is an encoder-decoder, not a decoder; give a decoder (`jllm models` lists them)")
+    if text is not config:
+        parts = ", ".join(sorted(set(config.sub_configs)))
+        raise UserError(f"{what}: it is a decoder among other parts ({parts}); give its text-only model")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise UserError(f"{what}: every layer reads its own embedding of the input ids; {remedy}")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UserError(f"{what}: its last layers reuse keys and values of earlier layers; {remedy}")
+    kinds = getattr(text, "indexer_types", None)
+    if kinds and kinds[span.first_layer] == "shared":
+        allowed = ", ".join(str(index) for index, kind in enumerate(kinds) if kind != "shared" and index)
+        raise UserError(
+            f"stage {span.index} of model type {config.model_type!r} cannot start with layer {span.first_layer}, which "
+            f"reuses the token selection of the layer before it; give boundaries among {allowed or 'none'}"
+        )

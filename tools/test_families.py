@@ -1,0 +1,146 @@
+"""Walk every causal model type of the installed transformers through a pipeline and write what works.
+
+Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
+with plain and with packed rows, then saved by its stages and loaded by plain transformers. The result goes to
+`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. One process per type, so that one type
+cannot take the others down. Takes 5 to 15 minutes on two cores.
+
+    python tools/test_families.py            every type; exit code 1 if one failed
+    python tools/test_families.py llama opt  these only; their lines are written anew
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jllm.errors import UserError  # noqa: E402
+from jllm.models.families import CATALOGUE, NAMED, Family, catalogue  # noqa: E402
+
+TIMEOUT = 300
+
+
+def walk_one(model_type: str) -> Family:
+    """Build, split, compare and export one type, in this process."""
+    import torch
+    from transformers.utils import logging
+
+    from jllm.models.families import check_split
+    from jllm.models.stage import StageSpan
+    from tests.models.family_check import compare_export, compare_stages, isolates_documents, make_folder
+    from tests.models.tiny import has_plan, tiny_config
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    plan = has_plan(model_type)
+
+    def result(status: str, shown: str, **more: bool) -> Family:
+        return Family(model_type=model_type, status=status, shown=shown, has_plan=plan, **more)
+
+    try:
+        config = tiny_config(model_type)
+        # Asked before the model is built: what is refused by its configuration may be too large to build.
+        check_split(config, StageSpan(index=0, count=2, first_layer=0, end_layer=1))
+        with tempfile.TemporaryDirectory() as folder:
+            whole, saved = Path(folder) / "whole", Path(folder) / "saved"
+            make_folder(config, whole)
+            for stages in (2, 3):
+                for packed in (False, True):
+                    difference = compare_stages(config, whole, stages=stages, packed=packed)
+                    if not difference.is_equal:
+                        return result("failed", f"{stages} stages differ from the whole model: {difference}")
+            difference = compare_export(config, whole, saved, stages=3)
+            if not difference.is_equal:
+                return result("failed", f"exported folder differs: {difference}")
+            isolates = isolates_documents(config, whole)
+    except UserError as refusal:
+        return result("refused", _reason(str(refusal)))
+    tie = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
+    return result("pass", f"2 and 3 stages = whole model, {tie}; export = source", isolates_documents=isolates)
+
+
+def _reason(message: str) -> str:
+    """The part of a refusal that is about the model, not about this run."""
+    return message.partition(": ")[2].partition("; ")[0] or message
+
+
+def walk_apart(model_type: str) -> Family:
+    """The same in a process of its own, with a time limit."""
+    command = [sys.executable, __file__, "--one", model_type]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return Family(model_type=model_type, status="failed", shown=f"no result in {TIMEOUT} s", has_plan=False)
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        return Family(model_type=model_type, status="failed", shown=last[:160], has_plan=False)
+    return Family(**json.loads(run.stdout.strip().splitlines()[-1]))
+
+
+def write_table(version: str, families: Sequence[Family]) -> None:
+    """The two files that state what works."""
+    stored = {"transformers": version, "families": [asdict(family) for family in families]}
+    CATALOGUE.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
+    planned = [family for family in families if family.has_plan]
+    lines = [
+        "# Model families",
+        "",
+        f"Written by `make test-families` with transformers {version}: {len(families)} causal model types, "
+        f"{counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed. Of the {len(planned)} with a "
+        f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass.",
+        "",
+        "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
+        "gradients (fp32, 1e-5), with plain and with packed rows; what its stages save, plain `from_pretrained` loads "
+        "with equal logits. *Refused*: more than one pipeline stage is an error that says why; one stage works where "
+        "the type is a decoder. *Documents apart*: with `--block_mask`, a document's logits in a packed row are those "
+        "that it has alone. Types in bold are tested in every run of the tests, tied and untied.",
+        "",
+        "| type | plan | result | documents apart | shown by, or reason |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for family in families:
+        name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
+        apart = "" if family.status != "pass" else "yes" if family.isolates_documents else "no"
+        plan = "yes" if family.has_plan else ""
+        lines.append(f"| {name} | {plan} | {family.status} | {apart} | {family.shown.replace('|', '/')} |")
+    target = ROOT / "docs" / "families.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Parse, walk, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types; default: all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(asdict(walk_one(arguments.one))))
+        return 0
+    import transformers
+
+    from tests.models.tiny import causal_types
+
+    families = []
+    for model_type in arguments.types or causal_types():
+        families.append(walk_apart(model_type))
+        print(f"{model_type:<28} {families[-1].status:<8} {families[-1].shown}", flush=True)
+    if arguments.types and CATALOGUE.exists():
+        renewed = {family.model_type: family for family in families}
+        version, known = catalogue()
+        write_table(version, [renewed.get(family.model_type, family) for family in known])
+    elif not arguments.types:
+        write_table(transformers.__version__, families)
+    return 1 if any(family.status == "failed" for family in families) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
