@@ -133,7 +133,7 @@ def time_contender(name: str, config: BenchmarkConfig, folder: Path) -> Taken | 
     cores = sorted(os.sched_getaffinity(0))[: config.cores]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.shuffle_peers", *arguments],
+        [sys.executable, __file__, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -157,6 +157,7 @@ def main(config: BenchmarkConfig) -> None:
         assert config.folder is not None
         print(CONTENDERS[config.contender](config.folder / "in", config.folder / "out", config))
         return
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from benchmarks.token_sets import write_set
 
     folder = Path(tempfile.mkdtemp(prefix="shuffle-", dir=config.folder))

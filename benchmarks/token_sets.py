@@ -21,7 +21,8 @@ ROWS_AT_ONCE = 512
 
 def _zipf(rng: np.random.Generator, kinds: int, count: int) -> Int32:
     """`count` ranks below `kinds`, rank r about as often as 1 / (r + 1)."""
-    return (np.exp(rng.random(count) * np.log(kinds)) - 1).astype(np.int32)
+    ranks: Int32 = (np.exp(rng.random(count) * np.log(kinds)) - 1).astype(np.int32)
+    return ranks
 
 
 class PhraseTable:
@@ -39,7 +40,7 @@ class PhraseTable:
         lengths = self._lengths[phrases]
         ends = np.cumsum(lengths)
         begins = np.repeat(self._starts[phrases] - (ends - lengths), lengths)
-        stream = self._tokens[begins + np.arange(int(ends[-1]))][:count]
+        stream = np.asarray(self._tokens[begins + np.arange(int(ends[-1]))][:count], np.int32)
         return stream if len(stream) == count else np.concatenate([stream, self.tokens(rng, count - len(stream))])
 
 
