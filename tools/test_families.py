@@ -2,8 +2,8 @@
 
 Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. The result goes to
-`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. One process per type, so that one type
-cannot take the others down. Takes 5 to 15 minutes on two cores.
+`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or hangs costs a
+worker process, not the run. Takes 5 to 15 minutes on two cores.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
@@ -11,10 +11,12 @@ cannot take the others down. Takes 5 to 15 minutes on two cores.
 
 import argparse
 import json
+import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from jllm.errors import UserError  # noqa: E402
 from jllm.models.families import CATALOGUE, NAMED, Family, catalogue  # noqa: E402
 
-TIMEOUT = 300
+TIMEOUT = 180
 
 
 def walk_one(model_type: str) -> Family:
@@ -62,6 +64,8 @@ def walk_one(model_type: str) -> Family:
             isolates = isolates_documents(config, whole)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
+    except Exception as error:
+        return result("failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:160])
     tie = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
     return result("pass", f"2 and 3 stages = whole model, {tie}; export = source", isolates_documents=isolates)
 
@@ -71,17 +75,37 @@ def _reason(message: str) -> str:
     return message.partition(": ")[2].partition("; ")[0] or message
 
 
-def walk_apart(model_type: str) -> Family:
-    """The same in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, "--one", model_type]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return Family(model_type=model_type, status="failed", shown=f"no result in {TIMEOUT} s", has_plan=False)
-    if run.returncode != 0:
-        last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-        return Family(model_type=model_type, status="failed", shown=last[:160], has_plan=False)
-    return Family(**json.loads(run.stdout.strip().splitlines()[-1]))
+def walk_apart(model_types: Sequence[str]) -> Iterator[Family]:
+    """All of them in a worker process, which is replaced when a type takes it down or hangs it."""
+    pending = list(model_types)
+    while pending:
+        command = [sys.executable, __file__, "--worker", *pending]
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,
+        ):
+            lines: queue.Queue[str] = queue.Queue()
+            threading.Thread(target=_forward_lines, args=(worker, lines), daemon=True).start()
+            try:
+                while pending and (line := lines.get(timeout=TIMEOUT)):
+                    if line.startswith('{"model_type"'):
+                        yield Family(**json.loads(line))
+                        pending.pop(0)
+                reason = "the process ended"
+            except queue.Empty:
+                reason = f"no result in {TIMEOUT} s"
+            worker.kill()
+            if pending:
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or [""])[-1]
+                yield Family(model_type=pending.pop(0), status="failed", shown=f"{reason} {last}"[:160], has_plan=False)
+
+
+def _forward_lines(worker: subprocess.Popen[str], lines: "queue.Queue[str]") -> None:
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        lines.put(line)
+    lines.put("")
 
 
 def write_table(version: str, families: Sequence[Family]) -> None:
@@ -120,19 +144,20 @@ def main() -> int:
     """Parse, walk, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; default: all")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(asdict(walk_one(arguments.one))))
+    if arguments.worker:
+        for model_type in arguments.types:
+            print(json.dumps(asdict(walk_one(model_type))), flush=True)
         return 0
     import transformers
 
     from tests.models.tiny import causal_types
 
     families = []
-    for model_type in arguments.types or causal_types():
-        families.append(walk_apart(model_type))
-        print(f"{model_type:<28} {families[-1].status:<8} {families[-1].shown}", flush=True)
+    for family in walk_apart(arguments.types or causal_types()):
+        families.append(family)
+        print(f"{family.model_type:<28} {family.status:<8} {family.shown}", flush=True)
     if arguments.types and CATALOGUE.exists():
         renewed = {family.model_type: family for family in families}
         version, known = catalogue()

@@ -42,6 +42,8 @@ class Anatomy:
     """Pairs (copy, original) of parameter names that are one tensor in the whole model: the head and the embedding."""
     returned: int
     """What a decoder layer returns: 0 for the hidden state itself, n for a tuple of n with the hidden state first."""
+    routers: tuple[str, ...]
+    """Routers of mixture-of-experts layers, those of other stages included."""
     needs_ids: bool
     """Whether decoder layers take the input ids (hash routing): then these travel with the labels."""
 
@@ -117,6 +119,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         embedding=embedding,
         tied=tuple(sorted(model.all_tied_weights_keys.items())),
         returned=_returned_by_layers(model.get_submodule(layers.rpartition(".")[0]), path[-1]),
+        routers=tuple(find_routers(model)),
         needs_ids="input_ids" in inspect.signature(type(model.get_submodule(layers + ".0")).forward).parameters,
     )
 
@@ -126,10 +129,31 @@ def whole_anatomy(model: PreTrainedModel) -> Anatomy:
     try:
         return find_anatomy(model)
     except UserError:
-        tied = tuple(sorted(model.all_tied_weights_keys.items()))
         return Anatomy(
-            layers="", num_layers=0, before=(), after=(), embedding="", tied=tied, returned=0, needs_ids=False
+            layers="",
+            num_layers=0,
+            before=(),
+            after=(),
+            embedding="",
+            tied=tuple(sorted(model.all_tied_weights_keys.items())),
+            returned=0,
+            routers=tuple(find_routers(model)),
+            needs_ids=False,
         )
+
+
+def find_routers(model: PreTrainedModel) -> dict[str, int]:
+    """Name of each router → which of its outputs are the logits, as the family declares it to transformers."""
+    recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders] if recorders else []
+    found: dict[str, int] = {}
+    for recorder in recorders:
+        wanted = recorder if isinstance(recorder, type) else recorder.target_class
+        within = None if isinstance(recorder, type) else recorder.layer_name
+        for name, module in model.named_modules():
+            if wanted is not None and isinstance(module, wanted) and (within is None or within in name):
+                found[name] = 0 if isinstance(recorder, type) else recorder.index
+    return found
 
 
 def _returned_by_layers(container: nn.Module, name: str) -> int:

@@ -57,7 +57,7 @@ def compare_export(config: PretrainedConfig, folder: Path, target: Path, *, stag
         save_stage(model, span, target, dtype=torch.float32)
     write_companions(model, target, dtype=torch.float32, source=folder)
     write_index(target)
-    ids, integers = packed_batch(config.get_text_config(decoder=True).vocab_size)
+    ids, _ = packed_batch(config.get_text_config(decoder=True).vocab_size)
     logits = []
     for source in (folder, target):
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

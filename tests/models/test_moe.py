@@ -1,0 +1,70 @@
+"""The balance loss: its gradient is that of the training loss plus coefficient times loss, whole or in stages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jllm.errors import UserError
+from jllm.models.moe import attach_router_balance, balance_loss, experts_per_token
+from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, token_loss
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
+
+torch.set_num_threads(1)
+COEFFICIENT = 0.3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_gradient_of_the_balance_loss(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    make_folder(config, tmp_path)
+    ids, integers = packed_batch(config.vocab_size, packed=False)
+
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    output = whole(input_ids=ids, output_router_logits=True, use_cache=False)
+    chosen = experts_per_token(config)
+    parts = [balance_loss(logits, chosen)[0] for logits in output.router_logits]
+    balance = sum(parts) / len(parts)
+    (token_loss(output.logits, integers[0]) + COEFFICIENT * balance).backward()
+
+    stages = load_chain(tmp_path, [0, 2, 4])
+    watchers = [attach_router_balance(stage.model, stage.span, COEFFICIENT) for stage in stages]
+    _, gradients = chained_loss_and_gradients(stages, ids, integers)
+    for name, parameter in whole.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+    reports = [watcher.take() for watcher in watchers]
+    assert sum(report.loss for report in reports) == pytest.approx(balance.item(), rel=1e-5)
+    loads = {name: load for report in reports for name, load in report.load.items()}
+    assert len(loads) == len(parts)
+    assert all(sum(load) == pytest.approx(1) and len(load) == 4 for load in loads.values())
+
+
+def test_one_layer_equals_transformers() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(50, 8)
+    assert balance_loss(logits, 2)[0] == pytest.approx(load_balancing_loss_func((logits,), 8, 2).item(), rel=1e-5)
+
+
+def test_the_coefficient_changes_the_gradient_only(tmp_path: Path) -> None:
+    config = tiny_config("mixtral")
+    make_folder(config, tmp_path)
+    ids, integers = packed_batch(config.vocab_size)
+    found = []
+    for coefficient in (0.0, 1.0):
+        stages = load_chain(tmp_path, [0, 4])
+        attach_router_balance(stages[0].model, stages[0].span, coefficient)
+        found.append(chained_loss_and_gradients(stages, ids, integers))
+    gate = "model.layers.0.mlp.gate.weight"
+    assert found[0][0] == found[1][0]
+    assert not torch.allclose(found[0][1][gate], found[1][1][gate])
+
+
+def test_dense_models_are_refused(tmp_path: Path) -> None:
+    make_folder(tiny_config("llama"), tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    with pytest.raises(UserError, match="no routers"):
+        attach_router_balance(stage.model, stage.span, 0.1)
