@@ -42,6 +42,8 @@ class Anatomy:
     """Pairs (copy, original) of parameter names that are one tensor in the whole model: the head and the embedding."""
     returned: int
     """What a decoder layer returns: 0 for the hidden state itself, n for a tuple of n with the hidden state first."""
+    parameters: tuple[str, ...]
+    """Every parameter of the whole model; a tied head is not among them."""
     routers: tuple[str, ...]
     """Routers of mixture-of-experts layers, those of other stages included."""
     needs_ids: bool
@@ -119,6 +121,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         embedding=embedding,
         tied=tuple(sorted(model.all_tied_weights_keys.items())),
         returned=_returned_by_layers(model.get_submodule(layers.rpartition(".")[0]), path[-1]),
+        parameters=tuple(name for name, _ in model.named_parameters()),
         routers=tuple(find_routers(model)),
         needs_ids="input_ids" in inspect.signature(type(model.get_submodule(layers + ".0")).forward).parameters,
     )
@@ -137,6 +140,7 @@ def whole_anatomy(model: PreTrainedModel) -> Anatomy:
             embedding="",
             tied=tuple(sorted(model.all_tied_weights_keys.items())),
             returned=0,
+            parameters=tuple(name for name, _ in model.named_parameters()),
             routers=tuple(find_routers(model)),
             needs_ids=False,
         )

@@ -257,6 +257,9 @@ class PipelineStage(nn.Module):
         leave = self._layer(self.span.end_layer)
         hidden, leave.sent = leave.sent, None
         assert hidden is not None, "the family's forward did not walk its list of layers"
+        if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Nothing up to here trains; the pipeline still expects to send a gradient for it.
+            hidden = hidden.detach().requires_grad_()
         return hidden, integers
 
     def _layer(self, index: int) -> AbsentLayer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tens
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def load_chain(folder: Path, boundaries: list[int], **keywords: object) -> list[PipelineStage]:
+def load_chain(folder: Path, boundaries: list[int], **keywords: Any) -> list[PipelineStage]:
     """All stages, each loaded on its own."""
-    options = {"dtype": torch.float32, **keywords}
+    options: dict[str, Any] = {"dtype": torch.float32, **keywords}
     return [PipelineStage(load_stage(folder, span, **options), span, token_loss) for span in spans_of(boundaries)]
 
 
@@ -74,7 +75,7 @@ def chained_loss_and_gradients(
 
 
 def worst_difference(
-    folder: Path, boundaries: list[int], *, packed: bool, vocab: int, **keywords: object
+    folder: Path, boundaries: list[int], *, packed: bool, vocab: int, **keywords: Any
 ) -> tuple[float, float, str]:
     """(loss difference, largest gradient difference, its name) between the whole model and its chained stages.
 

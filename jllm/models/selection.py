@@ -1,0 +1,126 @@
+"""Which parameters train: `--target_modules`, `--frozen_modules`, `--layers_to_transform`.
+
+A parameter trains when a target pattern matches its module (or none is given), no frozen pattern does, and its decoder
+layer is among the chosen ones (or none are chosen; parameters outside the layers do not train when some are).
+Names are those of the whole model, so every stage decides alike; a tied head goes with the embedding.
+
+A pattern is a regular expression that must match the whole dotted name of a module, or its last parts: `q_proj` and
+`self_attn.q_proj` match `model.layers.0.self_attn.q_proj`, and so does `model.layers.[0-3]..*`. A pattern also covers
+everything inside a module that it matches. Several are separated by commas.
+"""
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from jllm.errors import UserError, did_you_mean
+from jllm.models.stage import StageSpan, anatomy_of, published_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What the user chose; None: everything."""
+
+    target_modules: str | None = None
+    frozen_modules: str | None = None
+    layers_to_transform: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """How much of a stage trains."""
+
+    trainable: int
+    total: int
+    names: tuple[str, ...]
+    """Whole-model names of the parameters that train; may be empty on a stage."""
+
+
+def select_trainable(model: PreTrainedModel, span: StageSpan, selection: Selection) -> Selected:
+    """Set `requires_grad` on this stage's parameters. Integer parameters are left alone.
+
+    Raises:
+        UserError: on every stage alike, when a pattern matches nothing in the whole model or nothing is left to train.
+    """
+    anatomy = anatomy_of(model)
+    chosen = set(choose(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+    trained: list[str] = []
+    trainable = total = 0
+    names = published_names(model, span)
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if parameter.is_floating_point():
+            parameter.requires_grad_(names[name] in chosen)
+            if parameter.requires_grad:
+                trainable += parameter.numel()
+                trained.append(names[name])
+    return Selected(trainable=trainable, total=total, names=tuple(trained))
+
+
+def choose(parameters: tuple[str, ...], selection: Selection, *, layers: str, num_layers: int) -> list[str]:
+    """The names among `parameters` (of a whole model) that train."""
+    targets = _patterns("--target_modules", selection.target_modules)
+    frozen = _patterns("--frozen_modules", selection.frozen_modules)
+    for option, patterns in (("--target_modules", targets), ("--frozen_modules", frozen)):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in parameters):
+                parts = {part for name in parameters for part in name.split(".") if not part.isdigit()}
+                raise UserError(
+                    f"{option} {pattern.pattern!r} matches no module of the model.{did_you_mean(pattern.pattern, parts)}"
+                    " Give a module's name, or a regular expression for it"
+                )
+    allowed = None
+    if selection.layers_to_transform is not None:
+        allowed = {f"{layers}.{index}." for index in parse_layers(selection.layers_to_transform, num_layers)}
+    kept = [
+        name
+        for name in parameters
+        if (not targets or any(matches(pattern, name) for pattern in targets))
+        and not any(matches(pattern, name) for pattern in frozen)
+        and (allowed is None or any(name.startswith(prefix) for prefix in allowed))
+    ]
+    if not kept:
+        raise UserError(
+            "--target_modules, --frozen_modules and --layers_to_transform together leave nothing to train; loosen one"
+        )
+    return kept
+
+
+def matches(pattern: re.Pattern[str], parameter: str) -> bool:
+    """Whether `pattern` matches the parameter, its module, or a module around it, by whole name or by last parts."""
+    parts = parameter.split(".")
+    return any(
+        pattern.fullmatch(".".join(parts[start:end])) for end in range(1, len(parts) + 1) for start in range(end)
+    )
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """Layer numbers of "0:7,24:31" (both ends included) or "3"."""
+    chosen: set[int] = set()
+    for piece in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", piece)
+        if found is None:
+            raise UserError(
+                f'--layers_to_transform {text!r}: {piece.strip()!r} is not a layer or a range; give for example "0:7,24:31"'
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first > last or last >= num_layers:
+            raise UserError(
+                f"--layers_to_transform {text!r}: {piece.strip()!r} is not within the model's layers 0 to {num_layers - 1}"
+            )
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def _patterns(option: str, text: str | None) -> list[re.Pattern[str]]:
+    """Split at commas outside brackets, and compile."""
+    if text is None:
+        return []
+    compiled = []
+    for piece in re.split(r",(?![^{\[(]*[}\])])", text):
+        try:
+            compiled.append(re.compile(piece.strip()))
+        except re.error as error:
+            raise UserError(f"{option} {piece.strip()!r} is not a regular expression ({error}); correct it") from None
+    return compiled
