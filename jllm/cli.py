@@ -10,6 +10,7 @@ COMMANDS = {
     "shuffle": ("jllm.shuffle_datasets:main", "exact global shuffle of data sets"),
     "shuffle-partition": ("jllm.shuffle_partition:main", "shuffle the rows across all files of a folder"),
     "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
+    "manifest": ("jllm.manifest:main", "describe a folder of shards that others wrote, or check one"),
     "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }
 

@@ -11,6 +11,7 @@ verifies. Row groups hold about `ROW_GROUP_TOKENS` tokens, so readers stream wit
 Cost: writing 40-50 M tokens/s and reading about 100 M tokens/s on one core (zstd level 1, no dictionary).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -21,43 +22,27 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from jllm import atomic
+from jllm.data import foreign
+from jllm.data.lists import COLUMNS as COLUMNS
+from jllm.data.lists import CU_SEQLENS as CU_SEQLENS
+from jllm.data.lists import IGNORE_INDEX as IGNORE_INDEX
+from jllm.data.lists import INPUT_IDS as INPUT_IDS
+from jllm.data.lists import LABELS as LABELS
+from jllm.data.lists import LIST_TYPE as LIST_TYPE
+from jllm.data.lists import Int32 as Int32
+from jllm.data.lists import Int64 as Int64
+from jllm.data.lists import from_list_array as from_list_array
+from jllm.data.lists import schema as schema
+from jllm.data.lists import to_list_array as to_list_array
 from jllm.errors import UserError
 
-INPUT_IDS = "input_ids"
-LABELS = "labels"
-CU_SEQLENS = "cu_seqlens"
-COLUMNS = (INPUT_IDS, LABELS, CU_SEQLENS)
-IGNORE_INDEX = -100
-"""The label of a token that is not trained on (PyTorch's `ignore_index`)."""
-
 ROW_GROUP_TOKENS = 1 << 20
+STREAM_BUFFER = 1 << 20
+CONTRACT_KEY, CONTRACT_VERSION = "jllm.format", "1"
+"""Written into the footer of our own shards, whose rows need no second look."""
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
-LIST_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-
-
-def schema(columns: Sequence[str]) -> pa.Schema:
-    """The Arrow schema of a shard with these columns, in the contract's order."""
-    return pa.schema([pa.field(name, LIST_TYPE, nullable=False) for name in COLUMNS if name in columns])
-
-
-def to_list_array(values: Int32, offsets: Int64) -> pa.ListArray:
-    """Rows `values[offsets[i]:offsets[i+1]]` as an Arrow list column, without a copy of the values."""
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32, casting="same_kind")), pa.array(values, pa.int32()), type=LIST_TYPE
-    )
-
-
-def from_list_array(column: pa.ListArray) -> tuple[Int32, Int64]:
-    """The inverse of `to_list_array`: values and offsets with `offsets[0] == 0`; zero-copy for a non-null column."""
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-    return values, offsets - offsets[0]
 
 
 def file_name(split: str, index: int, codec: str) -> str:
@@ -76,6 +61,11 @@ def list_shards(folder: Path) -> list[Path]:
         if "_temporary" in folders:
             raise UserError(
                 f"{parent} holds _temporary: its writer has not finished or died; run it again, or remove _temporary"
+            )
+        if "_delta_log" in folders:
+            raise UserError(
+                f"{parent} is a Delta table, whose folder also holds rows that were deleted; write the table out as"
+                " plain Parquet first"
             )
         folders[:] = [name for name in folders if not name.startswith(("_", "."))]
         found.extend(Path(parent, name) for name in files if name.endswith(".parquet") and name[0] not in "_.")
@@ -241,6 +231,7 @@ class ShardWriter:
         if kind is None:
             try:
                 self._flush()
+                self._writer.add_key_value_metadata({CONTRACT_KEY: CONTRACT_VERSION})
                 self._writer.close()
                 size = self._file.tell()
                 self._file.close()
@@ -263,17 +254,24 @@ class ShardWriter:
 class ShardReader:
     """One shard, read by row group in the contract's schema, whoever wrote it.
 
-    Lists that are nullable (without nulls) or int64 (within int32) are brought to the contract's type.
+    Lists of other kinds and integers of other sizes are brought to the contract's type, and document boundaries to its
+    coordinates (see `jllm.data.foreign`); columns that the contract does not know are not read.
 
     Raises:
-        UserError: not a Parquet file, no `input_ids` lists, nulls, ids beyond int32, or a page whose checksum is wrong;
-            the message names the file.
+        UserError: not a Parquet file, no `input_ids` lists, nulls, ids beyond int32, document boundaries that make no
+            sense, or a page whose checksum is wrong; the message names the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, streaming: bool = False) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False)
+            self._file = pq.ParquetFile(
+                path,
+                page_checksum_verification=True,
+                memory_map=False,
+                pre_buffer=False,
+                buffer_size=STREAM_BUFFER if streaming else 0,
+            )
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
         names = self._file.schema_arrow.names
@@ -282,10 +280,8 @@ class ShardReader:
             raise UserError(f"{path}: not a token-id shard: no column {INPUT_IDS} (columns: {found})")
         self.columns = tuple(name for name in COLUMNS if name in names)
         for name in self.columns:
-            kind = self._file.schema_arrow.field(name).type
-            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-            if not (is_list and pa.types.is_integer(kind.value_type)):
-                raise UserError(f"{path}: column {name} is {kind}; it must be a list of integers")
+            foreign.check_type(self._file.schema_arrow.field(name), path)
+        self._ours = CONTRACT_KEY.encode() in (self._file.metadata.metadata or {})
 
     @property
     def metadata(self) -> pq.FileMetaData:
@@ -316,44 +312,56 @@ class ShardReader:
                     low, high = min(low, statistics.min), max(high, statistics.max)
         return total, (low, high) if known else None
 
-    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        """Row group `group` in batches of bounded size, also where its writer made it large."""
-        yield self.read_group(group)
-
     def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Row group `index` as one batch in the contract's schema."""
         wanted = [name for name in self.columns if columns is None or name in columns]
-        try:
-            table = self._file.read_row_group(index, columns=wanted, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: row group {index} is damaged: {error}") from None
-        arrays = [self._normalised(name, table.column(name), index) for name in wanted]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema(wanted))
+        needed = wanted if self._ours or CU_SEQLENS not in wanted else [*{*wanted, INPUT_IDS}]
+        with self._damage_named(index):
+            table = self._file.read_row_group(index, columns=needed, use_threads=False)
+        return self._in_contract({name: table.column(name) for name in needed}, index, wanted)
 
-    def _normalised(self, name: str, column: pa.ChunkedArray, group: int) -> pa.ListArray:
-        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        if isinstance(array, pa.ChunkedArray):
-            raise UserError(
-                f"{self.path}: row group {group} is too large for column {name}; rewrite with smaller groups"
-            )
-        if array.null_count:
-            raise UserError(f"{self.path}: row group {group}: column {name} has {array.null_count} null rows")
-        elements = array.values.slice(array.offsets[0].as_py(), array.offsets[-1].as_py() - array.offsets[0].as_py())
-        if elements.null_count:
-            raise UserError(f"{self.path}: row group {group}: column {name} has {elements.null_count} null elements")
-        if array.type == LIST_TYPE:
-            return array
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        """Row group `group` in batches of about `ROW_GROUP_TOKENS`, also where its writer made it much larger."""
+        facts = self.metadata.row_group(group)
+        tokens = sum(
+            facts.column(index).num_values
+            for index in range(facts.num_columns)
+            if facts.column(index).path_in_schema.split(".")[0] == INPUT_IDS
+        )
+        if tokens <= 2 * ROW_GROUP_TOKENS:
+            yield self.read_group(group)
+            return
+        rows = max(1, facts.num_rows * ROW_GROUP_TOKENS // tokens)
+        reader = ShardReader(self.path, streaming=True)
+        pieces = reader._file.iter_batches(rows, row_groups=[group], columns=list(self.columns), use_threads=False)
+        while True:
+            with self._damage_named(group):
+                batch = next(pieces, None)
+            if batch is None:
+                return
+            columns = {name: batch.column(name) for name in self.columns}
+            yield self._in_contract(columns, group, self.columns)
+
+    @contextlib.contextmanager
+    def _damage_named(self, group: int) -> Iterator[None]:
         try:
-            values = elements.cast(pa.int32())
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{self.path}: row group {group}: column {name}: {error}") from None
-        offsets = array.offsets.to_numpy().astype(np.int64)
-        return to_list_array(values.to_numpy(), offsets - offsets[0])
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: row group {group} is damaged: {error}") from None
+
+    def _in_contract(
+        self, columns: dict[str, pa.Array | pa.ChunkedArray], group: int, wanted: Sequence[str]
+    ) -> pa.RecordBatch:
+        where = f"{self.path}: row group {group}"
+        arrays = {name: foreign.list_column(column, f"{where}: column {name}") for name, column in columns.items()}
+        if CU_SEQLENS in wanted and not self._ours:
+            arrays[CU_SEQLENS] = foreign.boundaries(arrays[CU_SEQLENS], arrays[INPUT_IDS], where)
+        return pa.RecordBatch.from_arrays([arrays[name] for name in wanted], schema=schema(wanted))
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        """All row groups in order, one in memory at a time."""
+        """All rows in order, about `ROW_GROUP_TOKENS` tokens in memory at a time."""
         for index in range(self.metadata.num_row_groups):
-            yield self.read_group(index)
+            yield from self.batches(index)
 
     def close(self) -> None:
         self._file.close()

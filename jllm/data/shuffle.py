@@ -33,7 +33,16 @@ from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
 from jllm.data.machine import require_disk
 from jllm.data.manifest import DataSet, FileEntry, Manifest, entry_of_written, read_manifest, write_manifest
 from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
-from jllm.data.shards import COLUMNS, INPUT_IDS, ROW_GROUP_TOKENS, ShardReader, ShardWriter, conform, file_name
+from jllm.data.shards import (
+    COLUMNS,
+    CU_SEQLENS,
+    INPUT_IDS,
+    ROW_GROUP_TOKENS,
+    ShardReader,
+    ShardWriter,
+    conform,
+    file_name,
+)
 from jllm.errors import UserError
 
 COMMAND = "shuffle_datasets"
@@ -251,7 +260,10 @@ class _Job:
     def _compact_column(self, name: str) -> CompactColumn:
         complete = all(name in source.columns for source in self.sources)
         ranges = [source.elements[name][1] for source in self.sources] if complete else [None]
-        return CompactColumn(name=name, range=join_ranges(ranges))
+        joined = join_ranges(ranges)
+        if name == CU_SEQLENS and joined is not None:
+            joined = joined[0], joined[1] + 1  # from shifted coordinates to those of the row
+        return CompactColumn(name=name, range=joined)
 
     def _packed_size(self) -> int:
         """Bytes of all rows in memory: elements, a list offset for each row and column, and the position."""

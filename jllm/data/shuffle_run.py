@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jllm.data.machine import free_memory, parse_memory, usable_cores
+from jllm.data.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 from jllm.data.manifest import DataSet, data_sets_below, one_tokenizer, open_data_set
 from jllm.data.shuffle import Outcome, Resources, clean, shuffle_set
 from jllm.errors import UserError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def shuffle_folder(config: "ShuffleConfig", *, one_set: bool) -> list[Outcome]:
     """Shuffle the data sets of `config.data`, or all of it as one set."""
+    use_thrifty_allocator()
     resources = Resources(
         cores=usable_cores(config.cores),
         memory=parse_memory("--memory", config.memory) if config.memory else int(config.mem_rate * free_memory()),

@@ -1,0 +1,38 @@
+"""The columns of a shard and their Arrow type, and list columns as numpy arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+INPUT_IDS = "input_ids"
+LABELS = "labels"
+CU_SEQLENS = "cu_seqlens"
+COLUMNS = (INPUT_IDS, LABELS, CU_SEQLENS)
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on (PyTorch's `ignore_index`)."""
+
+LIST_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+def schema(columns: Sequence[str]) -> pa.Schema:
+    """The Arrow schema of a shard with these columns, in the contract's order."""
+    return pa.schema([pa.field(name, LIST_TYPE, nullable=False) for name in COLUMNS if name in columns])
+
+
+def to_list_array(values: Int32, offsets: Int64) -> pa.ListArray:
+    """Rows `values[offsets[i]:offsets[i+1]]` as an Arrow list column, without a copy of the values."""
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32, casting="same_kind")), pa.array(values, pa.int32()), type=LIST_TYPE
+    )
+
+
+def from_list_array(column: pa.ListArray) -> tuple[Int32, Int64]:
+    """The inverse of `to_list_array`: values and offsets with `offsets[0] == 0`; zero-copy for a non-null column."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    return values, offsets - offsets[0]
