@@ -66,8 +66,9 @@ def choose(parameters: tuple[str, ...], selection: Selection, *, layers: str, nu
         for pattern in patterns:
             if not any(matches(pattern, name) for name in parameters):
                 parts = {part for name in parameters for part in name.split(".") if not part.isdigit()}
+                near = did_you_mean(pattern.pattern, parts)
                 raise UserError(
-                    f"{option} {pattern.pattern!r} matches no module of the model.{did_you_mean(pattern.pattern, parts)}"
+                    f"{option} {pattern.pattern!r} matches no module of the model.{near}"
                     " Give a module's name, or a regular expression for it"
                 )
     allowed = None
@@ -98,17 +99,14 @@ def matches(pattern: re.Pattern[str], parameter: str) -> bool:
 def parse_layers(text: str, num_layers: int) -> list[int]:
     """Layer numbers of "0:7,24:31" (both ends included) or "3"."""
     chosen: set[int] = set()
+    given = f"--layers_to_transform {text!r}"
     for piece in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", piece)
         if found is None:
-            raise UserError(
-                f'--layers_to_transform {text!r}: {piece.strip()!r} is not a layer or a range; give for example "0:7,24:31"'
-            )
+            raise UserError(f'{given}: {piece.strip()!r} is not a layer or a range; give for example "0:7,24:31"')
         first, last = int(found[1]), int(found[2] or found[1])
         if first > last or last >= num_layers:
-            raise UserError(
-                f"--layers_to_transform {text!r}: {piece.strip()!r} is not within the model's layers 0 to {num_layers - 1}"
-            )
+            raise UserError(f"{given}: {piece.strip()!r} is not within the model's layers 0 to {num_layers - 1}")
         chosen.update(range(first, last + 1))
     return sorted(chosen)
 

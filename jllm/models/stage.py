@@ -78,10 +78,16 @@ class AbsentLayer(nn.Module):
         for name, value in replaced.__dict__.items():
             if name not in own and isinstance(value, (int, float, str, bool)):
                 setattr(self, name, value)
+        self._methods = frozenset(dir(type(replaced))) - frozenset(dir(nn.Module))
         self.returned = returned
         self.is_exit = False
         self.received: Tensor | None = None
         self.sent: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods that the family calls on its layers (to set a mode, ...) do nothing here."""
+        methods = self.__dict__.get("_methods", ())
+        return _do_nothing if name in methods else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The received hidden state on an entrance, else the first argument."""
@@ -266,6 +272,10 @@ class PipelineStage(nn.Module):
         layer = self.model.get_submodule(f"{self._anatomy.layers}.{index}")
         assert isinstance(layer, AbsentLayer)
         return layer
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """A method of a layer that is elsewhere."""
 
 
 def _replace(model: PreTrainedModel, name: str) -> None:

@@ -90,6 +90,8 @@ def load_stage(
             f"the configuration says {list(wanted)}; give the config.json that was published with the weights"
         )
     seal(model, span)
+    if device.type == "cpu":
+        _own_memory(model)
     model.train()
     return model
 
@@ -219,6 +221,16 @@ def write_companions(
     config.save_pretrained(folder)
     if model.generation_config is not None and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy weights out of the mapped files, one at a time.
+
+    On CPU, tensors whose dtype is the stored one are still the file: overwriting it (an export into the same folder)
+    would change them or kill the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
