@@ -56,14 +56,23 @@ def join(timeout_seconds: int) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger as deepspeed_logger
+    from torch.distributed import DistNetworkError
 
     deepspeed_logger.setLevel("WARNING")
     if get_accelerator().device_name() == "cpu":
         _compile_cpu_operator()
-    with quiet():
-        deepspeed.init_distributed(
-            get_accelerator().communication_backend_name(), timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
+    try:
+        with quiet():
+            deepspeed.init_distributed(
+                get_accelerator().communication_backend_name(), timeout=datetime.timedelta(seconds=timeout_seconds)
+            )
+    except DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"{where} is taken, probably by another run; give the launcher another port: deepspeed --master_port N"
+            ) from None
+        raise UserError(f"cannot reach the other processes at {where}: {error}") from None
 
 
 def _set_alone_environment() -> None:

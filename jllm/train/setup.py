@@ -7,6 +7,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from jllm.data.manifest import DataSet, open_data_set
+from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import UserError
 from jllm.models.costs import estimate_costs
 from jllm.models.partition import partition, stage_table
@@ -98,9 +99,7 @@ def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
     assert config.model is not None
     if made_with is None or not any(config.model.glob("tokenizer*")):
         return
-    from jllm.data.tokenizer import describe_tokenizer
-
-    of_model = describe_tokenizer(str(config.model))
+    of_model = load_tokenizer(str(config.model)).for_manifest
     if of_model.sha256 != made_with.sha256:
         raise UserError(
             f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"

@@ -17,7 +17,10 @@ def rows_in_order(folder: Path, *, seed: int, epoch: int, shuffle: bool = True) 
     for path in list_shards(folder):
         for batch in ShardReader(path):
             groups.append(
-                [{name: np.array(batch.column(name)[i].as_py()) for name in batch.schema.names} for i in range(len(batch))]
+                [
+                    {name: np.array(batch.column(name)[i].as_py()) for name in batch.schema.names}
+                    for i in range(len(batch))
+                ]
             )
             sizes.append(4 * sum(len(batch.column(name).values) for name in batch.schema.names))
     order = epoch_order(

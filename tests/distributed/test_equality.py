@@ -16,7 +16,8 @@ STEPS = 5
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("world_size", "pipe", "optimizer"), [(2, 2, "sgd"), (4, 2, "adamw"), (4, 2, "sgd"), (3, 3, "adamw"), (2, 1, "adamw")]
+    ("world_size", "pipe", "optimizer"),
+    [(2, 2, "sgd"), (4, 2, "adamw"), (4, 2, "sgd"), (3, 3, "adamw"), (2, 1, "adamw")],
 )
 def test_equals_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, world_size: int, pipe: int, optimizer: str, tied: bool
