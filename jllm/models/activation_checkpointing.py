@@ -1,0 +1,165 @@
+"""Trading time for memory: recompute activations in the backward pass, or keep them in host memory.
+
+    interval k         groups of k decoder layers keep only their input, and run again in the backward pass
+    attention_only     every layer's attention runs again, the rest keeps its activations: most of the memory of long
+                       sequences for a small part of the time (k is then not used)
+    offload            what is kept goes to host memory, and comes back when it is needed
+
+Losses and gradients are those without it: the same operations run twice, with the same random state.
+
+The families' own loop over the layers is not touched. In a group, every layer but the last only notes how it was
+called; the last one runs them all. So masks and rotary tables stay each layer's own.
+
+Costs: interval k keeps layers / k inputs and recomputes k layers at a time, about a third more time; offload copies
+each kept tensor over the bus twice, beside the computation where memory can be pinned.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from jllm.errors import UserError
+from jllm.models.stage import StageSpan, anatomy_of
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Checkpointing:
+    """A stage's activation checkpointing: a switch, and counts for tests and logs."""
+
+    units: int = 0
+    """Groups of layers, or attentions, that are recomputed."""
+    is_enabled: bool = True
+    """Turn off to stop recomputing from the next step on (`--no_checkpoint_grad_step`)."""
+    offload: bool = False
+    recomputed: int = 0
+    """How often a unit ran again since the start."""
+    offloaded_bytes: int = 0
+    """Bytes sent to host memory since the start."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a forward pass now should be checkpointed."""
+        return self.is_enabled and torch.is_grad_enabled()
+
+    def run(self, function: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run `function`, keeping only its inputs, and run it again in the backward pass."""
+        calls = 0
+
+        def counted(*inner: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            self.recomputed += calls > 1
+            return function(*inner, **named)
+
+        if not self.offload:
+            return checkpoint(counted, *args, use_reentrant=False, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(self._to_host, _from_host):
+            return checkpoint(counted, *args, use_reentrant=False, **kwargs)
+
+    def _to_host(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+        self.offloaded_bytes += tensor.numel() * tensor.element_size()
+        on_device = tensor.device.type != "cpu"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+        host.copy_(tensor, non_blocking=on_device)
+        return tensor.device, host
+
+
+def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+def checkpoint_activations(
+    model: PreTrainedModel,
+    span: StageSpan,
+    *,
+    interval: int = 1,
+    attention_only: bool = False,
+    offload: bool = False,
+) -> Checkpointing:
+    """Switch it on for this stage's layers. Call once, after compiling layers (if they are) and before training."""
+    anatomy = anatomy_of(model)
+    state = Checkpointing(offload=offload)
+    if not anatomy.layers:
+        raise UserError(
+            f"model type {model.config.model_type!r} has no single list of decoder layers to checkpoint; "
+            "leave activation checkpointing off"
+        )
+    layers = [model.get_submodule(f"{anatomy.layers}.{index}") for index in range(span.first_layer, span.end_layer)]
+    if attention_only:
+        for layer in layers:
+            for attention in find_attention(layer):
+                _recompute_alone(attention, state)
+                state.units += 1
+        if not state.units:
+            raise UserError(
+                f"layers {span.first_layer} to {span.end_layer - 1} of model type {model.config.model_type!r} have no "
+                "attention module to recompute; give an interval of layers instead"
+            )
+        return state
+    if interval < 1:
+        raise UserError(f"activation checkpointing every {interval} layers: the interval is at least 1 (0: off)")
+    # Layers that hand on more than the hidden state cannot wait for their group.
+    size = interval if anatomy.returned in (0, 3) else 1
+    for start in range(0, len(layers), size):
+        _group(layers[start : start + size], state)
+        state.units += 1
+    return state
+
+
+def find_attention(layer: nn.Module) -> list[nn.Module]:
+    """The outermost modules of a decoder layer that are attentions, by class name."""
+    found: list[nn.Module] = []
+    for child in layer.children():
+        found += [child] if "Attention" in type(child).__name__ else find_attention(child)
+    return found
+
+
+@dataclass
+class _Group:
+    """Calls that wait for the last layer of their group."""
+
+    calls: list[tuple[Forward, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+def _group(layers: list[nn.Module], state: Checkpointing) -> None:
+    group = _Group()
+    for layer in layers:
+        layer.forward = _grouped(layer.forward, group, state, is_last=layer is layers[-1])
+
+
+def _grouped(forward: Forward, group: _Group, state: Checkpointing, *, is_last: bool) -> Forward:
+    def grouped(*args: Any, **kwargs: Any) -> Any:
+        if not state.is_active:
+            return forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        group.calls.append((forward, args[1:], kwargs))
+        if not is_last:
+            return hidden
+        calls, group.calls = group.calls, []
+
+        def run(hidden: Tensor) -> Any:
+            output: Any = hidden
+            for function, rest, named in calls:
+                output = function(output[0] if isinstance(output, tuple) else output, *rest, **named)
+            return output
+
+        return state.run(run, hidden)
+
+    return grouped
+
+
+def _recompute_alone(module: nn.Module, state: Checkpointing) -> None:
+    forward = module.forward
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        return state.run(forward, *args, **kwargs) if state.is_active else forward(*args, **kwargs)
+
+    module.forward = alone
