@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
+from jllm.models.attention import packing
 from jllm.models.families import check_split
 
 
@@ -240,9 +241,10 @@ class PipelineStage(nn.Module):
         received, integers = inputs
         labels, positions = integers[0], integers[1]
         runner = self.model if self.span.is_last else self.model.get_submodule(self._base_name)
-        arguments = {
+        arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
+        arguments |= packing(self.model, positions)
         if self.span.is_first:
             if self._anatomy.needs_ids and not self.span.is_last:
                 integers = torch.cat([integers, received[None]])

@@ -1,0 +1,194 @@
+"""Which attention kernel runs, and what it needs to keep packed documents apart.
+
+    flash_attention_2/3   where the flash-attn package is installed, on CUDA, in half precision
+    varlen                `torch.nn.attention.varlen`, on CUDA in half precision; also plain causal rows, through SDPA
+    flex_attention        on CUDA, for families with soft-capped scores or attention sinks, which varlen cannot do
+    sdpa, eager           elsewhere: transformers builds a block mask from the position ids, S x S booleans
+
+flash and varlen know documents by their cumulative lengths. `packing` derives them from the position ids once per
+micro-batch (one copy to the host, on each stage); layers get them as arguments, so no layer waits for the device.
+Off CUDA, varlen goes document by document through SDPA: no S x S mask, work only within documents.
+"""
+
+import importlib.util
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from jllm.errors import UserError
+
+VARLEN = "varlen"
+CHOICES = ("auto", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager")
+# Signs in a family's own code that its attention takes more than causality, a window and documents.
+_BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use_bidirectional_attention")
+
+
+def choose_attention(
+    family: type[PreTrainedModel], *, device: str | torch.device, dtype: torch.dtype, wanted: str = "auto"
+) -> str:
+    """The implementation to load `family` with: `wanted`, or for `auto` the best one that it can do here."""
+    is_fast = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if wanted != "auto":
+        _check(family, wanted, is_fast)
+        return wanted
+    if is_fast:
+        for name, package in (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2", "flash_attn")):
+            if family._supports_flash_attn and importlib.util.find_spec(package) is not None:
+                return name
+        if takes_varlen(family) and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            return VARLEN
+        if family._supports_flex_attn and not family._supports_sdpa:
+            return "flex_attention"
+    return "sdpa" if family._supports_sdpa else "eager"
+
+
+def takes_varlen(family: type[PreTrainedModel]) -> bool:
+    """Whether the family's attention is causal, perhaps with a window, and passes on what varlen needs."""
+    source = inspect.getsource(sys.modules[family.__module__])
+    return bool(family._supports_flash_attn) and not any(sign in source for sign in _BEYOND_VARLEN)
+
+
+def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+    """Arguments for the model's forward that tell documents apart; empty where masks are built from positions.
+
+    A document starts where positions do not go on by one, and at the start of each row.
+    """
+    implementation = str(model.config._attn_implementation)
+    if implementation != VARLEN and not implementation.startswith("flash_attention"):
+        return {}
+    on_host = positions.to("cpu")
+    is_start = torch.ones_like(on_host, dtype=torch.bool)
+    is_start[:, 1:] = on_host[:, 1:] != on_host[:, :-1] + 1
+    starts = is_start.flatten().nonzero().flatten()
+    if implementation == VARLEN and len(starts) == len(positions):
+        return {}  # one document a row: plain causal attention
+    lengths = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
+    longest = int((lengths[1:] - lengths[:-1]).max())
+    if positions.device.type == "cuda":
+        lengths = lengths.pin_memory().to(positions.device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, heads, S, size] in, [B, S, heads, size] out; causal."""
+    assert attention_mask is None, "varlen attention takes documents, not masks"
+    assert unused.get("softcap") is None, "varlen attention cannot soft-cap scores; use flex_attention or eager"
+    assert unused.get("s_aux") is None, "varlen attention has no sinks; use flex_attention or eager"
+    batch, heads, length, size = query.shape
+    window = sliding_window if sliding_window is not None and sliding_window < length else None
+    if cu_seq_lens_q is None and window is None:
+        attended = _causal(query, key, value, scaling, dropout)
+        return attended.transpose(1, 2).contiguous(), None
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+        max_length_q = length
+    assert max_length_q is not None
+    assert not dropout, "varlen attention has no dropout; set attention_dropout to 0 in the model's config.json"
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    if query.device.type == "cuda":
+        attended = _on_cuda(*flat, cu_seq_lens_q, max_length_q, scaling, window)
+    else:
+        attended = _by_document(*flat, cu_seq_lens_q, scaling, window)
+    return attended.view(batch, length, heads, value.shape[-1]), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float = 0.0) -> Tensor:
+    """SDPA with its causal fast path; keys and values may have fewer heads."""
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=key.shape[1] != query.shape[1]
+    )
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Tokens of all rows one after the other, [T, heads, size]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    size = query.shape[-1]
+    narrow = value.shape[-1]
+    if narrow != size:  # latent attention: values are narrower than keys
+        value = nn.functional.pad(value, (0, size - narrow))
+    limits = (window - 1 if window is not None else -1, 0)
+    attended = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=limits,
+    )
+    assert isinstance(attended, Tensor)
+    return attended[..., :narrow]
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """The same by SDPA, one document after the other."""
+    edges = bounds.tolist()
+    pieces = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        if window is None or end - start <= window:
+            pieces.append(_causal(q, k, v, scaling)[0].transpose(0, 1))
+            continue
+        groups = q.shape[1] // k.shape[1]
+        steps = torch.arange(end - start, device=query.device)
+        distance = steps[:, None] - steps[None, :]
+        mask = (distance >= 0) & (distance < window)
+        attended = nn.functional.scaled_dot_product_attention(
+            q, repeat_kv(k, groups), repeat_kv(v, groups), attn_mask=mask, scale=scaling
+        )
+        pieces.append(attended[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _check(family: type[PreTrainedModel], wanted: str, is_fast: bool) -> None:
+    given = f"--attention {wanted}"
+    if wanted not in CHOICES:
+        raise UserError(f"{given}: not an attention implementation; give one of {', '.join(CHOICES)}")
+    if wanted == VARLEN and not takes_varlen(family):
+        raise UserError(f"{given}: {family.__name__} needs more than varlen can do; give auto, flex_attention or eager")
+    if wanted.startswith("flash_attention"):
+        package = "flash_attn_interface" if wanted.endswith("3") else "flash_attn"
+        if not is_fast or importlib.util.find_spec(package) is None:
+            raise UserError(f"{given} needs CUDA, --precision bf16 and the {package} package; give auto")
+    supported = {"flex_attention": family._supports_flex_attn, "sdpa": family._supports_sdpa}
+    if not supported.get(wanted, True):
+        raise UserError(f"{given}: transformers does not offer it for {family.__name__}; give auto or eager")
+
+
+# Registered without a mask function: transformers then builds no mask, and does not wait for the device to look at
+# the position ids.
+if VARLEN not in ALL_ATTENTION_FUNCTIONS:
+    AttentionInterface.register(VARLEN, varlen_attention)

@@ -1,0 +1,64 @@
+"""Attention of packed rows: documents by their lengths equal documents by a block mask, and each document alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jllm.errors import UserError
+from jllm.models.attention import VARLEN, choose_attention, packing, takes_varlen
+from jllm.models.source import causal_class
+from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "deepseek_v3", "cohere2", "phi3"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_varlen_equals_block_mask(family: str, packed: bool, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    if not takes_varlen(causal_class(config)):
+        pytest.skip("this family's attention takes more than varlen can do")
+    make_folder(config, tmp_path)
+    ids, integers = packed_batch(96, packed=packed)
+    expected = chained_loss_and_gradients(load_chain(tmp_path, [0, 2, 4]), ids, integers)
+    stages = load_chain(tmp_path, [0, 2, 4], attn_implementation=VARLEN)
+    found = chained_loss_and_gradients(stages, ids, integers)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_named_families_that_take_varlen() -> None:
+    taken = {name for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3")}
+    assert all(takes_varlen(causal_class(tiny_config(name))) for name in taken)
+    assert not any(takes_varlen(causal_class(tiny_config(name))) for name in ("gemma2", "gpt_oss"))
+
+
+def test_documents_from_positions(tmp_path: Path) -> None:
+    make_folder(tiny_config("llama"), tmp_path)
+    model = load_chain(tmp_path, [0, 4], attn_implementation=VARLEN)[0].model
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0]])
+    found = packing(model, positions)
+    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 11, 12]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_k"] == 5
+    assert packing(model, torch.arange(6).repeat(2, 1)) == {}
+    assert packing(load_chain(tmp_path, [0, 4])[0].model, positions) == {}
+
+
+def test_choice() -> None:
+    llama, oss = (causal_class(tiny_config(name)) for name in ("llama", "gpt_oss"))
+    assert choose_attention(llama, device="cpu", dtype=torch.float32) == "sdpa"
+    assert choose_attention(llama, device="cuda", dtype=torch.bfloat16) in (VARLEN, "flash_attention_2")
+    assert choose_attention(llama, device="cuda", dtype=torch.float32) == "sdpa"
+    assert choose_attention(oss, device="cpu", dtype=torch.float32) == "eager"
+    assert choose_attention(llama, device="cpu", dtype=torch.float32, wanted="eager") == "eager"
+    with pytest.raises(UserError, match="give one of"):
+        choose_attention(llama, device="cpu", dtype=torch.float32, wanted="fast")
+    with pytest.raises(UserError, match="more than varlen"):
+        choose_attention(oss, device="cuda", dtype=torch.bfloat16, wanted=VARLEN)
+    with pytest.raises(UserError, match="needs CUDA"):
+        choose_attention(llama, device="cpu", dtype=torch.float32, wanted="flash_attention_2")
