@@ -20,6 +20,23 @@ class ShuffleConfig:
     cores: int = option(-1, help="workers; negative: all cores")
     mem_rate: float = option(0.8, help="share of the free memory to use")
     memory: str | None = option(None, help="absolute memory cap, such as 512M or 4G, instead of --mem_rate")
+    mix: tuple[str, ...] = option(
+        (),
+        help="weight of a data set as SET=WEIGHT (2.5: every row twice, half of them a third time), of a source tag as"
+        " source:TAG=WEIGHT, or a TOML file with all of them; may be repeated",
+        metavar="SET=WEIGHT|FILE",
+    )
+    mix_by: str | None = option(
+        None,
+        help="what weights are: repetition rates, or shares in rows or tokens  [default: rate]",
+        choices=("rate", "rows", "tokens"),
+    )
+    mix_total: str | None = option(
+        None, help="rows or tokens of the whole mixture, such as 10B, for shares  [default: as much as repeats no row]"
+    )
+    max_tokens: tuple[str, ...] = option(
+        (), help="tokens to take of each data set at most, such as 1B, or of one: SET=1B; may be repeated"
+    )
     clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
 
     def __post_init__(self) -> None:

@@ -51,8 +51,8 @@ class Scatter:
         self.pieces: dict[int, list[pa.RecordBatch]] = {}
         self.files: dict[int, Path] = {}
 
-    def add(self, batch: pa.RecordBatch, positions: Positions) -> None:
-        """Keep the rows of `batch`; row i goes to `positions[i]` of the output."""
+    def add(self, batch: pa.RecordBatch, positions: Positions, picks: Positions | None = None) -> None:
+        """Keep rows of `batch`: row i, or row `picks[i]` where given, goes to `positions[i]` of the output."""
         bucket = np.searchsorted(self._bounds, positions, side="right") - 1
         order = np.argsort(bucket, kind="stable")
         if not self._wanted.all():
@@ -60,9 +60,10 @@ class Scatter:
         if not len(order):
             return
         bucket = bucket[order]
+        taken = batch.take(pa.array(order if picks is None else picks[order]))
         full = pa.RecordBatch.from_arrays(
-            [*batch.columns, pa.array(positions)], names=[*batch.schema.names, POSITION]
-        ).take(pa.array(order))
+            [*taken.columns, pa.array(positions[order])], names=[*batch.schema.names, POSITION]
+        )
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         for start, end in zip(starts, np.append(starts[1:], len(bucket)), strict=True):
             self.pieces.setdefault(int(bucket[start]), []).append(full.slice(start, end - start))

@@ -9,9 +9,10 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jllm.data import scatter, shuffle
+from jllm.data import scatter, shuffle_passes
 from jllm.data.manifest import open_data_set, read_manifest
-from jllm.data.shuffle import Resources, block_edges, destinations, lay_out, shuffle_set
+from jllm.data.shuffle import Resources, shuffle_set
+from jllm.data.shuffle_layout import block_edges, destinations, lay_out
 from jllm.shuffle_datasets import main as shuffle_datasets
 from jllm.shuffle_partition import main as shuffle_partition
 from tests.data.sets import content, make_set, row_numbers, table_of
@@ -27,7 +28,7 @@ def run(command: object, *args: object) -> Result:
 
 def out_of_core(monkeypatch: pytest.MonkeyPatch) -> Resources:
     """A cap that nothing fits under, with buckets of a few rows."""
-    monkeypatch.setattr(shuffle, "MIN_BUCKET", 1 << 10)
+    monkeypatch.setattr(shuffle_passes, "MIN_BUCKET", 1 << 10)
     return Resources(cores=2, memory=8 << 10)
 
 

@@ -1,0 +1,336 @@
+"""The two passes of a shuffle: rows into buckets, buckets into blocks. See `shuffle.py` for what they add up to."""
+
+import concurrent.futures
+import dataclasses
+import json
+import queue
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from jllm import atomic
+from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
+from jllm.data.machine import require_disk
+from jllm.data.manifest import DataSet, FileEntry, entry_of_written
+from jllm.data.mix import Copies
+from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
+from jllm.data.shards import (
+    COLUMNS,
+    CU_SEQLENS,
+    INPUT_IDS,
+    ROW_GROUP_TOKENS,
+    ShardReader,
+    ShardWriter,
+    conform,
+    file_name,
+)
+from jllm.data.shuffle_layout import Layout, Unit, block_edges, destinations, lay_out
+
+CODEC = "zstd"
+SCRATCH_NAME = ".scratch"
+OFFSET_BYTES = 4
+SCRATCH_SHARE = 2.7
+"""Scratch files are compressed where they would exceed this multiple of the input's size."""
+MAX_BUCKET = 512 << 20
+"""Bytes of rows in a bucket: far below the 2^31 elements that an Arrow list column can address."""
+MIN_BUCKET = 4 << 20
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a command may use: `cores` workers and `memory` bytes, the interpreter's own 100-200 MiB not counted."""
+
+    cores: int
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input file as the first pass needs it: where its rows start in the data set."""
+
+    path: Path
+    first_row: int
+    rows_of_groups: tuple[int, ...]
+    columns: tuple[str, ...]
+    elements: dict[str, tuple[int, Range | None]]
+
+
+def survey(data_set: DataSet) -> list[Source]:
+    """Read the footers of all files of a data set."""
+    sources = []
+    first_row = 0
+    for path in data_set.paths:
+        reader = ShardReader(path)
+        sources.append(
+            Source(
+                path=path,
+                first_row=first_row,
+                rows_of_groups=tuple(reader.rows_of_groups),
+                columns=reader.columns,
+                elements={name: reader.elements(name) for name in reader.columns},
+            )
+        )
+        first_row += reader.metadata.num_rows
+        reader.close()
+    return sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group:
+    """A row group to scatter: the number of its first row in the input, and of its first taken row in the output."""
+
+    path: Path
+    group: int
+    first_row: int
+    first_taken: int
+
+
+class Passes:
+    """The two passes over one data set."""
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        folder: Path,
+        *,
+        blocks: int,
+        seed: int,
+        resources: Resources,
+        copies: Copies | None,
+    ) -> None:
+        self.folder = folder
+        self.blocks = blocks
+        self.resources = resources
+        self.scratch = folder / SCRATCH_NAME
+        self.sources = survey(data_set)
+        self.copies = copies
+        self.rows = data_set.manifest.rows if copies is None else int(copies.sum())
+        self.columns = tuple(name for name in COLUMNS if any(name in source.columns for source in self.sources))
+        self.columns = self.columns or (INPUT_IDS,)
+        self.compact = Compact(columns=tuple(self._compact_column(name) for name in self.columns))
+        self.raw_bytes = max(1, self._packed_size() * self.rows // max(1, data_set.manifest.rows))
+        self.positions = destinations(self.rows, fingerprint=data_set.manifest.fingerprint, seed=seed)
+        self.edges = block_edges(self.rows, blocks)
+        self.input_bytes = sum(entry.bytes for entry in data_set.manifest.files)
+        self.entries: dict[int, FileEntry] = {}
+        self._stop = threading.Event()
+
+    def _compact_column(self, name: str) -> CompactColumn:
+        complete = all(name in source.columns for source in self.sources)
+        ranges = [source.elements[name][1] for source in self.sources] if complete else [None]
+        joined = join_ranges(ranges)
+        if name == CU_SEQLENS and joined is not None:
+            joined = joined[0], joined[1] + 1  # from shifted coordinates to those of the row
+        return CompactColumn(name=name, range=joined)
+
+    def _packed_size(self) -> int:
+        """Bytes of all rows in memory, each once: elements, list offsets, and positions."""
+        size = 0
+        for column in self.compact.columns:
+            for source in self.sources:
+                elements, _ = source.elements.get(column.name, source.elements[INPUT_IDS])
+                size += elements * column.bytes + sum(source.rows_of_groups) * OFFSET_BYTES * 3
+        return size
+
+    def run(self) -> int:
+        """Write the blocks that are missing; how many were there."""
+        for block in range(self.blocks):
+            entry = self._read_entry(block)
+            if entry is not None:
+                self.entries[block] = entry
+        kept = len(self.entries)
+        if kept < self.blocks:
+            self._check_disk()
+            layout = self._layout()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+            buckets = self._scatter_all(layout)
+            self._gather_all(layout, buckets)
+        return kept
+
+    @property
+    def _in_memory(self) -> bool:
+        return self.raw_bytes * 5 // 4 + 3 * MIN_BUCKET * self.resources.cores <= self.resources.memory
+
+    def _check_disk(self) -> None:
+        missing = 1 - len(self.entries) / self.blocks
+        needed = self.input_bytes * missing * 1.1 + (1 << 20)
+        if not self._in_memory:
+            needed += min(self.raw_bytes, self.input_bytes * SCRATCH_SHARE) * missing
+        require_disk(self.folder, int(needed), f"shuffling {self.folder.name}")
+
+    def _layout(self) -> Layout:
+        # A bucket in work takes twice its size: its pieces, and the same rows joined. A third is for the writers.
+        room = self.resources.memory // (3 * self.resources.cores)
+        size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self.resources.cores)))
+        return lay_out(self.edges, max(1, self.rows * size // self.raw_bytes))
+
+    def _parallel(self, workers: int, function: Any) -> list[Any]:
+        """Run `function(worker)` in `workers` threads; the first failure stops the others and is raised."""
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(function, worker) for worker in range(workers)]
+            try:
+                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+                return [future.result() for future in futures]
+            except BaseException:
+                self._stop.set()
+                raise
+
+    def _scatter_all(self, layout: Layout) -> list[Bucket]:
+        wanted = np.zeros(len(layout.bounds), dtype=bool)
+        for unit in layout.units:
+            if any(block not in self.entries for block in unit.blocks):
+                wanted[unit.buckets.start : unit.buckets.stop] = True
+        tasks: queue.SimpleQueue[_Group] = queue.SimpleQueue()
+        for task in self._groups():
+            tasks.put(task)
+        workers = self.resources.cores
+        allowance = 1 << 62 if self._in_memory else self.resources.memory // (2 * workers)
+
+        def work(worker: int) -> Scatter:
+            scatter = Scatter(
+                bounds=layout.bounds,
+                wanted=wanted,
+                allowance=allowance,
+                scratch=self.scratch,
+                worker=worker,
+                compressed=self.raw_bytes > SCRATCH_SHARE * self.input_bytes,
+            )
+            reader: ShardReader | None = None
+            while not self._stop.is_set():
+                try:
+                    task = tasks.get_nowait()
+                except queue.Empty:
+                    break
+                if reader is None or reader.path != task.path:
+                    reader = ShardReader(task.path)
+                self._scatter_group(scatter, reader, task)
+            if not self._in_memory:
+                scatter.spill()
+            return scatter
+
+        scatters = self._parallel(workers, work)
+        del self.positions  # the second pass has its memory for the buckets
+        return [
+            Bucket(
+                pieces=[piece for scatter in scatters for piece in scatter.pieces.pop(bucket, [])],
+                files=[scatter.files[bucket] for scatter in scatters if bucket in scatter.files],
+            )
+            for bucket in range(len(layout.bounds))
+        ]
+
+    def _groups(self) -> Iterator["_Group"]:
+        taken = 0
+        for source in self.sources:
+            row = source.first_row
+            for group, rows in enumerate(source.rows_of_groups):
+                yield _Group(path=source.path, group=group, first_row=row, first_taken=taken)
+                taken += rows if self.copies is None else int(self.copies[row : row + rows].sum())
+                row += rows
+
+    def _scatter_group(self, scatter: Scatter, reader: ShardReader, task: "_Group") -> None:
+        row, taken = task.first_row, task.first_taken
+        for batch in reader.batches(task.group):
+            picks: Positions | None = None
+            count = batch.num_rows
+            if self.copies is not None:
+                picks = np.repeat(np.arange(batch.num_rows), self.copies[row : row + batch.num_rows])
+                count = len(picks)
+            packed = self.compact.pack(conform(batch, self.columns))
+            scatter.add(packed, self.positions[taken : taken + count], picks)
+            row += batch.num_rows
+            taken += count
+
+    def _gather_all(self, layout: Layout, buckets: list[Bucket]) -> None:
+        tasks: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+        for unit in layout.units:
+            tasks.put(unit)
+
+        def work(worker: int) -> None:
+            while not self._stop.is_set():
+                try:
+                    self._gather(tasks.get_nowait(), layout, buckets)
+                except queue.Empty:
+                    break
+
+        self._parallel(min(self.resources.cores, len(layout.units)), work)
+
+    def _gather(self, unit: Unit, layout: Layout, buckets: list[Bucket]) -> None:
+        ahead = len(layout.units) < self.resources.cores  # a core is idle: let it prepare the next bucket
+        rows = _UnitRows(unit, layout, buckets, rows_at_once=self._rows_at_once, ahead=ahead)
+        for block in unit.blocks:
+            if block in self.entries:
+                continue
+            with ShardWriter(self._path(block), columns=self.columns, codec=CODEC) as writer:
+                for batch in rows.between(self.edges[block], self.edges[block + 1]):
+                    writer.write(self.compact.unpack(batch))
+            entry = entry_of_written(self._path(block), self.folder, writer.statistics)
+            atomic.write_json(self._entry_path(block), dataclasses.asdict(entry))
+            self.entries[block] = entry
+
+    @property
+    def _rows_at_once(self) -> int:
+        """About a row group's worth."""
+        return max(1, ROW_GROUP_TOKENS * self.compact.columns[0].bytes * self.rows // self.raw_bytes)
+
+    def _path(self, block: int) -> Path:
+        return self.folder / file_name(self.folder.name, block, CODEC)
+
+    def _entry_path(self, block: int) -> Path:
+        return self.folder / f".{self._path(block).name}.json"
+
+    def _read_entry(self, block: int) -> FileEntry | None:
+        """The entry of a block that an earlier run finished."""
+        try:
+            entry = FileEntry(**json.loads(self._entry_path(block).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        return entry if self._path(block).is_file() and self._path(block).stat().st_size == entry.bytes else None
+
+
+class _UnitRows:
+    """The rows of a unit's buckets in order of position, one bucket in memory at a time, or two with `ahead`."""
+
+    def __init__(self, unit: Unit, layout: Layout, buckets: list[Bucket], *, rows_at_once: int, ahead: bool) -> None:
+        self._bounds = layout.bounds
+        self._buckets = buckets
+        self._rows_at_once = rows_at_once
+        self._ordered = in_background(self._load_all(unit)) if ahead else self._load_all(unit)
+        self._held: OrderedRows | None = None
+        self._end = -1
+
+    def between(self, low: int, high: int) -> Iterator[pa.RecordBatch]:
+        """The rows at positions in [low, high); the ranges of successive calls ascend."""
+        while low < high:
+            if self._end <= low:
+                self._held = None  # let go of the rows before the next ones come
+                self._held, self._end = next(self._ordered)
+            assert self._held is not None
+            end = min(high, self._end)
+            yield from self._held.between(low, end, rows_at_once=self._rows_at_once)
+            low = end
+
+    def _load_all(self, unit: Unit) -> Iterator[tuple[OrderedRows, int]]:
+        for index in unit.buckets:
+            end = int(self._bounds[index + 1]) if index + 1 < len(self._bounds) else 1 << 62
+            bucket, self._buckets[index] = self._buckets[index], Bucket(pieces=[], files=[])
+            rows = bucket.ordered()
+            for path in bucket.files:
+                path.unlink()
+            yield rows, end
+
+
+def in_background(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each prepared in a thread while the one before is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        end = object()
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
