@@ -7,6 +7,7 @@ process groups. It also ends the rank when the launcher is gone, so that nothing
 
 import contextlib
 import datetime
+import fcntl
 import io
 import os
 import subprocess
@@ -60,6 +61,7 @@ def join(timeout_seconds: int) -> None:
 
     deepspeed_logger.setLevel("WARNING")
     if get_accelerator().device_name() == "cpu":
+        _share_cores()
         _compile_cpu_operator()
     try:
         with quiet():
@@ -86,6 +88,16 @@ def _set_alone_environment() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def _share_cores() -> None:
+    """Divide the node's cores among its ranks, unless the user did: more threads than cores slow each other down."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_SIZE") or world_size())
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
 def _compile_cpu_operator() -> None:
     """Build, or load from the cache, the shared-memory operator that DeepSpeed's CPU backend starts with."""
     from deepspeed.accelerator import get_accelerator
@@ -94,7 +106,7 @@ def _compile_cpu_operator() -> None:
     if builder is None or not builder.is_compatible():
         return
     try:
-        with quiet():
+        with quiet(), _building_alone(builder.name):
             builder.load()
     except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -102,6 +114,22 @@ def _compile_cpu_operator() -> None:
             f"training on CPU compiles a DeepSpeed operator ({builder.name}), which failed: {reason[:200]};"
             " install a C++ compiler (such as the package g++) and ninja, or set CXX to the compiler"
         ) from None
+
+
+@contextlib.contextmanager
+def _building_alone(name: str) -> Iterator[None]:
+    """Hold an operator's build folder.
+
+    PyTorch marks a running build by a file and waits for ever for one that a killed build left behind. The kernel's
+    lock ends with the process that holds it, so whoever holds it knows such a file to be stale.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    with (folder / ".building").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 def run_rank(function: Callable[[], Any]) -> None:
