@@ -47,6 +47,7 @@ class Totals:
         lengths: documents by length: exact up to 256 tokens, then in steps of 1/32 of an octave.
         longest: the longest document.
         encoded_bytes: input that this run encoded (decompressed bytes; rows of Parquet).
+        read_bytes: input behind everything counted here, whoever encoded it.
     """
 
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -55,6 +56,7 @@ class Totals:
     lengths: dict[int, int] = dataclasses.field(default_factory=dict)
     longest: int = 0
     encoded_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def documents(self) -> int:
@@ -84,8 +86,10 @@ class Totals:
         totals.lengths = {int(bucket): count for bucket, count in totals.lengths.items()}
         return totals
 
-    def add(self, source: int, name: str, encoded: Encoded, encoded_bytes: int) -> None:
-        self.encoded_bytes += encoded_bytes
+    def add(self, source: int, name: str, encoded: Encoded, size: int, fresh: bool) -> None:
+        """Count a block of `size` bytes; `fresh` where this run encoded it."""
+        self.read_bytes += size
+        self.encoded_bytes += size if fresh else 0
         for key, value in encoded.counts.items():
             self.counts[key] = self.counts.get(key, 0) + value
         for record in encoded.bad:
@@ -136,6 +140,7 @@ class Conversion:
         columns: Parquet columns that are needed; None for all.
         stop_at_first_bad: `--on_error stop`.
         max_tokens: stop before the document that would take the data set beyond this many tokens.
+        from_disk: feed blocks as they were saved, for packers that read them again later.
     """
 
     sources: Sequence[Source]
@@ -146,6 +151,7 @@ class Conversion:
     columns: Sequence[str] | None = None
     stop_at_first_bad: bool = False
     max_tokens: int | None = None
+    from_disk: bool = False
 
 
 def block_path(work: Path, source: int, index: int) -> Path:
@@ -182,7 +188,7 @@ def convert(
                     )
                 encoded, stop = _capped(run.max_tokens, totals, encoded)
                 size = encoded.end - point.start
-                totals.add(number, source.name, encoded, size if fresh else 0)
+                totals.add(number, source.name, encoded, size, fresh)
                 for sink, part in zip(sinks, deal(number, point.documents, encoded.documents), strict=True):
                     sink.feed(point, source.stem, part)
                 watch(totals)
@@ -238,7 +244,9 @@ def _in_order(
         if known is not None:
             return known, False
         encoded = run.encoder(block, source.kind)
-        encode.save(path, encoded, run.vocab_size)
+        encode.save(path, encoded, run.vocab_size, wide=run.from_disk)
+        if run.from_disk:
+            encoded = encode.load(path, check=False) or encoded
         return encoded, True
 
     for block in read_blocks(source, point.source, start=start, line=line, index=index, columns=run.columns):

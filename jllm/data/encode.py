@@ -106,13 +106,17 @@ def _bytes(array: NDArray[Any]) -> Any:
 _MAGIC = b"jllmblk1"
 
 
-def save(path: Path, encoded: Encoded, vocab_size: int) -> None:
-    """Write a block's result beside its name and rename it; not flushed to disk: the checksum finds what was torn."""
-    narrow = np.uint16 if vocab_size <= 1 << 16 else np.int32
+def save(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) -> None:
+    """Write a block's result beside its name and rename it; not flushed to disk: the checksum finds what was torn.
+
+    Args:
+        wide: store ids and labels as they are, so that parts of them can be read from the file.
+    """
+    narrow = np.uint16 if vocab_size <= 1 << 16 and not wide else np.int32
     documents = encoded.documents
-    arrays = [documents.ids.astype(narrow, copy=False), documents.offsets]
+    arrays: list[NDArray[Any]] = [documents.ids.astype(narrow, copy=False), documents.offsets]
     if documents.labels is not None:
-        arrays.append(np.packbits(documents.labels != IGNORE_INDEX))
+        arrays.append(documents.labels if wide else np.packbits(documents.labels != IGNORE_INDEX))
     head = {
         "bad": [dataclasses.astuple(record) for record in encoded.bad],
         "counts": encoded.counts,
@@ -145,21 +149,27 @@ def load(path: Path, *, check: bool = True) -> Encoded | None:
         head: dict[str, Any] = json.loads(whole[16 : 16 + size].tobytes())
     except ValueError:
         return None
-    arrays, at = [], 16 + size
+    arrays, places, at = [], [], 16 + size
     for (kind, length), crc in zip(head["arrays"], head["crc"], strict=True):
         nbytes = np.dtype(kind).itemsize * length
         part = whole[at : at + nbytes]
         if len(part) != nbytes or (check and zlib.crc32(_bytes(part)) != crc):
             return None
         arrays.append(part.view(kind))
+        places.append(at)
         at += nbytes + -nbytes % 8
     ids = arrays[0].astype(np.int32, copy=False)
     labels = None
-    if len(arrays) == 3:
+    stored: tuple[str, int, int | None] | None = None
+    if arrays[0].dtype == np.int32 and (len(arrays) == 2 or arrays[2].dtype == np.int32):
+        stored = (str(path), places[0], places[2] if len(arrays) == 3 else None)
+    if len(arrays) == 3 and arrays[2].dtype == np.int32:
+        labels = arrays[2]
+    elif len(arrays) == 3:
         trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     return Encoded(
-        documents=Documents(ids=ids, offsets=np.asarray(arrays[1]), labels=labels),
+        documents=Documents(ids=ids, offsets=np.array(arrays[1]), labels=labels, stored=stored),
         bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
         counts=head["counts"],
         end=head["end"],

@@ -48,36 +48,56 @@ class Engine(Protocol):
 
 
 class ReferenceEngine:
-    """Hugging Face `tokenizers`."""
+    """Hugging Face `tokenizers`.
+
+    Args:
+        inert: treat added tokens inside a text as ordinary text, the special ones and the others alike.
+    """
 
     name = "hf"
 
-    def __init__(self, facts: TokenizerFacts) -> None:
+    def __init__(self, facts: TokenizerFacts, *, inert: bool = False) -> None:
         import tokenizers
 
         assert facts.backend is not None
         self.version = tokenizers.__version__
-        # Two instances, because `encode_special_tokens` is a setting of the instance and threads share the engine.
-        self._backends: dict[bool, Any] = {}
+        self.inert = inert
         self._facts = facts
+        # An instance for each way of encoding, because that is a setting of the instance and threads share the engine.
+        self._backends: dict[tuple[bool, bool], Any] = {}
         self._lock = threading.Lock()
 
-    def _backend(self, parse_special: bool) -> Any:
-        assert self._facts.backend is not None
+    def _backend(self, inert: bool, parse_special: bool) -> Any:
         with self._lock:
-            if parse_special not in self._backends:
+            if (inert, parse_special) not in self._backends:
                 import tokenizers
 
-                backend = tokenizers.Tokenizer.from_str(self._facts.backend)
+                assert self._facts.backend is not None
+                text = inert_json(self._facts.backend) if inert else self._facts.backend
+                backend = tokenizers.Tokenizer.from_str(text)
                 backend.no_truncation()
                 backend.no_padding()
                 backend.encode_special_tokens = not parse_special
-                self._backends[parse_special] = backend
-            return self._backends[parse_special]
+                self._backends[inert, parse_special] = backend
+            return self._backends[inert, parse_special]
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
-        encodings = self._backend(parse_special).encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._backend(self.inert, parse_special).encode_batch_fast(texts, add_special_tokens=False)
         return _flat([encoding.ids for encoding in encodings])
+
+    def whole(self, text: str) -> Int32:
+        """Ids of a text in which all control tokens are parsed, as AutoTokenizer encodes a rendered conversation."""
+        ids = self._backend(False, True).encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int32)
+
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters of the text that each of its tokens stands for."""
+        spans: list[tuple[int, int]] = self._backend(self.inert, False).encode(text, add_special_tokens=False).offsets
+        return spans
+
+    def forget(self) -> None:
+        """Give the memory of the instances back; they are made again when they are needed."""
+        self._backends.clear()
 
 
 class SlowEngine:
@@ -110,7 +130,7 @@ class FastEngine:
 
     name = "fastokens"
 
-    def __init__(self, facts: TokenizerFacts) -> None:
+    def __init__(self, facts: TokenizerFacts, *, inert: bool = False) -> None:
         import importlib.metadata
 
         import fastokens
@@ -118,7 +138,9 @@ class FastEngine:
         assert facts.backend is not None
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
-        self._tokenizer = native.Tokenizer.from_json_str(fastokens_json(facts.backend))
+        self._tokenizer = native.Tokenizer.from_json_str(
+            fastokens_json(inert_json(facts.backend) if inert else facts.backend)
+        )
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
@@ -151,6 +173,14 @@ def fastokens_json(backend: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def inert_json(backend: str) -> str:
+    """The backend with every added token marked special, so that encoding special tokens as text covers all of them."""
+    value = json.loads(backend)
+    for token in value["added_tokens"]:
+        token["special"] = True
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
@@ -169,7 +199,7 @@ class CheckedEngine:
         probes: number of difficult strings on which the engine was proven when it was opened.
     """
 
-    def __init__(self, engine: Engine, reference: Engine | None, *, reason: str, probes: int) -> None:
+    def __init__(self, engine: Engine, reference: ReferenceEngine | None, *, reason: str, probes: int) -> None:
         self.engine = engine
         self.name, self.version = engine.name, engine.version
         self.reason = reason
@@ -188,16 +218,29 @@ class CheckedEngine:
         Raises:
             EngineMismatchError: the ids differ.
         """
-        if self._reference is None or not texts:
+        if self._reference is None or self._reference is self.engine or not texts:
             return 0
         sample = sample_of(texts)
         given, given_offsets = self.engine.encode(sample, parse_special=parse_special)
         wanted, wanted_offsets = self._reference.encode(sample, parse_special=parse_special)
         if not (np.array_equal(given, wanted) and np.array_equal(given_offsets, wanted_offsets)):
-            raise EngineMismatchError(
-                f"{self.name} {self.version} differs from {self._reference.name} on {sample[0][:40]!r}"
-            )
+            raise EngineMismatchError(f"{self.name} {self.version} differs from hf on {sample[0][:40]!r}")
         return len(sample)
+
+    def reference_ids(self, text: str) -> Int32 | None:
+        """The ids of a whole rendered conversation by the reference; None where there is nothing to check."""
+        if self._reference is None or self._reference is self.engine:
+            return None
+        return self._reference.whole(text)
+
+    def tokens_of_bytes(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
+        """Stretches of the text's tokens that overlap these bytes, by the reference engine's offsets."""
+        assert self._reference is not None
+        data = text.encode()
+        first, last = len(data[:start].decode()), len(data[:end].decode())
+        spans = self._reference.token_spans(text)
+        inside = [i for i, (begin, stop) in enumerate(spans) if begin < last and stop > first]
+        return [(i, i + 1) for i in inside]
 
 
 def sample_of(texts: list[str]) -> list[str]:
@@ -220,43 +263,53 @@ def use_cores(cores: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def open_engine(facts: TokenizerFacts, choice: str = "auto", *, trust_remote_code: bool = False) -> CheckedEngine:
+def open_engine(
+    facts: TokenizerFacts, choice: str = "auto", *, inert: bool = False, trust_remote_code: bool = False
+) -> CheckedEngine:
     """The engine for a tokenizer: the fast one where it proves itself, else the reference.
 
     Args:
         choice: `auto`, or an engine by name, which then is used or refused.
+        inert: for chat: all added tokens inside a text are ordinary text.
 
     Raises:
         UserError: the engine asked for cannot run this tokenizer or fails its proof.
     """
     if facts.backend is None:
-        if choice == "fastokens":
-            raise UserError(f"--engine fastokens: {facts.name} has no fast backend; use --engine hf or auto")
+        if choice == "fastokens" or inert:
+            what = "chat data" if inert else "--engine fastokens"
+            raise UserError(f"{what}: {facts.name} has no fast backend; use another tokenizer, or --engine hf")
         slow = SlowEngine(facts, trust_remote_code=trust_remote_code)
         return CheckedEngine(slow, None, reason="the tokenizer has no fast backend", probes=0)
-    reference = ReferenceEngine(facts)
+    reference = ReferenceEngine(facts, inert=inert)
     if choice == "hf":
-        return CheckedEngine(reference, None, reason="asked for", probes=_proven(reference, facts))
+        return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert))
     try:
-        fast = FastEngine(facts)
-        proven = _proven(fast, facts)
+        fast = FastEngine(facts, inert=inert)
+        proven = _proven(fast, facts, inert)
     except (ValueError, EngineMismatchError) as error:
         if choice == "fastokens":
             raise UserError(f"--engine fastokens: cannot run {facts.name} ({error}); use --engine hf or auto") from None
-        return CheckedEngine(reference, None, reason=str(error), probes=_proven(reference, facts))
+        return CheckedEngine(reference, reference, reason=str(error), probes=_proven(reference, facts, inert))
     return CheckedEngine(fast, reference, reason="", probes=proven)
 
 
-def _proven(engine: Engine, facts: TokenizerFacts) -> int:
+def _proven(engine: Engine, facts: TokenizerFacts, inert: bool) -> int:
     """Hold an engine to the ids that AutoTokenizer gave; the number of comparisons.
 
     Raises:
         EngineMismatchError: some ids differ.
     """
-    wanted = {False: facts.probe_ids, True: facts.probe_special_ids}
-    for parse_special, rows in wanted.items():
-        ids, offsets = engine.encode(list(facts.probes), parse_special=parse_special)
-        for text, row, start, end in zip(facts.probes, rows, offsets[:-1], offsets[1:], strict=True):
+    wanted: dict[bool, list[tuple[str, tuple[int, ...]]]] = {
+        False: list(zip(facts.probes, facts.probe_ids, strict=True)),
+        True: list(zip(facts.probes, facts.probe_special_ids, strict=True)),
+    }
+    if inert:  # added tokens in the strings are treated differently then, and AutoTokenizer has no word for that
+        added = [token["content"] for token in facts.added]
+        wanted = {False: [pair for pair in wanted[False] if not any(content in pair[0] for content in added)]}
+    for parse_special, pairs in wanted.items():
+        ids, offsets = engine.encode([text for text, _ in pairs], parse_special=parse_special)
+        for (text, row), start, end in zip(pairs, offsets[:-1], offsets[1:], strict=True):
             if tuple(ids[start:end].tolist()) != row:
                 raise EngineMismatchError(f"{engine.name} {engine.version} differs from AutoTokenizer on {text[:40]!r}")
-    return 2 * len(facts.probes)
+    return sum(map(len, wanted.values()))

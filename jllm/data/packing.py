@@ -18,6 +18,7 @@ Cost: numpy over whole blocks, no Python object per token or per row: about 500 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,12 +31,14 @@ from jllm.data.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32,
 class Documents:
     """Consecutive documents: document i is `ids[offsets[i]:offsets[i+1]]`.
 
-    `labels` are the ids, or -100 where a token is not trained on; None where all are.
+    `labels` are the ids, or -100 where a token is not trained on; None where all are. `stored` says where the same ids
+    and labels lie on disk: path, and the byte at which each begins (None where there are no labels).
     """
 
     ids: Int32
     offsets: Int64
     labels: Int32 | None = None
+    stored: tuple[str, int, int | None] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,7 +54,14 @@ class Documents:
             ids=self.ids[low:high],
             offsets=self.offsets[start : end + 1] - low,
             labels=None if self.labels is None else self.labels[low:high],
+            stored=self._stored_from(low),
         )
+
+    def _stored_from(self, token: int) -> tuple[str, int, int | None] | None:
+        if self.stored is None:
+            return None
+        path, ids, labels = self.stored
+        return path, ids + 4 * token, None if labels is None else labels + 4 * token
 
     def take(self, chosen: Int64) -> "Documents":
         """The documents with these numbers, in this order."""
@@ -77,13 +87,14 @@ class Packer(Protocol):
     `whole` packers give no row before `finish`, and need all documents of the split for it.
     """
 
+    whole: bool
     columns: tuple[str, ...]
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
         """The rows that these documents complete."""
         ...
 
-    def finish(self) -> pa.RecordBatch | None:
+    def finish(self) -> Iterator[pa.RecordBatch]:
         """The rows that are left when the split ends."""
         ...
 
@@ -103,6 +114,8 @@ class StackPacker:
         prefix: ids that every row starts with; they are not trained on, and take room from the row.
         drop_tail: drop the last row of a split where it is shorter than the others.
     """
+
+    whole = False
 
     def __init__(
         self, length: int, *, labels: bool = False, prefix: tuple[int, ...] = (), drop_tail: bool = False
@@ -129,10 +142,11 @@ class StackPacker:
         rows = (len(self._ids) - 1) // self.step
         return self._take(rows, self.step + 1) if rows > 0 else None
 
-    def finish(self) -> pa.RecordBatch | None:
+    def finish(self) -> Iterator[pa.RecordBatch]:
         left = len(self._ids)
         wanted = left > 1 or (left == 1 and not self._begun)
-        return self._take(1, left) if wanted and not self.drop_tail else None
+        if wanted and not self.drop_tail:
+            yield self._take(1, left)
 
     def _take(self, rows: int, width: int) -> pa.RecordBatch:
         """The next `rows` rows, of `width` stream tokens each."""
@@ -197,6 +211,8 @@ class WindowPacker:
         several.
     """
 
+    whole = False
+
     def __init__(
         self,
         length: int,
@@ -238,8 +254,8 @@ class WindowPacker:
         columns = [to_list_array(ids, offsets)] + ([] if labels is None else [to_list_array(labels, offsets)])
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
 
-    def finish(self) -> pa.RecordBatch | None:
-        return None
+    def finish(self) -> Iterator[pa.RecordBatch]:
+        return iter(())
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -1,30 +1,30 @@
 """`raw2ids` from its options to its manifest: what to read, with which engine, into which folder, and the report.
 
 The order of things: resolve the input, load the tokenizer (in a child process, while the engine's packages are
-imported), hold the output folder, convert, write the manifest, remove the work folder. A fast engine that turns out
-to differ from the reference in the middle of a run makes the run start over with the reference.
+imported), hold the output folder, convert, write the manifest, remove the work folder. When a fast path turns out to
+differ from the reference in the middle of a run (`EngineMismatchError`, `ShortCutError`), the run says so and starts
+over without it.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import hashlib
+import multiprocessing
 import os
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllm.data import packing
-from jllm.data.convert import (
-    Conversion,
-    Totals,
-    check_bad_share,
-    convert,
-    remove_blocks_before,
-)
-from jllm.data.encode import PretrainEncoder, pretrain_affixes
+from jllm.data import recipes
+from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
-from jllm.data.manifest import Manifest, write_manifest
-from jllm.data.packing import Documents, Packer
+from jllm.data.manifest import FileEntry, Manifest, write_manifest
+from jllm.data.packing import Documents
+from jllm.data.progress import Progress, summary
+from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
 from jllm.data.sources import Source, resolve
 from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading, base_name
@@ -34,7 +34,9 @@ from jllm.errors import UserError
 if TYPE_CHECKING:
     from jllm.raw2ids import Raw2IdsConfig
 
-NOT_IN_THE_MANIFEST = ("input", "output", "tokenizer", "cores", "threads", "clean", "on_error", "engine")
+NOT_IN_THE_MANIFEST = (
+    "input", "output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
+)  # fmt: skip
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
@@ -49,7 +51,7 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     Raises:
         UserError: anything the user can put right.
     """
-    started = time.monotonic()
+    progress = Progress(quiet=config.quiet)
     sources = resolve(config.input, kind=config.input_format)
     output = config.output or _beside(config, sources)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
@@ -60,9 +62,8 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
         with place.locked():
             if config.clean:
                 place.clean()
-            facts = loading.result()
             try:
-                return _prepare(config, sources, facts, place, cores, started)
+                manifest = _Run(config, sources, loading.result(), place, cores, progress).result()
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(
@@ -72,27 +73,24 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
                 raise
     finally:
         loading.cancel()
+    if config.debug:
+        from jllm.inspect import show_rows
+
+        show_rows(output, config.tokenizer, rows=config.debug)
+    return manifest
 
 
 def _beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
+    """The default output: beside the input, `<stem>_<tokenizer's base name>`."""
     first = config.input[0]
     if first == "-" or "://" in first:
         raise UserError(f"-i {first}: say where the data set goes with -o")
-    stem = sources[0].stem if len(sources) == 1 else Path(first.split("*")[0]).name or "data"
-    parent = Path(first.split("*")[0])
-    parent = parent if parent.is_dir() and "*" in first else parent.parent
+    given = Path(first)
+    if given.is_dir():
+        parent, stem = given.resolve().parent, given.resolve().name
+    else:
+        parent, stem = Path(sources[0].path).parent, sources[0].stem
     return parent / f"{stem}_{base_name(config.tokenizer)}"
-
-
-def _identity(config: "Raw2IdsConfig", sources: list[Source], facts: TokenizerFacts) -> dict[str, Any]:
-    return {
-        "options": recorded_options(config),
-        "tokenizer": facts.sha256,
-        "sources": [
-            {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
-            for source in sources
-        ],
-    }
 
 
 def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
@@ -101,51 +99,91 @@ def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NOT_IN_THE_MANIFEST}
 
 
-def _prepare(
-    config: "Raw2IdsConfig",
-    sources: list[Source],
-    facts: TokenizerFacts,
-    place: Workplace,
-    cores: int,
-    started: float,
-) -> Manifest:
-    identity = _identity(config, sources, facts)
-    finished = place.finished(identity)
-    if finished is not None:
+class _Run:
+    """One run of the command, and again without a fast path that failed its proof."""
+
+    def __init__(
+        self,
+        config: "Raw2IdsConfig",
+        sources: list[Source],
+        facts: TokenizerFacts,
+        place: Workplace,
+        cores: int,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.sources = sources
+        self.facts = facts
+        self.place = place
+        self.cores = cores
+        self.progress = progress
+        self.chat = config.type == "ft"
+        self.identity: dict[str, Any] = {
+            "options": recorded_options(config),
+            "tokenizer": facts.sha256,
+            "sources": [
+                {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
+                for source in sources
+            ],
+        }
+        if self.chat:
+            template, _ = recipes.template_of(config, facts)
+            self.identity["date"] = recipes.date_of(config, template, place.date_of_earlier_run())
+
+    def result(self) -> Manifest:
+        finished = self.place.finished(self.identity)
+        if finished is not None:
+            self.place.close()
+            rows, tokens = finished.rows, finished.total("tokens")
+            print(f"{self.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
+            return finished
+        while True:
+            self.place.discard_temporaries()
+            try:
+                return self._attempt()
+            except (EngineMismatchError, ShortCutError) as error:
+                what = "hf engine" if isinstance(error, EngineMismatchError) else "no short cut"
+                if what == "hf engine" and self.config.engine == "fastokens":
+                    raise UserError(f"--engine fastokens: {error}; use --engine auto or hf") from None
+                print(f"{error}; starting over with the {what}", file=sys.stderr, flush=True)
+                self.place.clean()
+                self.place.remember(self.identity)
+                self.place.note(what, str(error))
+
+    def _attempt(self) -> Manifest:
+        config, place = self.config, self.place
+        mismatch = place.noted("hf engine")
+        choice = "hf" if mismatch and config.engine == "auto" else config.engine
+        engine = open_engine(self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code)
+        reason = mismatch or engine.reason
+        if config.engine == "auto" and reason:
+            print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
+        plan = self._render_plan() if self.chat else None
+        entries, totals = self._convert(engine, plan)
+        if config.on_error == "auto":
+            check_bad_share(totals)
+        manifest = self._manifest(engine, reason, plan, entries, totals)
+        write_manifest(place.folder, manifest)
         place.close()
-        print(f"{place.folder}: finished earlier: {finished.rows:,} rows, {finished.total('tokens'):,} tokens")
-        return finished
-    place.discard_temporaries()
-    choice = config.engine
-    mismatch_note = place.work / "mismatch"
-    if choice == "auto" and mismatch_note.exists():
-        choice = "hf"
-    engine = open_engine(facts, choice, trust_remote_code=config.trust_remote_code)
-    note = mismatch_note.read_text() if mismatch_note.exists() else engine.reason
-    if config.engine == "auto" and note:
-        print(f"engine: hf ({note})", file=sys.stderr)
-    try:
-        entries, totals = _convert(config, sources, facts, engine, place, cores)
-    except EngineMismatchError as error:
-        if config.engine != "auto":
-            raise UserError(f"--engine {config.engine}: {error}; use --engine auto or hf") from None
-        print(f"engine: {error}; starting over with hf", file=sys.stderr)
-        place.clean()
-        place.remember(identity)
-        mismatch_note.write_text(str(error))
-        return _prepare(config, sources, facts, place, cores, started)
-    if config.on_error == "auto":
-        check_bad_share(totals)
-    manifest = Manifest(
-        command="raw2ids",
-        options=recorded_options(config),
-        files=tuple(entries),
-        tokenizer=facts.for_manifest,
-        sources=tuple(
-            {"name": source.name, "bytes": source.size, "stem": source.stem, **counted}
-            for source, counted in zip(sources, _padded(totals, len(sources)), strict=True)
-        ),
-        extra={
+        self.progress.end()
+        print(summary(place.folder, manifest, totals, config.max_len, self.progress.seconds), flush=True)
+        return manifest
+
+    def _render_plan(self) -> RenderPlan:
+        date = self.identity["date"] or "1970-01-01"
+        short_cut = self.place.noted("no short cut") is None
+        return recipes.render_plan(self.config, self.facts, date, short_cut=short_cut)
+
+    def _manifest(
+        self,
+        engine: CheckedEngine,
+        reason: str,
+        plan: RenderPlan | None,
+        entries: list[FileEntry],
+        totals: Totals,
+    ) -> Manifest:
+        counted = totals.sources + [{"documents": 0, "document_tokens": 0}] * len(self.sources)
+        extra: dict[str, Any] = {
             "documents": totals.documents,
             "document_tokens": totals.document_tokens,
             "longest_document": totals.longest,
@@ -153,81 +191,87 @@ def _prepare(
             "engine": {
                 "name": engine.name,
                 "version": engine.version,
-                "reason": note,
+                "reason": reason,
                 "probes": engine.probes,
                 "checks": totals.counts.get("checks", 0),
             },
-        },
-    )
-    write_manifest(place.folder, manifest)
-    place.close()
-    _report(place.folder, manifest, totals, time.monotonic() - started)
-    return manifest
+        }
+        if plan is not None:
+            extra["chat"] = {
+                "template": recipes.template_of(self.config, self.facts)[1],
+                "template_sha256": hashlib.sha256(plan.template.encode()).hexdigest(),
+                "formats": list(dict.fromkeys(self.forms)),
+                "date": self.identity["date"] or None,
+                "overlong": totals.counts.get("overlong", 0),
+            }
+        return Manifest(
+            command="raw2ids",
+            options=recorded_options(self.config),
+            files=tuple(entries),
+            tokenizer=self.facts.for_manifest,
+            sources=tuple(
+                {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
+                for source, count in zip(self.sources, counted, strict=False)
+            ),
+            extra=extra,
+        )
 
+    def _convert(self, engine: CheckedEngine, plan: RenderPlan | None) -> tuple[list[FileEntry], Totals]:
+        config, place, facts = self.config, self.place, self.facts
+        prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
+        if len(prefix) > config.max_len - 2:
+            raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {config.max_len}")
+        sinks: list[Sink] = []
 
-def _padded(totals: Totals, count: int) -> list[dict[str, int]]:
-    return totals.sources + [{"documents": 0, "document_tokens": 0}] * (count - len(totals.sources))
+        def committed() -> None:
+            if sinks:
+                remove_blocks_before(place.work, min(sink.committed.place for sink in sinks))
 
+        def deal(source: int, first: int, documents: Documents) -> list[Documents]:
+            return [documents]
 
-def _convert(
-    config: "Raw2IdsConfig",
-    sources: list[Source],
-    facts: TokenizerFacts,
-    engine: CheckedEngine,
-    place: Workplace,
-    cores: int,
-) -> tuple[list[Any], Totals]:
-    prefix, suffix = pretrain_affixes(facts)
-    encoder = PretrainEncoder(
-        engine=engine, prefix=prefix, suffix=suffix, field=config.text_field, parse_special=config.parse_special
-    )
-    plan = SinkPlan(
-        folder=place.folder,
-        work=place.work,
-        name="main",
-        packer=lambda: make_packer(config),
-        codec=config.compress,
-        per_split=config.num,
-        per_file=config.batch_size,
-        max_rows=config.max_rows,
-    )
-    run = Conversion(
-        sources=sources,
-        encoder=encoder,
-        work=place.work,
-        workers=cores,
-        vocab_size=facts.vocab_size,
-        columns=[config.text_field.split(".")[0]],
-        stop_at_first_bad=config.on_error == "stop",
-        max_tokens=config.max_tokens,
-    )
-    sinks: list[Sink] = []
+        sink_plan = SinkPlan(
+            folder=place.folder,
+            work=place.work,
+            name="main",
+            packer=lambda: recipes.packer_of(config, facts, prefix),
+            codec=config.compress,
+            per_split=config.num,
+            per_file=config.batch_size,
+            max_rows=config.max_rows,
+        )
+        with self._encoder(engine, plan) as encoder, Sink(sink_plan, committed) as sink:
+            run = Conversion(
+                sources=self.sources,
+                encoder=encoder,
+                work=place.work,
+                workers=self.cores,
+                vocab_size=facts.vocab_size,
+                columns=None if self.chat else [config.text_field.split(".")[0]],
+                stop_at_first_bad=config.on_error == "stop",
+                max_tokens=config.max_tokens,
+                from_disk=config.packing == "best_fit",
+            )
+            sinks.append(sink)
+            totals = convert(run, sinks, deal, lambda totals: self.progress.show(totals, self.sources))
+        return sink.entries, totals
 
-    def committed() -> None:
-        remove_blocks_before(place.work, min(sink.committed.place for sink in sinks))
-
-    def deal(source: int, first: int, documents: Documents) -> list[Documents]:
-        return [documents]
-
-    with Sink(plan, committed) as sink:
-        sinks.append(sink)
-        totals = convert(run, sinks, deal, lambda totals: None)
-    return sink.entries, totals
-
-
-def make_packer(config: "Raw2IdsConfig") -> Packer:
-    """The packer that the options ask for."""
-    if config.stack:
-        return packing.StackPacker(config.max_len, drop_tail=config.drop_tails)
-    return packing.WindowPacker(config.max_len, stride=config.stride, drop_tail=config.drop_tails)
-
-
-def _report(folder: Path, manifest: Manifest, totals: Totals, seconds: float) -> None:
-    speed = totals.encoded_bytes / 1e6 / seconds
-    print(
-        f"{folder}: {totals.documents:,} documents, {totals.document_tokens:,} tokens in {manifest.rows:,} rows of at"
-        f" most {manifest.longest_row or 0} tokens, {manifest.total('trained_tokens'):,} trained; {seconds:.1f} s,"
-        f" {speed:.1f} MB/s"
-    )
-    for kind, found in totals.bad.items():
-        print(f"  {found['count']:,} bad records: {kind}; the first: {found['examples'][0]}")
+    @contextlib.contextmanager
+    def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:
+        if plan is None:
+            yield recipes.encoder_of(self.config, self.facts, engine)
+            return
+        self.forms = recipes.forms_of(self.config, self.sources)
+        if self.config.format == "auto":
+            print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
+        if self.cores == 1 or self.config.threads:
+            yield recipes.encoder_of(self.config, self.facts, engine, plan=plan, forms=self.forms, pool=None)
+            return
+        with concurrent.futures.ProcessPoolExecutor(
+            self.cores, mp_context=multiprocessing.get_context("spawn")
+        ) as pool:
+            try:
+                yield recipes.encoder_of(self.config, self.facts, engine, plan=plan, forms=self.forms, pool=pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise

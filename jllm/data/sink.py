@@ -109,6 +109,7 @@ class Sink:
         self.rows_total = 0
         self._resume_document = 0
         self._split = SplitState()
+        self._split_start: tuple[Position, SplitState] | None = None
         self._packer = plan.packer()
         self._committed = committed
         self._skip_rows = 0
@@ -165,6 +166,8 @@ class Sink:
                 self._packer = self.plan.packer()
             taken = min(len(documents) - done, self.plan.per_split - self._split.documents)
             before = self._before((checkpoint, done))
+            if self._split.documents == 0:
+                self._split_start = before
             piece = documents if taken == len(documents) else documents.slice(done, done + taken)
             self._emit(self._packer.feed(piece), before)
             done += taken
@@ -176,7 +179,10 @@ class Sink:
         """Finish the split that is open, if one is; `following` is the position of what comes next."""
         if not self._split.name:
             return
-        self._emit(self._packer.finish(), self._before(following))
+        before = self._split_start if self._packer.whole else self._before(following)
+        assert before is not None
+        for batch in self._packer.finish():
+            self._emit(batch, before)
         self._split = SplitState(stems=self._split.stems)
         self._put(("close", following, self._split))
 

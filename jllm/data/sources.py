@@ -275,14 +275,15 @@ def read_blocks(
             yield from parquet_blocks(source, number, start, index, columns)
         else:
             yield from _byte_blocks(source, number, start, line, index)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, *zstd_errors()) as error:
+    except _reading_errors() as error:
         raise UserError(f"-i {without_password(source.path)}: cannot be read: {_safe(error)}") from None
 
 
-def zstd_errors() -> tuple[type[Exception], ...]:
-    """zstandard's error, once that module is in use."""
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What damaged or missing files raise; zstandard's error once that module is in use."""
     module = sys.modules.get("zstandard")
-    return (module.ZstdError,) if module else ()
+    known = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    return (*known, module.ZstdError) if module else known
 
 
 def _byte_blocks(source: Source, number: int, start: int, line: int, index: int) -> Iterator[Block]:

@@ -123,6 +123,9 @@ class TokenizerLoading:
         folder = Path(name)
         if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()):
             raise UserError(f"--tokenizer {name}: no such folder; give a Hugging Face folder or the name of one")
+        self._key = _state_of(folder, trust_remote_code)
+        if self._key in _loaded:
+            return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
             [sys.executable, "-c", "from jllm.data import tokenizer; tokenizer.serve()", arguments],
@@ -137,6 +140,8 @@ class TokenizerLoading:
         Raises:
             UserError: there is no such tokenizer, or it cannot be loaded; the message is the library's last line.
         """
+        if self._key in _loaded:
+            return _loaded[self._key]
         output, errors = self._child.communicate()
         if self._child.returncode != 0 or not output:
             lines = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
@@ -150,13 +155,29 @@ class TokenizerLoading:
             values[key] = tuple(values[key])
         for key in ("probe_ids", "probe_special_ids"):
             values[key] = tuple(tuple(ids) for ids in values[key])
-        return TokenizerFacts(**values)
+        facts = TokenizerFacts(**values)
+        if self._key is not None:
+            _loaded[self._key] = facts
+        return facts
 
     def cancel(self) -> None:
         """End the child; for a caller that failed before it needed the result."""
-        if self._child.poll() is None:
+        if self._key not in _loaded and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
+
+
+_loaded: dict[Any, TokenizerFacts] = {}
+"""What this process has loaded, by the state of the folder."""
+
+
+def _state_of(folder: Path, trust_remote_code: bool) -> Any:
+    """Stands for the content of a tokenizer's folder; None for a name on the hub, which is looked up each time."""
+    if not folder.is_dir():
+        return None
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", ".bin")]
+    states = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return str(folder.resolve()), tuple(states), trust_remote_code
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> TokenizerFacts:

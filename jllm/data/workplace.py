@@ -147,6 +147,19 @@ class Workplace:
             differing += [b["name"] for b in made["sources"] if b not in wanted["sources"]]
             raise UserError(f"-o {self.folder}: the input changed ({differing[0]}); {_START_OVER}")
 
+    def date_of_earlier_run(self) -> str | None:
+        """The date that the unfinished run in this folder gave to its template."""
+        return (self._identity() or {}).get("date") or None
+
+    def note(self, what: str, why: str) -> None:
+        """Leave a note for later runs in this folder; it stays until the run is finished."""
+        atomic.write_text(self.work / f"note {what}", why)
+
+    def noted(self, what: str) -> str | None:
+        """What `note` left."""
+        path = self.work / f"note {what}"
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
     def remember(self, identity: dict[str, Any]) -> None:
         """Replace what the run is making, in a folder that was just cleaned."""
         atomic.write_json(self.work / "run.json", identity)

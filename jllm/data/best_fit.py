@@ -1,0 +1,179 @@
+"""Best-fit packing: documents whole, in as few rows as can be had cheaply.
+
+Best-fit decreasing over all documents of a split, as in "Fewer Truncations" (arXiv 2404.10830): the longest first, each
+into the row with the smallest room that holds it. A document longer than a row is cut into windows that overlap by
+one token, so that every token but its first is still predicted once; no other document is cut.
+
+Guarantees: the bins are those of the textbook algorithm, rows with equal room being filled oldest first.
+Cost: about 2 µs for each document and 12 bytes of memory (plus a short list for each row); the tokens stay on disk.
+The rooms are
+the bits of one integer, so that finding the smallest that fits is a shift and a lowest bit: L / 64 machine words,
+which up to rows of 100,000 tokens is faster than a segment tree in Python.
+"""
+
+import collections
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jllm.data.chat_packing import padded_rows
+from jllm.data.packing import Documents
+from jllm.data.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
+
+BATCH_TOKENS = 1 << 19
+
+
+def best_fit(lengths: Sequence[int] | Int64, room: int) -> list[list[int]]:
+    """Rows of at most `room` tokens: for each the numbers of its documents, in the order in which they were put there.
+
+    Args:
+        lengths: of the documents; none is longer than `room`.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    sizes = np.asarray(lengths, dtype=np.int64).tolist()
+    rows: list[list[int]] = []
+    rows_with: list[collections.deque[int] | None] = [None] * (room + 1)
+    rooms = 0  # bit r is set where some row has room for r more tokens
+    for number in order:
+        size = sizes[number]
+        larger = rooms >> size
+        if larger and size:
+            left = size + (larger & -larger).bit_length() - 1
+            waiting = rows_with[left]
+            assert waiting is not None
+            row = waiting.popleft()
+            if not waiting:
+                rooms ^= 1 << left
+            rows[row].append(number)
+            left -= size
+        else:
+            row, left = len(rows), room - size
+            rows.append([number])
+        if left:
+            queue = rows_with[left]
+            if queue is None:
+                queue = rows_with[left] = collections.deque()
+            if not queue:
+                rooms |= 1 << left
+            queue.append(row)
+    return rows
+
+
+class BestFitPacker:
+    """Packs the documents of a whole split; see the module.
+
+    Args:
+        length: tokens in a row.
+        labels: the documents have labels.
+        prepare: applied to documents before they are packed; it may cut them.
+        pad_to: pad every row to a multiple of this with `pad_id`; None leaves rows as long as they are.
+    """
+
+    whole = True
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        labels: bool,
+        pad_to: int | None = None,
+        pad_id: int = 0,
+        prepare: Callable[[Documents], Documents] | None = None,
+    ) -> None:
+        self.length = length
+        self.prepare = prepare
+        self.pad_to = pad_to
+        self.pad_id = pad_id
+        self.labels = labels or pad_to is not None
+        self.columns: tuple[str, ...] = (INPUT_IDS, LABELS, CU_SEQLENS) if self.labels else (INPUT_IDS, CU_SEQLENS)
+        self._blocks: list[Documents] = []
+
+    def feed(self, documents: Documents) -> pa.RecordBatch | None:
+        if self.prepare is not None:
+            documents = self.prepare(documents)
+        if documents.stored is not None:  # keep the offsets; the ids are read again when the rows are known
+            empty = np.empty(0, dtype=np.int32)
+            documents = Documents(ids=empty, offsets=documents.offsets, labels=empty, stored=documents.stored)
+        self._blocks.append(documents)
+        return None
+
+    def finish(self) -> Iterator[pa.RecordBatch]:
+        block, start, size = self._pieces()
+        row_documents = best_fit(size, self.length)
+        at = 0
+        while at < len(row_documents):
+            end, tokens = at, 0
+            while end < len(row_documents) and tokens < BATCH_TOKENS:
+                tokens += self.length
+                end += 1
+            yield self._rows(row_documents[at:end], block, start, size)
+            at = end
+        self._blocks = []
+
+    def _pieces(self) -> tuple[Int64, Int64, Int64]:
+        """All documents, the longer ones cut: number of the block, first token in it, and length of each piece."""
+        blocks, starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        step = self.length - 1
+        for number, documents in enumerate(self._blocks):
+            lengths = documents.lengths
+            count = 1 + np.maximum(0, -(-(lengths - self.length) // step))
+            owner = np.repeat(np.arange(len(lengths)), count)
+            begin = (np.arange(len(owner)) - (np.cumsum(count) - count)[owner]) * step
+            blocks.append(np.full(len(owner), number))
+            starts.append(documents.offsets[owner] + begin)
+            sizes.append(np.minimum(self.length, lengths[owner] - begin))
+        return np.concatenate(blocks), np.concatenate(starts), np.concatenate(sizes)
+
+    def _rows(self, rows: list[list[int]], block: Int64, start: Int64, size: Int64) -> pa.RecordBatch:
+        pieces = np.array([number for row in rows for number in row], dtype=np.int64)
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
+        np.cumsum(size[pieces], out=offsets[1:])
+        ids = np.empty(offsets[-1], dtype=np.int32)
+        labels = np.empty(offsets[-1] if self.labels else 0, dtype=np.int32)
+        for k in np.lexsort((start[pieces], block[pieces])).tolist():
+            piece = pieces[k]
+            low, high = int(offsets[k]), int(offsets[k + 1])
+            self._read(self._blocks[int(block[piece])], int(start[piece]), ids[low:high], labels[low:high])
+        ends = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(counts, out=ends[1:])
+        row_offsets = offsets[ends]
+        boundary_offsets = ends + np.arange(len(rows) + 1)
+        boundaries = np.zeros(boundary_offsets[-1], dtype=np.int64)
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        boundaries[np.arange(len(pieces)) + row_of + 1] = offsets[1:] - row_offsets[row_of]
+        packed = Documents(ids=ids, offsets=row_offsets, labels=labels if self.labels else None)
+        if self.pad_to is not None:
+            return padded_rows(packed, boundaries, boundary_offsets, self.pad_to, self.pad_id)
+        columns = [to_list_array(ids, row_offsets)]
+        if self.labels:
+            columns.append(to_list_array(labels, row_offsets))
+        columns.append(to_list_array(boundaries.astype(np.int32), boundary_offsets))
+        return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
+
+    def _read(self, documents: Documents, start: int, ids: Int32, labels: Int32) -> None:
+        """Fill `ids` and `labels` with the tokens of a block from `start` on."""
+        if documents.stored is None:
+            ids[:] = documents.ids[start : start + len(ids)]
+            if self.labels:
+                given = documents.ids if documents.labels is None else documents.labels
+                labels[:] = given[start : start + len(ids)]
+            return
+        path, ids_at, labels_at = documents.stored
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.preadv(descriptor, [ids.data.cast("B")], ids_at + 4 * start)
+            if self.labels:
+                at = ids_at if labels_at is None else labels_at
+                os.preadv(descriptor, [labels.data.cast("B")], at + 4 * start)
+        finally:
+            os.close(descriptor)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass

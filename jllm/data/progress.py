@@ -1,0 +1,84 @@
+"""What a person sees of `raw2ids`: a line while it runs, and a summary at the end."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jllm.data.convert import Totals
+from jllm.data.manifest import Manifest
+from jllm.data.sources import Source
+
+EVERY_SECONDS = 5.0
+FIRST_AFTER = 10.0
+
+
+class Progress:
+    """A line on standard error every few seconds: megabytes, tokens, both per second, and the time that is left."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.started = time.monotonic()
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._next = self.started + (1.0 if self._terminal else FIRST_AFTER)
+        self._first: tuple[float, int, int] | None = None
+        self._shown = False
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def show(self, totals: Totals, sources: Sequence[Source]) -> None:
+        """Called after each block; prints when it is time to."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, totals.encoded_bytes, totals.document_tokens)
+        if self._quiet or now < self._next:
+            return
+        self._next = now + (1.0 if self._terminal else EVERY_SECONDS)
+        begun, first_bytes, first_tokens = self._first
+        seconds = max(now - begun, 1e-9)
+        speed = (totals.encoded_bytes - first_bytes) / seconds
+        tokens = (totals.document_tokens - first_tokens) / seconds
+        line = (
+            f"{totals.encoded_bytes / 1e6:,.0f} MB  {totals.documents:,} documents  {totals.document_tokens:,} tokens "
+            f" {speed / 1e6:.1f} MB/s  {tokens / 1e6:.2f} M tokens/s{self._left(totals, sources, speed)}"
+        )
+        print(line, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+        self._shown = True
+
+    def _left(self, totals: Totals, sources: Sequence[Source], speed: float) -> str:
+        plain = [source.size for source in sources if source.compression is None and source.kind != "parquet"]
+        sizes = [size for size in plain if size is not None]
+        if len(sizes) != len(sources) or speed <= 0:
+            return ""
+        seconds = max(0, sum(sizes) - totals.read_bytes) / speed
+        return f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+
+    def end(self) -> None:
+        if self._shown and self._terminal:
+            print(file=sys.stderr)
+
+
+def summary(folder: Path, manifest: Manifest, totals: Totals, max_len: int, seconds: float) -> str:
+    """The lines printed when a data set is finished."""
+    tokens, trained = manifest.total("tokens") or 0, manifest.total("trained_tokens") or 0
+    room = manifest.rows * max_len
+    lines = [
+        f"{folder}: finished in {seconds:.1f} s, {totals.encoded_bytes / 1e6 / seconds:.1f} MB/s",
+        f"  documents {totals.documents:,} with {totals.document_tokens:,} tokens; lengths: half up to"
+        f" {totals.quantile(0.5):,}, 90 % up to {totals.quantile(0.9):,}, 99 % up to {totals.quantile(0.99):,},"
+        f" longest {totals.longest:,}",
+        f"  rows {manifest.rows:,} in {len(manifest.files):,} files; tokens {tokens:,}, trained {trained:,}"
+        f" ({100 * trained / max(1, tokens):.1f} %); {100 * tokens / max(1, room):.1f} % of rows x {max_len} filled",
+    ]
+    if totals.counts.get("overlong"):
+        lines.append(f"  dropped {totals.counts['overlong']:,} conversations longer than {max_len} tokens")
+    for kind, found in totals.bad.items():
+        lines.append(f"  bad: {found['count']:,} x {kind}; first: {found['examples'][0]}")
+    engine = manifest.extra["engine"]
+    lines.append(
+        f"  engine {engine['name']} {engine['version']}: {engine['probes'] + engine['checks']:,} comparisons with the"
+        " reference, all equal" if engine["name"] == "fastokens" else f"  engine {engine['name']} {engine['version']}"
+    )  # fmt: skip
+    return "\n".join(lines)

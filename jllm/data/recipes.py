@@ -1,0 +1,242 @@
+"""The options of `raw2ids` turned into what does the work: engine mode, encoder, packer.
+
+Everything here depends on the options and the tokenizer only, so that a Spark job or a test can ask for the same
+encoder and packer that the command uses (`encoder_of`, `packer_of`) and feed them records of its own (`rows_of_texts`).
+"""
+
+import datetime
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from jllm.data.best_fit import BestFitPacker
+from jllm.data.chat import ChatEncoder, TokenLengths
+from jllm.data.chat_packing import ConversationPacker, split_long
+from jllm.data.conversations import QUESTION_ANSWER, READERS, format_of
+from jllm.data.convert import Encoder
+from jllm.data.encode import PretrainEncoder, pretrain_affixes
+from jllm.data.engine import CheckedEngine
+from jllm.data.packing import Packer, StackPacker, WindowPacker
+from jllm.data.rendering import Renderer, RenderPlan
+from jllm.data.sources import Source, parse_block, read_blocks
+from jllm.data.templates import TEMPLATES
+from jllm.data.tokenizer import TokenizerFacts
+from jllm.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from jllm.raw2ids import Raw2IdsConfig
+
+FORMAT_SAMPLE = 100
+
+
+def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts) -> tuple[int, ...]:
+    """An option that is text, an id, or a list of ids, as ids. Control tokens in the text are parsed."""
+    text = value.strip()
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    parts = [part.strip() for part in inner.split(",")]
+    if all(part.isdigit() for part in parts):
+        ids = tuple(int(part) for part in parts)
+        wrong = [index for index in ids if index >= facts.vocab_size]
+        if wrong:
+            raise UserError(f"--{option} {value}: id {wrong[0]} is beyond the vocabulary ({facts.vocab_size} ids)")
+        return ids
+    return tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
+
+
+def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine, **chat: Any) -> Encoder:
+    """What encodes a block of records.
+
+    Args:
+        engine: opened with `inert=True` for chat.
+        chat: `forms` of the sources, `template` and a `pool` of workers; only for chat.
+    """
+    if config.type == "pretrain":
+        prefix, suffix = affixes_of(config, facts, engine)
+        return PretrainEncoder(
+            engine=engine,
+            prefix=prefix,
+            suffix=suffix,
+            field=config.text_field,
+            parse_special=config.parse_special,
+            masked_ids=facts.special_ids if config.mask_tokens else frozenset(),
+        )
+    return ChatEncoder(
+        engine=engine,
+        lengths=TokenLengths(facts),
+        plan=chat["plan"],
+        forms=chat["forms"],
+        fields=field_map(config),
+        pool=chat["pool"],
+        longest=None if config.overlong == "split" else config.max_len,
+        refuse_longer=config.overlong == "error",
+    )
+
+
+def affixes_of(
+    config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What goes around a document: the options, or what the tokenizer does itself."""
+    prefix = None if config.doc_prefix is None else ids_of(config.doc_prefix, "doc_prefix", engine, facts)
+    suffix = None if config.doc_suffix is None else ids_of(config.doc_suffix, "doc_suffix", engine, facts)
+    if prefix is not None and suffix is not None:
+        return prefix, suffix
+    if suffix is not None:
+        return facts.prefix, suffix
+    own_prefix, own_suffix = pretrain_affixes(facts)
+    return (own_prefix if prefix is None else prefix), own_suffix
+
+
+def packer_of(config: "Raw2IdsConfig", facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = ()) -> Packer:
+    """A new packer, for one split."""
+    pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
+    pad_to = config.max_len if config.pad else config.pad_to_multiple_of
+    chat = config.type == "ft"
+    if config.packing == "best_fit":
+        return BestFitPacker(
+            config.max_len,
+            labels=chat or config.mask_tokens,
+            pad_to=pad_to,
+            pad_id=pad_id,
+            prepare=(lambda documents: split_long(documents, config.max_len)) if chat else None,
+        )
+    if chat:
+        return ConversationPacker(config.max_len, pad_to=pad_to, pad_id=pad_id, filter_rows=config.filter)
+    if config.stack:
+        return StackPacker(
+            config.max_len, labels=config.mask_tokens, prefix=sequence_prefix, drop_tail=config.drop_tails
+        )
+    return WindowPacker(
+        config.max_len,
+        stride=config.stride,
+        labels=config.mask_tokens,
+        prefix=sequence_prefix,
+        drop_tail=config.drop_tails,
+    )
+
+
+def field_map(config: "Raw2IdsConfig") -> dict[str, str]:
+    """`--field_map user=question,assistant=answer` as role → field."""
+    if not config.field_map:
+        return QUESTION_ANSWER
+    fields = {}
+    for part in config.field_map.split(","):
+        role, equals, field = part.partition("=")
+        if not equals or role.strip() not in ("system", "user", "assistant"):
+            raise UserError(
+                f"--field_map {config.field_map}: write role=field,..., roles being system, user and assistant"
+            )
+        fields[role.strip()] = field.strip()
+    return fields
+
+
+def forms_of(config: "Raw2IdsConfig", sources: list[Source]) -> tuple[str, ...]:
+    """The format of each source: the one asked for, or what most of its first records look like.
+
+    Raises:
+        UserError: the first records look like no known format.
+    """
+    if config.field_map:
+        return ("fields",) * len(sources)
+    if config.format != "auto":
+        return (config.format,) * len(sources)
+    return tuple(_form_of(source, number) for number, source in enumerate(sources))
+
+
+def _form_of(source: Source, number: int) -> str:
+    if source.path == "-":
+        raise UserError("-i -: standard input is read once; say with --format what its records look like")
+    found: dict[str, int] = {}
+    for block in read_blocks(source, number):
+        for record in parse_block(block, source.kind).values[:FORMAT_SAMPLE]:
+            form = format_of(record)
+            if form:
+                found[form] = found.get(form, 0) + 1
+        break
+    else:
+        return "messages"
+    if not found:
+        known = ", ".join(READERS)
+        raise UserError(
+            f"-i {source.name}: its first records look like no known chat format ({known}); name one with --format, or"
+            " fields with --field_map user=..,assistant=..; for documents use -t pretrain"
+        )
+    return max(found, key=lambda form: found[form])
+
+
+def template_of(config: "Raw2IdsConfig", facts: TokenizerFacts) -> tuple[str, str]:
+    """The chat template and what it is called: a built-in name, a file, text, or the tokenizer's own.
+
+    Raises:
+        UserError: there is none of that name, or the tokenizer has none of its own.
+    """
+    given = config.chat_template
+    if given is None:
+        if facts.chat_template is None:
+            raise UserError(
+                f"--tokenizer {facts.name}: has no chat template; choose one with --chat_template"
+                f" ({', '.join(TEMPLATES)}, or a file)"
+            )
+        return facts.chat_template, "the tokenizer's own"
+    if given in TEMPLATES:
+        return TEMPLATES[given], given
+    if "{{" in given or "{%" in given:
+        return given, "given as text"
+    path = Path(given)
+    if not path.is_file():
+        raise UserError(
+            f"--chat_template {given}: no such file, and no built-in template; there are: {', '.join(TEMPLATES)}."
+            f"{did_you_mean(given, TEMPLATES)}"
+        )
+    return path.read_text(encoding="utf-8"), path.name
+
+
+def render_plan(config: "Raw2IdsConfig", facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:
+    """How conversations are rendered; also makes sure that the template works.
+
+    Raises:
+        UserError: the template is not valid, or answers do not come out of it.
+    """
+    source, _ = template_of(config, facts)
+    plan = RenderPlan(
+        template=source,
+        special_tokens=facts.special_tokens,
+        added=facts.added,
+        date=date,
+        train_on=config.train_on,
+        train_on_prompt=config.train_on_prompt,
+        prefix=facts.prefix,
+        eos_id=facts.eos_id,
+        short_cut=short_cut,
+    )
+    assert Renderer(plan).template is not None
+    return plan
+
+
+def date_of(config: "Raw2IdsConfig", template: str, earlier: str | None) -> str:
+    """The date that a template shows: `--date`, that of the run being resumed, or today; "" where it shows none."""
+    if "strftime_now" not in template:
+        return ""
+    given = config.date or earlier or datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(given).isoformat()
+    except ValueError:
+        raise UserError(f"--date {given}: write it as 2026-01-31") from None
+
+
+def rows_of_texts(
+    batches: Iterable[pa.RecordBatch], encoder: PretrainEncoder, packer: Packer, column: str = "text"
+) -> Iterator[pa.RecordBatch]:
+    """Arrow batches with a text column to Arrow batches of rows: the command without its files, for `mapInArrow`.
+
+    Null and empty texts are passed over; each call packs its own split.
+    """
+    for batch in batches:
+        texts = [text for text in batch.column(column).to_pylist() if text and not text.isspace()]
+        if texts:
+            encoder.engine.check(texts, parse_special=encoder.parse_special)
+            rows = packer.feed(encoder.documents(texts))
+            if rows is not None:
+                yield rows
+    yield from packer.finish()

@@ -1,0 +1,104 @@
+"""One block of chat records to text that is ready to be encoded: what runs in worker processes.
+
+A worker imports neither Arrow nor an engine, so that it starts fast and stays small (about 60 MB).
+"""
+
+import dataclasses
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jllm.data.conversations import BadRecordError, read_conversation
+from jllm.data.rendering import Renderer, RenderPlan
+from jllm.data.sources import BadRecord, Block, parse_block
+
+_CHECK_CHARACTERS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The conversations of a block, ready to be encoded; plain data, cheap to hand to another process.
+
+    Attributes:
+        texts: all text pieces.
+        sequence: a control token's id, or -1 for the next text piece.
+        trained: for each entry of `sequence`, whether that control token is trained on.
+        offsets: conversation i is `sequence[offsets[i]:offsets[i+1]]`.
+        spans: trained parts of texts: number of the text, first byte, end byte.
+        lines: where each conversation was found.
+        bad: records that could not be rendered.
+        sample: number of a conversation and its whole text, to check the engine with.
+    """
+
+    texts: list[str]
+    sequence: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    lines: list[int]
+    bad: list[BadRecord]
+    records: int
+    sample: tuple[int, str] | None
+
+
+def renderer_of(plan: RenderPlan) -> Renderer:
+    """The renderer of a plan, one for each thread: compiling a template takes longer than rendering a block."""
+    if getattr(_local, "plan", None) != plan:
+        _local.plan, _local.renderer = plan, Renderer(plan)
+    renderer: Renderer = _local.renderer
+    return renderer
+
+
+_local = threading.local()
+
+
+def render_block(block: Block, kind: str, form: str, fields: dict[str, str], plan: RenderPlan) -> Rendered:
+    """Parse and render the records of a block; the work of a worker process."""
+    renderer = renderer_of(plan)
+    renderer.begin_block()
+    records = parse_block(block, kind)
+    texts: list[str] = []
+    sequence: list[int] = []
+    trained: list[bool] = []
+    offsets = [0]
+    lines: list[int] = []
+    spans: list[tuple[int, int, int]] = []
+    bad = list(records.bad)
+    sample: tuple[int, str] | None = None
+    for record, line in zip(records.values, records.lines, strict=True):
+        try:
+            pieces, whole = renderer.pieces(read_conversation(record, form, fields))
+            if not any(piece.trained or piece.spans for piece in pieces):
+                raise BadRecordError("no answer", "nothing in it is trained on")
+        except BadRecordError as error:
+            bad.append(BadRecord(kind=error.kind, line=line, detail=error.detail))
+            continue
+        if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
+            sample = (len(offsets) - 1, whole)
+        for piece in pieces:
+            if piece.control >= 0:
+                sequence.append(piece.control)
+                trained.append(piece.trained)
+                continue
+            for start, end in piece.spans:
+                if not piece.text.isascii():
+                    start, end = len(piece.text[:start].encode()), len(piece.text[:end].encode())
+                spans.append((len(texts), start, end))
+            sequence.append(-1)
+            trained.append(False)
+            texts.append(piece.text)
+        offsets.append(len(sequence))
+        lines.append(line)
+    bad.sort(key=lambda item: item.line)
+    return Rendered(
+        texts=texts,
+        sequence=np.array(sequence, dtype=np.int32),
+        trained=np.array(trained, dtype=bool),
+        offsets=np.array(offsets, dtype=np.int64),
+        spans=np.array(spans, dtype=np.int64).reshape(-1, 3),
+        lines=lines,
+        bad=bad,
+        records=len(records.values) + len(records.bad),
+        sample=sample,
+    )
