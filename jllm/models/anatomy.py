@@ -105,7 +105,8 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
             if name == path[depth]:
                 passed = True
             elif any(True for _ in child.parameters()):
-                late = name in USED_AFTER_LAYERS or (passed and not name.startswith("embed_"))
+                # What lies beside the base model is a head, also where it is registered first.
+                late = depth == 0 or name in USED_AFTER_LAYERS or (passed and not name.startswith("embed_"))
                 (after if late else before).append(f"{prefix}.{name}" if prefix else name)
     embedding = _name_of(model, model.get_input_embeddings())
     if embedding is None or not any(embedding == name or embedding.startswith(name + ".") for name in before):
@@ -121,7 +122,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         embedding=embedding,
         tied=tuple(sorted(model.all_tied_weights_keys.items())),
         returned=_returned_by_layers(model.get_submodule(layers.rpartition(".")[0]), path[-1]),
-        parameters=tuple(name for name, _ in model.named_parameters()),
+        parameters=_whole_names(model),
         routers=tuple(find_routers(model)),
         needs_ids="input_ids" in inspect.signature(type(model.get_submodule(layers + ".0")).forward).parameters,
     )
@@ -140,7 +141,7 @@ def whole_anatomy(model: PreTrainedModel) -> Anatomy:
             embedding="",
             tied=tuple(sorted(model.all_tied_weights_keys.items())),
             returned=0,
-            parameters=tuple(name for name, _ in model.named_parameters()),
+            parameters=_whole_names(model),
             routers=tuple(find_routers(model)),
             needs_ids=False,
         )
@@ -184,6 +185,11 @@ def _unpacked(target: ast.expr, loop: ast.For) -> int:
         node.value.id for node in ast.walk(loop) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)
     }
     return 3 if isinstance(target, ast.Name) and target.id in subscripted else 0
+
+
+def _whole_names(model: PreTrainedModel) -> tuple[str, ...]:
+    copies = model.all_tied_weights_keys
+    return tuple(copies.get(name, name) for name, _ in model.named_parameters())
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:

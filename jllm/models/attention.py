@@ -12,6 +12,7 @@ Off CUDA, varlen goes document by document through SDPA: no S x S mask, work onl
 
 import importlib.util
 import inspect
+import itertools
 import sys
 from typing import Any
 
@@ -97,7 +98,7 @@ def varlen_attention(
     assert attention_mask is None, "varlen attention takes documents, not masks"
     assert unused.get("softcap") is None, "varlen attention cannot soft-cap scores; use flex_attention or eager"
     assert unused.get("s_aux") is None, "varlen attention has no sinks; use flex_attention or eager"
-    batch, heads, length, size = query.shape
+    batch, heads, length, _ = query.shape
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     if cu_seq_lens_q is None and window is None:
         attended = _causal(query, key, value, scaling, dropout)
@@ -107,11 +108,11 @@ def varlen_attention(
         max_length_q = length
     assert max_length_q is not None
     assert not dropout, "varlen attention has no dropout; set attention_dropout to 0 in the model's config.json"
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if query.device.type == "cuda":
-        attended = _on_cuda(*flat, cu_seq_lens_q, max_length_q, scaling, window)
+        attended = _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
     else:
-        attended = _by_document(*flat, cu_seq_lens_q, scaling, window)
+        attended = _by_document(query, key, value, cu_seq_lens_q, scaling, window)
     return attended.view(batch, length, heads, value.shape[-1]), None
 
 
@@ -157,7 +158,7 @@ def _by_document(
     """The same by SDPA, one document after the other."""
     edges = bounds.tolist()
     pieces = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
         if window is None or end - start <= window:
             pieces.append(_causal(q, k, v, scaling)[0].transpose(0, 1))

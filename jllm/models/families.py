@@ -48,6 +48,18 @@ NAMED = (
 
 # Families whose layers do more than hand a hidden state from one to the next, whatever the configuration.
 REFUSED = {
+    "inkling2_text": "its layers read the states of all blocks before them, not only the last one",
+    "falcon_h1": "its initialisation reaches into every layer from the top",
+    "blt": "it runs three models over bytes and patches, not one list of layers over tokens",
+    "gemma4_assistant": "it drafts for another model and reads that model's states",
+    "gemma4_unified_assistant": "it drafts for another model and reads that model's states",
+    "reformer": "its reversible layers carry two streams and recompute one from the other",
+    "roformer": "its table of positions is used by every layer and belongs to none",
+    "xlnet": "it predicts permuted tokens with two streams of attention, not the next token",
+    "xlm": "its layers are four lists side by side, not one list",
+    "xmod": "its layers hold one adapter per language and need the language of every row",
+    "zamba": "its attention layers share one set of weights across depth",
+    "zamba2": "its attention layers share sets of weights across depth",
     "hrm_text": "it runs its two lists of layers over and over, so no layer runs only once per token",
 }
 

@@ -116,13 +116,23 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
     """Name → dtype, shape and offsets of each tensor in a safetensors file."""
+    header = _whole_header(path)
+    header.pop("__metadata__", None)
+    return header
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The free-form metadata of a safetensors file."""
+    return _whole_header(path).get("__metadata__", {})
+
+
+def _whole_header(path: str | Path) -> dict[str, dict[str, Any]]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
             header: dict[str, dict[str, Any]] = json.loads(file.read(size))
         except (ValueError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is not a safetensors file ({error}); download it again") from None
-    header.pop("__metadata__", None)
     return header
 
 

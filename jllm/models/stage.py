@@ -79,16 +79,18 @@ class AbsentLayer(nn.Module):
         for name, value in replaced.__dict__.items():
             if name not in own and isinstance(value, (int, float, str, bool)):
                 setattr(self, name, value)
-        self._methods = frozenset(dir(type(replaced))) - frozenset(dir(nn.Module))
+        self.__dict__["_replaced"] = type(replaced)
         self.returned = returned
         self.is_exit = False
         self.received: Tensor | None = None
         self.sent: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Methods that the family calls on its layers (to set a mode, ...) do nothing here."""
-        methods = self.__dict__.get("_methods", ())
-        return _do_nothing if name in methods else super().__getattr__(name)
+        """The class attributes of the replaced layer; its methods (to set a mode, ...) do nothing here."""
+        value = getattr(self.__dict__.get("_replaced"), name, None)
+        if value is None or isinstance(value, property):
+            return super().__getattr__(name)
+        return _do_nothing if callable(value) else value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The received hidden state on an entrance, else the first argument."""
@@ -99,16 +101,21 @@ class AbsentLayer(nn.Module):
 
 
 class AbsentEmbedding(nn.Module):
-    """Stands in for an embedding (of tokens or positions) of the first stage: zeros that take no memory."""
+    """Stands in for an embedding (of tokens or positions) of the first stage: adds nothing."""
+
+    weight: Tensor
 
     def __init__(self, replaced: nn.Embedding) -> None:
         super().__init__()
-        self.width, self.dtype = replaced.embedding_dim, replaced.weight.dtype
+        self.width = replaced.embedding_dim
+        # Empty: some families look at it for the device.
+        empty = torch.empty(0, dtype=replaced.weight.dtype, device=replaced.weight.device)
+        self.register_buffer("weight", empty, persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Zeros in the shape of an embedding of the first tensor argument."""
         ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return torch.zeros(1, dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+        return torch.zeros(*ids.shape, self.width, dtype=self.weight.dtype, device=ids.device)
 
 
 class AbsentModule(nn.Module):
@@ -171,6 +178,8 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
         leave.is_exit = True
         for name in anatomy.after:
             _replace(model, name)
+        # What a family initialises from the top is the head, which is elsewhere.
+        model._is_hf_initialized = True
         # Not a tie inside this process any more: the head is on another stage.
         model.all_tied_weights_keys = {}
 
@@ -198,7 +207,7 @@ def published_names(model: PreTrainedModel, span: StageSpan) -> dict[str, str]:
     The two differ only for a tied head on a stage that does not own the embedding: there the head's own name maps to
     the embedding's, because in the whole model they are one tensor. So two stages share that name, and nothing else.
     """
-    copies = dict(anatomy_of(model).tied) if span.is_last and not span.is_first else {}
+    copies = dict(anatomy_of(model).tied) if span.is_last else {}
     return {name: copies.get(name, name) for name, _ in model.named_parameters()}
 
 
@@ -229,10 +238,10 @@ class PipelineStage(nn.Module):
         self.model = model
         self.span = span
         self.loss_fn = loss_fn
-        base = model.base_model
-        assert base is not model, "a causal model with a head has a base model inside"
-        self._base_name = next(name for name, module in model.named_modules() if module is base)
         self._anatomy = anatomy_of(model)
+        # The model without its head: what holds the decoder layers, one level below.
+        self._base_name = self._anatomy.layers.partition(".")[0]
+        base = model.get_submodule(self._base_name)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = frozenset(inspect.signature((type(model) if span.is_last else type(base)).forward).parameters)
 

@@ -250,7 +250,8 @@ def _initialise(model: nn.Module, submodel: PreTrainedModel, prefix: str, seed: 
             _initialise(child, owner, f"{prefix}.{name}" if prefix else name, seed)
     digest = hashlib.blake2b(f"{seed}/{prefix}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-    submodel._init_weights(model)
+    if not getattr(model, "_is_hf_initialized", False):
+        submodel._init_weights(model)
 
 
 def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:

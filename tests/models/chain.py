@@ -37,7 +37,8 @@ def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tens
     model.zero_grad()
     loss = token_loss(model(input_ids=ids, position_ids=integers[1], use_cache=False).logits, integers[0])
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    copies = model.all_tied_weights_keys  # whichever of a tied pair is registered first gives the name
+    return loss.detach(), {copies.get(n, n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def load_chain(folder: Path, boundaries: list[int], **keywords: Any) -> list[PipelineStage]:

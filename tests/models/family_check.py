@@ -35,6 +35,15 @@ def make_folder(config: PretrainedConfig, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
+def unreadable(folder: Path) -> str | None:
+    """Why plain transformers cannot load what it saved itself, in which case no comparison is possible."""
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except RuntimeError as error:
+        return f"plain transformers cannot load what it saves of it ({str(error).splitlines()[0][:60]}...)"
+    return None
+
+
 def boundaries_of(config: PretrainedConfig, stages: int) -> list[int]:
     """Uneven ones: [0, 1, 3, 4] for three stages of four layers."""
     layers = count_layers(config)

@@ -82,6 +82,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
         }
     },
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4},
+    "zaya": {"num_experts_per_tok": 1},
     "longcat_flash": {"num_layers": 4, "num_hidden_layers": 8},
     "phi4_multimodal": {"vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}},
 }
