@@ -15,6 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jllm.errors import UserError, did_you_mean
 from jllm.models.anatomy import count_layers
+from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
+from jllm.models.legacy.layouts import layout_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -53,6 +55,11 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
+    if (layout := layout_of(raw)) is not None:
+        try:
+            return layout.read_config(raw)
+        except KeyError as error:
+            raise UserError(f"{path} of a {layout.name} checkpoint has no {error}; give the published file") from None
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         has_code = ", or --trust_remote_code to run the code in the folder" if raw.get("auto_map") else ""
         raise UserError(
@@ -72,6 +79,8 @@ def causal_class(
     config: PretrainedConfig, *, folder: str | Path | None = None, trust_remote_code: bool = False
 ) -> type[PreTrainedModel]:
     """The family's own `...ForCausalLM` class."""
+    if isinstance(config, AlibiLlamaConfig):
+        return AlibiLlamaForCausalLM
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         found = mapping[type(config)]

@@ -29,6 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from jllm.errors import UserError
 from jllm.models.anatomy import Anatomy, count_layers
+from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
+from jllm.models.legacy.layouts import layout_of, published_config
+from jllm.models.legacy.reading import read_raw_config, read_tensors, to_published
 from jllm.models.source import INDEX_NAME, SINGLE_NAME, causal_class, read_config, read_header, weight_files
 from jllm.models.stage import (
     AbsentEmbedding,
@@ -60,13 +63,19 @@ def load_stage(
     weight_files(folder)
     _check_span(config, span)
     family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    reader: Any = stage_class(family, span)
     model: PreTrainedModel
     device = torch.device(device)
     try:
+        origin: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+        if (layout := layout_of(raw := read_raw_config(Path(folder)))) is not None:
+            with torch.device("meta"):
+                wanted = set(reader._from_config(copy.deepcopy(config), dtype=dtype).state_dict())
+            tensors = read_tensors(Path(folder), layout, raw, config, wanted, dtype)
+            origin = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         with _quiet():
-            reader: Any = stage_class(family, span)
             model, report = reader.from_pretrained(
-                folder,
+                **origin,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -90,7 +99,7 @@ def load_stage(
             f"the configuration says {list(wanted)}; give the config.json that was published with the weights"
         )
     seal(model, span)
-    if device.type == "cpu":
+    if device.type == "cpu" and layout is None:
         _own_memory(model)
     model.train()
     return model
@@ -156,7 +165,8 @@ def save_stage(
         tensors.pop(duplicate, None)
     for ignored in model._keys_to_ignore_on_save or ():
         tensors.pop(ignored, None)
-    published = revert_weight_conversion(model, tensors)
+    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
+    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
     weight_map: dict[str, str] = {}
     for part, names in enumerate(_parts(published, shard_bytes)):
         file_name = _STAGE_FILE.format(stage=span.index, part=part)
@@ -211,10 +221,18 @@ def write_companions(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    is_alibi = isinstance(model.config, AlibiLlamaConfig)
+    is_converted = source is not None and layout_of(read_raw_config(Path(source))) is not None and not is_alibi
     if source is not None:
         for path in sorted(Path(source).iterdir()):
-            if path.is_file() and path.name != "config.json" and not _is_weight_file(path.name):
+            # An older checkpoint that became a native one needs none of the code it came with.
+            is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
+            if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
                 shutil.copyfile(path, folder / path.name)
+    if isinstance(model.config, AlibiLlamaConfig):
+        fields = published_config(model.config, read_raw_config(Path(source)) if source is not None else {}, dtype)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        return
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]

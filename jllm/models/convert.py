@@ -1,0 +1,47 @@
+"""`jllm convert`: an older checkpoint, rewritten as a folder that plain transformers loads without remote code.
+
+Goes some layers at a time, so memory stays at a few GiB whatever the model's size.
+"""
+
+from pathlib import Path
+
+import torch
+
+from jllm.errors import UserError
+from jllm.models.anatomy import count_layers
+from jllm.models.legacy.alibi import AlibiLlamaConfig
+from jllm.models.legacy.layouts import LAYOUTS, layout_of
+from jllm.models.legacy.reading import read_raw_config
+from jllm.models.source import model_info, read_config
+from jllm.models.stage import spans_of
+from jllm.models.weights import load_stage, save_stage, write_companions, write_index
+
+LAYERS_AT_A_TIME = 4
+
+
+def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> str:
+    """Write `source` to `target` in the nearest native class; returns that class's name. dtype: the source's."""
+    source, target = Path(source), Path(target)
+    config = read_config(source)
+    layout = layout_of(read_raw_config(source))
+    if layout is None:
+        raise UserError(
+            f"{str(source)!r} is a {config.model_type!r} model, which transformers loads as it is; only "
+            f"{', '.join(LAYOUTS)} checkpoints need converting"
+        )
+    if isinstance(config, AlibiLlamaConfig):
+        raise UserError(
+            f"{str(source)!r} uses ALiBi, and transformers has no Llama with it to convert to; give it to the trainer "
+            "as it is, which writes it back in its published layout"
+        )
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{str(target)!r} is not empty; give a new folder")
+    dtype = dtype or model_info(source).dtype
+    layers = count_layers(config)
+    boundaries = [*range(0, layers, LAYERS_AT_A_TIME), layers]
+    for span in spans_of(boundaries):
+        model = load_stage(source, span, dtype=dtype)
+        save_stage(model, span, target, dtype=dtype)
+    write_companions(model, target, dtype=dtype, source=source)
+    write_index(target)
+    return type(model).__name__

@@ -1,0 +1,81 @@
+"""Reading and writing older checkpoints, one stage's tensors at a time.
+
+Packed tensors are split as they are read, so a stage holds its own weights and one published tensor more. Files are
+mapped, safetensors or pickled alike (`weights_only`: nothing in a pickle is run).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from jllm.errors import UserError
+from jllm.models.legacy.layouts import Layout
+
+
+def read_tensors(
+    folder: Path, layout: Layout, raw: dict[str, Any], config: PretrainedConfig, wanted: set[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors among `wanted` (our names), in memory of their own."""
+    found: dict[str, Tensor] = {}
+    for file, names in _files(folder):
+        for name in names:
+            targets = {target: make for target, make in layout.targets(name, config, raw).items() if target in wanted}
+            if targets:
+                tensor = file.get_tensor(name)
+                for target, make in targets.items():
+                    found[target] = make(tensor).to(dtype, copy=True).contiguous()
+    return found
+
+
+class _Pickled:
+    """A pickled file that looks like a safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def _files(folder: Path) -> Iterator[tuple[Any, list[str]]]:
+    safe = sorted(folder.glob("*.safetensors"))
+    for path in safe:
+        with safe_open(path, framework="pt") as file:
+            yield file, list(file.keys())
+    if safe:
+        return
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        raise UserError(f"model folder {str(folder)!r} has no weights; download them")
+    for path in pickled:
+        opened = _Pickled(path)
+        yield opened, list(opened.tensors)
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is; empty where there is none."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def to_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Baichuan 13B's own layout again: what plain transformers has no class for is exported as it came."""
+    published: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".q_proj.weight"):
+            prefix = name.removesuffix("q_proj.weight")
+            parts = [tensors[f"{prefix}{part}_proj.weight"] for part in "qkv"]
+            published[f"{prefix}W_pack.weight"] = torch.cat(parts)
+        elif not name.endswith((".k_proj.weight", ".v_proj.weight")):
+            published[name] = tensor
+    return published
