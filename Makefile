@@ -18,13 +18,16 @@ demo: .venv/.stamp-demo ## the main job on real text with a real model, in demo-
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (15 minutes)
+	$(BIN)/python tools/test_families.py
+
 lint: .venv/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: .venv/.stamp-dev fetch-assets ## every script of benchmarks/: one JSON line each
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; $(BIN)/python "$$script" || exit 1; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python "$$script" || exit 1; done
 
 setup: .venv/.stamp-dev assets ## everything the other targets need
 
