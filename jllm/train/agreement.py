@@ -8,6 +8,8 @@ Cost: one gather of a few integers for each step, on the CPU, so no accelerator 
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from jllm.errors import UserError
+from jllm.train.cadence import Request
 from jllm.train.config import Layout
 from jllm.train.stream import Step
 
@@ -32,6 +35,8 @@ class StepFacts:
         rows: rows of the global batch that are not filling.
         epoch: the epoch the step belongs to, from 0.
         rows_before: rows of that epoch consumed before the step.
+        request: what any process asks of all.
+        memory: the peak of each stage so far, in MiB, the largest over its pipelines.
     """
 
     length: int
@@ -40,6 +45,8 @@ class StepFacts:
     rows: int
     epoch: int
     rows_before: int
+    request: Request
+    memory: tuple[int, ...]
 
     @property
     def rows_after(self) -> int:
@@ -82,20 +89,22 @@ class Agreement:
             raise UserError(mistake)
         return fact  # type: ignore[return-value]
 
-    def step(self, step: Step | None) -> StepFacts:
-        """Share one step; only readers have one.
+    def step(self, step: Step | None, request: Request = Request.NOTHING, memory: int = 0) -> StepFacts:
+        """Share one step, which only readers have, and what this process asks for and uses (in MiB).
 
         Raises:
             UserError: the readers are at different places of their data.
         """
-        mine = [0] * 6
+        mine = [0] * 8
         if step is not None:
             start = step.start
-            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
-        gathered = [torch.zeros(6, dtype=torch.int64) for _ in range(self._layout.world_size)]
+            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, 0, 0]
+        mine[6:] = [int(request), memory]
+        gathered = [torch.zeros(8, dtype=torch.int64) for _ in range(self._layout.world_size)]
         dist.all_gather(gathered, torch.tensor(mine, dtype=torch.int64), group=self._group)
-        readers = torch.stack(gathered)[:: self._layout.pipe]
-        views = readers[:, 3:].unique(dim=0).tolist()
+        everyone = torch.stack(gathered)
+        readers = everyone[:: self._layout.pipe]
+        views = readers[:, 3:6].unique(dim=0).tolist()
         if len(views) > 1:
             one, other = (f"epoch {view[1]} row {view[2]} with {view[0]} rows" for view in views[:2])
             raise UserError(
@@ -109,7 +118,21 @@ class Agreement:
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 6].tolist())),
+            memory=tuple(everyone[:, 7].view(self._layout.data, self._layout.pipe).amax(dim=0).tolist()),
         )
+
+    def gather(self, value: Fact) -> list[Fact]:
+        """Every process's value, by rank."""
+        found: list[Fact | None] = [None] * self._layout.world_size
+        dist.all_gather_object(found, value, group=self._group)
+        return found  # type: ignore[return-value]
+
+    def total(self, value: int) -> int:
+        """The sum of a number over all processes."""
+        number = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(number, group=self._group)
+        return int(number)
 
     def barrier(self) -> None:
         """Wait for all processes."""

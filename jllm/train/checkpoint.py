@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, written beside their name and renamed when complete.
+"""Checkpoints on disk: safetensors and JSON, written beside their name and renamed when complete.
 
     step-00000010/
       rank-00000.safetensors ...   pieces: "<kind>/<parameter name>", flat, with [start, stop) in the file's metadata
@@ -16,22 +16,38 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.models.source import read_metadata
 from jllm.train.state import Piece
 from jllm.train.stream import Cursor
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
+EVALUATION_NAME = "evaluation.json"
+MODEL_MARKER = "config.json"
+"""What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, complete."""
+
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +60,7 @@ class RunState:
         fingerprint: of the training data.
         optimizer_steps: updates made (skipped steps make none).
         consumed_tokens, consumed_rows: over the whole run.
+        eval_loss: of the newest evaluation, None before the first.
         config: the resolved options.
     """
 
@@ -53,12 +70,26 @@ class RunState:
     optimizer_steps: int
     consumed_tokens: int
     consumed_rows: int
+    eval_loss: float | None
     config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process's file, ready to be written without any further tensor operation: a header and raw buffers."""
+
+    header: bytes
+    buffers: list[NDArray[np.uint8]]
 
 
 def folder_of_step(root: Path, step: int) -> Path:
     """The checkpoint folder of a step."""
     return root / f"step-{step:08d}"
+
+
+def step_of_folder(folder: Path) -> int:
+    """The inverse of `folder_of_step`."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def temporary_folder(folder: Path) -> Path:
@@ -71,20 +102,45 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_part(folder: Path, rank: int, pieces: list[Piece], rng: dict[str, Tensor]) -> None:
-    """Write one process's share into the temporary folder of checkpoint `folder`."""
-    temporary = temporary_folder(folder)
-    temporary.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{piece.kind}/{piece.name}": piece.tensor.contiguous() for piece in pieces}
-    assert len(tensors) == len(pieces)
-    table = {
-        f"{piece.kind}/{piece.name}": {"shape": list(piece.shape), "start": piece.start, "stop": piece.stop}
-        for piece in pieces
-    }
-    tensors.update({f"rng/{name}": value for name, value in rng.items()})
-    path = temporary / part_name(rank)
-    save_file(tensors, path, metadata={"pieces": json.dumps(table)})
-    atomic.sync_file(path)
+def prepare_part(pieces: Iterable[Piece], rng: dict[str, Tensor], *, copy: bool) -> Part:
+    """A process's part in host memory.
+
+    Args:
+        pieces: what it owns, flat and contiguous, on any device.
+        rng: its random-number states, uint8.
+        copy: whether tensors that are in host memory already are copied too, so that training may go on changing them.
+    """
+    header: dict[str, Any] = {}
+    table: dict[str, Any] = {}
+    buffers = []
+    position = 0
+    named = [(f"{piece.kind}/{piece.name}", piece.tensor) for piece in pieces]
+    for key, tensor in [*named, *((f"rng/{name}", value) for name, value in rng.items())]:
+        assert key not in header
+        host = tensor.detach().to("cpu", copy=copy).reshape(-1)
+        end = position + host.numel() * host.element_size()
+        header[key] = {"dtype": _DTYPE_NAMES[host.dtype], "shape": [host.numel()], "data_offsets": [position, end]}
+        buffers.append(host.view(torch.uint8).numpy())
+        position = end
+    for piece in pieces:
+        table[f"{piece.kind}/{piece.name}"] = {"shape": list(piece.shape), "start": piece.start, "stop": piece.stop}
+    header["__metadata__"] = {"pieces": json.dumps(table)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data
+    return Part(header=len(text).to_bytes(8, "little") + text, buffers=buffers)
+
+
+def write_part(folder: Path, rank: int, part: Part) -> None:
+    """Write one process's part into the temporary folder of checkpoint `folder`; no tensor operation takes place."""
+    with atomic.replacing(temporary_folder(folder) / part_name(rank)) as path, path.open("wb") as file:
+        file.write(part.header)
+        for buffer in part.buffers:
+            file.write(buffer.data)
+
+
+def parts_missing(folder: Path, world_size: int) -> int:
+    """How many processes have not written their part of checkpoint `folder` yet."""
+    return sum(not (temporary_folder(folder) / part_name(rank)).is_file() for rank in range(world_size))
 
 
 def commit(folder: Path, state: RunState, world_size: int) -> None:
@@ -92,8 +148,7 @@ def commit(folder: Path, state: RunState, world_size: int) -> None:
     temporary = temporary_folder(folder)
     tensors: dict[str, dict[str, Any]] = {}
     for rank in range(world_size):
-        with safe_open(temporary / part_name(rank), framework="pt") as file:
-            table = json.loads(file.metadata()["pieces"])
+        table = json.loads(read_metadata(temporary / part_name(rank))["pieces"])
         for key, piece in table.items():
             entry = tensors.setdefault(key, {"shape": piece["shape"], "parts": []})
             entry["parts"].append({"file": part_name(rank), "start": piece["start"], "stop": piece["stop"]})
@@ -102,32 +157,32 @@ def commit(folder: Path, state: RunState, world_size: int) -> None:
     index = {"format": FORMAT_VERSION, **dataclasses.asdict(state), "tensors": dict(sorted(tensors.items()))}
     atomic.write_json(temporary / INDEX_NAME, index)
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_checkpoint(folder)
     os.replace(temporary, folder)
     atomic.sync_file(folder.parent)
 
 
-def list_checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: Path, *, marker: str = INDEX_NAME) -> list[Path]:
     """The complete checkpoints below `root`, oldest first, by step number."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / INDEX_NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in root.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / marker).is_file()]
+    return sorted(found, key=step_of_folder)
 
 
 def remove_incomplete(root: Path) -> None:
-    """Remove what was being written when a run died."""
+    """Remove what was being written, or removed, when a run died."""
     for path in root.glob(f".step-*{atomic.TEMPORARY_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_newest(root: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints; 0 keeps all."""
-    if count:
-        for path in list_checkpoints(root)[:-count]:
-            # The index goes first: a half-removed checkpoint does not exist.
-            (path / INDEX_NAME).unlink()
-            shutil.rmtree(path)
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; killed in between, it no longer exists either."""
+    for marker in (INDEX_NAME, MODEL_MARKER):
+        (folder / marker).unlink(missing_ok=True)
+    gone = temporary_folder(folder).with_name(f".{folder.name}.old{atomic.TEMPORARY_SUFFIX}")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def find_checkpoint(given: Path, tag: str | None, *, option: str) -> Path:
@@ -197,7 +252,8 @@ class CheckpointReader:
         if not (self.folder / part_name(rank)).is_file():
             return {}
         file = self._open(part_name(rank))
-        return {key.removeprefix("rng/"): file.get_tensor(key) for key in file.keys() if key.startswith("rng/")}  # noqa: SIM118
+        names = [key for key in file.keys() if key.startswith("rng/")]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix("rng/"): file.get_tensor(name) for name in names}
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

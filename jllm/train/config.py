@@ -7,7 +7,8 @@ from jllm.errors import UserError
 from jllm.options import option
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
+EXECUTORS = ("process", "thread", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,9 @@ class TrainConfig:
 
     # Data
     train_data: Path | None = option(None, help="folder of token-id shards to train on")
-    eval_data: Path | None = option(None, help="folder of token-id shards to evaluate on, every row, in order")
+    eval_data: tuple[str, ...] = option(
+        (), metavar="[NAME=]FOLDER", help="shards to evaluate on, every row, in order; may be given several times"
+    )
     seq_len: int | None = option(
         None, help="longest sequence given to the model; rows may have one token more [default: what the data needs]"
     )
@@ -70,21 +73,49 @@ class TrainConfig:
     adam_eps: float = option(1e-8, help="AdamW's epsilon")
     gradient_clipping: float = option(1.0, help="largest global gradient norm; 0 does not clip")
     precision: str = option(
-        "bf16", help="bf16 keeps fp32 master weights and sums gradients in fp32", choices=PRECISIONS
+        "bf16", help="bf16 and fp16 keep fp32 master weights; bf16 sums gradients in fp32", choices=PRECISIONS
     )
+    on_nan: str = option(
+        "stop", help="a loss or gradient that is not finite: stop, or skip the step", choices=("stop", "skip")
+    )
+
+    router_aux_loss_coef: float | None = option(
+        None, help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]"
+    )
+
+    # What trains
+    target_modules: str | None = option(None, help="train only parameters whose name matches these patterns, by commas")
+    frozen_modules: str | None = option(None, help="freeze parameters whose name matches these patterns, by commas")
+    layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
 
     # Memory
     checkpoint_grad_interval: int = option(0, help="keep activations of every k-th layer, recompute the rest; 0 off")
+    checkpoint_grad_attention: bool = option(False, help="recompute the attention of each layer only")
+    checkpoint_grad_offload: bool = option(False, help="keep the checkpointed activations in host memory")
+    no_checkpoint_grad_step: int = option(0, help="after this step activations are no longer recomputed; 0: always")
 
     # Evaluation, checkpoints, records
-    steps_per_eval: int = option(0, help="steps between evaluations; 0: at the end of each epoch")
+    steps_per_eval: float = option(
+        0.0, help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch"
+    )
+    early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
     checkpoint: Path | None = option(None, help="folder of checkpoints")
     steps_per_checkpoint: int = option(0, help="steps between checkpoints; 0: at the end of each epoch")
+    minutes_per_checkpoint: float = option(0.0, help="minutes after which a further checkpoint is written; 0: none")
+    ckpt_step_gt: int = option(0, help="write checkpoints only after steps greater than this")
+    ckpt_epoch: str = option("", help='write checkpoints only in these epochs, counted from 1: "1,3"')
+    skip_epoch: str = option("", help='write no checkpoints in these epochs, counted from 1: "2"')
     max_num_checkpoints: int = option(0, help="newest checkpoints to keep; 0: all")
+    best_of: int = option(0, help="checkpoints to keep with the lowest evaluation loss, beside the newest; 0: none")
+    only_ckpt_model: bool = option(False, help="checkpoints are Hugging Face folders of the model; no resume from them")
+    background_executor: str = option(
+        "process", help="what writes checkpoints while training goes on", choices=EXECUTORS
+    )
     seed: int = option(1234, help="seed of the data order and of --init")
     log_dir: Path | None = option(
         None, help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
     )
+    dry_run: bool = option(False, help="print the options, the stages, steps and estimates, and end without training")
     config: Path | None = option(None, help="TOML file of options; flags win")
     local_rank: int = option(-1, help="set by the launcher", hidden=True)
 
@@ -94,6 +125,8 @@ class TrainConfig:
         )
         _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
+        _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
+        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint")
         _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
         if self.model is None:
@@ -117,9 +150,28 @@ class TrainConfig:
                 )
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise UserError("--zero_stage 0 with --precision bf16: fp32 master weights need --zero_stage 1")
+        if self.zero_stage == 0 and self.precision != "fp32":
+            raise UserError(
+                f"--zero_stage 0 with --precision {self.precision}: fp32 master weights need --zero_stage 1"
+            )
+        checkpointed = self.checkpoint_grad_interval or self.checkpoint_grad_attention
+        if (self.checkpoint_grad_offload or self.no_checkpoint_grad_step) and not checkpointed:
+            raise UserError(
+                "--checkpoint_grad_offload and --no_checkpoint_grad_step need --checkpoint_grad_interval or"
+                " --checkpoint_grad_attention"
+            )
+        if self.early_stop and not self.eval_data:
+            raise UserError("--early_stop looks at the evaluation loss; give --eval_data")
+        if self.best_of and not self.eval_data:
+            raise UserError("--best_of looks at the evaluation loss; give --eval_data")
+        if self.only_ckpt_model and self.resume_ckpt == "auto":
+            raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
+        if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
+            raise UserError(f"--steps_per_eval {self.steps_per_eval}: a whole number of steps, or a share below 1")
         skipped_steps(self)
+        parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
+        parse_epochs(self.skip_epoch, "--skip_epoch")
+        named_folders(self.eval_data)
 
     @property
     def resolved_log_dir(self) -> Path | None:
@@ -132,11 +184,36 @@ class TrainConfig:
 
 def skipped_steps(config: TrainConfig) -> frozenset[int]:
     """`--skip_train_steps` as numbers."""
-    given = [part.strip() for part in config.skip_train_steps.split(",") if part.strip()]
-    try:
-        return frozenset(int(part) for part in given)
-    except ValueError:
-        raise UserError(f'--skip_train_steps "{config.skip_train_steps}": give step numbers, such as "3,4"') from None
+    return _numbers(config.skip_train_steps, "--skip_train_steps")
+
+
+def parse_epochs(text: str, option_name: str) -> frozenset[int]:
+    """ "1,3" as numbers of epochs, counted from 1."""
+    return _numbers(text, option_name)
+
+
+def _numbers(text: str, option_name: str) -> frozenset[int]:
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in given):
+        raise UserError(f'{option_name} "{text}": give whole numbers from 1, such as "3,4"')
+    return frozenset(int(part) for part in given)
+
+
+def named_folders(given: tuple[str, ...]) -> dict[str, Path]:
+    """`NAME=FOLDER` or `FOLDER` (named after its last part) → the folders by name.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for item in given:
+        name, equals, folder = item.partition("=")
+        path = Path(folder if equals else item)
+        name = name if equals else path.name
+        if name in found:
+            raise UserError(f"--eval_data {item}: there are two sets named {name}; give other names: NAME=FOLDER")
+        found[name] = path
+    return found
 
 
 def _at_least(config: TrainConfig, least: int, *names: str) -> None:

@@ -65,7 +65,8 @@ class Pipeline(PipelineModule):
         return found
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
 
 
 class Engine(PipelineEngine):
@@ -75,9 +76,9 @@ class Engine(PipelineEngine):
     _global_grad_norm: Tensor | None = None
 
     def clip_fp32_gradients(self) -> None:
-        """Scale the gradients of all stages so that their joint norm is at most the limit; remember the norm."""
-        self._global_grad_norm = self._fp32_gradient_norm()
+        """Scale the gradients of all stages so that their joint norm is at most the limit."""
         limit = self.gradient_clipping()
+        assert self._global_grad_norm is not None
         scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         if gradients:
@@ -96,8 +97,12 @@ class Engine(PipelineEngine):
         return total.sqrt()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        if self.gradient_clipping() == 0 and not self.zero_optimization():
+        if not self.zero_optimization():
             self._global_grad_norm = self._fp32_gradient_norm()
+            if not torch.isfinite(self._global_grad_norm):
+                # ZeRO's optimizers make no step then; nor does this one, so that the weights stay good.
+                self.zero_grad()
+                return
         super()._exec_optimizer_step(lr_kwargs)
 
     # DeepSpeed finds the methods of its instructions in this table, not by name.
@@ -143,18 +148,20 @@ class Engine(PipelineEngine):
 
 def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
     """The DeepSpeed configuration: what the options say, then `--ds_config`, which may add but not contradict."""
-    zero_stage = config.zero_stage if config.zero_stage is not None else int(config.precision == "bf16")
+    zero_stage = config.zero_stage if config.zero_stage is not None else int(config.precision != "fp32")
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": {"stage": zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": config.precision == "fp16"},
         "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
+    if config.precision != "fp16":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.ds_config is None:
         return settings
     try:

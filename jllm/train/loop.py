@@ -15,16 +15,20 @@ from jllm.errors import UserError
 from jllm.models.source import ModelInfo
 from jllm.train import checkpoint, processes, setup
 from jllm.train.agreement import Agreement, StepFacts
-from jllm.train.config import Layout, TrainConfig, resolve_layout, skipped_steps
-from jllm.train.engine import Engine, build_engine
-from jllm.train.evaluate import evaluate
+from jllm.train.cadence import Cadence, EarlyStop, NanGuard, Request, Requests
+from jllm.train.config import Layout, TrainConfig, named_folders, resolve_layout, skipped_steps
+from jllm.train.dry_run import dry_run
+from jllm.train.engine import build_engine
+from jllm.train.evaluate import Evaluation, evaluate, mean_loss
 from jllm.train.export import export
 from jllm.train.loss import TokenLoss
 from jllm.train.metrics import Recorder
 from jllm.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from jllm.train.resume import Resumed, check_same_run, find_resume_point, load_weights_only
+from jllm.train.saving import CheckpointSaver, retain
 from jllm.train.state import TrainingState
 from jllm.train.stream import Cursor, ReadAhead, Step, train_steps
+from jllm.train.throughput import peak_memory, utilisation
 
 
 def run(config: TrainConfig) -> None:
@@ -33,6 +37,9 @@ def run(config: TrainConfig) -> None:
     Raises:
         UserError: impossible options, data or model; on every process, or on the one that met it.
     """
+    if config.dry_run:
+        dry_run(config)
+        return
     layout = resolve_layout(config, processes.world_size())
     model_info = setup.read_model_info(config)
     processes.join(config.timeout)
@@ -47,7 +54,7 @@ def convert(config: TrainConfig, layout: Layout, agreement: Agreement, model_inf
     """`--num_train_epochs 0`: the Hugging Face folder of a checkpoint."""
     assert config.output_dir is not None
     assert config.model is not None
-    stage, _ = setup.build_stage(config, layout, agreement, TokenLoss())
+    stage = setup.build_stage(config, layout, agreement, TokenLoss()).stage
     load_weights_only(stage, config)
     export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
     if agreement.rank == 0:
@@ -61,24 +68,35 @@ class Run:
         assert config.train_data is not None
         self.config, self.layout, self.agreement, self.model_info = config, layout, agreement, model_info
         self.data = setup.open_data(config.train_data, config, layout, agreement, model_info)
-        self.eval_data = (
-            setup.open_data(config.eval_data, config, layout, agreement, model_info) if config.eval_data else None
-        )
+        self.eval_data = {
+            name: setup.open_data(folder, config, layout, agreement, model_info)
+            for name, folder in named_folders(config.eval_data).items()
+        }
         self.steps_per_epoch = -(-self.data.facts.num_rows // layout.global_batch)
         self.total_steps = config.max_steps or config.num_train_epochs * self.steps_per_epoch
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         self.resumed = agreement.from_first_reader(lambda: find_resume_point(config))
         self.loss = TokenLoss()
-        self.stage, self.table = setup.build_stage(config, layout, agreement, self.loss)
+        self.built = setup.build_stage(config, layout, agreement, self.loss)
+        self.stage, self.plan = self.built.stage, self.built.plan
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config)
-        self.engine: Engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, layout)
+        self.engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, layout)
         self.state = TrainingState(self.engine, self.stage)
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
+        self.eval_loss: float | None = None
         if self.resumed is not None:
             self._resume(self.resumed)
+        self.cadence = Cadence(config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        self.requests = Requests(config, rank=agreement.rank, world_size=layout.world_size)
+        self.early_stop, self.nan_guard = EarlyStop(config.early_stop), NanGuard(config.on_nan)
+        self.saver = (
+            CheckpointSaver(config, rank=agreement.rank, world_size=layout.world_size, barrier=agreement.barrier)
+            if config.checkpoint is not None
+            else None
+        )
         self.recorder = Recorder(
             config.resolved_log_dir,
             enabled=agreement.rank == 0,
@@ -90,31 +108,37 @@ class Run:
     def train(self) -> None:
         """All steps, with evaluations and checkpoints between them, and the exported folder at the end."""
         self._introduce()
+        self.requests.listen()
         if self.step == 0:
             self._evaluate()
         steps = self._read_steps()
         try:
             while self.step < self.total_steps:
-                self._train_step(steps)
-                at_end = self.step == self.total_steps
-                epoch_ended = self.cursor.rows >= self.data.facts.num_rows
-                if at_end or _is_due(self.step, self.config.steps_per_eval, epoch_ended):
-                    self._evaluate()
-                if at_end or _is_due(self.step, self.config.steps_per_checkpoint, epoch_ended):
+                request = self._train_step(steps)
+                stop = bool(request & Request.QUIT)
+                if self.cadence.evaluates(self.step) and self._evaluate():
+                    self.recorder.say(f"early stop: the evaluation loss rose {self.config.early_stop} times in a row")
+                    stop = True
+                if stop or request & Request.SAVE or self.cadence.saves(self.step):
                     self._save_checkpoint()
+                if stop:
+                    break
         finally:
             if isinstance(steps, ReadAhead):
                 steps.close()
-        if self.config.output_dir is not None:
+        if self.saver is not None:
+            self.saver.wait()
+        if self.config.output_dir is not None and not self.requests.ending:
             assert self.config.model is not None
             dtype = self.model_info.dtype
             export(self.stage, self.agreement, self.config.output_dir, source=self.config.model, dtype=dtype)
             self.recorder.say(f"wrote {self.config.output_dir}")
+        self.agreement.barrier()
         self.recorder.close()
 
     def _introduce(self) -> None:
         layout, facts = self.layout, self.data.facts
-        self.recorder.say(self.table)
+        self.recorder.say(self.plan.table)
         self.recorder.say(
             f"{layout.pipe} stages x {layout.data} pipelines; a step is {layout.accumulation} micro-batches of"
             f" {layout.micro_batch} rows in each, {layout.global_batch} rows in all; {facts.num_rows:,} rows,"
@@ -141,14 +165,17 @@ class Run:
         )
         return ReadAhead(steps) if ahead else steps
 
-    def _train_step(self, steps: Iterator[Step] | ReadAhead | None) -> None:
+    def _train_step(self, steps: Iterator[Step] | ReadAhead | None) -> Request:
+        """One step; what any process asked for meanwhile."""
         started = time.perf_counter()
         step = next(steps) if steps is not None else None
         waited = time.perf_counter() - started
-        facts = self.agreement.step(step)
+        facts = self.agreement.step(step, self.requests.now(), peak_memory())
         number = self.step + 1
         rate = learning_rate(self.config, number, self.total_steps)
-        loss, norm = float("nan"), 0.0
+        loss, norm = None, None
+        if self.built.checkpointing is not None and self.config.no_checkpoint_grad_step:
+            self.built.checkpointing.is_enabled = number <= self.config.no_checkpoint_grad_step
         if number not in self.skipped:
             set_learning_rate(self.engine.optimizer, rate)
             self.loss.set_step(
@@ -158,8 +185,13 @@ class Run:
             )
             loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             norm = self.engine.gradient_norm
+            # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
+            warning = self.nan_guard.check(number, loss, norm if self.config.precision != "fp16" else 0.0)
+            if warning is not None:
+                self.recorder.say(warning)
         self._advance(facts)
         seconds = time.perf_counter() - started
+        speed = facts.tokens / seconds
         self.recorder.train(
             {
                 "step": self.step,
@@ -169,13 +201,28 @@ class Run:
                 "grad_norm": norm,
                 "tokens": facts.tokens,
                 "trained_tokens": facts.trained_tokens,
-                "tokens_per_second": facts.tokens / seconds,
+                "tokens_per_second": speed,
+                "mfu": utilisation(speed, self.plan.flops_per_token, self.layout.world_size),
+                **self._router_record(),
                 "data_wait": waited / seconds,
                 "seconds": seconds,
+                "memory_mib": list(facts.memory),
                 "consumed_tokens": self.consumed_tokens,
                 "consumed_rows": self.consumed_rows,
             }
         )
+        return facts.request
+
+    def _router_record(self) -> dict[str, Any]:
+        """Balance loss and expert loads of a mixture of experts, over all stages and pipelines."""
+        if self.built.routers is None:
+            return {}
+        reports = self.agreement.gather(self.built.routers.take())
+        load: dict[str, list[float]] = {}
+        for report in reports[: self.layout.pipe]:
+            load |= report.load
+        aux_loss = sum(report.loss for report in reports) / self.layout.data
+        return {"aux_loss": aux_loss, "max_expert_load": max(max(shares) for shares in load.values()) if load else None}
 
     def _advance(self, facts: StepFacts) -> None:
         self.step += 1
@@ -183,45 +230,47 @@ class Run:
         self.consumed_rows += facts.rows
         self.cursor = Cursor(epoch=facts.epoch, rows=facts.rows_after)
 
-    def _evaluate(self) -> None:
-        if self.eval_data is None:
-            return
-        started = time.perf_counter()
-        result = evaluate(
-            self.engine,
-            self.loss,
-            self.agreement,
-            self.layout,
-            index=self.eval_data.index,
-            share=self.eval_data.share,
-            num_rows=self.eval_data.facts.num_rows,
-        )
-        self.recorder.evaluation(
-            {
-                "step": self.step,
-                "eval_loss": result.loss,
-                "eval_tokens": result.tokens,
-                "perplexity": result.perplexity,
-                "seconds": time.perf_counter() - started,
-            }
-        )
+    def _evaluate(self) -> bool:
+        """Evaluate on every set; whether training should stop early."""
+        results: dict[str, Evaluation] = {}
+        for name, data in self.eval_data.items():
+            started = time.perf_counter()
+            results[name] = result = evaluate(self.engine, self.loss, self.agreement, data)
+            self.recorder.evaluation(
+                {
+                    "step": self.step,
+                    "name": name,
+                    "eval_loss": result.loss,
+                    "eval_tokens": result.tokens,
+                    "perplexity": result.perplexity,
+                    "accuracy": result.accuracy,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+        if not results:
+            return False
+        self.eval_loss = mean_loss(results.values())
+        return self.early_stop.should_stop(self.eval_loss)
 
     def _save_checkpoint(self) -> None:
-        root = self.config.checkpoint
-        if root is None:
+        if self.saver is None:
             return
+        started = time.perf_counter()
+        if self.config.only_ckpt_model:
+            folder = self._save_model_only(self.saver.root)
+        else:
+            folder = self.saver.save(self.state.pieces(), rng_states(), self._run_state())
+        self.requests.saved()
+        self.recorder.say(f"checkpoint {folder} after {time.perf_counter() - started:.2f} s of waiting")
+
+    def _save_model_only(self, root: Path) -> Path:
+        assert self.config.model is not None
         folder = checkpoint.folder_of_step(root, self.step)
+        export(self.stage, self.agreement, folder, source=self.config.model, dtype=self.model_info.dtype)
         if self.agreement.rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_incomplete(root)
-        self.agreement.barrier()
-        checkpoint.write_part(folder, self.agreement.rank, self.state.pieces(), rng_states())
-        self.agreement.barrier()
-        if self.agreement.rank == 0:
-            checkpoint.commit(folder, self._run_state(), self.layout.world_size)
-            checkpoint.keep_newest(root, self.config.max_num_checkpoints)
-            self.recorder.say(f"wrote {folder}")
-        self.agreement.barrier()
+            atomic.write_json(folder / checkpoint.EVALUATION_NAME, {"step": self.step, "eval_loss": self.eval_loss})
+            retain(root, max_num=self.config.max_num_checkpoints, best_of=self.config.best_of, model_only=True)
+        return folder
 
     def _run_state(self) -> checkpoint.RunState:
         return checkpoint.RunState(
@@ -231,6 +280,7 @@ class Run:
             optimizer_steps=self.state.optimizer_steps,
             consumed_tokens=self.consumed_tokens,
             consumed_rows=self.consumed_rows,
+            eval_loss=self.eval_loss,
             config={**resolved_options(self.config), "global_batch": self.layout.global_batch},
         )
 
@@ -243,18 +293,11 @@ class Run:
                 f"{resumed.folder} is after step {saved.step} of {self.total_steps}: nothing is left to train;"
                 " raise --max_steps or --num_train_epochs"
             )
-        self.state.load_weights(reader.read)
-        refresh = getattr(self.engine.optimizer, "update_lp_params", None)
-        if refresh is not None:
-            refresh()
-        self.state.load_optimizer(reader.read, saved.optimizer_steps)
+        self.state.load(reader, saved.optimizer_steps)
         self.step, self.cursor = saved.step, saved.cursor
         self.consumed_tokens, self.consumed_rows = saved.consumed_tokens, saved.consumed_rows
+        self.eval_loss = saved.eval_loss
         restore_rng(reader.rng(self.agreement.rank))
-
-
-def _is_due(step: int, every: int, epoch_ended: bool) -> bool:
-    return step % every == 0 if every > 0 else epoch_ended
 
 
 def resolved_options(config: TrainConfig) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Records of a run: a console line, `metrics.jsonl`, TensorBoard.
 
 `metrics.jsonl` has one JSON object a line. Training records have `step` (from 1), `epoch`, `loss`, `lr`, `grad_norm`,
-`tokens` (of the step, over the whole world), `tokens_per_second`, `data_wait` (share of the step's time in which the
-reader was waited for), `seconds`, `consumed_tokens` and `consumed_rows`. Evaluation records have `step` (0: before
-training), `eval_loss`, `eval_tokens`, `perplexity` and `seconds`. A resumed run goes on in the same file, after the
-lines of steps it is about to repeat are dropped.
+`tokens` (of the step, over the whole world), `trained_tokens`, `tokens_per_second`, `mfu` (null where the device's peak
+is not known), `memory_mib` (peak of each stage, the largest over its pipelines), `data_wait` (share of the step's time
+in which the reader was waited for), `seconds`, `consumed_tokens` and `consumed_rows`; a step of `--skip_train_steps`
+has no loss. Evaluation records have `step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`,
+`perplexity`, `accuracy` and `seconds`. A resumed run goes on in the same file, after the lines of steps it is about to
+repeat are dropped.
 
 Only the first process records; on the others every method does nothing.
 """
@@ -58,28 +60,41 @@ class Recorder:
         if not self._enabled:
             return
         self._write(record)
-        self._scalars("train", record, ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait"))
+        self._scalars("train", record, ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait"))
         step = record["step"]
         if step % self._steps_per_print == 0 or step == self._total_steps:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / (step - self._first_step + 1) * (self._total_steps - step)
-            print(
-                f"step {step}/{self._total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}"
-                f"  lr {record['lr']:.3g}  grad norm {record['grad_norm']:.3f}"
-                f"  {record['tokens_per_second']:,.0f} tokens/s  data wait {100 * record['data_wait']:.1f}%"
-                f"  elapsed {clock(elapsed)}  left {clock(left)}",
-                flush=True,
-            )
+            print(self._line(record), flush=True)
+
+    def _line(self, record: dict[str, Any]) -> str:
+        step = record["step"]
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (step - self._first_step + 1) * (self._total_steps - step)
+        skipped = record["loss"] is None
+        parts = [
+            f"step {step}/{self._total_steps}",
+            f"epoch {record['epoch']:.2f}",
+            "skipped" if skipped else f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.3g}",
+            "" if skipped else f"grad norm {record['grad_norm']:.3f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {100 * record['mfu']:.1f}%" if record["mfu"] is not None else "",
+            f"data wait {100 * record['data_wait']:.1f}%",
+            f"memory {max(record['memory_mib']) / 1024:.1f} GiB",
+            f"elapsed {clock(elapsed)}",
+            f"left {clock(left)}",
+        ]
+        return "  ".join(part for part in parts if part)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation."""
         if not self._enabled:
             return
         self._write(record)
-        self._scalars("eval", record, ("eval_loss", "perplexity"))
+        self._scalars(f"eval/{record['name']}", record, ("eval_loss", "perplexity", "accuracy"))
         print(
-            f"eval after step {record['step']}/{self._total_steps}  loss {record['eval_loss']:.4f}"
-            f"  perplexity {record['perplexity']:.3f}  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s",
+            f"eval {record['name']} after step {record['step']}/{self._total_steps}  loss {record['eval_loss']:.4f}"
+            f"  perplexity {record['perplexity']:.3f}  accuracy {100 * record['accuracy']:.2f}%"
+            f"  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s",
             flush=True,
         )
 
@@ -91,7 +106,7 @@ class Recorder:
 
     def _scalars(self, prefix: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
         if self._board is not None:
-            for name in names:
+            for name in (name for name in names if record[name] is not None):
                 self._board.add_scalar(f"{prefix}/{name.removeprefix('eval_')}", record[name], record["step"])
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ process groups. It also ends the rank when the launcher is gone, so that nothing
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import io
 import os
 import subprocess
@@ -102,6 +103,10 @@ def _compile_cpu_operator() -> None:
     """Build, or load from the cache, the shared-memory operator that DeepSpeed's CPU backend starts with."""
     from deepspeed.accelerator import get_accelerator
 
+    # PyTorch keeps one build for each user; two environments would each rebuild what the other has just built.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "jllm/torch_extensions" / environment))
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible():
         return

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -9,8 +10,11 @@ from deepspeed.accelerator import get_accelerator
 from jllm.data.manifest import DataSet, open_data_set
 from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import UserError
+from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.costs import estimate_costs
+from jllm.models.moe import RouterBalance, attach_router_balance
 from jllm.models.partition import partition, stage_table
+from jllm.models.selection import Selection, select_trainable
 from jllm.models.source import ModelInfo, model_info, read_config
 from jllm.models.stage import PipelineStage, spans_of
 from jllm.models.weights import init_stage, load_stage
@@ -19,7 +23,9 @@ from jllm.train.config import Layout, TrainConfig
 from jllm.train.loss import TokenLoss
 from jllm.train.stream import ShardIndex, Share
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ASSUMED_LENGTH = 2048
+"""The sequence length of cost estimates where `--seq_len` is not given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,19 +119,35 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
     return model_info(config.model, with_weights=not config.init and config.from_ckpt is None)
 
 
-def build_stage(
-    config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss
-) -> tuple[PipelineStage, str]:
-    """This process's stage of the model, on its device, and the table of all stages."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the layers go to the stages.
+
+    Attributes:
+        boundaries: stage k owns layers [boundaries[k], boundaries[k + 1]).
+        table: for people: layers, parameters, memory and time share of each stage, and the bubble.
+        flops_per_token: operations of a forward and a backward pass of the whole model.
+    """
+
+    boundaries: list[int]
+    table: str
+    flops_per_token: float
+
+
+def plan_stages(config: TrainConfig, layout: Layout) -> Plan:
+    """Split the model of `--model` by `--partition_method`."""
     assert config.model is not None
     model_config = read_config(config.model)
-    dtype = DTYPES[config.precision]
-    costs = estimate_costs(
-        model_config,
-        sequence_length=config.seq_len or 2048,
-        micro_batch_size=layout.micro_batch,
-        dtype=dtype,
-        checkpoint_interval=config.checkpoint_grad_interval,
+    length = config.seq_len or ASSUMED_LENGTH
+    costs, plain = (
+        estimate_costs(
+            model_config,
+            sequence_length=length,
+            micro_batch_size=layout.micro_batch,
+            dtype=DTYPES[config.precision],
+            checkpoint_interval=interval,
+        )
+        for interval in (config.checkpoint_grad_interval, 0)
     )
     boundaries = partition(
         config.partition_method,
@@ -134,12 +156,75 @@ def build_stage(
         micro_batches=layout.accumulation,
         costs=costs,
     )
-    span = spans_of(boundaries)[agreement.rank % layout.pipe]
-    device = get_accelerator().current_device_name()
+    return Plan(
+        boundaries=boundaries,
+        table=stage_table(costs, boundaries, micro_batches=layout.accumulation),
+        flops_per_token=plain.time(0, len(plain.layers)) / (length * layout.micro_batch),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """This process's stage and what was attached to it.
+
+    Attributes:
+        stage: on its device.
+        plan: for all stages.
+        checkpointing: the switch of activation checkpointing; None where it is off.
+        routers: what watches the routers of a mixture of experts; None where nothing does.
+    """
+
+    stage: PipelineStage
+    plan: Plan
+    checkpointing: Checkpointing | None
+    routers: RouterBalance | None
+
+
+def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss) -> Built:
+    """This process's stage of the model, on its device, with what the options ask for."""
+    assert config.model is not None
+    plan = plan_stages(config, layout)
+    span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
+    device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     if config.init or config.from_ckpt is not None:
-        model = init_stage(model_config, span, dtype=dtype, seed=config.seed, device=device)
+        model = init_stage(read_config(config.model), span, dtype=dtype, seed=config.seed, device=device)
     else:
         model = load_stage(config.model, span, dtype=dtype, device=device)
-    if config.checkpoint_grad_interval:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PipelineStage(model, span, loss), stage_table(costs, boundaries, micro_batches=layout.accumulation)
+    selection = Selection(
+        target_modules=config.target_modules,
+        frozen_modules=config.frozen_modules,
+        layers_to_transform=config.layers_to_transform,
+    )
+    select_trainable(model, span, selection)
+    checkpointing = None
+    if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
+        checkpointing = checkpoint_activations(
+            model,
+            span,
+            interval=config.checkpoint_grad_interval or 1,
+            attention_only=config.checkpoint_grad_attention,
+            offload=config.checkpoint_grad_offload,
+        )
+    routers = None
+    if config.router_aux_loss_coef is not None:
+        routers = attach_router_balance(model, span, config.router_aux_loss_coef, scale=1 / layout.accumulation)
+    stage = PipelineStage(model, span, loss)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        _add_placeholder(stage, dtype, device)
+    return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)
+
+
+def _add_placeholder(stage: PipelineStage, dtype: torch.dtype, device: str) -> None:
+    """Give a stage without anything to train one number that changes nothing.
+
+    DeepSpeed's optimizers and its gradient norm need a parameter on every rank, and its pipeline needs every stage's
+    output to have a gradient.
+    """
+    placeholder = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+    stage.register_parameter("placeholder", placeholder)
+
+    def touch(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        nothing = (placeholder * 0).sum()
+        return (output[0] + nothing, *output[1:]) if isinstance(output, tuple) else output + nothing
+
+    stage.register_forward_hook(touch)

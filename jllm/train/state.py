@@ -9,6 +9,7 @@ Cost: views only; nothing is copied.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ MASTER = "master"
 STEP = "step"
 ReadPiece = Callable[[str, str, int, int], Tensor | None]
 """(kind, parameter name, start, stop) → flat elements, or None where there are none of that kind."""
+
+
+class PieceReader(Protocol):
+    """What a checkpoint offers."""
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of a parameter's flattened tensor, or None where there are none of that kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +98,16 @@ class TrainingState:
         counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
         return max(counts, default=0)
 
-    def load_weights(self, read: ReadPiece) -> None:
+    def load(self, reader: "PieceReader", optimizer_steps: int) -> None:
+        """Take everything from a checkpoint: weights, masters, optimizer state."""
+        self._load_weights(reader.read)
+        # ZeRO gathers the weights anew from every rank's masters.
+        refresh = getattr(self._engine.optimizer, "update_lp_params", None)
+        if refresh is not None:
+            refresh()
+        self._load_optimizer(reader.read, optimizer_steps)
+
+    def _load_weights(self, read: ReadPiece) -> None:
         """Take the weights, and the master weights where there are any (else they start from the weights)."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -108,7 +125,7 @@ class TrainingState:
                     if master is not None:
                         parameter.copy_(master.view(parameter.shape))
 
-    def load_optimizer(self, read: ReadPiece, optimizer_steps: int) -> None:
+    def _load_optimizer(self, read: ReadPiece, optimizer_steps: int) -> None:
         """Take the optimizer's state."""
         self._make_optimizer_state(optimizer_steps)
         with torch.no_grad():

@@ -281,14 +281,22 @@ def train_steps(
         epoch, consumed = epoch + 1, 0
 
 
+def eval_micro_batches(num_rows: int, share: Share) -> list[int]:
+    """How many micro-batches each step of an evaluation has, so that the last one holds little filling."""
+    steps, rest = divmod(num_rows, share.global_batch)
+    last = -(-rest // (share.micro_batch * share.data_size))
+    return [share.accumulation] * steps + ([last] if last else [])
+
+
 def eval_steps(index: ShardIndex, share: Share) -> Iterator[Step]:
-    """Every row of a data set once, in the order of its files."""
+    """Every row of a data set once, in the order of its files; the shapes are those of `eval_micro_batches`."""
     order = index.order(seed=0, epoch=0, shuffle=False)
     rows = read_rows(index, order, 0, ahead=False)
     consumed = 0
-    while consumed < order.num_rows:
-        batch = list(itertools.islice(rows, share.global_batch))
-        yield share.step_of(batch, Cursor(rows=consumed))
+    for count in eval_micro_batches(order.num_rows, share):
+        smaller = dataclasses.replace(share, accumulation=count)
+        batch = list(itertools.islice(rows, smaller.global_batch))
+        yield smaller.step_of(batch, Cursor(rows=consumed))
         consumed += len(batch)
 
 

@@ -55,7 +55,7 @@ class Ranks:
         for process in self._processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
         for tasks in self._tasks:
             tasks.put((function, arguments))
         answers: dict[int, Any] = {}

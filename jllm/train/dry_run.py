@@ -1,0 +1,54 @@
+"""`--dry_run`: what a run would be, without starting it.
+
+Prints the resolved options, the stage table with estimated memory, the pipeline's bubble, steps and tokens, and a
+guess of the time where the device is known. Needs no launcher: without one, a run of one pipeline is assumed.
+"""
+
+import dataclasses
+import json
+
+from jllm.data.manifest import open_data_set
+from jllm.train import processes, setup
+from jllm.train.config import TrainConfig, resolve_layout
+from jllm.train.metrics import clock
+from jllm.train.optim import warmup_steps
+from jllm.train.throughput import peak_flops
+
+TYPICAL_UTILISATION = 0.4
+"""The share of the device's peak that the time guess assumes."""
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the plan of a run, on the first process.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    if processes.rank() != 0:
+        return
+    world_size = max(processes.world_size(), config.pipe_parallel_size)
+    layout = resolve_layout(config, world_size)
+    setup.read_model_info(config)
+    plan = setup.plan_stages(config, layout)
+    assert config.train_data is not None
+    data_set = open_data_set(config.train_data)
+    setup.check_tokenizer(data_set, config)
+    rows = data_set.manifest.rows
+    steps_per_epoch = -(-rows // layout.global_batch)
+    total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
+    tokens_per_row = (data_set.manifest.total("tokens") or 0) / max(rows, 1)
+    tokens = int(total_steps * min(layout.global_batch, rows) * tokens_per_row)
+    print(json.dumps(dataclasses.asdict(config), indent=1, default=str))
+    print(plan.table)
+    print(
+        f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes; {rows:,} rows,"
+        f" {layout.global_batch} a step, {steps_per_epoch:,} steps an epoch, {total_steps:,} steps"
+        f" ({warmup_steps(config, total_steps)} of warm-up)"
+    )
+    print(f"about {tokens:,} tokens" if tokens else "the data set has no manifest: tokens unknown")
+    peak = peak_flops()
+    if peak is None or not tokens:
+        print("time: unknown on this device")
+    else:
+        seconds = tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
+        print(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
