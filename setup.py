@@ -28,7 +28,7 @@ TRAIN = [
     "torch>=2.11",
 ]
 SPARK = ["pandas>=2.2", "pyspark>=4.0"]
-DEMO = [*TRAIN, "gguf>=0.17", "sentencepiece>=0.2"]
+DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
 GPU = ["bitsandbytes>=0.50", "liger-kernel>=0.6", "peft>=0.18"]
 DEV = [
     *DEMO,
@@ -54,6 +54,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jllm", "jllm.*"]),
+    package_data={"jllm": ["**/*.json", "**/*.jinja"]},
     install_requires=DATA,
     extras_require={"train": TRAIN, "spark": SPARK, "gpu": GPU, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["jllm=jllm.cli:main"]},

@@ -89,8 +89,8 @@ def main(config: DemoConfig) -> None:
 def train_command(steps: int) -> str:
     """The trainer's command line.
 
-    The learning rate is one at which ten steps move weights by more than bf16 can resolve: a folder exported in bf16 keeps
-    little of smaller changes.
+    At this learning rate ten steps move weights by more than bf16 resolves; a folder exported in bf16 keeps little of
+    smaller changes.
     """
     return " ".join(
         (
