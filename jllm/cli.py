@@ -11,6 +11,7 @@ COMMANDS = {
     "shuffle-partition": ("jllm.shuffle_partition:main", "shuffle the rows across all files of a folder"),
     "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
     "manifest": ("jllm.manifest:main", "describe a folder of shards that others wrote, or check one"),
+    "inspect": ("jllm.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
     "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }
 

@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import hashlib
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jllm.data import recipes
 from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
+from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
 from jllm.data.progress import Progress, summary
@@ -38,11 +38,6 @@ NOT_IN_THE_MANIFEST = (
     "input", "output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
 )  # fmt: skip
 """Options that do not decide what is made, or that the manifest records in another place."""
-
-
-def usable_cores(cores: int) -> int:
-    """The number of workers for `--cores`."""
-    return len(os.sched_getaffinity(0)) if cores < 0 else cores
 
 
 def prepare(config: "Raw2IdsConfig") -> Manifest:

@@ -249,10 +249,45 @@ def open_source(source: Source) -> IO[bytes]:
     if source.compression == "xz":
         return lzma.LZMAFile(raw)
     if source.compression == "zstd":
+        return io.BufferedReader(_ZstdFile(raw))  # type: ignore[return-value]
+    return raw  # type: ignore[no-any-return]
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses frames one after another, and unlike zstandard's own reader notices a file that was cut short."""
+
+    def __init__(self, raw: Any) -> None:
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)  # type: ignore[return-value]
-    return raw  # type: ignore[no-any-return]
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._fed = False
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._fed = self._new(), False
+            data = data or self._raw.read(1 << 17)
+            if not data:
+                if self._fed:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._fed = True
+            self._held = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def read_blocks(
@@ -303,22 +338,23 @@ def _byte_blocks(source: Source, number: int, start: int, line: int, index: int)
                 yield from json_list_blocks(stream, held, number, position, line, index)
                 return
             kind = "jsonl"  # JSON lines under the name of .json
-        searched = 0
+        searched, window = 0, BLOCK_BYTES
         while True:
-            # Where no record ends in what is held, twice as much is read: the work stays in proportion to the record.
-            wanted = max(BLOCK_BYTES, 2 * searched) - len(held)
-            more = _read_exactly(stream, wanted)
-            at_end = len(more) < wanted
-            held = held + more if held else more
-            cut = len(held) if at_end else _last_boundary(held, searched, kind)
+            # Where no record ends in the window, it is doubled: the work stays in proportion to the record, and where a
+            # block ends depends on where it starts and on nothing else.
+            if len(held) < window:
+                more = _read_exactly(stream, window - len(held))
+                held = held + more if held else more
+            at_end = len(held) < window
+            cut = len(held) if at_end else _last_boundary(held, searched, window, kind)
             if cut:
-                data, held, searched = held[:cut], held[cut:], 0
+                data, held, searched, window = held[:cut], held[cut:], 0, BLOCK_BYTES
                 position += cut
                 end_line = line + data.count(b"\n")
                 yield Block(source=number, index=index, line=line, data=data, end=position, end_line=end_line)
                 index, line = index + 1, end_line
             else:
-                searched = len(held)
+                searched, window = window, 2 * window
             if at_end:
                 return
     finally:
@@ -349,13 +385,13 @@ def _skip(stream: IO[bytes], start: int, *, seekable: bool) -> None:
         left -= len(piece)
 
 
-def _last_boundary(data: bytes, searched: int, kind: str) -> int:
-    """The end of the last whole record in `data`; 0 where there is none. Only what follows `searched` is looked at."""
+def _last_boundary(data: bytes, searched: int, window: int, kind: str) -> int:
+    """The end of the last whole record in `data[:window]`; 0 where there is none, or none behind `searched`."""
     if kind == "jsonl":
-        return data.rfind(b"\n", searched) + 1
-    end = len(data)
+        return data.rfind(b"\n", searched, window) + 1
+    end = window
     while True:
-        # The line that ends here, at `end`, is blank when there is only white space back to the newline before it.
+        # The line that ends here, at `newline`, is blank when there is only white space back to the newline before it.
         newline = data.rfind(b"\n", max(0, searched - 4096), end)
         if newline < 0:
             return 0

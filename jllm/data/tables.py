@@ -13,7 +13,7 @@ from typing import IO, Any
 from jllm.data.sources import BLOCK_BYTES, Block, Records, Source
 from jllm.errors import UserError
 
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*("?)|[\[\]{},]', re.DOTALL)
 _CLOSING = {b"]"[0], b"}"[0]}
 _OPENING = {b"["[0], b"{"[0]}
 
@@ -129,6 +129,9 @@ def _element_ends(data: bytes, at: int, depth: int) -> _Scan:
     scan = _Scan()
     for match in _TOKENS.finditer(data, at):
         byte = data[match.start()]
+        if byte == b'"'[0] and not match.group(1):
+            at = match.start()  # a string that goes on beyond what is held: scan it again once there is more
+            break
         at = match.end()
         if byte in _OPENING:
             depth += 1
@@ -142,8 +145,6 @@ def _element_ends(data: bytes, at: int, depth: int) -> _Scan:
         elif byte == b","[0] and depth == 1:
             scan.events.append(("end", at))
     else:
-        # A string may be cut at the end of what is held: scan again from its opening quote once there is more.
-        quote = data.find(b'"', at)
-        at = len(data) if quote < 0 else quote
+        at = len(data)
     scan.depth, scan.at = depth, at
     return scan
