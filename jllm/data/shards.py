@@ -42,6 +42,8 @@ ROW_GROUP_TOKENS = 1 << 20
 STREAM_BUFFER = 1 << 20
 CONTRACT_KEY, CONTRACT_VERSION = "jllm.format", "1"
 """Written into the footer of our own shards, whose rows need no second look."""
+SPARK_SCHEMA_KEY = b"org.apache.spark.sql.parquet.row.metadata"
+"""Where Spark keeps its schema, which carries our mark when our own jobs wrote the file."""
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
 
 
@@ -247,6 +249,8 @@ class ShardWriter:
                 sha256=self._file.hexdigest(),
             )
         else:
+            with contextlib.suppress(Exception):  # the file is thrown away; only its writer must not complain later
+                self._writer.close()
             self._file.close()
         self._replacing.__exit__(kind, error, trace)
 
@@ -281,7 +285,8 @@ class ShardReader:
         self.columns = tuple(name for name in COLUMNS if name in names)
         for name in self.columns:
             foreign.check_type(self._file.schema_arrow.field(name), path)
-        self._ours = CONTRACT_KEY.encode() in (self._file.metadata.metadata or {})
+        metadata = self._file.metadata.metadata or {}
+        self._ours = CONTRACT_KEY.encode() in metadata or CONTRACT_KEY.encode() in metadata.get(SPARK_SCHEMA_KEY, b"")
 
     @property
     def metadata(self) -> pq.FileMetaData:

@@ -1,0 +1,240 @@
+"""Text and chat data to token-id shards on a Spark cluster: `jllm.raw2ids` for those who outgrow one machine.
+
+    spark-submit spark_jobs/raw2ids.py -i hdfs:///corpus/*.jsonl -o hdfs:///ids --tokenizer ./qwen3 -t pretrain --stack
+
+The flags are those of `jllm raw2ids`. Rows come from the same functions as the local command's: each partition is
+one split, encoded and packed by itself. Lines of JSON and text files reach these functions as bytes, so that a bad
+line is handled as it is locally; every other format that Spark reads (`--read_format`) comes as records.
+
+What is written: Parquet files that the trainer and every local command read as they are, and `_manifest.json` with
+rows, tokens, checksums and bad records. A record that a retried task met twice may count twice among the bad.
+See docs/spark.md for clusters.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from jllm.data import recipes
+from jllm.data.conversations import READERS, format_of
+from jllm.data.encode import Encoded
+from jllm.data.manifest import Manifest
+from jllm.data.sources import Block, parse_block
+from jllm.data.spark import describe_output, schema_of, session, write_manifest_at, write_shards
+from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
+from jllm.errors import UserError
+from jllm.options import command, option
+from jllm.raw2ids import Raw2IdsConfig
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+LOCAL_ONLY = ("num", "batch_size", "max_rows", "max_tokens", "debug", "threads", "quiet", "cores")
+"""Options of the local command that have no meaning here; partitions take the place of splits and workers."""
+LINES = ("jsonl", "text")
+SAMPLE = 100
+MAX_EXAMPLES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparkRaw2IdsConfig(Raw2IdsConfig):
+    """Options of the job: those of the local command, and how Spark reads and cuts the input."""
+
+    output: str | None = option(  # type: ignore[assignment]  # a path would lose a slash of hdfs://
+        None, "-o", help="data set folder, on any file system of Spark", metavar="FOLDER"
+    )
+    read_format: str = option(
+        "jsonl", help="jsonl, text (documents between blank lines), or any format of Spark: parquet, orc, csv, ..."
+    )
+    partitions: int | None = option(None, help="partitions, each a split of its own  [default: as Spark reads them]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            if field.name in LOCAL_ONLY and getattr(self, field.name) != field.default:
+                raise UserError(f"--{field.name}: only for the local command; on Spark use --partitions")
+        if self.output is None:
+            raise UserError("-o: say where the data set goes")
+        if self.input_format is not None:
+            raise UserError("--input_format: on Spark use --read_format")
+
+
+class Job:
+    """What the executors need: the options, the tokenizer, and how chat is rendered. Travels to them once each task."""
+
+    def __init__(self, config: SparkRaw2IdsConfig, facts: Any, chat: dict[str, Any], findings: Any) -> None:
+        self.config = config
+        self.facts = facts  # a broadcast: tokenizers are large
+        self.chat = chat
+        self.findings = findings
+
+    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Records of one partition to rows."""
+        config, facts = self.config, self.facts.value
+        encoder, prefix = _encoder(config, facts, self.chat)
+        packer = recipes.packer_of(config, facts, prefix)
+        seen = 0
+        for number, batch in enumerate(batches):
+            encoded = encoder(block_of(batch, config.read_format, number, seen + 1), _kind(config))
+            seen += batch.num_rows
+            self.findings.add(_findings(encoded))
+            rows = packer.feed(encoded.documents)
+            if rows is not None:
+                yield rows
+        yield from packer.finish()
+
+
+def _kind(config: SparkRaw2IdsConfig) -> str:
+    return config.read_format if config.read_format in LINES else "parquet"
+
+
+def block_of(batch: pa.RecordBatch, read_format: str, number: int, line: int) -> Block:
+    """An Arrow batch as the block of records that the encoders take."""
+    data: Any = pa.Table.from_batches([batch])
+    if read_format in LINES:
+        data = (b"\n" if read_format == "jsonl" else b"\n\n").join(batch.column(0).cast(pa.binary()).to_pylist())
+    end = line + batch.num_rows
+    return Block(source=0, index=number, line=line, data=data, end=end, end_line=end)
+
+
+_opened: dict[str, Any] = {}
+
+
+def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    """The encoder of this Python worker, which several tasks use one after the other."""
+    from jllm.data.engine import open_engine, use_cores
+
+    key = f"{facts.sha256} {config} {chat.get('plan')}"
+    if key not in _opened:
+        use_cores(1)  # Spark runs a worker on every core
+        engine = open_engine(
+            facts, config.engine, inert=config.type == "ft", trust_remote_code=config.trust_remote_code
+        )
+        prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
+        _opened.clear()
+        _opened[key] = recipes.encoder_of(config, facts, engine, **chat), prefix
+    encoder: tuple[Any, tuple[int, ...]] = _opened[key]
+    return encoder
+
+
+def _findings(encoded: Encoded) -> dict[str, Any]:
+    bad: dict[str, Any] = {}
+    for record in encoded.bad:
+        kind = bad.setdefault(record.kind, {"count": 0, "examples": []})
+        kind["count"] += 1
+        if len(kind["examples"]) < MAX_EXAMPLES:
+            kind["examples"].append(f"record {record.line} of its partition: {record.detail}")
+    counts = {**encoded.counts, "documents": len(encoded.documents), "document_tokens": len(encoded.documents.ids)}
+    return {"counts": counts, "bad": bad}
+
+
+def merge_findings(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Add up what two tasks found."""
+    for name, count in more["counts"].items():
+        total["counts"][name] = total["counts"].get(name, 0) + count
+    for kind, found in more["bad"].items():
+        known = total["bad"].setdefault(kind, {"count": 0, "examples": []})
+        known["count"] += found["count"]
+        known["examples"] = sorted({*known["examples"], *found["examples"]})[:MAX_EXAMPLES]
+    return total
+
+
+def read_input(spark: "SparkSession", config: SparkRaw2IdsConfig) -> "DataFrame":
+    """The records, as Spark reads them."""
+    paths = list(config.input)
+    if config.read_format == "jsonl":
+        frame = spark.read.text(paths)
+    elif config.read_format == "text":
+        frame = spark.read.text(paths, wholetext=True)
+    else:
+        frame = spark.read.format(config.read_format).load(paths)
+        if config.type == "pretrain":
+            field = config.text_field.split(".")[0]
+            if field not in frame.columns:
+                raise UserError(f"-i: no column {field} (columns: {', '.join(frame.columns[:12])}); see --text_field")
+            frame = frame.select(field)
+    return frame.repartition(config.partitions) if config.partitions else frame
+
+
+def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "DataFrame") -> dict[str, Any]:
+    """How conversations are read and rendered, decided once, on the driver."""
+    if config.type != "ft":
+        return {}
+    template, _ = recipes.template_of(config, facts)
+    date = recipes.date_of(config, template, None)
+    form = "fields" if config.field_map else config.format
+    if form == "auto":
+        sample = frame.limit(SAMPLE).toArrow().combine_chunks().to_batches()
+        block = block_of(sample[0], config.read_format, 0, 1) if sample else None
+        found = [format_of(record) for record in parse_block(block, _kind(config)).values] if block else []
+        forms = [one for one in found if one]
+        if not forms:
+            raise UserError(
+                f"-i: its first records look like no known chat format ({', '.join(READERS)}); name one with --format"
+            )
+        form = max(forms, key=forms.count)
+    plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
+    return {"plan": plan, "forms": (form,), "pool": None}
+
+
+def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
+    """Encode, pack and write, and then the manifest of what was written.
+
+    Raises:
+        UserError: the input or the tokenizer does not fit the options, or the output exists.
+    """
+    from pyspark.accumulators import AccumulatorParam
+
+    class FindingsParam(AccumulatorParam[dict[str, Any]]):
+        """Sums of what tasks found."""
+
+        def zero(self, value: dict[str, Any]) -> dict[str, Any]:
+            return {"counts": {}, "bad": {}}
+
+        def addInPlace(self, value1: dict[str, Any], value2: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+            return merge_findings(value1, value2)
+
+    facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    frame = read_input(spark, config)
+    chat = chat_arguments(config, facts, frame)
+    findings = spark.sparkContext.accumulator({"counts": {}, "bad": {}}, FindingsParam())
+    job = Job(config, spark.sparkContext.broadcast(facts), chat, findings)
+    output = config.output
+    assert output is not None  # checked with the options
+    columns = recipes.packer_of(config, facts, (0,) if config.sequence_prefix else ()).columns
+    write_shards(frame.mapInArrow(job, schema_of(columns)), output, overwrite=config.clean)
+    found = findings.value
+    manifest = Manifest(
+        command="spark_jobs/raw2ids",
+        options=_recorded(config),
+        files=describe_output(spark, output),
+        tokenizer=facts.for_manifest,
+        sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
+        extra={**found["counts"], "bad_records": found["bad"]},
+    )
+    write_manifest_at(spark, output, manifest)
+    return manifest
+
+
+def _recorded(config: SparkRaw2IdsConfig) -> dict[str, Any]:
+    from jllm.data.prepare import recorded_options
+
+    return {key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY}
+
+
+@command(SparkRaw2IdsConfig, name="raw2ids")
+def main(config: SparkRaw2IdsConfig) -> None:
+    """Turn text and chat data into token-id shards on a Spark cluster; flags as for jllm raw2ids."""
+    spark = session("jllm raw2ids")
+    manifest = run(spark, config)
+    spark.stop()
+    rows, tokens, files = manifest.rows, manifest.total("tokens"), len(manifest.files)
+    print(f"{config.output}: {rows:,} rows, {tokens:,} tokens in {files} files")
+    for kind, found in manifest.extra["bad_records"].items():
+        print(f"  {found['count']:,} bad records: {kind}, such as {found['examples'][0]}")
+
+
+if __name__ == "__main__":
+    main()
