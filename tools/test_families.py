@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jllm.errors import UserError  # noqa: E402
-from jllm.models.families import CATALOGUE, NAMED, Family, catalogue  # noqa: E402
+from jllm.models.families import CATALOGUE, NAMED, REFUSED, Family, catalogue  # noqa: E402
 
 TIMEOUT = 180
 
@@ -47,6 +47,8 @@ def walk_one(model_type: str) -> Family:
         return Family(model_type=model_type, status=status, shown=shown, has_plan=plan, **more)
 
     try:
+        if model_type in REFUSED:
+            return result("refused", REFUSED[model_type])
         config = tiny_config(model_type)
         # Asked before the model is built: what is refused by its configuration may be too large to build.
         check_split(config, StageSpan(index=0, count=2, first_layer=0, end_layer=1))

@@ -10,9 +10,11 @@ micro-batch (one copy to the host, on each stage); layers get them as arguments,
 Off CUDA, varlen goes document by document through SDPA: no S x S mask, work only within documents.
 """
 
+import functools
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jllm.errors import UserError
@@ -62,7 +65,7 @@ def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
     """
     implementation = str(model.config._attn_implementation)
     if implementation != VARLEN and not implementation.startswith("flash_attention"):
-        return {}
+        return _masks(model, positions) if _forgets_positions(type(model.base_model)) else {}
     on_host = positions.to("cpu")
     is_start = torch.ones_like(on_host, dtype=torch.bool)
     is_start[:, 1:] = on_host[:, 1:] != on_host[:, :-1] + 1
@@ -79,6 +82,36 @@ def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+@functools.cache
+def _forgets_positions(base: Any) -> bool:
+    """Whether a family builds its masks without the position ids, but would take ready ones (GPT-OSS, AFMoE)."""
+    source = inspect.getsource(inspect.unwrap(base.forward))
+    built = re.search(r"mask_kwargs = \{(.*?)\}", source, re.DOTALL)
+    return built is not None and "position_ids" not in built[1] and "attention_mask, dict)" in source
+
+
+def _masks(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+    """The masks that such a family would build, if it looked at the positions; nothing where these do not restart."""
+    if bool((positions[:, 1:] == positions[:, :-1] + 1).all()):
+        return {}
+    config = model.config.get_text_config(decoder=True)
+    like = torch.empty(*positions.shape, 0, dtype=model.dtype, device=positions.device)
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if unknown := kinds - set(makers):
+        raise UserError(
+            f"--block_mask: model type {config.model_type!r} has layers of kind {', '.join(sorted(unknown))}, whose "
+            "documents cannot be kept apart; leave the option out"
+        )
+    masks = {
+        kind: makers[kind](
+            config=config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        for kind in kinds
+    }
+    return {"attention_mask": masks}
 
 
 def varlen_attention(

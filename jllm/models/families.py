@@ -95,6 +95,19 @@ def catalogue_table() -> str:
     return "\n".join([*lines, "", summary])
 
 
+def check_block_mask(config: PretrainedConfig) -> None:
+    """Raise a `UserError` where documents packed in a row would see each other in spite of `--block_mask`.
+
+    By the catalogue: a family that is not in it is taken at its word.
+    """
+    known = {family.model_type: family for family in catalogue()[1]}.get(config.model_type)
+    if known is not None and known.status == "pass" and not known.isolates_documents:
+        raise UserError(
+            f"--block_mask: model type {config.model_type!r} carries state from one document of a row to the next, or "
+            "ignores positions in its masks; leave the option out, or prepare rows of one document each"
+        )
+
+
 def check_split(config: PretrainedConfig, span: "StageSpan") -> None:
     """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
     if span.count == 1:

@@ -1,5 +1,6 @@
 """Helpers: a whole model and its stages chained in one process, side by side."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from jllm.models.attention import packing
 from jllm.models.stage import PipelineStage, published_names, spans_of, tied_parameter
 from jllm.models.weights import load_stage
 
@@ -35,7 +37,10 @@ def packed_batch(vocab: int, *, batch: int = 2, length: int = 24, packed: bool =
 def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the plain model."""
     model.zero_grad()
-    loss = token_loss(model(input_ids=ids, position_ids=integers[1], use_cache=False).logits, integers[0])
+    takes = inspect.signature(model.forward).parameters
+    arguments = {"position_ids": integers[1]} if "position_ids" in takes else {}
+    arguments |= packing(model, integers[1])
+    loss = token_loss(model(input_ids=ids, use_cache=False, **arguments).logits, integers[0])
     loss.backward()
     copies = model.all_tied_weights_keys  # whichever of a tied pair is registered first gives the name
     return loss.detach(), {copies.get(n, n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

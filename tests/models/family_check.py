@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
 from jllm.models.anatomy import count_layers
+from jllm.models.attention import packing
 from jllm.models.stage import spans_of
 from jllm.models.weights import load_stage, save_stage, write_companions, write_index
 from tests.models.chain import packed_batch, worst_difference
@@ -81,7 +82,8 @@ def isolates_documents(config: PretrainedConfig, folder: Path) -> bool:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     try:
         with torch.no_grad():
-            packed = plain(input_ids=ids, position_ids=integers[1], use_cache=False).logits[:1, 5:14]
+            apart = packing(plain, integers[1])
+            packed = plain(input_ids=ids, position_ids=integers[1], use_cache=False, **apart).logits[:1, 5:14]
             alone = plain(input_ids=ids[:1, 5:14], position_ids=torch.arange(9)[None], use_cache=False).logits
     except TypeError:  # takes no position ids
         return False

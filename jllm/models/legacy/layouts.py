@@ -176,7 +176,7 @@ def _internlm2_targets(name: str, config: PretrainedConfig, raw: dict[str, Any])
     def take(start: int, end: int) -> Callable[[Tensor], Tensor]:
         # Published rows: for each key head its query heads, then the key, then the value.
         def rows(tensor: Tensor) -> Tensor:
-            grouped = tensor.unflatten(0, (config.num_key_value_heads, groups + 2, size))
+            grouped = tensor.view(config.num_key_value_heads, groups + 2, size, *tensor.shape[1:])
             return grouped[:, start:end].flatten(0, 2)
 
         return rows
