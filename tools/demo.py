@@ -26,7 +26,7 @@ from jllm.options import command, option
 
 RUN = Path("demo-run")
 MADE_ANEW = ("text", "data", "data-sf", "eval", "output", "log")
-STEPS = 10
+STEPS = 8
 SEQUENCE = 256
 ROWS_PER_STEP = 8
 LEAST_FALL = 0.1
