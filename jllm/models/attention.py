@@ -65,7 +65,7 @@ def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
     """
     implementation = str(model.config._attn_implementation)
     if implementation != VARLEN and not implementation.startswith("flash_attention"):
-        return _masks(model, positions) if _forgets_positions(type(model.base_model)) else {}
+        return _masks(model, positions) if _forgets_positions(type(model.base_model)) else {}  # type: ignore[arg-type]
     on_host = positions.to("cpu")
     is_start = torch.ones_like(on_host, dtype=torch.bool)
     is_start[:, 1:] = on_host[:, 1:] != on_host[:, :-1] + 1
@@ -169,6 +169,7 @@ def _on_cuda(
     narrow = value.shape[-1]
     if narrow != size:  # latent attention: values are narrower than keys
         value = nn.functional.pad(value, (0, size - narrow))
+    # How many keys to the left and to the right a query sees beside its own.
     limits = (window - 1 if window is not None else -1, 0)
     attended = varlen_attn(
         query.contiguous(),
