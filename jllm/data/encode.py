@@ -10,7 +10,6 @@ Cost: dominated by the engine; the rest is numpy over whole blocks.
 import dataclasses
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,13 @@ def _bytes(array: NDArray[Any]) -> Any:
     return np.ascontiguousarray(array).data.cast("B") if array.size else b""
 
 
+def _checksum(array: NDArray[Any]) -> int:
+    """Finds pages that never reached the disk, at the speed of memory: a sum of the array's words."""
+    data = np.ascontiguousarray(array).view(np.uint8)
+    words = len(data) // 8 * 8
+    return (int(data[:words].view(np.uint64).sum(dtype=np.uint64)) + int(data[words:].sum())) & (2**63 - 1)
+
+
 _MAGIC = b"jllmblk1"
 
 
@@ -123,7 +129,7 @@ def save(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) -
         "end": encoded.end,
         "end_line": encoded.end_line,
         "arrays": [[array.dtype.str, len(array)] for array in arrays],
-        "crc": [zlib.crc32(_bytes(array)) for array in arrays],
+        "sums": [_checksum(array) for array in arrays],
     }
     text = json.dumps(head).encode()
     text += b" " * (-(len(text) + 16) % 8)
@@ -150,10 +156,10 @@ def load(path: Path, *, check: bool = True) -> Encoded | None:
     except ValueError:
         return None
     arrays, places, at = [], [], 16 + size
-    for (kind, length), crc in zip(head["arrays"], head["crc"], strict=True):
+    for (kind, length), known in zip(head["arrays"], head["sums"], strict=True):
         nbytes = np.dtype(kind).itemsize * length
         part = whole[at : at + nbytes]
-        if len(part) != nbytes or (check and zlib.crc32(_bytes(part)) != crc):
+        if len(part) != nbytes or (check and _checksum(part) != known):
             return None
         arrays.append(part.view(kind))
         places.append(at)

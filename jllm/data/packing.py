@@ -135,46 +135,57 @@ class StackPacker:
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
         self._starts = np.concatenate([self._starts, documents.offsets[:-1] + len(self._ids)])
+        labels = documents.ids if documents.labels is None else documents.labels
+        rows = (len(self._ids) + len(documents.ids) - 1) // self.step
+        if rows > 0:
+            return self._take(rows, self.step + 1, documents.ids, labels)
         self._ids = np.concatenate([self._ids, documents.ids])
         if self.labels:
-            labels = documents.ids if documents.labels is None else documents.labels
             self._labels = np.concatenate([self._labels, labels])
-        rows = (len(self._ids) - 1) // self.step
-        return self._take(rows, self.step + 1) if rows > 0 else None
+        return None
 
     def finish(self) -> Iterator[pa.RecordBatch]:
         left = len(self._ids)
         wanted = left > 1 or (left == 1 and not self._begun)
         if wanted and not self.drop_tail:
-            yield self._take(1, left)
+            nothing = self._ids[:0]
+            yield self._take(1, left, nothing, nothing)
 
-    def _take(self, rows: int, width: int) -> pa.RecordBatch:
-        """The next `rows` rows, of `width` stream tokens each."""
-        values = self._rows_of(self._ids, rows, width, self.prefix)
+    def _take(self, rows: int, width: int, ids: Int32, labels: Int32) -> pa.RecordBatch:
+        """The next `rows` rows, of `width` stream tokens each; `ids` and `labels` continue the stream."""
+        values, self._ids = self._rows_of(self._ids, ids, rows, width, self.prefix)
         full = width + len(self.prefix)
         columns = [to_list_array(values, np.arange(rows + 1, dtype=np.int64) * full)]
         if self.labels:
             untrained = np.full(len(self.prefix), IGNORE_INDEX, dtype=np.int32)
-            labels = self._rows_of(self._labels, rows, width, untrained).reshape(rows, full)
+            marked, self._labels = self._rows_of(self._labels, labels, rows, width, untrained)
             if len(self.prefix):
                 # After a prefix the row's first token would be a target: it is the last target of the row before it.
-                labels[:, len(self.prefix)] = IGNORE_INDEX
-            columns.append(to_list_array(labels.reshape(-1), np.arange(rows + 1, dtype=np.int64) * full))
+                marked.reshape(rows, full)[:, len(self.prefix)] = IGNORE_INDEX
+            columns.append(to_list_array(marked, np.arange(rows + 1, dtype=np.int64) * full))
         columns.append(self._boundaries(rows, full))
-        self._ids = self._ids[rows * self.step :].copy()
-        self._labels = self._labels[rows * self.step :].copy()
         self._starts = self._starts[self._starts >= rows * self.step] - rows * self.step
         self._begun = True
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
 
-    def _rows_of(self, stream: Int32, rows: int, width: int, prefix: Int32) -> Int32:
-        windows = np.lib.stride_tricks.as_strided(
-            stream, (rows, width), (self.step * stream.itemsize, stream.itemsize), writeable=False
-        )
-        result = np.empty((rows, len(prefix) + width), dtype=np.int32)
-        result[:, : len(prefix)] = prefix
-        result[:, len(prefix) :] = windows
-        return result.reshape(-1)
+    def _rows_of(self, held: Int32, new: Int32, rows: int, width: int, prefix: Int32) -> tuple[Int32, Int32]:
+        """The values of the next rows of a stream that is partly held and partly new; and what is held after them.
+
+        Rows that lie in the new part alone are copied once, straight from it.
+        """
+        begin = len(prefix)
+        result = np.empty((rows, begin + width), dtype=np.int32)
+        result[:, :begin] = prefix
+        seam = min(rows, -(-len(held) // self.step))  # rows that begin in the held part
+        together = np.concatenate([held, new[: max(0, (seam - 1) * self.step + width - len(held))]])
+        for row in range(seam):
+            result[row, begin:] = together[row * self.step : row * self.step + width]
+        if rows > seam:
+            windows = np.lib.stride_tricks.sliding_window_view(new[seam * self.step - len(held) :], width)
+            result[seam:, begin:] = windows[:: self.step][: rows - seam]
+        used = rows * self.step - len(held)
+        rest = new[used:].copy() if used >= 0 else np.concatenate([held[used:], new])
+        return result.reshape(-1), rest
 
     def _boundaries(self, rows: int, full: int) -> pa.ListArray:
         # A document that starts at stream position s > 0 starts in row (s-1) // step, at 1 ... step: a start on the

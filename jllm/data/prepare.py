@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jllm.data import recipes
 from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
-from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
+from jllm.data.engine import CheckedEngine, EarlyEngines, EngineMismatchError, open_engine, use_cores
 from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
@@ -49,16 +49,17 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     progress = Progress(quiet=config.quiet)
     sources = resolve(config.input, kind=config.input_format)
     output = config.output or _beside(config, sources)
+    cores = usable_cores(config.cores)
+    use_cores(cores)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
-        cores = usable_cores(config.cores)
-        use_cores(cores)
+        early = None if config.engine == "hf" else EarlyEngines(config.tokenizer, inert=config.type == "ft")
         place = Workplace(output)
         with place.locked():
             if config.clean:
                 place.clean()
             try:
-                manifest = _Run(config, sources, loading.result(), place, cores, progress).result()
+                manifest = _Run(config, sources, loading.result(), place, cores, progress, early).result()
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(
@@ -105,6 +106,7 @@ class _Run:
         place: Workplace,
         cores: int,
         progress: Progress,
+        early: EarlyEngines | None,
     ) -> None:
         self.config = config
         self.sources = sources
@@ -112,6 +114,7 @@ class _Run:
         self.place = place
         self.cores = cores
         self.progress = progress
+        self.early = early
         self.chat = config.type == "ft"
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
@@ -149,7 +152,9 @@ class _Run:
         config, place = self.config, self.place
         mismatch = place.noted("hf engine")
         choice = "hf" if mismatch and config.engine == "auto" else config.engine
-        engine = open_engine(self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code)
+        engine = open_engine(
+            self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code, early=self.early
+        )
         reason = mismatch or engine.reason
         if config.engine == "auto" and reason:
             print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""Memory of raw2ids: the most that all its processes hold together, on a small and on a ten times larger input.
+
+Counts the proportional set size of the command and its children every 50 ms, so that shared pages count once. The bar
+is 1.5 GiB for either input; `ratio` is the larger of the two peaks over the bar, `growth` the large input's peak over
+the small's.
+
+python benchmarks/raw2ids_memory.py [--tokenizer qwen3] [--small 200] [--large 2000]
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.raw2ids_corpus import tokenizer_folder, write_corpus  # noqa: E402
+from jllm.options import command, option  # noqa: E402
+
+BAR = 1.5 * (1 << 30)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    tokenizer: str = option("qwen3", help="folder below JLLM_ASSETS/tokenizers")
+    small: int = option(200, help="megabytes of the small input")
+    large: int = option(2000, help="megabytes of the large input")
+    record: int = option(16, help="megabytes of one long record that is put into either input; 0 for none")
+    folder: Path | None = option(None, help="where to work  [default: a temporary folder]")
+
+
+@command(BenchmarkConfig, name="raw2ids_memory")
+def main(config: BenchmarkConfig) -> None:
+    """Print one JSON line."""
+    tokenizer = tokenizer_folder(config.tokenizer)
+    folder = Path(tempfile.mkdtemp(prefix="raw2ids-", dir=config.folder))
+    peaks = {}
+    try:
+        for name in ("small", "large"):
+            source = folder / f"{name}.jsonl"
+            write_corpus(source, getattr(config, name))
+            if config.record:
+                _append_long_record(source, config.record)
+            peaks[name] = _peak(source, tokenizer, folder / "out")
+            source.unlink()
+    finally:
+        shutil.rmtree(folder)
+    report = {
+        "benchmark": "raw2ids_memory",
+        "tokenizer": config.tokenizer,
+        "peak_mib": {name: round(peak / (1 << 20)) for name, peak in peaks.items()},
+        "growth": round(peaks["large"] / peaks["small"], 2),
+        "ratio": round(max(peaks.values()) / BAR, 2),
+    }
+    print(json.dumps(report))
+
+
+def _append_long_record(path: Path, megabytes: int) -> None:
+    from benchmarks.raw2ids_corpus import texts
+
+    parts, size = [], 0
+    for text in texts():
+        parts.append(text)
+        size += len(text)
+        if size >= megabytes * 1_000_000:
+            break
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "".join(parts)}) + "\n")
+
+
+def _peak(source: Path, tokenizer: Path, output: Path) -> int:
+    arguments = ["-i", source, "-o", output, "--tokenizer", tokenizer, "-t", "pretrain", "--stack", "--quiet", "-C"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jllm.raw2ids", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(_proportional(pid) for pid in _family(process.pid)))
+        time.sleep(0.05)
+    assert process.returncode == 0, "raw2ids failed"
+    return peak
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += _family(int(child))
+    return found
+
+
+def _proportional(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()
