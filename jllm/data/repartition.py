@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jllm import atomic
 from jllm.data.manifest import (
@@ -49,7 +50,7 @@ class Plan:
     """Which block goes to which partition. `sets` are the names and fingerprints of the sets, in order."""
 
     id: str
-    sets: tuple[dict[str, str], ...]
+    sets: tuple[dict[str, Any], ...]
     partitions: tuple[tuple[Block, ...], ...]
     manifest: Manifest
 
@@ -140,14 +141,14 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
     return Plan(id=identity, sets=names, partitions=dealt, manifest=manifest)
 
 
-def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, str], ...], list[Block]]:
-    names: list[dict[str, str]] = []
+def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, Any], ...], list[Block]]:
+    names: list[dict[str, Any]] = []
     blocks: list[Block] = []
     base_names = [Path(entry.path).name for data_set in sets for entry in data_set.manifest.files]
     unique = len(set(base_names)) == len(base_names)
     for data_set in sets:
         prefix = data_set.folder.resolve().relative_to(folder.resolve()).as_posix()
-        names.append({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint})
+        names.append(_origin(data_set))
         for index, entry in enumerate(data_set.manifest.files):
             base = Path(entry.path).name
             name = base if unique else f"{data_set.name}-{index:05d}-{base}"
@@ -156,7 +157,21 @@ def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[s
     return tuple(names), blocks
 
 
-def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, str], ...], list[Block]]:
+def _origin(data_set: DataSet) -> dict[str, Any]:
+    """What the manifest says of a set it takes in; the set's own manifest goes."""
+    manifest = data_set.manifest
+    return {
+        "name": data_set.name,
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "tokens": manifest.total("tokens"),
+        "made_by": {"command": manifest.command, "options": manifest.options},
+        "sources": list(manifest.sources),
+        **({"mix": manifest.extra["mix"]} if "mix" in manifest.extra else {}),
+    }
+
+
+def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], list[Block]]:
     """The blocks of a folder that was dealt before, to deal them again."""
     blocks = [
         Block(set_name=name, index=index, path=entry.path, name=Path(entry.path).name, entry=entry)

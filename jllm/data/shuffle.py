@@ -14,14 +14,17 @@ Cost: every row is decoded once and encoded once, and copied three times in betw
 permutation, and the cap for everything else.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.data.manifest import MANIFEST_NAME, DataSet, Manifest, read_manifest, write_manifest
+from jllm.data.manifest import MANIFEST_NAME, DataSet, Manifest, open_data_set, read_manifest, write_manifest
 from jllm.data.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle_passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle_passes import Resources as Resources
@@ -62,10 +65,12 @@ def shuffle_set(
     done = _finished(folder, plan)
     if done is not None:
         return Outcome(folder=folder, manifest=done, blocks_kept=blocks)
-    _start(folder, plan)
+    _refuse_other_work(folder, plan)
     selection = select_rows(data_set, recipe, seed=seed, cores=resources.cores)
     job = Passes(data_set, folder, blocks=blocks, seed=seed, resources=resources, copies=selection.copies)
-    kept = job.run()
+    job.check_disk()
+    with _held(folder, plan):
+        kept = job.run()
     manifest = Manifest(
         command=COMMAND,
         options=options,
@@ -88,6 +93,7 @@ def _finished(folder: Path, plan: dict[str, Any]) -> Manifest | None:
             f"{folder}: holds the result of {manifest.command} with {_said(made)}, not {_said(plan)};"
             " give --clean to make it anew, or another --output"
         )
+    open_data_set(folder)  # refuses files that are missing or changed
     clear_traces(folder)
     return manifest
 
@@ -98,7 +104,7 @@ def _said(plan: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in short.items())
 
 
-def _start(folder: Path, plan: dict[str, Any]) -> None:
+def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8")) != plan:
@@ -106,11 +112,23 @@ def _start(folder: Path, plan: dict[str, Any]) -> None:
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(name != atomic.temporary_name(path) for name in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not made by this command; remove it, or give another --output")
+
+
+@contextlib.contextmanager
+def _held(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Record the plan and keep other runs out of the folder; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.remove_temporaries(folder)
-    atomic.write_json(path, plan)
+    if not (folder / PLAN_NAME).is_file():
+        atomic.write_json(folder / PLAN_NAME, plan)
+    with (folder / PLAN_NAME).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is at work there; wait for it, or end it") from None
+        atomic.remove_temporaries(folder)
+        yield
 
 
 def clear_traces(folder: Path) -> None:
@@ -129,10 +147,13 @@ def clean(folder: Path) -> None:
         return
     if manifest is not None and manifest.command != COMMAND:
         raise UserError(f"{folder}: holds the result of {manifest.command}; --clean removes only shuffled data")
-    # The manifest goes last but for the plan, so that a killed clean-up can be run again.
+    # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
+    atomic.write_json(plan, {})
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for path in folder.glob(f"{folder.name}-*.parquet"):
         path.unlink()
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    for path in folder.glob(".*.parquet.json"):
+        path.unlink()
     clear_traces(folder)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -118,7 +118,8 @@ class Passes:
         self.positions = destinations(self.rows, fingerprint=data_set.manifest.fingerprint, seed=seed)
         self.edges = block_edges(self.rows, blocks)
         self.input_bytes = sum(entry.bytes for entry in data_set.manifest.files)
-        self.entries: dict[int, FileEntry] = {}
+        found = {block: self._read_entry(block) for block in range(blocks)}
+        self.entries: dict[int, FileEntry] = {block: entry for block, entry in found.items() if entry is not None}
         self._stop = threading.Event()
 
     def _compact_column(self, name: str) -> CompactColumn:
@@ -140,13 +141,8 @@ class Passes:
 
     def run(self) -> int:
         """Write the blocks that are missing; how many were there."""
-        for block in range(self.blocks):
-            entry = self._read_entry(block)
-            if entry is not None:
-                self.entries[block] = entry
         kept = len(self.entries)
         if kept < self.blocks:
-            self._check_disk()
             layout = self._layout()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
@@ -158,7 +154,12 @@ class Passes:
     def _in_memory(self) -> bool:
         return self.raw_bytes * 5 // 4 + 3 * MIN_BUCKET * self.resources.cores <= self.resources.memory
 
-    def _check_disk(self) -> None:
+    def check_disk(self) -> None:
+        """Make sure that scratch and output fit.
+
+        Raises:
+            UserError: they do not.
+        """
         missing = 1 - len(self.entries) / self.blocks
         needed = self.input_bytes * missing * 1.1 + (1 << 20)
         if not self._in_memory:

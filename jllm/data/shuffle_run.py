@@ -49,7 +49,7 @@ def _shuffle_one(
 ) -> Outcome:
     if config.clean:
         clean(folder)
-    blocks = config.num_block or len(data_set.manifest.files)
+    blocks = config.num_block or max(1, len(data_set.manifest.files))
     begin = time.monotonic()
     outcome = shuffle_set(data_set, folder, blocks=blocks, seed=config.seed, resources=resources, recipe=recipe)
     seconds = time.monotonic() - begin

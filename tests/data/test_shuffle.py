@@ -9,10 +9,11 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jllm.data import scatter, shuffle_passes
+from jllm.data import scatter, shuffle, shuffle_passes
 from jllm.data.manifest import open_data_set, read_manifest
 from jllm.data.shuffle import Resources, shuffle_set
 from jllm.data.shuffle_layout import block_edges, destinations, lay_out
+from jllm.errors import UserError
 from jllm.shuffle_datasets import main as shuffle_datasets
 from jllm.shuffle_partition import main as shuffle_partition
 from tests.data.sets import content, make_set, row_numbers, table_of
@@ -182,6 +183,59 @@ def test_foreign_output_folder_is_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "D-sf/a-00000/thesis.txt").read_text() == "mine"
 
 
+def test_a_killed_clean_up_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    expected = content(tmp_path / "D-sf")
+
+    class Killed(BaseException):
+        pass
+
+    unlink = Path.unlink
+    for at in range(5):
+        left = [at]
+
+        def mortal(path: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", mortal)
+            with pytest.raises(Killed):
+                shuffle.clean(tmp_path / "D-sf/a-00000")
+        assert run(shuffle_datasets, "-d", tmp_path / "D", "-C").exit_code == 0
+        assert content(tmp_path / "D-sf") == expected
+
+
+def test_missing_output_is_noticed(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    next((tmp_path / "D-sf").rglob("*-00001.zstd.parquet")).unlink()
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 2
+    assert "listed in the manifest and not there" in result.stderr
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    source = open_data_set(make_set(tmp_path / "a", 50, files=3))
+    plan = {"fingerprint": source.manifest.fingerprint, "seed": 1, "blocks": 2}
+    with (
+        shuffle._held(tmp_path / "out", plan),
+        pytest.raises(UserError, match="another run"),
+    ):
+        shuffle_set(source, tmp_path / "out", blocks=2, seed=1, resources=AMPLE)
+    shuffle_set(source, tmp_path / "out", blocks=2, seed=1, resources=AMPLE)
+
+
+def test_an_empty_data_set(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 0, files=0)
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 0, result.output
+    assert open_data_set(tmp_path / "D-sf/a-00000").manifest.rows == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -209,7 +263,7 @@ def test_too_small_a_disk_is_found_before_writing(tmp_path: Path, monkeypatch: p
     result = run(shuffle_datasets, "-d", tmp_path / "D")
     assert result.exit_code == 2
     assert "of disk" in result.stderr
-    assert not list((tmp_path / "D-sf").rglob("*.parquet"))
+    assert not (tmp_path / "D-sf").exists(), "not a byte was written"
 
 
 class _Usage:

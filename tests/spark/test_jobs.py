@@ -241,3 +241,17 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert said in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_the_trainers_reader_takes_the_output(spark: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install .[train]")
+    from jllm.train.stream import ShardIndex, read_rows
+    from spark_jobs.shuffle import SparkShuffleConfig, run
+    from tests.data.sets import make_set
+
+    source = make_set(tmp_path / "a", 60, files=2)
+    run(spark, SparkShuffleConfig(data=str(source), output=str(tmp_path / "out")))
+    index = ShardIndex(open_data_set(tmp_path / "out"))
+    order = index.order(seed=1, epoch=0, shuffle=False)
+    rows = [row.ids.tolist() for row in read_rows(index, order, 0, ahead=False)]
+    assert rows == table_of(tmp_path / "out").column(INPUT_IDS).to_pylist()
