@@ -191,3 +191,17 @@ def _si(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:.0f}"
+
+
+def check_cuts(*, split_dlayer: bool = False, emb_partitions: int = 1) -> None:
+    """Refuse cuts that are not offered, and say what they would bring at most (`benchmarks/half_layers.py`)."""
+    if split_dlayer:
+        raise UserError(
+            "--split_dlayer: stages are cut between whole layers only; with 8 or more layers a stage, half layers would make"
+            " the slowest stage at most 3% faster (at most 6% with fewer): leave it out, or use fewer stages"
+        )
+    if emb_partitions > 1:
+        raise UserError(
+            f"--emb_partitions {emb_partitions}: embedding and head stay whole, on the first and the last stage, and "
+            "--partition_method fast gives these fewer layers: leave it out, or use fewer stages if the head dominates"
+        )

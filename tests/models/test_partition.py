@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from jllm.errors import UserError
 from jllm.models.costs import Costs, LayerCost, estimate_costs, with_timings
-from jllm.models.partition import best_split, bubble_share, micro_batches_in_flight, partition, stage_table
+from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
 
 
 def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
@@ -162,3 +162,11 @@ def test_table_shows_every_stage_and_the_bubble() -> None:
 
 def test_best_split_prefers_even_among_equals() -> None:
     assert best_split(6, 3, lambda first, end, stage: float(end - first)) == [0, 2, 4, 6]
+
+
+def test_cuts_that_are_not_offered() -> None:
+    check_cuts()
+    with pytest.raises(UserError, match="half layers would make"):
+        check_cuts(split_dlayer=True)
+    with pytest.raises(UserError, match="--emb_partitions 2"):
+        check_cuts(emb_partitions=2)
