@@ -10,7 +10,9 @@ Cost: one gather of a few integers for each step, on the CPU, so no accelerator 
 import dataclasses
 import functools
 import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -133,6 +135,24 @@ class Agreement:
         number = torch.tensor(value, dtype=torch.int64)
         dist.all_reduce(number, group=self._group)
         return int(number)
+
+    def ranks_of_node(self) -> list[int]:
+        """The processes on this process's node, which the launcher numbers without gaps."""
+        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+        return [rank for rank, other in enumerate(self.gather(first)) if other == first]
+
+    def sees_one_folder(self, folder: Path) -> bool:
+        """Whether `folder` is the same one on all nodes; it is made where it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        token = folder / ".shared-by-all-nodes"
+        if self.rank == 0:
+            token.touch()
+        self.barrier()
+        # A network file system may show a new file late to a process that looked before; a listing asks anew.
+        seen = all(self.gather(token.name in os.listdir(folder)))
+        if self.rank == 0:
+            token.unlink()
+        return seen
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -138,20 +138,26 @@ def write_part(folder: Path, rank: int, part: Part) -> None:
             file.write(buffer.data)
 
 
-def parts_missing(folder: Path, world_size: int) -> int:
-    """How many processes have not written their part of checkpoint `folder` yet."""
-    return sum(not (temporary_folder(folder) / part_name(rank)).is_file() for rank in range(world_size))
+def parts_missing(folder: Path, ranks: Iterable[int]) -> int:
+    """How many of these processes have not written their part of checkpoint `folder` yet."""
+    return sum(not (temporary_folder(folder) / part_name(rank)).is_file() for rank in ranks)
 
 
-def commit(folder: Path, state: RunState, world_size: int) -> None:
-    """Write the index over all processes' parts and give the folder its name; after every `write_part`."""
+def commit(folder: Path, state: RunState, ranks: Iterable[int]) -> None:
+    """Write the index over the parts of these processes and give the folder its name; after every `write_part`.
+
+    `ranks` are all processes, or those of one node where each node has a checkpoint folder of its own; then several
+    parts may hold the same elements.
+    """
     temporary = temporary_folder(folder)
     tensors: dict[str, dict[str, Any]] = {}
-    for rank in range(world_size):
+    for rank in ranks:
         table = json.loads(read_metadata(temporary / part_name(rank))["pieces"])
         for key, piece in table.items():
             entry = tensors.setdefault(key, {"shape": piece["shape"], "parts": []})
-            entry["parts"].append({"file": part_name(rank), "start": piece["start"], "stop": piece["stop"]})
+            place = {"start": piece["start"], "stop": piece["stop"]}
+            if all({key: part[key] for key in place} != place for part in entry["parts"]):
+                entry["parts"].append({"file": part_name(rank), **place})
     for entry in tensors.values():
         entry["parts"].sort(key=lambda part: part["start"])
     index = {"format": FORMAT_VERSION, **dataclasses.asdict(state), "tensors": dict(sorted(tensors.items()))}
@@ -237,14 +243,19 @@ class CheckpointReader:
         if entry is None:
             return None
         found = []
+        position = start  # parts are in order and may overlap
         for part in entry["parts"]:
-            first, last = max(start, part["start"]), min(stop, part["stop"])
-            if first < last:
+            last = min(stop, part["stop"])
+            if part["start"] <= position < last:
                 content = self._open(part["file"]).get_slice(key)
-                found.append(content[first - part["start"] : last - part["start"]])
+                found.append(content[position - part["start"] : last - part["start"]])
+                position = last
         whole = found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
         if whole.numel() != stop - start:
-            raise UserError(f"{self.folder}: {key} has {whole.numel()} of the {stop - start} elements that are needed")
+            raise UserError(
+                f"{self.folder}: {key} has {whole.numel()} of the {stop - start} elements that are needed; where each"
+                " node wrote its own, go on with the same layout, or put the nodes' folders together"
+            )
         return whole
 
     def rng(self, rank: int) -> dict[str, Tensor]:

@@ -31,6 +31,11 @@ class TrainConfig:
     # Model
     model: Path | None = option(None, "-m", help="Hugging Face folder of the model: configuration, weights, tokenizer")
     init: bool = option(False, help="start from random weights made from the model's configuration")
+    trust_remote_code: bool = option(False, help="run model code that comes with the folder")
+    attn_implementation: str = option(
+        "auto",
+        help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flex_attention, sdpa, eager",
+    )
     from_ckpt: Path | None = option(None, help="checkpoint to take the weights from, and nothing else")
     resume_ckpt: str | None = option(
         None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
@@ -74,6 +79,9 @@ class TrainConfig:
     gradient_clipping: float = option(1.0, help="largest global gradient norm; 0 does not clip")
     precision: str = option(
         "bf16", help="bf16 and fp16 keep fp32 master weights; bf16 sums gradients in fp32", choices=PRECISIONS
+    )
+    deterministic: bool = option(
+        False, help="on GPUs, use kernels whose results do not vary: resumed runs are bit-identical, steps are slower"
     )
     on_nan: str = option(
         "stop", help="a loss or gradient that is not finite: stop, or skip the step", choices=("stop", "skip")

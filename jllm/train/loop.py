@@ -42,7 +42,7 @@ def run(config: TrainConfig) -> None:
         return
     layout = resolve_layout(config, processes.world_size())
     model_info = setup.read_model_info(config)
-    processes.join(config.timeout)
+    processes.join(config.timeout, deterministic=config.deterministic)
     agreement = Agreement(layout)
     if config.num_train_epochs == 0:
         convert(config, layout, agreement, model_info)
@@ -76,7 +76,7 @@ class Run:
         self.total_steps = config.max_steps or config.num_train_epochs * self.steps_per_epoch
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
-        self.resumed = agreement.from_first_reader(lambda: find_resume_point(config))
+        self.resumed = find_resume_point(config, agreement)
         self.loss = TokenLoss()
         self.built = setup.build_stage(config, layout, agreement, self.loss)
         self.stage, self.plan = self.built.stage, self.built.plan
@@ -92,11 +92,12 @@ class Run:
         self.cadence = Cadence(config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         self.requests = Requests(config, rank=agreement.rank, world_size=layout.world_size)
         self.early_stop, self.nan_guard = EarlyStop(config.early_stop), NanGuard(config.on_nan)
-        self.saver = (
-            CheckpointSaver(config, rank=agreement.rank, world_size=layout.world_size, barrier=agreement.barrier)
-            if config.checkpoint is not None
-            else None
-        )
+        self.saver: CheckpointSaver | None = None
+        self.saves_alone = False
+        if config.checkpoint is not None:
+            self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
+            ranks = agreement.ranks_of_node() if self.saves_alone else list(range(layout.world_size))
+            self.saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
         self.recorder = Recorder(
             config.resolved_log_dir,
             enabled=agreement.rank == 0,
@@ -144,6 +145,8 @@ class Run:
             f" {layout.micro_batch} rows in each, {layout.global_batch} rows in all; {facts.num_rows:,} rows,"
             f" {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} steps"
         )
+        if self.saves_alone:
+            self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
             self.recorder.say(f"going on from {self.resumed.folder} after step {self.step}")
         log_dir = self.config.resolved_log_dir
@@ -183,7 +186,11 @@ class Run:
                 micro_batches=self.layout.accumulation,
                 data_parallel_size=self.layout.data,
             )
-            loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
+            try:
+                loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                error.add_note(f"micro-batches of {self.layout.micro_batch} x {facts.length} tokens")
+                raise
             norm = self.engine.gradient_norm
             # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
             warning = self.nan_guard.check(number, loss, norm if self.config.precision != "fp16" else 0.0)
@@ -259,7 +266,7 @@ class Run:
         if self.config.only_ckpt_model:
             folder = self._save_model_only(self.saver.root)
         else:
-            folder = self.saver.save(self.state.pieces(), rng_states(), self._run_state())
+            folder = self.saver.save(self.state.pieces(alone=self.saves_alone), rng_states(), self._run_state())
         self.requests.saved()
         self.recorder.say(f"checkpoint {folder} after {time.perf_counter() - started:.2f} s of waiting")
 

@@ -48,8 +48,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def join(timeout_seconds: int) -> None:
+def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
     """Join the run's process group; a single process without a launcher is a run of one.
+
+    With `deterministic`, kernels whose results vary from run to run are not used. On CPU none of ours vary.
 
     Raises:
         UserError: DeepSpeed compiles a small operator for CPU runs, and there is no compiler.
@@ -61,6 +63,13 @@ def join(timeout_seconds: int) -> None:
     from torch.distributed import DistNetworkError
 
     deepspeed_logger.setLevel("WARNING")
+    if deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, which is later
+        torch.use_deterministic_algorithms(True)
+        # Filling memory that is about to be written costs time and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if get_accelerator().device_name() == "cpu":
         _share_cores()
         _compile_cpu_operator()
@@ -140,8 +149,8 @@ def _building_alone(name: str) -> Iterator[None]:
 def run_rank(function: Callable[[], Any]) -> None:
     """Run one rank's work; does not return.
 
-    A `UserError` is one line, printed once for each node, and exit code 2. Any other exception is printed with the
-    rank's number and its traceback, and exit code 1.
+    A `UserError` is one line, printed once for each node, and exit code 2. So is a lack of device memory, with the
+    options that help. Any other exception is printed with the rank's number and its traceback, and exit code 1.
     """
     _watch_launcher()
     code = 0
@@ -155,13 +164,32 @@ def run_rank(function: Callable[[], Any]) -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
-        print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
-        traceback.print_exc()
         code = 1
+        if _is_out_of_memory(error):
+            print(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
+            code = EXIT_CODE
+        else:
+            print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: process groups and their threads may wait for peers that will never answer.
     os._exit(code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def out_of_memory_advice(error: BaseException) -> str:
+    """One line: what was in flight (a note that the step loop adds to the error), and the options that need less."""
+    reason = str(error).strip().splitlines()
+    shape = "; ".join(getattr(error, "__notes__", []))
+    return (
+        f"{shape + ': ' if shape else ''}{reason[0][:160] if reason else 'no reason given'}; give"
+        " --checkpoint_grad_interval 1, a smaller --per_device_train_batch_size or --seq_len, more"
+        " --pipe_parallel_size, or --partition_method mem"
+    )
 
 
 def _parent_of(process: int) -> int | None:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.models.stage import PipelineStage, published_names
-from jllm.train.checkpoint import CheckpointReader, RunState, find_checkpoint, list_checkpoints
+from jllm.train.agreement import Agreement
+from jllm.train.checkpoint import (
+    CheckpointReader,
+    RunState,
+    find_checkpoint,
+    folder_of_step,
+    list_checkpoints,
+    step_of_folder,
+)
 from jllm.train.config import TrainConfig
 from jllm.train.state import MASTER, WEIGHT
 
@@ -38,15 +46,21 @@ class Resumed:
     folder: str
 
 
-def find_resume_point(config: TrainConfig) -> Resumed | None:
-    """The checkpoint of `--resume_ckpt`; None to start afresh."""
+def find_resume_point(config: TrainConfig, agreement: Agreement) -> Resumed | None:
+    """The checkpoint of `--resume_ckpt`, on every process; None to start afresh.
+
+    `auto` takes the newest that is complete on every node. Nodes may have folders of their own.
+    """
     if config.resume_ckpt is None:
         return None
     if config.resume_ckpt == "auto":
         assert config.checkpoint is not None
-        checkpoints = list_checkpoints(config.checkpoint)
-        return Resumed(folder=str(checkpoints[-1])) if checkpoints else None
-    return Resumed(folder=str(find_checkpoint(Path(config.resume_ckpt), config.tag, option="--resume_ckpt")))
+        steps = [set(map(step_of_folder, list_checkpoints(config.checkpoint)))]
+        common = set.intersection(*(found for each in agreement.gather(steps) for found in each))
+        return Resumed(folder=str(folder_of_step(config.checkpoint, max(common)))) if common else None
+    given = Path(config.resume_ckpt)
+    name = agreement.from_first_reader(lambda: str(find_checkpoint(given, config.tag, option="--resume_ckpt")))
+    return Resumed(folder=name)
 
 
 def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:

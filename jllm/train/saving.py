@@ -39,22 +39,25 @@ class CheckpointSaver:
 
     Args:
         config: folder, executor and retention.
-        rank, world_size: of the run; rank 0 commits.
+        rank: of this process.
+        ranks: that write to the same folder, which the first of them completes: all of the run, or those of one node
+            where each node has a folder of its own.
         barrier: waits for all processes.
     """
 
-    def __init__(self, config: TrainConfig, *, rank: int, world_size: int, barrier: Callable[[], None]) -> None:
+    def __init__(self, config: TrainConfig, *, rank: int, ranks: Sequence[int], barrier: Callable[[], None]) -> None:
         assert config.checkpoint is not None
         self.root = config.checkpoint
         self._config = config
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._ranks = rank, ranks
+        self._completes = rank == ranks[0]
         self._barrier = barrier
         self._child: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         # Looked up before any fork: loading a library in a forked child may wait for a lock that nobody holds any more.
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-        if rank == 0:
+        if self._completes:
             self.root.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_incomplete(self.root)
         barrier()
@@ -63,7 +66,7 @@ class CheckpointSaver:
         """Begin a checkpoint after `state.step`; every process calls it. Returns the folder that will be there."""
         self.wait()
         folder = checkpoint.folder_of_step(self.root, state.step)
-        if self._rank == 0:
+        if self._completes:
             checkpoint.remove_incomplete(self.root)
             checkpoint.temporary_folder(folder).mkdir(parents=True)
         self._barrier()
@@ -72,9 +75,9 @@ class CheckpointSaver:
 
         def write() -> None:
             checkpoint.write_part(folder, self._rank, part)
-            if self._rank == 0:
+            if self._completes:
                 self._await_parts(folder)
-                checkpoint.commit(folder, state, self._world_size)
+                checkpoint.commit(folder, state, self._ranks)
                 retain(self.root, max_num=self._config.max_num_checkpoints, best_of=self._config.best_of)
 
         if executor == "process":
@@ -106,7 +109,7 @@ class CheckpointSaver:
 
     def _await_parts(self, folder: Path) -> None:
         deadline = time.monotonic() + self._config.timeout
-        while missing := checkpoint.parts_missing(folder, self._world_size):
+        while missing := checkpoint.parts_missing(folder, self._ranks):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{missing} processes have not written their part of {folder}")
             time.sleep(_POLL_SECONDS)

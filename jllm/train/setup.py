@@ -11,11 +11,12 @@ from jllm.data.manifest import DataSet, open_data_set
 from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
+from jllm.models.attention import choose_attention
 from jllm.models.costs import estimate_costs
 from jllm.models.moe import RouterBalance, attach_router_balance
 from jllm.models.partition import partition, stage_table
 from jllm.models.selection import Selection, select_trainable
-from jllm.models.source import ModelInfo, model_info, read_config
+from jllm.models.source import ModelInfo, causal_class, model_info, read_config
 from jllm.models.stage import PipelineStage, spans_of
 from jllm.models.weights import init_stage, load_stage
 from jllm.train.agreement import Agreement
@@ -116,7 +117,11 @@ def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
 def read_model_info(config: TrainConfig) -> ModelInfo:
     """Sizes and dtype of `--model`, without loading weights."""
     assert config.model is not None
-    return model_info(config.model, with_weights=not config.init and config.from_ckpt is None)
+    return model_info(
+        config.model,
+        trust_remote_code=config.trust_remote_code,
+        with_weights=not config.init and config.from_ckpt is None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,7 @@ class Plan:
 def plan_stages(config: TrainConfig, layout: Layout) -> Plan:
     """Split the model of `--model` by `--partition_method`."""
     assert config.model is not None
-    model_config = read_config(config.model)
+    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     length = config.seq_len or ASSUMED_LENGTH
     costs, plain = (
         estimate_costs(
@@ -186,10 +191,22 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
     plan = plan_stages(config, layout)
     span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
+    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    family = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
+    attention = choose_attention(family, device=device, dtype=dtype, wanted=config.attn_implementation)
     if config.init or config.from_ckpt is not None:
-        model = init_stage(read_config(config.model), span, dtype=dtype, seed=config.seed, device=device)
+        model = init_stage(
+            model_config, span, dtype=dtype, seed=config.seed, device=device, attn_implementation=attention
+        )
     else:
-        model = load_stage(config.model, span, dtype=dtype, device=device)
+        model = load_stage(
+            config.model,
+            span,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
     selection = Selection(
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,

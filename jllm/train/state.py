@@ -59,20 +59,21 @@ class TrainingState:
     def _copied_from_first_stage(self, parameter: nn.Parameter) -> bool:
         return bool(getattr(parameter, "ds_pipe_replicated", False))
 
-    def pieces(self) -> list[Piece]:
-        """What this process has to save: its share of its stage."""
+    def pieces(self, *, alone: bool = False) -> list[Piece]:
+        """What this process has to save: its share of its stage, or, `alone`, all that it needs to go on by itself."""
         found = []
         data_rank, data_size = self._engine.grid.data_parallel_id, self._engine.grid.data_parallel_size
         for number, (name, parameter) in enumerate(self._parameters.items()):
-            if self._copied_from_first_stage(parameter):
+            if self._copied_from_first_stage(parameter) and not alone:
                 continue
             shape = tuple(parameter.shape)
-            if number % data_size == data_rank:
+            mine = alone or number % data_size == data_rank
+            if mine:
                 whole = parameter.detach().reshape(-1)
                 found.append(Piece(kind=WEIGHT, name=name, shape=shape, start=0, stop=whole.numel(), tensor=whole))
             if not parameter.requires_grad:
                 continue
-            for kind, start, tensor in self._high_precision(parameter, mine=number % data_size == data_rank):
+            for kind, start, tensor in self._high_precision(parameter, mine=mine):
                 stop = start + tensor.numel()
                 found.append(Piece(kind=kind, name=name, shape=shape, start=start, stop=stop, tensor=tensor.detach()))
         return found

@@ -34,6 +34,8 @@ WINDOW_BYTES = 32 << 20
 LENGTH_MULTIPLE = 64
 """Micro-batches are padded to a multiple of this (or to `--seq_len`), so that few shapes occur."""
 
+_NUMBERS_AT_ONCE = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cursor:
@@ -77,7 +79,7 @@ class Step:
     start: Cursor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)  # not frozen, which would make it three times slower to make
 class Row:
     """One row as it is on disk: ids, labels (None: all trained), document boundaries (None: one document)."""
 
@@ -142,23 +144,31 @@ class Window:
 
     def __init__(self, batches: list[pa.RecordBatch]) -> None:
         self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])])
-        self._columns: list[dict[str, tuple[Int32, Int64]]] = [
-            {name: from_list_array(batch.column(name)) for name in batch.schema.names} for batch in batches
+        self._columns = [
+            tuple(
+                from_list_array(batch.column(name)) if name in batch.schema.names else None
+                for name in (INPUT_IDS, LABELS, CU_SEQLENS)
+            )
+            for batch in batches
         ]
 
-    def __getitem__(self, number: int) -> Row:
-        batch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        columns, index = self._columns[batch], number - int(self._starts[batch])
+    def rows(self, numbers: Int64) -> Iterator[Row]:
+        """The rows of these numbers, in this order."""
+        for at in range(0, len(numbers), _NUMBERS_AT_ONCE):
+            some = numbers[at : at + _NUMBERS_AT_ONCE]
+            batches = np.searchsorted(self._starts, some, side="right") - 1
+            within = some - self._starts[batches]
+            for batch, index in zip(batches.tolist(), within.tolist(), strict=True):
+                ids, labels, boundaries = (_list_at(column, index) for column in self._columns[batch])
+                assert ids is not None
+                yield Row(ids=ids, labels=labels, boundaries=boundaries)
 
-        def part(name: str) -> Int32 | None:
-            if name not in columns:
-                return None
-            values, offsets = columns[name]
-            return values[offsets[index] : offsets[index + 1]]
 
-        ids = part(INPUT_IDS)
-        assert ids is not None
-        return Row(ids=ids, labels=part(LABELS), boundaries=part(CU_SEQLENS))
+def _list_at(column: tuple[Int32, Int64] | None, index: int) -> Int32 | None:
+    if column is None:
+        return None
+    values, offsets = column
+    return values[offsets[index] : offsets[index + 1]]
 
 
 def read_rows(index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool) -> Iterator[Row]:
@@ -175,35 +185,58 @@ def read_rows(index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool) 
                 pending = pool.submit(index.read_window, order, window + 1)
             rows = Window(batches)
             del batches
-            for number in order.rows_of_window(window)[skip:].tolist():
-                yield rows[number]
+            yield from rows.rows(order.rows_of_window(window)[skip:])
             window, skip = window + 1, 0
 
 
-def collate(rows: list[Row | None], length: int, *, block_mask: bool) -> MicroBatch:
-    """Rows → one micro-batch of inputs [B, length]; None is a filling row, fully masked."""
-    shape = (len(rows), length)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    integers = np.empty((2, *shape), dtype=np.int64)
-    integers[0] = IGNORE_INDEX
-    integers[1] = np.arange(length)
+def collate(rows: list[Row | None], length: int, *, micro_batch: int, block_mask: bool) -> list[MicroBatch]:
+    """Rows → micro-batches of inputs [micro_batch, length]; None is a filling row, fully masked.
+
+    All micro-batches of a step are made at once, so that the cost of numpy's calls is paid once for a step.
+    """
+    shape = (len(rows) // micro_batch, micro_batch, length)
+    input_ids = np.empty(shape, dtype=np.int64)
+    integers = np.empty((shape[0], 2, *shape[1:]), dtype=np.int64)
     for place, row in enumerate(rows):
-        if row is None or len(row.ids) < 2:
-            continue
-        inputs = len(row.ids) - 1
-        targets = integers[0, place]
-        input_ids[place, :inputs] = row.ids[:-1]
-        targets[:inputs] = row.ids[1:] if row.labels is None else row.labels[1:]
-        if row.boundaries is not None:
-            starts = row.boundaries[1:-1]
-            targets[starts[starts > 0] - 1] = IGNORE_INDEX
-            targets[max(row.real_length - 1, 0) :] = IGNORE_INDEX
-            if block_mask and len(starts):
-                # Each position less the start of its document; padding continues the last document.
-                first = np.zeros(length, dtype=np.int64)
-                first[starts[starts < length]] = starts[starts < length]
-                integers[1, place] -= np.maximum.accumulate(first)
-    return MicroBatch(input_ids=torch.from_numpy(input_ids), integers=torch.from_numpy(integers))
+        number, within = divmod(place, micro_batch)
+        inputs = trained = 0
+        if row is not None and len(row.ids) > 1:
+            inputs, trained = len(row.ids) - 1, max(row.real_length - 1, 0)
+            input_ids[number, within, :inputs] = row.ids[:-1]
+            integers[number, 0, within, :trained] = (row.ids if row.labels is None else row.labels)[1 : trained + 1]
+        input_ids[number, within, inputs:] = 0
+        integers[number, 0, within, trained:] = IGNORE_INDEX
+    row_of, starts = _document_starts(rows, length)
+    later = starts > 0
+    batch_of, place_of = np.divmod(row_of[later], micro_batch)
+    integers[batch_of, 0, place_of, starts[later] - 1] = IGNORE_INDEX
+    positions = np.arange(input_ids.size).reshape(shape)
+    if block_mask:
+        # Each position less the start of its document; padding continues the last document.
+        edges = np.append(row_of * length + starts, input_ids.size)
+        np.subtract(positions, np.repeat(edges[:-1], edges[1:] - edges[:-1]).reshape(shape), out=integers[:, 1])
+    else:
+        integers[:, 1] = positions[0, 0]
+    return [
+        MicroBatch(input_ids=torch.from_numpy(ids), integers=torch.from_numpy(rest))
+        for ids, rest in zip(input_ids, integers, strict=True)
+    ]
+
+
+def _document_starts(rows: list[Row | None], length: int) -> tuple[Int64, Int64]:
+    """For each document of a batch, in order: its row, and where in the row it starts.
+
+    Every row has a document at 0, also if it is empty. A start at `length`, just beyond the inputs, is there too: the
+    last token of a row as long as it may be is a target and never an input.
+    """
+    one = np.zeros(1, dtype=np.int32)
+    parts = [
+        one if row is None or row.boundaries is None or len(row.boundaries) < 2 else row.boundaries[:-1] for row in rows
+    ]
+    starts = np.concatenate(parts)
+    row_of = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
+    kept = starts <= length  # an empty document at the very end starts beyond
+    return row_of[kept], starts[kept].astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +275,8 @@ class Share:
                 f" shards with --max_len {self.seq_len + 1}"
             )
         for row in mine:
-            if len(row.ids) and not 0 <= int(row.ids.min()) <= int(row.ids.max()) < self.vocab_size:
+            # As unsigned numbers negative ids are the largest.
+            if len(row.ids) and int(row.ids.view(np.uint32).max()) >= self.vocab_size:
                 wrong = int(row.ids.max()) if int(row.ids.min()) >= 0 else int(row.ids.min())
                 raise UserError(
                     f"token id {wrong} in the data: the model has ids from 0 to {self.vocab_size - 1};"
@@ -252,15 +286,14 @@ class Share:
         if self.seq_len is not None:
             length = min(length, self.seq_len)
         filled: list[Row | None] = [*mine, *([None] * (mine_size - len(mine)))]
-        micro_batches = [
-            collate(filled[at : at + self.micro_batch], length, block_mask=self.block_mask)
-            for at in range(0, mine_size, self.micro_batch)
-        ]
+        micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
         return Step(
             micro_batches=micro_batches,
             rows=len(rows),
             tokens=sum(max(min(row.real_length, len(row.ids)) - 1, 0) for row in mine),
-            trained_tokens=sum(int((batch.integers[0] != IGNORE_INDEX).sum()) for batch in micro_batches),
+            trained_tokens=sum(
+                int(np.count_nonzero(batch.integers[0].numpy() != IGNORE_INDEX)) for batch in micro_batches
+            ),
             length=length,
             start=start,
         )
@@ -306,6 +339,7 @@ class ReadAhead:
     def __init__(self, items: Iterator[Any], depth: int = 2) -> None:
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, args=(items,), name="read-ahead", daemon=True)
         self._thread.start()
 
@@ -331,10 +365,12 @@ class ReadAhead:
         return self
 
     def __next__(self) -> Any:
-        item, error = self._queue.get()
-        if error is not None:
+        if self._error is not None:  # an iterator that has ended stays at its end
+            raise self._error
+        item, self._error = self._queue.get()
+        if self._error is not None:
             self._stop.set()
-            raise error
+            raise self._error
         return item
 
     def close(self) -> None:

@@ -1,6 +1,9 @@
 """What only the launcher shows: exit codes, one line for a mistake, and no rank that outlives its run."""
 
+import base64
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,3 +116,56 @@ def test_a_killed_rank_ends_the_run(folder: Path) -> None:
     finally:
         for process in rank_processes(str(log)):
             os.kill(process, signal.SIGKILL)
+
+
+def test_sigterm_to_all_saves_and_ends(folder: Path) -> None:
+    """SLURM's notice: every process gets it, the run writes a checkpoint and ends in order."""
+    log, checkpoints = folder / "log-sigterm", folder / "ckpt-sigterm"
+    arguments = ["--max_steps", "1000000", "--steps_per_checkpoint", "1000000", "--checkpoint", str(checkpoints)]
+    run = launch(folder, "--model", "model", "--train_data", "data", "--log_dir", str(log), *arguments)
+    try:
+        assert wait_until(lambda: (log / "metrics.jsonl").exists() and len(records(log)) > 2, 120)
+        for process in rank_processes(str(log)):
+            if not is_launcher(process) and process != run.pid:
+                os.kill(process, signal.SIGTERM)
+        assert run.wait(timeout=30) == 0
+        assert len(list(checkpoints.glob("step-*/index.json"))) == 1
+    finally:
+        for process in rank_processes(str(log)):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_two_nodes_with_disks_of_their_own(folder: Path) -> None:
+    """The launcher's two-node form on loopback; each node's relative --checkpoint is a folder of its own."""
+    nodes = base64.urlsafe_b64encode(json.dumps({"node-0": [0], "node-1": [0]}).encode()).decode()
+
+    def start(*arguments: str) -> None:
+        port = str(free_port())
+        runs = []
+        for number in (0, 1):
+            place = folder / f"node-{number}"
+            place.mkdir(exist_ok=True)
+            command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={nodes}"]
+            command += [f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}", "--module"]
+            command += ["jllm.train_pipe", "--pipe_parallel_size", "2", "--precision", "bf16", "--model", "../model"]
+            command += ["--train_data", "../data", "--checkpoint", "ckpt", "--steps_per_checkpoint", "2", *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            runs.append(
+                subprocess.Popen(
+                    command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+        for run in runs:
+            output, _ = run.communicate(timeout=150)
+            assert run.returncode == 0, output
+
+    start("--max_steps", "6", "--log_dir", "../nodes-straight")
+    for number in (0, 1):
+        assert (folder / f"node-{number}/ckpt/step-00000002/rank-0000{number}.safetensors").is_file()
+        assert not (folder / f"node-{number}/ckpt/step-00000002/rank-0000{1 - number}.safetensors").exists()
+        shutil.rmtree(folder / f"node-{number}/ckpt/step-00000006")
+    # One node lost its newest checkpoint too: the run goes on from the newest that both have.
+    shutil.rmtree(folder / "node-1/ckpt/step-00000004")
+    start("--max_steps", "6", "--log_dir", "../nodes-resumed", "--resume_ckpt", "auto")
+    straight, resumed = records(folder / "nodes-straight"), records(folder / "nodes-resumed")
+    assert [(r["step"], r["loss"]) for r in resumed] == [(r["step"], r["loss"]) for r in straight[2:]]
