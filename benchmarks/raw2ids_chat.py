@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -112,7 +113,7 @@ def run_loop(tokenizer: Path, data: Path, template: str) -> tuple[float, float, 
     rows = []
     begin, before = time.perf_counter(), time.process_time()
     for line in lines:
-        encoded = loaded.apply_chat_template(
+        encoded: Any = loaded.apply_chat_template(
             json.loads(line)["messages"],
             chat_template=TEMPLATES[template],
             return_assistant_tokens_mask=True,

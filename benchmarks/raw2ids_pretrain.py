@@ -130,7 +130,8 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
     from jllm.data.tokenizer import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))
-    assert facts.backend is not None and facts.eos_id is not None
+    assert facts.backend is not None
+    assert facts.eos_id is not None
     eos_id = facts.eos_id
     backend = tokenizers.Tokenizer.from_str(facts.backend)
     backend.encode_batch_fast(["warm up"], add_special_tokens=False)

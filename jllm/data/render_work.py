@@ -81,13 +81,14 @@ def render_block(block: Block, kind: str, form: str, fields: dict[str, str], pla
                 sequence.append(piece.control)
                 trained.append(piece.trained)
                 continue
+            text = piece.text
             for start, end in piece.spans:
-                if not piece.text.isascii():
-                    start, end = len(piece.text[:start].encode()), len(piece.text[:end].encode())
+                if not text.isascii():
+                    start, end = len(text[:start].encode()), len(text[:end].encode())
                 spans.append((len(texts), start, end))
             sequence.append(-1)
             trained.append(False)
-            texts.append(piece.text)
+            texts.append(text)
         offsets.append(len(sequence))
         lines.append(line)
     bad.sort(key=lambda item: item.line)

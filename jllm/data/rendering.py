@@ -46,15 +46,15 @@ _SAFE_OF_LOOPS = frozenset(
 )
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(slots=True)
 class Piece:
     """A stretch of a conversation: a control token (`control` ≥ 0), or text that has no control token in it.
 
     `spans` are the trained parts of a text, in characters.
     """
 
-    control: int = -1
     text: str = ""
+    control: int = -1
     trained: bool = False
     spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
@@ -145,15 +145,25 @@ class _Form:
     """A piece with gaps for the texts of messages.
 
     Attributes:
-        control, trained: as in `Piece`.
+        fixed: the piece itself where it has no gap; shared by all conversations, never changed.
         parts: static text and numbers of messages, in turn.
         spans: trained parts: both ends as (static characters before it, messages of this piece before it).
     """
 
-    control: int
-    trained: bool
+    fixed: Piece | None
     parts: tuple[str | int, ...] = ()
     spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+
+    def filled(self, texts: list[str]) -> Piece:
+        """The piece with these texts of messages in its gaps."""
+        parts = [part if type(part) is str else texts[part] for part in self.parts]  # type: ignore[index]
+        if not self.spans:
+            return Piece("".join(parts))
+        lengths = [0]
+        for part in self.parts:
+            if type(part) is int:
+                lengths.append(lengths[-1] + len(texts[part]))
+        return Piece("".join(parts), spans=[(s + lengths[i], e + lengths[j]) for (s, i), (e, j) in self.spans])
 
 
 class Renderer:
@@ -287,21 +297,7 @@ class Renderer:
             if len(self._forms) > _FORMS_KEPT:
                 self._forms.clear()
             forms = self._forms[key] = self._forms_of(conversation, trained)
-        pieces = []
-        for form in forms:
-            if form.control >= 0:
-                pieces.append(Piece(control=form.control, trained=form.trained))
-                continue
-            lengths = [0]
-            parts = []
-            for part in form.parts:
-                if isinstance(part, str):
-                    parts.append(part)
-                else:
-                    parts.append(texts[part])
-                    lengths.append(lengths[-1] + len(texts[part]))
-            spans = [(start + lengths[i], end + lengths[j]) for (start, i), (end, j) in form.spans]
-            pieces.append(Piece(text="".join(parts), spans=spans))
+        pieces = [form.fixed or form.filled(texts) for form in forms]
         whole = None
         if self._count % _VERIFY_EVERY == 1:
             wanted, whole = self._rendered(conversation, trained)
@@ -424,9 +420,8 @@ def _form_of(piece: Piece) -> _Form:
         return position - 3 * before, before
 
     spans = tuple((end_point(start), end_point(end)) for start, end in piece.spans)
-    return _Form(
-        control=piece.control, trained=piece.trained, parts=tuple(part for part in parts if part != ""), spans=spans
-    )
+    kept = tuple(part for part in parts if part != "")
+    return _Form(fixed=None if gaps else piece, parts=kept, spans=spans)
 
 
 def _with_marks(message: dict[str, Any]) -> dict[str, Any]:
