@@ -116,6 +116,10 @@ def _compile_cpu_operator() -> None:
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "jllm/torch_extensions" / environment))
+    # One ninja for every way to start a run: another version does not trust the build of this one, and starts over.
+    own_programs = Path(sys.prefix) / "bin"
+    if (own_programs / "ninja").is_file():
+        os.environ["PATH"] = f"{own_programs}{os.pathsep}{os.environ.get('PATH', '')}"
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible():
         return
