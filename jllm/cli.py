@@ -12,6 +12,7 @@ COMMANDS = {
     "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
     "manifest": ("jllm.manifest:main", "describe a folder of shards that others wrote, or check one"),
     "inspect": ("jllm.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
+    "plot": ("jllm.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
     "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }
 
