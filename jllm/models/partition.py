@@ -197,8 +197,8 @@ def check_cuts(*, split_dlayer: bool = False, emb_partitions: int = 1) -> None:
     """Refuse cuts that are not offered, and say what they would bring at most (`benchmarks/half_layers.py`)."""
     if split_dlayer:
         raise UserError(
-            "--split_dlayer: stages are cut between whole layers only; with 8 or more layers a stage, half layers would make"
-            " the slowest stage at most 3% faster (at most 6% with fewer): leave it out, or use fewer stages"
+            "--split_dlayer: stages are cut between whole layers only; where stages have 8 or more layers, half layers "
+            "would make the slowest one at most 3% faster (at most 6% else): leave it out, or use fewer stages"
         )
     if emb_partitions > 1:
         raise UserError(

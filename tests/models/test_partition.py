@@ -166,7 +166,7 @@ def test_best_split_prefers_even_among_equals() -> None:
 
 def test_cuts_that_are_not_offered() -> None:
     check_cuts()
-    with pytest.raises(UserError, match="half layers would make"):
+    with pytest.raises(UserError, match="half layers would"):
         check_cuts(split_dlayer=True)
     with pytest.raises(UserError, match="--emb_partitions 2"):
         check_cuts(emb_partitions=2)
