@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.encode import Encoded
-from jllm.data.engine import CheckedEngine, EngineMismatchError
+from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
 from jllm.data.packing import Documents
 from jllm.data.render_work import Rendered, render_block
 from jllm.data.rendering import RenderPlan
@@ -50,6 +50,8 @@ class TokenLengths:
             self.lengths[index] = size
         self.marks_words = not byte_level
         """Whether the tokenizer puts a "▁" before a text that does not start with one."""
+        self.marks_first = bool(facts.backend) and marks_first_piece(value)
+        """Whether it does so for the first piece of a conversation only."""
 
     def tokens_of_spans(
         self, engine: CheckedEngine, texts: Sequence[str], ids: Int32, offsets: Int64, spans: Int64
@@ -86,12 +88,27 @@ class TokenLengths:
         return mask
 
 
+def _first_marked(rendered: Rendered) -> Rendered:
+    """A space before each text that opens a conversation: the tokenizer turns it into the mark that belongs there."""
+    is_text = rendered.sequence < 0
+    opens = rendered.offsets[:-1][np.diff(rendered.offsets) > 0]
+    numbers = np.cumsum(is_text) - 1
+    texts, spans = list(rendered.texts), rendered.spans.copy()
+    for number in numbers[opens[is_text[opens]]].tolist():
+        if not texts[number].startswith((" ", "▁")):
+            texts[number] = f" {texts[number]}"
+            spans[spans[:, 0] == number, 1:] += 1
+    return dataclasses.replace(rendered, texts=texts, spans=spans)
+
+
 def assemble(rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths) -> tuple[Documents, int]:
     """Encode the texts of rendered conversations and put the ids together; also the number of checks made.
 
     Raises:
         EngineMismatchError: a whole conversation, encoded by the reference in one go, has other ids.
     """
+    if lengths.marks_first:
+        rendered = _first_marked(rendered)
     ids, offsets = engine.encode(rendered.texts)
     mask = lengths.tokens_of_spans(engine, rendered.texts, ids, offsets, rendered.spans)
     is_text = rendered.sequence < 0
@@ -117,6 +134,11 @@ def assemble(rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths) -
         if wanted is not None:
             checks = 1
             given = result[documents.offsets[number] : documents.offsets[number + 1]]
+            if not np.array_equal(given, wanted) and engine.name == "hf":
+                raise UserError(
+                    f"this tokenizer encodes a conversation differently in pieces than as a whole ({text[:40]!r}); use"
+                    " another tokenizer, or another --chat_template"
+                )
             if not np.array_equal(given, wanted):
                 raise EngineMismatchError(f"{engine.name} {engine.version} differs on the conversation {text[:40]!r}")
     return documents, checks

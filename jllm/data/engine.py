@@ -228,11 +228,19 @@ def _without_offsets(value: Any) -> Any:
     return [_without_offsets(item) for item in value] if isinstance(value, list) else value
 
 
+def marks_first_piece(backend: dict[str, Any]) -> bool:
+    """Whether only the first piece of a text, of those between its control tokens, gets a "▁" in front."""
+    pre = backend["pre_tokenizer"]
+    return bool(pre and pre["type"] == "Metaspace" and pre["prepend_scheme"] == "first")
+
+
 def inert_json(backend: str) -> str:
     """The backend with every added token marked special, so that encoding special tokens as text covers all of them."""
     value = json.loads(backend)
     for token in value["added_tokens"]:
         token["special"] = True
+    if marks_first_piece(value):  # the pieces of a conversation are encoded apart; `chat.assemble` marks the first one
+        value["pre_tokenizer"]["prepend_scheme"] = "never"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -252,17 +260,29 @@ class CheckedEngine:
         name, version: of the engine that encodes.
         reason: why the fast engine is not used; empty where it is.
         probes: number of difficult strings on which the engine was proven when it was opened.
+
+    Args:
+        for_special: the engine for texts whose special tokens are parsed, where that is another one.
     """
 
-    def __init__(self, engine: Engine, reference: ReferenceEngine | None, *, reason: str, probes: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        reference: ReferenceEngine | None,
+        *,
+        reason: str,
+        probes: int,
+        for_special: Engine | None = None,
+    ) -> None:
         self.engine = engine
         self.name, self.version = engine.name, engine.version
         self.reason = reason
         self.probes = probes
         self._reference = reference
+        self._for_special = for_special or engine
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
-        return self.engine.encode(texts, parse_special=parse_special)
+        return (self._for_special if parse_special else self.engine).encode(texts, parse_special=parse_special)
 
     def check(self, texts: list[str], *, parse_special: bool = False) -> int:
         """Encode a sample of `texts` by both engines; the number of texts compared.
@@ -276,17 +296,15 @@ class CheckedEngine:
         if self._reference is None or self._reference is self.engine or not texts:
             return 0
         sample = sample_of(texts)
-        given, given_offsets = self.engine.encode(sample, parse_special=parse_special)
+        given, given_offsets = self.encode(sample, parse_special=parse_special)
         wanted, wanted_offsets = self._reference.encode(sample, parse_special=parse_special)
         if not (np.array_equal(given, wanted) and np.array_equal(given_offsets, wanted_offsets)):
             raise EngineMismatchError(f"{self.name} {self.version} differs from hf on {sample[0][:40]!r}")
         return len(sample)
 
     def reference_ids(self, text: str) -> Int32 | None:
-        """The ids of a whole rendered conversation by the reference; None where there is nothing to check."""
-        if self._reference is None or self._reference is self.engine:
-            return None
-        return self._reference.whole(text)
+        """The ids of a whole rendered conversation by the reference; None for a tokenizer without one."""
+        return None if self._reference is None else self._reference.whole(text)
 
     def tokens_of_bytes(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
         """Stretches of the text's tokens that overlap these bytes, by the reference engine's offsets."""
@@ -344,33 +362,38 @@ def open_engine(
         return CheckedEngine(slow, None, reason="the tokenizer has no fast backend", probes=0)
     reference = ReferenceEngine(facts, inert=inert)
     if choice == "hf":
-        return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert))
+        return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
     try:
         fast = (early and early.fast_engine(facts.backend)) or FastEngine(facts.backend, inert=inert)
-        proven = _proven(fast, facts, inert)
+        proven = _proven(fast, facts, inert, False)
     except (ValueError, EngineMismatchError) as error:
         if choice == "fastokens":
             raise UserError(f"--engine fastokens: cannot run {facts.name} ({error}); use --engine hf or auto") from None
-        return CheckedEngine(reference, reference, reason=str(error), probes=_proven(reference, facts, inert))
+        proven = _proven(reference, facts, inert, False)
+        return CheckedEngine(reference, reference, reason=str(error), probes=proven)
+    try:
+        proven += 0 if inert else _proven(fast, facts, inert, True)
+    except EngineMismatchError:
+        return CheckedEngine(fast, reference, reason="", probes=proven, for_special=reference)
     return CheckedEngine(fast, reference, reason="", probes=proven)
 
 
-def _proven(engine: Engine, facts: TokenizerFacts, inert: bool) -> int:
+def _proven(engine: Engine, facts: TokenizerFacts, inert: bool, parse_special: bool) -> int:
     """Hold an engine to the ids that AutoTokenizer gave; the number of comparisons.
 
     Raises:
         EngineMismatchError: some ids differ.
     """
-    wanted: dict[bool, list[tuple[str, tuple[int, ...]]]] = {
-        False: list(zip(facts.probes, facts.probe_ids, strict=True)),
-        True: list(zip(facts.probes, facts.probe_special_ids, strict=True)),
-    }
-    if inert:  # added tokens in the strings are treated differently then, and AutoTokenizer has no word for that
+    pairs = list(zip(facts.probes, facts.probe_special_ids if parse_special else facts.probe_ids, strict=True))
+    if inert:
+        # Added tokens in the strings are treated differently then, and AutoTokenizer has no word for that; nor are
+        # first pieces marked.
+        if marks_first_piece(json.loads(facts.backend or "")):
+            return 0
         added = [token["content"] for token in facts.added]
-        wanted = {False: [pair for pair in wanted[False] if not any(content in pair[0] for content in added)]}
-    for parse_special, pairs in wanted.items():
-        ids, offsets = engine.encode([text for text, _ in pairs], parse_special=parse_special)
-        for (text, row), start, end in zip(pairs, offsets[:-1], offsets[1:], strict=True):
-            if tuple(ids[start:end].tolist()) != row:
-                raise EngineMismatchError(f"{engine.name} {engine.version} differs from AutoTokenizer on {text[:40]!r}")
-    return sum(map(len, wanted.values()))
+        pairs = [pair for pair in pairs if not any(content in pair[0] for content in added)]
+    ids, offsets = engine.encode([text for text, _ in pairs], parse_special=parse_special)
+    for (text, row), start, end in zip(pairs, offsets[:-1], offsets[1:], strict=True):
+        if tuple(ids[start:end].tolist()) != row:
+            raise EngineMismatchError(f"{engine.name} {engine.version} differs from AutoTokenizer on {text[:40]!r}")
+    return len(pairs)

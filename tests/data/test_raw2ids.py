@@ -1,5 +1,7 @@
 """raw2ids from the command line: what comes out, whatever goes in and whoever kills it."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 from jllm.data.manifest import open_data_set, read_manifest
 from jllm.data.shards import CU_SEQLENS, INPUT_IDS, ShardReader
+from jllm.raw2ids import main
 
 WORDS = ["alpha", "beta", "gamma", "naïve", "日本語", "def f(x):", "  indented", "1234", "don't", "👍🏽"]
 
@@ -26,9 +29,20 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def raw2ids(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jllm.raw2ids", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def raw2ids(*arguments: object, check: bool = True, own_process: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command: in this process, where tokenizers stay loaded, or as a user starts it."""
+    words = [str(argument) for argument in arguments]
+    if own_process:
+        command = [sys.executable, "-m", "jllm.raw2ids", *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    else:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main(words)
+            except SystemExit as end:
+                code = int(end.code or 0)
+        result = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -120,7 +134,7 @@ def test_same_bytes_for_any_number_of_cores(tmp_path: Path, byte_tokenizer: Path
     source = write_jsonl(tmp_path / "some.jsonl", documents(2000, seed=2))
     for cores in (1, 2, 5):
         raw2ids("-i", source, "-o", tmp_path / str(cores), "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack",
-                "--max_len", 129, "--cores", cores)  # fmt: skip
+                "--max_len", 129, "--cores", cores, own_process=True)  # fmt: skip
     assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "5")
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.data.test_raw2ids import documents, raw2ids, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
-KILLS = 3 * SIZE
+KILLS = 2 * SIZE
 BLOCK = 1 << 14
 
 
