@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from jllm import __version__
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,9 +125,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tool: str, arguments: list[str], 
 
 
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
-def test_every_tool_has_help_and_version(tool: str) -> None:
-    assert run_tool(tool, "-h").returncode == 0
-    assert run_tool(tool, "--version").stdout == f"jllm {__version__}\n"
+def test_every_tool_has_help(tool: str) -> None:
+    result = run_tool(tool, "-h")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.lower().startswith("usage:")
 
 
 def test_evaluation_counts_every_trained_target_once(tmp_path: Path) -> None:
