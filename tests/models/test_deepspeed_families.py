@@ -1,0 +1,54 @@
+"""Families through DeepSpeed's pipeline engine: two real stages train as one plain transformers process does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.conftest import ranks  # noqa: F401  (a fixture)
+from tests.distributed.ranks import Ranks
+from tests.distributed.reference import train_reference
+from tests.distributed.runs import records, train_rank
+from tests.fixtures import VOCABULARY, random_rows, write_rows
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
+
+STEPS = 3
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "mixtral", "qwen3"])
+def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:  # noqa: F811
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    make_folder(tiny_config(family, tied=family in ("gemma2", "qwen3"), vocab_size=VOCABULARY), model)
+    data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
+    options = {"optimizer": "sgd", "learning_rate": 0.02, "gradient_clipping": 0.7, "seed": 7}
+    ranks(2).run(
+        train_rank,
+        {
+            **options,
+            "model": model,
+            "train_data": data,
+            "precision": "fp32",
+            "pipe_parallel_size": 2,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 2,
+            "max_steps": STEPS,
+            "lr_scheduler_type": "constant",
+            "output_dir": tmp_path / "out",
+            "partition_method": "uniform",
+        },
+    )
+    losses, norms, weights = train_reference(model, data, steps=STEPS, global_batch=4, options=options)
+    found = records(tmp_path / "out/log")
+    np.testing.assert_allclose([record["loss"] for record in found], losses, atol=1e-5)
+    np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    for name, tensor in trained.items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
+    published = {name for path in model.glob("*.safetensors") for name in load_file(path)}
+    assert {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)} == published
