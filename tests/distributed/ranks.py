@@ -55,9 +55,13 @@ class Ranks:
         for process in self._processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begin, without waiting."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
+        self.start(function, *arguments)
         answers: dict[int, Any] = {}
         while len(answers) < self.world_size:
             try:

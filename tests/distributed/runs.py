@@ -18,7 +18,11 @@ def train_rank(options: dict[str, Any]) -> str | None:
     return None
 
 
-def records(folder: Path, key: str = "loss") -> list[dict[str, Any]]:
-    """The training records of a run (or, with key "eval_loss", its evaluations)."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if key in record]
+def records(folder: Path, key: str = "loss", *, ignore_broken: bool = False) -> list[dict[str, Any]]:
+    """The training records of a run (or, with key "eval_loss", its evaluations).
+
+    `ignore_broken`: the last line may be half written.
+    """
+    lines = (folder / "metrics.jsonl").read_text().split("\n")
+    complete = lines[:-1] if ignore_broken else [line for line in lines if line]
+    return [record for record in map(json.loads, complete) if key in record]

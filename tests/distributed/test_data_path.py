@@ -17,7 +17,7 @@ def train_rank_with_data_on_readers_only(options: dict[str, Any], pipe: int) -> 
     import os
 
     if int(os.environ["RANK"]) % pipe:
-        options = {**options, "train_data": Path("/nonexistent/data"), "eval_data": Path("/nonexistent/eval")}
+        options = {**options, "train_data": Path("/nonexistent/data"), "eval_data": ("/nonexistent/eval",)}
     return train_rank(options)
 
 
@@ -45,7 +45,7 @@ def options_of(folder: Path, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("world_size", "pipe"), [(2, 2), (3, 3), (4, 2)])
 def test_only_first_stages_read(ranks: Callable[[int], Ranks], folder: Path, world_size: int, pipe: int) -> None:
     log = folder / f"log-{world_size}-{pipe}"
-    options = options_of(folder, pipe_parallel_size=pipe, eval_data=folder / "eval", log_dir=log)
+    options = options_of(folder, pipe_parallel_size=pipe, eval_data=(str(folder / "eval"),), log_dir=log)
     assert ranks(world_size).run(train_rank_with_data_on_readers_only, options, pipe) == [None] * world_size
     assert len(records(log)) == 2
     assert len(records(log, "eval_loss")) == 2

@@ -18,7 +18,7 @@ def options_of(folder: Path, name: str, **more: Any) -> dict[str, Any]:
     return {
         "model": folder / "model",
         "train_data": folder / "data",
-        "eval_data": folder / "eval",
+        "eval_data": (str(folder / "eval"),),
         "precision": "fp32",
         "pipe_parallel_size": 2,
         "per_device_train_batch_size": 2,
