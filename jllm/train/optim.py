@@ -25,7 +25,12 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        # One kernel instead of a dozen, and no temporary tensors of the optimizer's size.
+        fused=trainable[0].is_cuda,
     )
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
     from torch.distributed import DistNetworkError
 
     deepspeed_logger.setLevel("WARNING")
+    # DeepSpeed broadcasts parameters where PyTorch would like to be told that no gradient is meant.
+    warnings.filterwarnings("ignore", message=".*c10d::.*autograd kernel.*")
     if deterministic:
         import torch
 

@@ -146,8 +146,9 @@ class TrainingState:
             return
         for group in self._inner.param_groups:
             for parameter in group["params"]:
+                place = parameter.device if group["fused"] else "cpu"  # as torch itself makes it
                 self._inner.state[parameter] = {
-                    STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32),
+                    STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32, device=place),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
