@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from jllm.data.manifest import Manifest, entry_of_written, write_manifest
 from jllm.data.shards import INPUT_IDS, ShardWriter, schema, to_list_array
 
 VOCABULARY, LENGTH, WARM_UP = 32_000, 4096, 3
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -99,9 +100,10 @@ def run_peer(options: argparse.Namespace) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPE, num_hidden_layers=options.layers, attn_implementation="sdpa")
+    config = LlamaConfig(**SHAPE, num_hidden_layers=options.layers)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     speeds = []
     for _ in range(options.steps):
@@ -115,7 +117,7 @@ def run_peer(options: argparse.Namespace) -> float:
         optimizer.zero_grad()
         torch.cuda.synchronize()
         speeds.append(options.accumulation * LENGTH / (time.perf_counter() - started))
-    return statistics.median(speeds[WARM_UP:])
+    return float(statistics.median(speeds[WARM_UP:]))
 
 
 if __name__ == "__main__":
