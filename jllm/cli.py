@@ -13,6 +13,8 @@ COMMANDS = {
     "manifest": ("jllm.manifest:main", "describe a folder of shards that others wrote, or check one"),
     "inspect": ("jllm.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
     "plot": ("jllm.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
+    "models": ("jllm.list_models:main", "which model families train in a pipeline, and how that was shown"),
+    "convert": ("jllm.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
     "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }
 

@@ -13,6 +13,7 @@ from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.costs import estimate_costs
+from jllm.models.families import check_block_mask
 from jllm.models.moe import RouterBalance, attach_router_balance
 from jllm.models.partition import partition, stage_table
 from jllm.models.selection import Selection, select_trainable
@@ -193,6 +194,8 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     family = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
+    if config.block_mask:
+        check_block_mask(model_config)
     attention = choose_attention(family, device=device, dtype=dtype, wanted=config.attn_implementation)
     if config.init or config.from_ckpt is not None:
         model = init_stage(
