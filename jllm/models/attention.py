@@ -209,7 +209,7 @@ def _by_document(
 
 
 def _check(family: type[PreTrainedModel], wanted: str, is_fast: bool) -> None:
-    given = f"--attention {wanted}"
+    given = f"--attn_implementation {wanted}"
     if wanted not in CHOICES:
         raise UserError(f"{given}: not an attention implementation; give one of {', '.join(CHOICES)}")
     if wanted == VARLEN and not takes_varlen(family):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.anatomy import find_anatomy
+from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
 from jllm.models.source import causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
@@ -98,14 +98,21 @@ def estimate_costs(
     checkpoint_interval: int = 0,
     trainable: bool = True,
     family: type[PreTrainedModel] | None = None,
+    is_whole: bool = False,
 ) -> Costs:
-    """The cost model of `config`, from shapes alone. `checkpoint_interval` k: every k layers are recomputed."""
+    """The cost model of `config`, from shapes alone.
+
+    `checkpoint_interval` k: every k layers are recomputed. `is_whole`: for one stage, where a model of any shape will
+    do; one without a list of layers then counts as a single layer.
+
+    Raises:
+        UserError: the model has no list of layers that could be split.
+    """
     with torch.device("meta"):
         model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
-    anatomy = find_anatomy(model)
+    anatomy = whole_anatomy(model) if is_whole else find_anatomy(model)
     text = config.get_text_config(decoder=True)
-    layers = model.get_submodule(anatomy.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = _layers(model, anatomy)
     tokens = sequence_length * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
@@ -113,7 +120,7 @@ def estimate_costs(
     kept = [hidden_bytes / checkpoint_interval] * len(full) if checkpoint_interval else full
     head_parameters = sum(_count(model.get_submodule(name)) for name in anatomy.after)
     head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
-    types = getattr(text, "layer_types", None) or [""] * len(full)
+    types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     return Costs(
         layers=tuple(
             LayerCost(
@@ -145,6 +152,12 @@ def with_timings(costs: Costs, *, layers: Sequence[float], embedding: float, hea
     assert len(layers) == len(costs.layers)
     timed = tuple(replace(layer, time=seconds) for layer, seconds in zip(costs.layers, layers, strict=True))
     return replace(costs, layers=timed, embedding_time=embedding, head_time=head, is_measured=True)
+
+
+def _layers(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
+    """The decoder layers, or the model itself where it has no list of them."""
+    listed = model.get_submodule(anatomy.layers)
+    return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
 
 
 def _count(module: nn.Module) -> int:

@@ -1,32 +1,49 @@
 """Measured layer times for `--partition_method profile`.
 
-Times one layer of each kind (class, layer type, size), the embedding and the head, forward and backward, on one device
-with random weights and input, and keeps the result in a cache file: the second run with the same model, shapes, dtype
-and device reads it. Attention masks and rotary tables are timed with each layer, though a stage makes them once.
+Times one layer of each kind (class, layer type, size), the first stage's beginning and the last stage's end, forward
+and backward, on one device with random weights and input. Attention masks and rotary tables are timed with each layer,
+though a stage makes them once. Micro-batches are full and hold one document a row.
 
-Costs: one layer of each kind in memory at a time, some dozen passes each; seconds. One process measures and tells the
-others: two processes may measure differently, and all must cut the model alike.
+The seconds are kept in a cache file whose name is a hash of everything that they depend on, so a second run with the
+same model, shapes, dtype, device and versions reads them. A cache file that cannot be read is measured anew.
+
+Costs: one layer of each kind in memory at a time, some dozen passes each; seconds. One process must measure and tell
+the others: two processes may measure differently, and all must cut the model alike.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from jllm import atomic
+from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.anatomy import count_layers
 from jllm.models.costs import Costs, with_timings
-from jllm.models.stage import PipelineStage, StageSpan
+from jllm.models.families import check_split
+from jllm.models.stage import PipelineStage, StageSpan, anatomy_of, spans_of
 from jllm.models.weights import init_stage
 
-CACHE = Path("~/.cache/jllm/layer-times")
+# Raised when what is measured, or how, changes: older files are then left alone.
+_FORMAT = 2
 _WARM_UP, _REPEATS = 2, 5
+
+
+def default_cache() -> Path:
+    """Where measured times are kept: `jllm/layer-times` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jllm" / "layer-times"
 
 
 def measure_costs(
@@ -39,83 +56,151 @@ def measure_costs(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     checkpoint_interval: int = 0,
-    cache: Path | None = CACHE,
+    checkpoint_attention: bool = False,
+    family: type[PreTrainedModel] | None = None,
+    cache: Path | None = None,
 ) -> Costs:
-    """`costs` with seconds in place of estimated time. `cache=None` measures anew and stores nothing."""
+    """`costs` with seconds in place of estimated time.
+
+    `cache` is the folder of kept times; None measures anew and stores nothing. `checkpoint_interval` and
+    `checkpoint_attention` are those of `jllm.models.activation_checkpointing`.
+
+    Raises:
+        UserError: the model cannot be split at all.
+    """
+    check_split(config, spans_of([0, 1, count_layers(config)])[0])
     device = torch.device(device)
     about = {
+        "format": _FORMAT,
         "config": config.to_diff_dict(),
+        "layers": len(costs.layers),
         "sequence_length": sequence_length,
         "micro_batch_size": micro_batch_size,
         "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "device": _device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "attention": attn_implementation,
-        "checkpoint_interval": checkpoint_interval,
+        "is_recomputed": bool(checkpoint_interval),
+        "is_attention_recomputed": checkpoint_attention,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-    stored = cache.expanduser() / f"{digest[:32]}.json" if cache else None
-    if stored is not None and stored.is_file():
-        times = json.loads(stored.read_text(encoding="utf-8"))
-        return with_timings(costs, layers=times["layers"], embedding=times["embedding"], head=times["head"])
+    described = json.dumps(about, sort_keys=True, default=str)
+    digest = hashlib.sha256(described.encode()).hexdigest()
+    stored = cache / f"{digest[:32]}.json" if cache is not None else None
+    times = _read_times(stored, len(costs.layers)) if stored is not None else None
+    if times is None:
+        batch = (micro_batch_size, sequence_length)
+        # What layers hand on, learned from the first stage: some families hand on more than one stream.
+        hidden = torch.Size()
 
-    def seconds(first: int, end: int, index: int, count: int) -> float:
-        span = StageSpan(index=index, count=count, first_layer=first, end_layer=end)
-        model = init_stage(config, span, dtype=dtype, seed=0, device=device, attn_implementation=attn_implementation)
-        if checkpoint_interval:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return _time_stage(PipelineStage(model, span, _sum_of_log_probabilities), sequence_length, micro_batch_size)
+        def seconds(span: StageSpan) -> float:
+            nonlocal hidden
+            model = init_stage(
+                config,
+                span,
+                dtype=dtype,
+                seed=0,
+                device=device,
+                attn_implementation=attn_implementation,
+                family=family,
+            )
+            has_attention = bool(find_attention(model.get_submodule(f"{anatomy_of(model).layers}.{span.first_layer}")))
+            if has_attention if checkpoint_attention else checkpoint_interval:
+                # Each layer runs again once, however many a group has; so groups of one show what a layer costs.
+                checkpoint_activations(model, span, attention_only=checkpoint_attention)
+            median, handed_on = _time_stage(PipelineStage(model, span, _cross_entropy), batch, hidden)
+            if span.is_first:
+                hidden = handed_on
+            return median
 
-    layers = count_layers(config)
-    by_kind: dict[tuple[str, int], float] = {}
-    times_of_layers = []
-    for index, layer in enumerate(costs.layers):
-        kind = (layer.kind, layer.parameters)
-        # The entrance of a stage is layer 0's stand-in, so layer 0 itself is timed through a layer of its kind.
-        if kind not in by_kind and 0 < index < layers - 1:
-            by_kind[kind] = seconds(index, index + 1, 1, 3)
-        times_of_layers.append(kind)
-    typical = statistics.median(by_kind.values()) if by_kind else 0.0
-    times = {"layers": [by_kind.get(kind, typical) for kind in times_of_layers], "embedding": 0.0, "head": 0.0}
-    if layers > 1:
-        times["embedding"] = max(0.0, seconds(0, 1, 0, 2) - times["layers"][0])
-        times["head"] = max(0.0, seconds(layers - 1, layers, 1, 2) - times["layers"][-1])
-    if stored is not None:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        temporary = stored.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**times, "about": about}, default=str), encoding="utf-8")
-        os.replace(temporary, stored)
+        times = _measure(costs, seconds)
+        if device.type == "cuda":
+            # The run's own stage wants this memory, and its peak is to be its own.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        if stored is not None:
+            # A cache that cannot be written costs the seconds again next time, and nothing else.
+            with contextlib.suppress(OSError):
+                atomic.write_json(stored, {**times, "about": json.loads(described)})
     return with_timings(costs, layers=times["layers"], embedding=times["embedding"], head=times["head"])
 
 
-def _time_stage(stage: PipelineStage, sequence_length: int, micro_batch_size: int) -> float:
-    """Median seconds of a forward and backward pass."""
+def _measure(costs: Costs, seconds: Callable[[StageSpan], float]) -> dict[str, Any]:
+    """Seconds of every layer, of the embedding and of the head; `seconds` times one span, the first one first."""
+    kinds = [(layer.kind, layer.parameters) for layer in costs.layers]
+    last = len(kinds) - 1
+    beginning = seconds(StageSpan(index=0, count=2, first_layer=0, end_layer=1))
+    by_kind: dict[tuple[str, int], float] = {}
+    for index, kind in enumerate(kinds):
+        # Layers 0 and `last` are never alone: the embedding and the head are on their stages.
+        if kind not in by_kind and 0 < index < last:
+            by_kind[kind] = seconds(StageSpan(index=1, count=3, first_layer=index, end_layer=index + 1))
+    end = seconds(StageSpan(index=1, count=2, first_layer=last, end_layer=last + 1))
+    # A kind that only the first or the last layer has keeps the whole time of that stage: what it shares it with is
+    # never elsewhere.
+    layers = [by_kind.get(kind, beginning if index == 0 else end) for index, kind in enumerate(kinds)]
+    return {
+        "layers": layers,
+        "embedding": max(0.0, beginning - layers[0]),
+        "head": max(0.0, end - layers[last]),
+    }
+
+
+def _read_times(path: Path, num_layers: int) -> dict[str, Any] | None:
+    """What `measure_costs` stored; None where there is nothing, or nothing sound."""
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [*times["layers"], times["embedding"], times["head"]]
+        is_sound = len(times["layers"]) == num_layers and all(math.isfinite(n) and n >= 0 for n in numbers)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return times if is_sound and all(times["layers"]) else None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _time_stage(stage: PipelineStage, batch: tuple[int, int], hidden: torch.Size) -> tuple[float, torch.Size]:
+    """(median seconds of a forward and backward pass, shape of the result) on input of shape `batch` or `hidden`.
+
+    The process's own random numbers are left alone.
+    """
     parameter = next(stage.parameters())
-    shape = (micro_batch_size, sequence_length)
-    ids = torch.zeros(shape, dtype=torch.long, device=parameter.device)
-    positions = torch.arange(sequence_length, device=parameter.device).expand(shape)
-    integers = torch.stack([ids, positions])
-    hidden_size = stage.model.config.get_text_config(decoder=True).hidden_size
+    device = parameter.device
     samples = []
-    for _ in range(_WARM_UP + _REPEATS):
-        received = ids
-        if not stage.span.is_first:
-            received = torch.randn(*shape, hidden_size, dtype=parameter.dtype, device=parameter.device)
-            received.requires_grad_()
-        _wait(parameter.device)
-        start = time.perf_counter()
-        output = stage((received, integers))
-        result = output if isinstance(output, Tensor) else output[0]
-        result.backward(None if result.dim() == 0 else torch.ones_like(result))
-        _wait(parameter.device)
-        samples.append(time.perf_counter() - start)
-        stage.zero_grad()
-    return statistics.median(samples[_WARM_UP:])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        ids = torch.randint(stage.model.config.get_text_config(decoder=True).vocab_size, batch, device=device)
+        positions = torch.arange(batch[1], device=device).expand(batch)
+        planes = (
+            [ids, positions] if stage.span.is_first or not anatomy_of(stage.model).needs_ids else [ids, positions, ids]
+        )
+        integers = torch.stack(planes)
+        for _ in range(_WARM_UP + _REPEATS):
+            received = ids
+            if not stage.span.is_first:
+                received = torch.randn(hidden, dtype=parameter.dtype, device=device, requires_grad=True)
+            _wait(device)
+            start = time.perf_counter()
+            output = stage((received, integers))
+            result = output if isinstance(output, Tensor) else output[0]
+            result.backward(None if result.dim() == 0 else torch.ones_like(result))
+            _wait(device)
+            samples.append(time.perf_counter() - start)
+            stage.zero_grad()
+    return statistics.median(samples[_WARM_UP:]), result.shape
 
 
-def _sum_of_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Costs what a cross entropy costs."""
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Costs what the training loss costs."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 

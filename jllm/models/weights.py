@@ -113,17 +113,19 @@ def init_stage(
     seed: int,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    family: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """Random weights for this stage, by the family's own initialisation.
 
     Every module draws from a generator seeded by (seed, its name in the whole model): the same seed gives the same
-    weights for any number of stages, on the same kind of device.
+    weights for any number of stages, on the same kind of device. `family` is for classes that transformers does not
+    carry (`--trust_remote_code`).
     """
     _check_span(config, span)
-    family = stage_class(causal_class(config), span)
+    derived = stage_class(family or causal_class(config), span)
     keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        model: PreTrainedModel = family._from_config(copy.deepcopy(config), dtype=dtype, **keywords)
+        model: PreTrainedModel = derived._from_config(copy.deepcopy(config), dtype=dtype, **keywords)
     device = torch.device(device)
     model.to_empty(device=device)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -53,7 +53,7 @@ class TrainConfig:
     )
     ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
     partition_method: str = option(
-        "fast", help='how layers go to stages: fast, mem, uniform, parameters, type:regex, "9,5" or "0,8,17,26"'
+        "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
     )
     timeout: int = option(1800, help="seconds after which a collective operation gives up")
 

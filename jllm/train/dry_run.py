@@ -6,6 +6,10 @@ guess of the time where the device is known. Needs no launcher: without one, a r
 
 import dataclasses
 import json
+import os
+
+import torch
+from deepspeed.accelerator import get_accelerator
 
 from jllm.data.manifest import open_data_set
 from jllm.train import processes, setup
@@ -28,8 +32,11 @@ def dry_run(config: TrainConfig) -> None:
         return
     world_size = max(processes.world_size(), config.pipe_parallel_size)
     layout = resolve_layout(config, world_size)
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # The threads that a process of the run would have: `--partition_method profile` times layers with them.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     setup.read_model_info(config)
-    plan = setup.plan_stages(config, layout)
+    plan = setup.plan_stages(config, layout, setup.find_family(config))
     assert config.train_data is not None
     data_set = open_data_set(config.train_data)
     setup.check_tokenizer(data_set, config)

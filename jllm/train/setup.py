@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.data.manifest import DataSet, open_data_set
 from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
-from jllm.models.costs import estimate_costs
-from jllm.models.families import check_block_mask
+from jllm.models.costs import Costs, estimate_costs
+from jllm.models.families import check_block_mask, check_split
 from jllm.models.moe import RouterBalance, attach_router_balance
 from jllm.models.partition import partition, stage_table
+from jllm.models.profiling import default_cache, measure_costs
 from jllm.models.selection import Selection, select_trainable
 from jllm.models.source import ModelInfo, causal_class, model_info, read_config
 from jllm.models.stage import PipelineStage, spans_of
@@ -126,6 +128,35 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What `--model` is, before a weight is read.
+
+    Attributes:
+        config: its configuration.
+        model_class: the family's own class.
+        attention: the attention implementation that it gets.
+    """
+
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    attention: str
+
+
+def find_family(config: TrainConfig) -> Family:
+    """The family of `--model`, and the attention it gets on this process's device."""
+    assert config.model is not None
+    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
+    attention = choose_attention(
+        model_class,
+        device=get_accelerator().current_device_name(),
+        dtype=DTYPES[config.precision],
+        wanted=config.attn_implementation,
+    )
+    return Family(config=model_config, model_class=model_class, attention=attention)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """How the layers go to the stages.
 
@@ -140,28 +171,56 @@ class Plan:
     flops_per_token: float
 
 
-def plan_stages(config: TrainConfig, layout: Layout) -> Plan:
-    """Split the model of `--model` by `--partition_method`."""
-    assert config.model is not None
-    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: Agreement | None = None) -> Plan:
+    """Split the model by `--partition_method`.
+
+    With `profile` the first process times layers, or reads the times that it kept, and tells the others, so that all
+    of them split alike. Without `agreement` this process does it for itself.
+
+    Raises:
+        UserError: the model cannot be split, or not there.
+    """
     length = config.seq_len or ASSUMED_LENGTH
     costs, plain = (
         estimate_costs(
-            model_config,
+            family.config,
             sequence_length=length,
             micro_batch_size=layout.micro_batch,
             dtype=DTYPES[config.precision],
             checkpoint_interval=interval,
+            family=family.model_class,
+            is_whole=layout.pipe == 1,
         )
         for interval in (config.checkpoint_grad_interval, 0)
     )
+    if config.partition_method == "profile" and layout.pipe > 1:
+
+        def measure() -> Costs:
+            return measure_costs(
+                family.config,
+                costs,
+                sequence_length=length,
+                micro_batch_size=layout.micro_batch,
+                dtype=DTYPES[config.precision],
+                device=get_accelerator().current_device_name(),
+                attn_implementation=family.attention,
+                checkpoint_interval=config.checkpoint_grad_interval,
+                checkpoint_attention=config.checkpoint_grad_attention,
+                family=family.model_class,
+                cache=default_cache(),
+            )
+
+        costs = measure() if agreement is None else agreement.from_first_reader(measure)
     boundaries = partition(
-        config.partition_method,
-        config=model_config,
+        # One stage has nothing to split, so nothing is timed for it.
+        "fast" if layout.pipe == 1 and config.partition_method == "profile" else config.partition_method,
+        config=family.config,
         num_stages=layout.pipe,
         micro_batches=layout.accumulation,
         costs=costs,
     )
+    for span in spans_of(boundaries):
+        check_split(family.config, span)
     return Plan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=layout.accumulation),
@@ -189,17 +248,21 @@ class Built:
 def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss) -> Built:
     """This process's stage of the model, on its device, with what the options ask for."""
     assert config.model is not None
-    plan = plan_stages(config, layout)
+    family = find_family(config)
+    if config.block_mask:
+        check_block_mask(family.config)
+    plan = plan_stages(config, layout, family, agreement)
     span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
-    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
-    family = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
-    if config.block_mask:
-        check_block_mask(model_config)
-    attention = choose_attention(family, device=device, dtype=dtype, wanted=config.attn_implementation)
     if config.init or config.from_ckpt is not None:
         model = init_stage(
-            model_config, span, dtype=dtype, seed=config.seed, device=device, attn_implementation=attention
+            family.config,
+            span,
+            dtype=dtype,
+            seed=config.seed,
+            device=device,
+            attn_implementation=family.attention,
+            family=family.model_class,
         )
     else:
         model = load_stage(
@@ -207,7 +270,7 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
             span,
             dtype=dtype,
             device=device,
-            attn_implementation=attention,
+            attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
         )
     selection = Selection(

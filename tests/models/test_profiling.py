@@ -1,25 +1,106 @@
-"""Measured times: they see what costs more, are kept, and drive the split."""
+"""Measured times: they see what costs more, are kept, and drive the split; a broken cache is no obstacle."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from jllm.models.costs import estimate_costs
+from jllm.errors import UserError
+from jllm.models import profiling
+from jllm.models.costs import Costs, estimate_costs
 from jllm.models.partition import partition
-from jllm.models.profiling import measure_costs
+from jllm.models.stage import StageSpan
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
+OPTIONS: dict[str, Any] = {"sequence_length": 32, "dtype": torch.float32}
+
+
+def costs_of(family: str, **overrides: Any) -> tuple[Any, Costs]:
+    config = tiny_config(family, **overrides)
+    return config, estimate_costs(config, **OPTIONS)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> list[StageSpan]:
+    """The spans that are timed; none where times come from the cache."""
+    timed: list[StageSpan] = []
+    real = profiling._time_stage
+
+    def count(stage: Any, *rest: Any) -> Any:
+        timed.append(stage.span)
+        return real(stage, *rest)
+
+    monkeypatch.setattr(profiling, "_time_stage", count)
+    return timed
 
 
 def test_measured_split(tmp_path: Path) -> None:
-    config = tiny_config("llama", num_hidden_layers=8, vocab_size=30_000)
-    costs = estimate_costs(config, sequence_length=64, dtype=torch.float32)
-    options = {"sequence_length": 64, "dtype": torch.float32, "cache": tmp_path}
-    measured = measure_costs(config, costs, **options)
+    config, costs = costs_of("llama", num_hidden_layers=8, vocab_size=30_000)
+    measured = profiling.measure_costs(config, costs, **OPTIONS, cache=tmp_path)
     assert measured.is_measured
-    assert len(list(tmp_path.glob("*.json"))) == 1
     assert measured.head_time > measured.layers[0].time > 0
     bounds = partition("profile", config=config, num_stages=2, costs=measured)
     assert bounds[1] > 4
-    assert measure_costs(config, costs, **options) == measured
+
+
+def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
+    config, costs = costs_of("llama")
+    state = torch.get_rng_state()
+    first = profiling.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new")
+    assert [(span.first_layer, span.end_layer) for span in spans] == [(0, 1), (1, 2), (3, 4)]
+    assert torch.equal(torch.get_rng_state(), state), "measuring drew from the run's random numbers"
+    spans.clear()
+    assert profiling.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new") == first
+    assert not spans
+    [stored] = (tmp_path / "new").iterdir()
+    for changed in ({"sequence_length": 16}, {"micro_batch_size": 2}, {"checkpoint_interval": 1}):
+        profiling.measure_costs(config, costs, **{**OPTIONS, **changed}, cache=tmp_path / "new")
+        assert spans, f"{changed} read the times of something else"
+        spans.clear()
+    kept = json.loads(stored.read_text())
+    for damage in (
+        "{",
+        "[]",
+        json.dumps({**kept, "layers": kept["layers"][1:]}),
+        json.dumps({**kept, "layers": [0.0] * 4}),
+        json.dumps({**kept, "head": "slow"}),
+        json.dumps({**kept, "head": float("nan")}),
+    ):
+        stored.write_text(damage)
+        assert profiling.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new").is_measured
+        assert spans, f"{damage} was taken for times"
+        spans.clear()
+        assert len(json.loads(stored.read_text())["layers"]) == 4
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config, costs = costs_of("llama")
+    assert profiling.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "file").is_measured
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("deepseek_v3", {}),  # the first layer is of a kind of its own
+        ("gemma2", {"checkpoint_interval": 2}),  # two kinds in turn
+        ("qwen3_next", {"checkpoint_attention": True}),  # layers without attention
+    ],
+)
+def test_layers_of_several_kinds(family: str, more: dict[str, Any], spans: list[StageSpan]) -> None:
+    config, costs = costs_of(family)
+    measured = profiling.measure_costs(config, costs, **OPTIONS, **more)
+    assert all(layer.time > 0 for layer in measured.layers)
+    kinds = {(layer.kind, layer.parameters) for layer in costs.layers}
+    alone = {(layer.kind, layer.parameters) for layer in costs.layers[1:-1]}
+    assert len(kinds) > 1
+    assert len(spans) == len(alone) + 2
+
+
+def test_what_cannot_be_split_is_not_measured() -> None:
+    config = tiny_config("hrm_text")
+    with pytest.raises(UserError, match="over and over"):
+        profiling.measure_costs(config, estimate_costs(config, is_whole=True), **OPTIONS)
