@@ -55,6 +55,8 @@ class TrainConfig:
     partition_method: str = option(
         "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
     )
+    split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
+    emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
     timeout: int = option(1800, help="seconds after which a collective operation gives up")
 
     # Steps
@@ -156,6 +158,10 @@ class TrainConfig:
                 raise UserError(
                     f"--{name} {getattr(self, name)}: this version has pipeline and data parallelism; give 1"
                 )
+        if self.split_dlayer or self.emb_partitions != 1:
+            from jllm.models.partition import check_cuts  # here: it imports transformers, which a plain --help must not
+
+            check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
         if self.zero_stage == 0 and self.precision != "fp32":

@@ -1,6 +1,8 @@
 """Partitions: boundaries are sound for any request, the searched ones are the best there are, mistakes are one line."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from transformers import LlamaConfig
 from jllm.errors import UserError
 from jllm.models.costs import Costs, LayerCost, estimate_costs, with_timings
 from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
+from jllm.train.config import TrainConfig
 
 
 def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
@@ -170,3 +173,11 @@ def test_cuts_that_are_not_offered() -> None:
         check_cuts(split_dlayer=True)
     with pytest.raises(UserError, match="--emb_partitions 2"):
         check_cuts(emb_partitions=2)
+
+
+@pytest.mark.parametrize("options", [{"split_dlayer": True}, {"emb_partitions": 2}, {"emb_partitions": 0}])
+def test_cuts_that_are_not_offered_are_options(options: dict[str, Any], tmp_path: Path) -> None:
+    given = {"model": tmp_path, "train_data": tmp_path}
+    TrainConfig(**given, split_dlayer=False, emb_partitions=1)
+    with pytest.raises(UserError, match=f"--{next(iter(options))}.*leave it out"):
+        TrainConfig(**given, **options)
