@@ -65,6 +65,13 @@ class Raw2IdsConfig:
     date: str | None = option(None, help="ft: date for templates that show one  [default: today]", metavar="2026-01-31")
     max_tokens: int | None = option(None, help="stop before the document that would exceed this many tokens")
     max_rows: int | None = option(None, help="stop after this many rows")
+    eval_fraction: float | None = option(
+        None, help="hold this fraction of the documents or conversations out, as a data set of its own", metavar="F"
+    )
+    eval_output: Path | None = option(
+        None, help="data set folder of what is held out  [default: _eval/<name> beside the output]", metavar="FOLDER"
+    )
+    seed: int = option(1234, help="decides with a document's ids whether it is held out")
     on_error: str = option(
         "auto",
         help="bad records: skip them, stop at the first, or (auto) skip and fail at the end where more than 1 % and at"
@@ -112,6 +119,12 @@ class Raw2IdsConfig:
             raise UserError(f"--pad_to_multiple_of {self.pad_to_multiple_of}: give at least 1")
         if self.stride is not None and (self.stack or not 1 <= self.stride < self.max_len):
             raise UserError(f"--stride {self.stride}: give 1 to max_len - 1, without --stack")
+        if self.eval_fraction is None and self.eval_output is not None:
+            raise UserError(f"--eval_output {self.eval_output}: say with --eval_fraction how much is held out")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction {self.eval_fraction}: give a fraction between 0 and 1, such as 0.01")
+        if self.eval_fraction is not None and self.max_rows is not None:
+            raise UserError("--max_rows: not together with --eval_fraction; end the data set with --max_tokens")
         for name in ("max_tokens", "max_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

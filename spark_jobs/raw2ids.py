@@ -31,7 +31,10 @@ from jllm.raw2ids import Raw2IdsConfig
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-LOCAL_ONLY = ("num", "batch_size", "max_rows", "max_tokens", "debug", "threads", "quiet", "cores")
+LOCAL_ONLY = (
+    "num", "batch_size", "max_rows", "max_tokens", "eval_fraction", "eval_output", "seed", "debug", "threads", "quiet",
+    "cores",
+)  # fmt: skip
 """Options of the local command that have no meaning here; partitions take the place of splits and workers."""
 LINES = ("jsonl", "text")
 SAMPLE = 100

@@ -114,7 +114,7 @@ class BestFitPacker:
         self._blocks = []
 
     def _pieces(self) -> tuple[Int64, Int64, Int64]:
-        """All documents, the longer ones cut: number of the block, first token in it, and length of each piece."""
+        """All documents, the longer ones cut: number of the block, first token where it lies, length of each piece."""
         blocks, starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         step = self.length - 1
         for number, documents in enumerate(self._blocks):
@@ -123,7 +123,8 @@ class BestFitPacker:
             owner = np.repeat(np.arange(len(lengths)), count)
             begin = (np.arange(len(owner)) - (np.cumsum(count) - count)[owner]) * step
             blocks.append(np.full(len(owner), number))
-            starts.append(documents.offsets[owner] + begin)
+            first = documents.offsets if documents.stored is None else documents.stored.starts
+            starts.append(first[owner] + begin)
             sizes.append(np.minimum(self.length, lengths[owner] - begin))
         return np.concatenate(blocks), np.concatenate(starts), np.concatenate(sizes)
 
@@ -155,19 +156,19 @@ class BestFitPacker:
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
 
     def _read(self, documents: Documents, start: int, ids: Int32, labels: Int32) -> None:
-        """Fill `ids` and `labels` with the tokens of a block from `start` on."""
+        """Fill `ids` and `labels` with the tokens of a block from `start` on, counted where the block lies."""
         if documents.stored is None:
             ids[:] = documents.ids[start : start + len(ids)]
             if self.labels:
                 given = documents.ids if documents.labels is None else documents.labels
                 labels[:] = given[start : start + len(ids)]
             return
-        path, ids_at, labels_at = documents.stored
-        descriptor = os.open(path, os.O_RDONLY)
+        stored = documents.stored
+        descriptor = os.open(stored.path, os.O_RDONLY)
         try:
-            os.preadv(descriptor, [ids.data.cast("B")], ids_at + 4 * start)
+            os.preadv(descriptor, [ids.data.cast("B")], stored.ids + 4 * start)
             if self.labels:
-                at = ids_at if labels_at is None else labels_at
+                at = stored.ids if stored.labels is None else stored.labels
                 os.preadv(descriptor, [labels.data.cast("B")], at + 4 * start)
         finally:
             os.close(descriptor)

@@ -21,6 +21,7 @@ import numpy as np
 from jllm.data import encode
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
+from jllm.data.shards import Int64
 from jllm.data.sink import Checkpoint, Sink
 from jllm.data.sources import BLOCK_BYTES, BadRecord, Block, Source, read_blocks
 from jllm.errors import UserError
@@ -37,26 +38,18 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Totals:
-    """What was found in the sources, over the whole input.
+class Tally:
+    """The documents of one data set.
 
     Attributes:
-        counts: sums of `Encoded.counts`.
-        bad: bad records by kind: how many, and the first few as "file:line detail".
         sources: for each source: documents and document tokens.
         lengths: documents by length: exact up to 256 tokens, then in steps of 1/32 of an octave.
         longest: the longest document.
-        encoded_bytes: input that this run encoded (decompressed bytes; rows of Parquet).
-        read_bytes: input behind everything counted here, whoever encoded it.
     """
 
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    bad: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sources: list[dict[str, int]] = dataclasses.field(default_factory=list)
     lengths: dict[int, int] = dataclasses.field(default_factory=dict)
     longest: int = 0
-    encoded_bytes: int = 0
-    read_bytes: int = 0
 
     @property
     def documents(self) -> int:
@@ -66,40 +59,20 @@ class Totals:
     def document_tokens(self) -> int:
         return sum(source["document_tokens"] for source in self.sources)
 
-    @property
-    def bad_records(self) -> int:
-        return sum(kind["count"] for kind in self.bad.values())
-
-    def snapshot(self) -> dict[str, Any]:
-        """A copy as plain data, cheap enough to take before every block."""
-        bad = {kind: {**found, "examples": list(found["examples"])} for kind, found in self.bad.items()}
-        copy = dict(self.__dict__, counts=dict(self.counts), bad=bad, lengths=dict(self.lengths))
-        return copy | {"sources": self.sources[:-1] + [dict(source) for source in self.sources[-1:]]}
+    def snapshot(self) -> "Tally":
+        """A copy, cheap enough to take before every block."""
+        sources = self.sources[:-1] + [dict(source) for source in self.sources[-1:]]
+        return Tally(sources=sources, lengths=dict(self.lengths), longest=self.longest)
 
     @classmethod
-    def restored(cls, snapshot: dict[str, Any]) -> "Totals":
-        """The inverse of `snapshot`, also after a round through JSON; nothing is encoded yet in this run."""
-        if not snapshot:
-            return cls()
-        totals = cls(**snapshot)
-        totals.encoded_bytes = 0
-        totals.lengths = {int(bucket): count for bucket, count in totals.lengths.items()}
-        return totals
+    def restored(cls, values: dict[str, Any]) -> "Tally":
+        """The inverse of `dataclasses.asdict`, also after a round through JSON."""
+        return cls(**{**values, "lengths": {int(bucket): count for bucket, count in values["lengths"].items()}})
 
-    def add(self, source: int, name: str, encoded: Encoded, size: int, fresh: bool) -> None:
-        """Count a block of `size` bytes; `fresh` where this run encoded it."""
-        self.read_bytes += size
-        self.encoded_bytes += size if fresh else 0
-        for key, value in encoded.counts.items():
-            self.counts[key] = self.counts.get(key, 0) + value
-        for record in encoded.bad:
-            kind = self.bad.setdefault(record.kind, {"count": 0, "examples": []})
-            kind["count"] += 1
-            if len(kind["examples"]) < MAX_EXAMPLES:
-                kind["examples"].append(describe(name, record))
+    def add(self, source: int, lengths: Int64) -> None:
+        """Count documents of these lengths."""
         while len(self.sources) <= source:
             self.sources.append({"documents": 0, "document_tokens": 0})
-        lengths = encoded.documents.lengths
         self.sources[source]["documents"] += len(lengths)
         self.sources[source]["document_tokens"] += int(lengths.sum())
         self.longest = max(self.longest, int(lengths.max(initial=0)))
@@ -114,6 +87,66 @@ class Totals:
             if seen >= wanted:
                 return min(self.longest, bucket if bucket <= 256 else int(2 ** ((bucket - 256) / 32 + 8)))
         return 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Totals:
+    """What was found in the sources, over the whole input.
+
+    Attributes:
+        counts: sums of `Encoded.counts`.
+        bad: bad records by kind: how many, and the first few as "file:line detail".
+        sets: the documents of each data set that is made.
+        encoded_bytes: input that this run encoded (decompressed bytes; rows of Parquet).
+        read_bytes: input behind everything counted here, whoever encoded it.
+    """
+
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    bad: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sets: list[Tally] = dataclasses.field(default_factory=list)
+    encoded_bytes: int = 0
+    read_bytes: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(tally.documents for tally in self.sets)
+
+    @property
+    def document_tokens(self) -> int:
+        return sum(tally.document_tokens for tally in self.sets)
+
+    @property
+    def bad_records(self) -> int:
+        return sum(kind["count"] for kind in self.bad.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy as plain data but for the tallies, cheap enough to take before every block."""
+        bad = {kind: {**found, "examples": list(found["examples"])} for kind, found in self.bad.items()}
+        sets = [tally.snapshot() for tally in self.sets]
+        return dict(self.__dict__, counts=dict(self.counts), bad=bad, sets=sets)
+
+    @classmethod
+    def restored(cls, snapshot: dict[str, Any], sets: int) -> "Totals":
+        """The inverse of `snapshot` and `dataclasses.asdict`, also after a round through JSON; nothing is encoded yet
+        in this run. An empty one begins `sets` tallies."""
+        if not snapshot:
+            return cls(sets=[Tally() for _ in range(sets)])
+        totals = cls(**{**snapshot, "sets": [Tally.restored(values) for values in snapshot["sets"]]})
+        totals.encoded_bytes = 0
+        return totals
+
+    def add(self, name: str, encoded: Encoded, size: int, fresh: bool) -> None:
+        """Count a block of `size` bytes of the source `name`, but for its documents; `fresh` where this run encoded
+        it."""
+        self.read_bytes += size
+        self.encoded_bytes += size if fresh else 0
+        for key, value in encoded.counts.items():
+            self.counts[key] = self.counts.get(key, 0) + value
+        for record in encoded.bad:
+            kind = self.bad.setdefault(record.kind, {"count": 0, "examples": []})
+            kind["count"] += 1
+            if len(kind["examples"]) < MAX_EXAMPLES:
+                kind["examples"].append(describe(name, record))
 
 
 def describe(name: str, record: BadRecord) -> str:
@@ -161,21 +194,21 @@ def block_path(work: Path, source: int, index: int) -> Path:
 def convert(
     run: Conversion,
     sinks: Sequence[Sink],
-    deal: Callable[[int, int, Documents], list[Documents]],
+    deal: Callable[[Documents], list[Documents]],
     watch: Callable[[Totals], None],
 ) -> Totals:
     """Read, encode and feed everything.
 
     Args:
         sinks: where documents go.
-        deal: (source, number of its first document in the source, documents) → the documents for each sink.
+        deal: documents → those for each sink.
         watch: called after each block.
 
     Raises:
         UserError: a source cannot be read, or a bad record under `stop_at_first_bad`.
     """
     first = min((sink.resume for sink in sinks), key=lambda checkpoint: checkpoint.place)
-    totals = Totals.restored(first.totals)
+    totals = Totals.restored(first.totals, len(sinks))
     with ThreadPoolExecutor(max_workers=run.workers, thread_name_prefix="encode") as pool:
         for number in range(first.source, len(run.sources)):
             source = run.sources[number]
@@ -188,8 +221,9 @@ def convert(
                     )
                 encoded, stop = _capped(run.max_tokens, totals, encoded)
                 size = encoded.end - point.start
-                totals.add(number, source.name, encoded, size, fresh)
-                for sink, part in zip(sinks, deal(number, point.documents, encoded.documents), strict=True):
+                totals.add(source.name, encoded, size, fresh)
+                for sink, tally, part in zip(sinks, totals.sets, deal(encoded.documents), strict=True):
+                    tally.add(number, part.lengths)
                     sink.feed(point, source.stem, part)
                 watch(totals)
                 if stop or all(sink.full for sink in sinks):
@@ -201,7 +235,6 @@ def convert(
                     block=point.block + 1,
                     start=encoded.end,
                     line=encoded.end_line,
-                    documents=point.documents + len(encoded.documents),
                     totals=totals.snapshot(),
                 )
             _end_splits(sinks, number + 1, totals)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.engine import CheckedEngine
-from jllm.data.packing import Documents, with_affixes
+from jllm.data.packing import Documents, Stored, with_affixes
 from jllm.data.shards import IGNORE_INDEX, Int32
 from jllm.data.sources import BadRecord, Block, parse_block, texts_of
 from jllm.data.tokenizer import TokenizerFacts
@@ -166,16 +166,18 @@ def load(path: Path, *, check: bool = True) -> Encoded | None:
         at += nbytes + -nbytes % 8
     ids = arrays[0].astype(np.int32, copy=False)
     labels = None
-    stored: tuple[str, int, int | None] | None = None
+    offsets = np.array(arrays[1])
+    stored: Stored | None = None
     if arrays[0].dtype == np.int32 and (len(arrays) == 2 or arrays[2].dtype == np.int32):
-        stored = (str(path), places[0], places[2] if len(arrays) == 3 else None)
+        labels_at = places[2] if len(arrays) == 3 else None
+        stored = Stored(path=str(path), ids=places[0], labels=labels_at, starts=offsets[:-1])
     if len(arrays) == 3 and arrays[2].dtype == np.int32:
         labels = arrays[2]
     elif len(arrays) == 3:
         trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     return Encoded(
-        documents=Documents(ids=ids, offsets=np.array(arrays[1]), labels=labels, stored=stored),
+        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored),
         bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
         counts=head["counts"],
         end=head["end"],

@@ -237,7 +237,9 @@ def _check(path: Path, entry: FileEntry) -> None:
 
 def _joined(folder: Path, shards: list[Path]) -> Manifest:
     """The manifest of a folder without one: the sets below it, and footers for shards that are in none of them."""
-    parts = {path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_NAME))}
+    found = [path.parent for path in sorted(folder.rglob(MANIFEST_NAME))]
+    seen = [part for part in found if not any(name[0] in "_." for name in part.relative_to(folder).parts)]
+    parts = {part: read_manifest(part) for part in seen}
     entries: dict[str, FileEntry] = {}
     sources: list[dict[str, Any]] = []
     tokenizers: dict[str, Tokenizer] = {}

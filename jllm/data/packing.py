@@ -28,17 +28,36 @@ from jllm.data.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where documents lie on disk.
+
+    Attributes:
+        path: of the file.
+        ids, labels: the byte at which all ids and all labels in the file begin; None where there are no labels.
+        starts: number of each document's first token in the file.
+    """
+
+    path: str
+    ids: int
+    labels: int | None
+    starts: Int64
+
+    def take(self, chosen: Int64 | slice) -> "Stored":
+        return dataclasses.replace(self, starts=self.starts[chosen])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Consecutive documents: document i is `ids[offsets[i]:offsets[i+1]]`.
+    """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
 
     `labels` are the ids, or -100 where a token is not trained on; None where all are. `stored` says where the same ids
-    and labels lie on disk: path, and the byte at which each begins (None where there are no labels).
+    and labels lie on disk.
     """
 
     ids: Int32
     offsets: Int64
     labels: Int32 | None = None
-    stored: tuple[str, int, int | None] | None = None
+    stored: Stored | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,21 +73,18 @@ class Documents:
             ids=self.ids[low:high],
             offsets=self.offsets[start : end + 1] - low,
             labels=None if self.labels is None else self.labels[low:high],
-            stored=self._stored_from(low),
+            stored=self.stored and self.stored.take(slice(start, end)),
         )
-
-    def _stored_from(self, token: int) -> tuple[str, int, int | None] | None:
-        if self.stored is None:
-            return None
-        path, ids, labels = self.stored
-        return path, ids + 4 * token, None if labels is None else labels + 4 * token
 
     def take(self, chosen: Int64) -> "Documents":
         """The documents with these numbers, in this order."""
         starts, lengths = self.offsets[:-1][chosen], self.lengths[chosen]
         index, offsets = spans(starts, lengths)
         return Documents(
-            ids=self.ids[index], offsets=offsets, labels=None if self.labels is None else self.labels[index]
+            ids=self.ids[index],
+            offsets=offsets,
+            labels=None if self.labels is None else self.labels[index],
+            stored=self.stored and self.stored.take(chosen),
         )
 
 

@@ -11,13 +11,16 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import math
 import multiprocessing
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllm.data import recipes
+import numpy as np
+
+from jllm.data import holdout, recipes
 from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.engine import CheckedEngine, EarlyEngines, EngineMismatchError, open_engine, use_cores
 from jllm.data.machine import usable_cores
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from jllm.raw2ids import Raw2IdsConfig
 
 NOT_IN_THE_MANIFEST = (
-    "input", "output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
+    "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
 )  # fmt: skip
 """Options that do not decide what is made, or that the manifest records in another place."""
 
@@ -54,12 +57,16 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         early = None if config.engine == "hf" else EarlyEngines(config.tokenizer, inert=config.type == "ft")
-        place = Workplace(output)
-        with place.locked():
-            if config.clean:
-                place.clean()
+        parts = _parts(config, output)
+        if config.clean and config.eval_fraction is None:
+            _clean_held_out(parts[0])
+        with contextlib.ExitStack() as held:
+            for part in parts:
+                held.enter_context(part.place.locked())
+                if config.clean:
+                    part.place.clean()
             try:
-                manifest = _Run(config, sources, loading.result(), place, cores, progress, early).result()
+                manifest = _Run(config, sources, loading.result(), parts, cores, progress, early).result()
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(
@@ -92,7 +99,50 @@ def _beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
 def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
     """The options that decide what is made, as plain data."""
     values = dataclasses.asdict(config)
-    return {key: value for key, value in values.items() if key not in NOT_IN_THE_MANIFEST}
+    absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
+    return {key: value for key, value in values.items() if key not in absent}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the data sets that a run makes.
+
+    Attributes:
+        name: of its sink.
+        place: where it is made.
+        options: recorded beside those of the command.
+        share: of the documents; its splits and files are cut after that share of `--num` and `--batch_size`, so that
+            all parts of a run finish files at the same pace, and little must be kept to resume from.
+    """
+
+    name: str
+    place: Workplace
+    options: dict[str, Any]
+    share: float = 1.0
+
+
+def _parts(config: "Raw2IdsConfig", output: Path) -> list[Part]:
+    """The data set that was asked for, and the one of held-out documents where there is one."""
+    main = Part(name="main", place=Workplace(output), options={})
+    if config.eval_fraction is None:
+        return [main]
+    held = config.eval_output or holdout.default_folder(output)
+    whole, other = output.resolve(), held.resolve()
+    if whole.is_relative_to(other) or other.is_relative_to(whole):
+        raise UserError(f"--eval_output {held}: lies in the output folder or around it; give a folder of its own")
+    return [main, Part(name="eval", place=Workplace(held), options={"part": "eval"}, share=config.eval_fraction)]
+
+
+def _clean_held_out(main: Part) -> None:
+    """Remove what an earlier run held out, so that it is not taken for part of a run that holds out nothing."""
+    place = Workplace(holdout.default_folder(main.place.folder))
+    if place.folder.is_dir() and main.place.earlier_options().get("eval_fraction"):
+        with place.locked():
+            place.clean()
+            place.close()
+        with contextlib.suppress(OSError):
+            place.folder.rmdir()
+            place.folder.parent.rmdir()
 
 
 class _Run:
@@ -103,7 +153,7 @@ class _Run:
         config: "Raw2IdsConfig",
         sources: list[Source],
         facts: TokenizerFacts,
-        place: Workplace,
+        parts: list[Part],
         cores: int,
         progress: Progress,
         early: EarlyEngines | None,
@@ -111,7 +161,8 @@ class _Run:
         self.config = config
         self.sources = sources
         self.facts = facts
-        self.place = place
+        self.parts = parts
+        self.place = parts[0].place
         self.cores = cores
         self.progress = progress
         self.early = early
@@ -126,17 +177,23 @@ class _Run:
         }
         if self.chat:
             template, _ = recipes.template_of(config, facts)
-            self.identity["date"] = recipes.date_of(config, template, place.date_of_earlier_run())
+            self.identity["date"] = recipes.date_of(config, template, self.place.date_of_earlier_run())
+
+    def _identity_of(self, part: Part) -> dict[str, Any]:
+        return {**self.identity, "options": {**self.identity["options"], **part.options}}
 
     def result(self) -> Manifest:
-        finished = self.place.finished(self.identity)
-        if finished is not None:
-            self.place.close()
-            rows, tokens = finished.rows, finished.total("tokens")
-            print(f"{self.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
-            return finished
+        finished = [part.place.finished(self._identity_of(part)) for part in self.parts]
+        found = [manifest for manifest in finished if manifest is not None]
+        if len(found) == len(self.parts):
+            for part, manifest in zip(self.parts, found, strict=True):
+                part.place.close()
+                rows, tokens = manifest.rows, manifest.total("tokens")
+                print(f"{part.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
+            return found[0]
         while True:
-            self.place.discard_temporaries()
+            for part in self.parts:
+                part.place.discard_temporaries()
             try:
                 return self._attempt()
             except (EngineMismatchError, ShortCutError) as error:
@@ -144,8 +201,9 @@ class _Run:
                 if what == "hf engine" and self.config.engine == "fastokens":
                     raise UserError(f"--engine fastokens: {error}; use --engine auto or hf") from None
                 print(f"{error}; starting over with the {what}", file=sys.stderr, flush=True)
-                self.place.clean()
-                self.place.remember(self.identity)
+                for part in self.parts:
+                    part.place.clean()
+                    part.place.remember(self._identity_of(part))
                 self.place.note(what, str(error))
 
     def _attempt(self) -> Manifest:
@@ -162,12 +220,23 @@ class _Run:
         entries, totals = self._convert(engine, plan)
         if config.on_error == "auto":
             check_bad_share(totals)
-        manifest = self._manifest(engine, reason, plan, entries, totals)
-        write_manifest(place.folder, manifest)
-        place.close()
+        for part, tally in zip(self.parts[1:], totals.sets[1:], strict=True):
+            if totals.documents and not tally.documents:
+                raise UserError(
+                    f"--eval_fraction {part.share}: holds out none of {totals.documents:,} documents; give a larger"
+                    " fraction, or another --seed"
+                )
+        sets = []
+        for index, part in enumerate(self.parts):
+            manifest = self._manifest(engine, reason, plan, index, entries[index], totals)
+            sets.append((part.place.folder, manifest))
+        for folder, manifest in reversed(sets):  # the data set that was asked for is finished last
+            write_manifest(folder, manifest)
+        for part in self.parts:
+            part.place.close()
         self.progress.end()
-        print(summary(place.folder, manifest, totals, config.max_len, self.progress.seconds), flush=True)
-        return manifest
+        print(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
+        return sets[0][1]
 
     def _render_plan(self) -> RenderPlan:
         date = self.identity["date"] or "1970-01-01"
@@ -179,14 +248,16 @@ class _Run:
         engine: CheckedEngine,
         reason: str,
         plan: RenderPlan | None,
+        part: int,
         entries: list[FileEntry],
         totals: Totals,
     ) -> Manifest:
-        counted = totals.sources + [{"documents": 0, "document_tokens": 0}] * len(self.sources)
+        tally = totals.sets[part]
+        counted = tally.sources + [{"documents": 0, "document_tokens": 0}] * len(self.sources)
         extra: dict[str, Any] = {
-            "documents": totals.documents,
-            "document_tokens": totals.document_tokens,
-            "longest_document": totals.longest,
+            "documents": tally.documents,
+            "document_tokens": tally.document_tokens,
+            "longest_document": tally.longest,
             "bad_records": totals.bad,
             "engine": {
                 "name": engine.name,
@@ -206,7 +277,7 @@ class _Run:
             }
         return Manifest(
             command="raw2ids",
-            options=recorded_options(self.config),
+            options=self._identity_of(self.parts[part])["options"],
             files=tuple(entries),
             tokenizer=self.facts.for_manifest,
             sources=tuple(
@@ -216,7 +287,8 @@ class _Run:
             extra=extra,
         )
 
-    def _convert(self, engine: CheckedEngine, plan: RenderPlan | None) -> tuple[list[FileEntry], Totals]:
+    def _convert(self, engine: CheckedEngine, plan: RenderPlan | None) -> tuple[list[list[FileEntry]], Totals]:
+        """Make the files of all parts."""
         config, place, facts = self.config, self.place, self.facts
         prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
         if len(prefix) > config.max_len - 2:
@@ -224,23 +296,18 @@ class _Run:
         sinks: list[Sink] = []
 
         def committed() -> None:
-            if sinks:
+            if len(sinks) == len(self.parts):
                 remove_blocks_before(place.work, min(sink.committed.place for sink in sinks))
 
-        def deal(source: int, first: int, documents: Documents) -> list[Documents]:
-            return [documents]
+        def deal(documents: Documents) -> list[Documents]:
+            if config.eval_fraction is None:
+                return [documents]
+            chosen = holdout.held_out(documents, config.eval_fraction, config.seed)
+            return [documents.take(np.flatnonzero(wanted)) for wanted in (~chosen, chosen)]
 
-        sink_plan = SinkPlan(
-            folder=place.folder,
-            work=place.work,
-            name="main",
-            packer=lambda: recipes.packer_of(config, facts, prefix),
-            codec=config.compress,
-            per_split=config.num,
-            per_file=config.batch_size,
-            max_rows=config.max_rows,
-        )
-        with self._encoder(engine, plan) as encoder, Sink(sink_plan, committed) as sink:
+        with contextlib.ExitStack() as stack:
+            encoder = stack.enter_context(self._encoder(engine, plan))
+            sinks += [stack.enter_context(Sink(self._sink_plan(part, prefix), committed)) for part in self.parts]
             run = Conversion(
                 sources=self.sources,
                 encoder=encoder,
@@ -252,9 +319,21 @@ class _Run:
                 max_tokens=config.max_tokens,
                 from_disk=config.packing == "best_fit",
             )
-            sinks.append(sink)
             totals = convert(run, sinks, deal, lambda totals: self.progress.show(totals, self.sources))
-        return sink.entries, totals
+        return [sink.entries for sink in sinks], totals
+
+    def _sink_plan(self, part: Part, prefix: tuple[int, ...]) -> SinkPlan:
+        config = self.config
+        return SinkPlan(
+            folder=part.place.folder,
+            work=part.place.work,
+            name=part.name,
+            packer=lambda: recipes.packer_of(config, self.facts, prefix),
+            codec=config.compress,
+            per_split=math.ceil(config.num * part.share),
+            per_file=math.ceil(config.batch_size * part.share),
+            max_rows=config.max_rows,
+        )
 
     @contextlib.contextmanager
     def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:

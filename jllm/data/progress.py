@@ -60,25 +60,32 @@ class Progress:
             print(file=sys.stderr)
 
 
-def summary(folder: Path, manifest: Manifest, totals: Totals, max_len: int, seconds: float) -> str:
-    """The lines printed when a data set is finished."""
-    tokens, trained = manifest.total("tokens") or 0, manifest.total("trained_tokens") or 0
-    room = manifest.rows * max_len
-    lines = [
-        f"{folder}: finished in {seconds:.1f} s, {totals.encoded_bytes / 1e6 / seconds:.1f} MB/s",
-        f"  documents {totals.documents:,} with {totals.document_tokens:,} tokens; lengths: half up to"
-        f" {totals.quantile(0.5):,}, 90 % up to {totals.quantile(0.9):,}, 99 % up to {totals.quantile(0.99):,},"
-        f" longest {totals.longest:,}",
-        f"  rows {manifest.rows:,} in {len(manifest.files):,} files; tokens {tokens:,}, trained {trained:,}"
-        f" ({100 * trained / max(1, tokens):.1f} %); {100 * tokens / max(1, room):.1f} % of rows x {max_len} filled",
-    ]
+def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int, seconds: float) -> str:
+    """The lines printed when the data sets of a run, each a folder and its manifest, are finished."""
+    lines: list[str] = []
+    for (folder, manifest), tally in zip(sets, totals.sets, strict=True):
+        tokens, trained = manifest.total("tokens") or 0, manifest.total("trained_tokens") or 0
+        room = manifest.rows * max_len
+        lines += [
+            f"{folder}: " + (_speed(totals, seconds) if not lines else "held out for evaluation"),
+            f"  documents {tally.documents:,} with {tally.document_tokens:,} tokens; lengths: half up to"
+            f" {tally.quantile(0.5):,}, 90 % up to {tally.quantile(0.9):,}, 99 % up to {tally.quantile(0.99):,},"
+            f" longest {tally.longest:,}",
+            f"  rows {manifest.rows:,} in {len(manifest.files):,} files; tokens {tokens:,}, trained {trained:,}"
+            f" ({100 * trained / max(1, tokens):.1f} %); {100 * tokens / max(1, room):.1f} % of rows x {max_len}"
+            " filled",
+        ]
     if totals.counts.get("overlong"):
         lines.append(f"  dropped {totals.counts['overlong']:,} conversations longer than {max_len} tokens")
     for kind, found in totals.bad.items():
         lines.append(f"  bad: {found['count']:,} x {kind}; first: {found['examples'][0]}")
-    engine = manifest.extra["engine"]
+    engine = sets[0][1].extra["engine"]
     lines.append(
         f"  engine {engine['name']} {engine['version']}: {engine['probes'] + engine['checks']:,} comparisons with the"
         " reference, all equal" if engine["name"] == "fastokens" else f"  engine {engine['name']} {engine['version']}"
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def _speed(totals: Totals, seconds: float) -> str:
+    return f"finished in {seconds:.1f} s, {totals.encoded_bytes / 1e6 / seconds:.1f} MB/s"

@@ -35,7 +35,6 @@ class Checkpoint:
     Attributes:
         source, block: which block.
         start, line: where it starts in its source (see `sources.Block`).
-        documents: documents of the source before it.
         totals: what was counted before it.
     """
 
@@ -43,7 +42,6 @@ class Checkpoint:
     block: int = 0
     start: int = 0
     line: int = 1
-    documents: int = 0
     totals: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -177,7 +175,10 @@ class Sink:
 
     def end_split(self, following: Position) -> None:
         """Finish the split that is open, if one is; `following` is the position of what comes next."""
+        if (following[0].place, following[1]) <= (self.resume.place, self._resume_document):
+            return  # read again for another sink; what is open here begins later
         if not self._split.name:
+            self._put(("close", following, self._split))
             return
         before = self._split_start if self._packer.whole else self._before(following)
         assert before is not None

@@ -97,6 +97,14 @@ class Workplace:
             return None
         return value
 
+    def earlier_options(self) -> dict[str, Any]:
+        """The recorded options of the run, finished or not, that wrote into this folder."""
+        options: dict[str, Any] = (self._identity() or {}).get("options") or {}
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(self.folder)
+            options = manifest.options if manifest else options
+        return options
+
     def finished(self, identity: dict[str, Any]) -> Manifest | None:
         """The manifest of a run that is finished and is this very run; None where there is work to do.
 
