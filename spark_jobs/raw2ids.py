@@ -12,6 +12,7 @@ See docs/spark.md for clusters.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,8 @@ def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "Da
             )
         form = max(forms, key=forms.count)
     plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
+    for warning in recipes.template_warnings(plan):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {"plan": plan, "forms": (form,), "pool": None}
 
 

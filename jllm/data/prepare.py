@@ -217,6 +217,9 @@ class _Run:
         if config.engine == "auto" and reason:
             print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
         plan = self._render_plan() if self.chat else None
+        self.warnings = recipes.template_warnings(plan) if plan else []
+        for warning in self.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         entries, totals = self._convert(engine, plan)
         if config.on_error == "auto":
             check_bad_share(totals)
@@ -274,6 +277,7 @@ class _Run:
                 "formats": list(dict.fromkeys(self.forms)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),
+                "warnings": self.warnings,
             }
         return Manifest(
             command="raw2ids",

@@ -214,6 +214,17 @@ def render_plan(config: "Raw2IdsConfig", facts: TokenizerFacts, date: str, *, sh
     return plan
 
 
+def template_warnings(plan: RenderPlan) -> list[str]:
+    """What is odd about a template without being wrong, one line each."""
+    token = Renderer(plan).unmarked_end_of_turn()
+    if token is None:
+        return []
+    return [
+        f"the chat template writes {token} behind {{% endgeneration %}}, so no end of turn is trained on and the model"
+        " never learns to stop; use a template with it before {% endgeneration %} (--chat_template)"
+    ]
+
+
 def date_of(config: "Raw2IdsConfig", template: str, earlier: str | None) -> str:
     """The date that a template shows: `--date`, that of the run being resumed, or today; "" where it shows none."""
     if "strftime_now" not in template:

@@ -238,6 +238,23 @@ class Renderer:
         last = max(self._control.finditer(header), key=lambda match: match.start(), default=None)
         self._header = (self._ids[last.group().strip()], header[last.end() :]) if last is not None else (None, header)
 
+    def unmarked_end_of_turn(self) -> str | None:
+        """The token that the template writes behind an answer and leaves out of what it marks as generated; None
+        where the marks take it in, or there are none."""
+        if not self.marked or self.plan.train_on_prompt:
+            return None
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            text = self.render(messages, None)
+        except BadRecordError:  # a template for other conversations, of which nothing is known here
+            return None
+        marked, closed, behind = text.rpartition(CLOSE)
+        last = max(self._control.finditer(marked.rpartition(OPEN)[2]), key=lambda match: match.end(), default=None)
+        if not closed or (last is not None and not last.string[last.end() :].strip()):
+            return None
+        following = self._control.match(behind.lstrip())
+        return following.group().strip() if following else None
+
     def pieces(self, conversation: Conversation) -> tuple[list[Piece], str | None]:
         """The pieces of a conversation; and its rendered text, where nothing in the data had to be hidden.
 

@@ -16,6 +16,7 @@ from jllm.data.chat import ChatEncoder, TokenLengths
 from jllm.data.chat_packing import continued_rows, joined, split_long
 from jllm.data.conversations import BadRecordError, format_of, read_conversation
 from jllm.data.engine import CheckedEngine, open_engine
+from jllm.data.recipes import template_warnings
 from jllm.data.rendering import Renderer, RenderPlan
 from jllm.data.shards import IGNORE_INDEX
 from jllm.data.sources import Block
@@ -240,6 +241,22 @@ def test_bad_records_are_named(record: Any, kind: str, facts: TokenizerFacts, en
     ids, _, bad = chat.encode([good, record, good])
     assert len(ids) == 2
     assert [(item.kind, item.line) for item in bad] == [(kind, 2)]
+
+
+END_OUTSIDE = TEMPLATES["chatml"].replace(
+    "{{- '<|im_end|>' }}{%- endgeneration %}", "{%- endgeneration %}{{- '<|im_end|>' }}"
+)
+
+
+def test_an_end_of_turn_outside_of_the_marks_is_noticed(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    plan = Chat(facts, engine, END_OUTSIDE).plan
+    (warning,) = template_warnings(plan)
+    assert "<|im_end|>" in warning
+    assert template_warnings(dataclasses.replace(plan, train_on_prompt=True)) == []
+    spaced = END_OUTSIDE.replace("{%- endgeneration %}{{-", "{%- endgeneration %}{{- ' ' }}{{-")
+    assert len(template_warnings(dataclasses.replace(plan, template=spaced))) == 1
+    for template in (*TEMPLATES.values(), PLAIN, THINKING):
+        assert template_warnings(dataclasses.replace(plan, template=template)) == []
 
 
 def test_template_errors(facts: TokenizerFacts, engine: CheckedEngine) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.test_chat import END_OUTSIDE
 from tests.data.test_raw2ids import documents, raw2ids, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
@@ -197,6 +198,13 @@ def test_chat_from_the_command_line(tmp_path: Path, byte_tokenizer: Path) -> Non
     plain, packed = (json.loads((tmp_path / name / "_manifest.json").read_text()) for name in ("1", "packed"))
     assert plain["trained_tokens"] == packed["trained_tokens"]
     assert packed["rows"] < plain["rows"]
+    assert plain["chat"]["warnings"] == []
+    outside = tmp_path / "outside.jinja"
+    outside.write_text(END_OUTSIDE)
+    warned = raw2ids(*arguments, "--chat_template", outside, "-o", tmp_path / "outside")
+    assert warned.stderr.count("warning: ") == 1
+    noted = json.loads((tmp_path / "outside" / "_manifest.json").read_text())
+    assert "<|im_end|>" in noted["chat"]["warnings"][0]
     missing = raw2ids("-i", source, "--tokenizer", byte_tokenizer, "-o", tmp_path / "no", check=False)
     assert missing.returncode == 2
     assert "--chat_template" in missing.stderr
