@@ -1,13 +1,19 @@
 """Which attention kernel runs, and what it needs to keep packed documents apart.
 
-    flash_attention_2/3   where the flash-attn package is installed, on CUDA, in half precision
-    varlen                `torch.nn.attention.varlen`, on CUDA in half precision; also plain causal rows, through SDPA
-    flex_attention        on CUDA, for families with soft-capped scores or attention sinks, which varlen cannot do
-    sdpa, eager           elsewhere: transformers builds a block mask from the position ids, S x S booleans
+`auto` takes the first of these that fits:
+
+    flash_attention_3, _2   CUDA, half precision, the flash-attn package is installed, the family takes it
+    varlen                  CUDA, half precision, the family's attention is causal, perhaps with a window; it is
+                            `torch.nn.attention.varlen`, and SDPA for rows of one document
+    flex_attention          CUDA, half precision, families without SDPA: soft-capped scores, attention sinks
+    sdpa                    elsewhere, CPU and fp32 included
+    eager                   elsewhere, families without SDPA
 
 flash and varlen know documents by their cumulative lengths. `packing` derives them from the position ids once per
 micro-batch (one copy to the host, on each stage); layers get them as arguments, so no layer waits for the device.
-Off CUDA, varlen goes document by document through SDPA: no S x S mask, work only within documents.
+flex gets blocks of a mask and skips the empty ones; sdpa and eager get the whole mask, S x S. transformers builds both
+from the position ids, once per stage. Asked for off CUDA, varlen goes document by document through SDPA: no S x S
+mask, work only within documents. flex is refused there: PyTorch has no backward pass for it.
 """
 
 import functools
@@ -29,6 +35,8 @@ from jllm.errors import UserError
 
 VARLEN = "varlen"
 CHOICES = ("auto", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager")
+# Best first; the packages that bring them.
+_FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 # Signs in a family's own code that its attention takes more than causality, a window and documents.
 _BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use_bidirectional_attention")
 
@@ -36,14 +44,19 @@ _BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use
 def choose_attention(
     family: type[PreTrainedModel], *, device: str | torch.device, dtype: torch.dtype, wanted: str = "auto"
 ) -> str:
-    """The implementation to load `family` with: `wanted`, or for `auto` the best one that it can do here."""
-    is_fast = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    """The implementation to load `family` with: `wanted`, or for `auto` the best one that it can do here.
+
+    Raises:
+        UserError: `wanted` is none of `CHOICES`, or does not work for this family, device or dtype.
+    """
+    device = torch.device(device)
+    is_fast = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted != "auto":
-        _check(family, wanted, is_fast)
+        _check(family, wanted, device, is_fast)
         return wanted
     if is_fast:
-        for name, package in (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2", "flash_attn")):
-            if family._supports_flash_attn and importlib.util.find_spec(package) is not None:
+        for name, package in _FLASH_PACKAGES.items():
+            if _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
                 return name
         if takes_varlen(family) and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             return VARLEN
@@ -56,6 +69,12 @@ def takes_varlen(family: type[PreTrainedModel]) -> bool:
     """Whether the family's attention is causal, perhaps with a window, and passes on what varlen needs."""
     source = inspect.getsource(sys.modules[family.__module__])
     return bool(family._supports_flash_attn) and not any(sign in source for sign in _BEYOND_VARLEN)
+
+
+def _takes_flash(family: type[PreTrainedModel], name: str) -> bool:
+    """Whether the family works with this flash-attn; some take only kernels that know attention sinks."""
+    fitting = getattr(family, "_compatible_flash_implementations", None)
+    return bool(family._supports_flash_attn) and (fitting is None or name in fitting)
 
 
 def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
@@ -208,17 +227,24 @@ def _by_document(
     return torch.cat(pieces)
 
 
-def _check(family: type[PreTrainedModel], wanted: str, is_fast: bool) -> None:
+def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_fast: bool) -> None:
+    """Raise a `UserError` where `family` cannot run with `wanted` on this device."""
     given = f"--attn_implementation {wanted}"
     if wanted not in CHOICES:
         raise UserError(f"{given}: not an attention implementation; give one of {', '.join(CHOICES)}")
     if wanted == VARLEN and not takes_varlen(family):
         raise UserError(f"{given}: {family.__name__} needs more than varlen can do; give auto, flex_attention or eager")
     if wanted.startswith("flash_attention"):
-        package = "flash_attn_interface" if wanted.endswith("3") else "flash_attn"
+        package = _FLASH_PACKAGES[wanted]
         if not is_fast or importlib.util.find_spec(package) is None:
             raise UserError(f"{given} needs CUDA, --precision bf16 and the {package} package; give auto")
-    supported = {"flex_attention": family._supports_flex_attn, "sdpa": family._supports_sdpa}
+    if wanted == "flex_attention" and device.type != "cuda":
+        raise UserError(f"{given} needs CUDA: PyTorch has no backward pass for it on {device.type}; give auto or eager")
+    supported = {
+        "flex_attention": family._supports_flex_attn,
+        "sdpa": family._supports_sdpa,
+        **{name: _takes_flash(family, name) for name in _FLASH_PACKAGES},
+    }
     if not supported.get(wanted, True):
         raise UserError(f"{given}: transformers does not offer it for {family.__name__}; give auto or eager")
 

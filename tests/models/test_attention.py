@@ -1,9 +1,11 @@
 """Attention of packed rows: documents by their lengths equal documents by a block mask, and each document alone."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from jllm.errors import UserError
 from jllm.models.attention import VARLEN, choose_attention, packing, takes_varlen
@@ -53,6 +55,7 @@ def test_choice() -> None:
     llama, oss = (causal_class(tiny_config(name)) for name in ("llama", "gpt_oss"))
     assert choose_attention(llama, device="cpu", dtype=torch.float32) == "sdpa"
     assert choose_attention(llama, device="cuda", dtype=torch.bfloat16) in (VARLEN, "flash_attention_2")
+    assert choose_attention(oss, device="cuda", dtype=torch.bfloat16) == "flex_attention"
     assert choose_attention(llama, device="cuda", dtype=torch.float32) == "sdpa"
     assert choose_attention(oss, device="cpu", dtype=torch.float32) == "eager"
     assert choose_attention(llama, device="cpu", dtype=torch.float32, wanted="eager") == "eager"
@@ -62,3 +65,43 @@ def test_choice() -> None:
         choose_attention(oss, device="cuda", dtype=torch.bfloat16, wanted=VARLEN)
     with pytest.raises(UserError, match="needs CUDA"):
         choose_attention(llama, device="cpu", dtype=torch.float32, wanted="flash_attention_2")
+    with pytest.raises(UserError, match="no backward pass for it on cpu"):
+        choose_attention(llama, device="cpu", dtype=torch.float32, wanted="flex_attention")
+    with pytest.raises(UserError, match="does not offer it"):
+        choose_attention(oss, device="cpu", dtype=torch.float32, wanted="sdpa")
+
+
+def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes first, but not for families whose attention sinks it does not know."""
+    llama, gemma2, oss = (causal_class(tiny_config(name)) for name in ("llama", "gemma2", "gpt_oss"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "flash_attn" else real(name))
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    assert choose_attention(llama, **where) == "flash_attention_2"
+    assert choose_attention(gemma2, **where) == "flash_attention_2"
+    assert choose_attention(oss, **where) == "flex_attention"
+    assert choose_attention(llama, **where, wanted="flash_attention_2") == "flash_attention_2"
+    with pytest.raises(UserError, match="does not offer it"):
+        choose_attention(oss, **where, wanted="flash_attention_2")
+
+
+def test_flex_attention_has_no_backward_pass_on_cpu() -> None:
+    """Why it is refused there. Where this fails, PyTorch has learned it, and the refusal can go."""
+    query, key, value = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        flex_attention(query, key, value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention trains on CUDA only")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flex_equals_eager(family: str, packed: bool, tmp_path: Path) -> None:
+    make_folder(tiny_config(family, head_dim=16, max_position_embeddings=256, sliding_window=48), tmp_path)
+    ids, integers = (tensor.cuda() for tensor in packed_batch(96, length=192, packed=packed))
+    found = {}
+    for implementation in ("eager", "flex_attention"):
+        stages = load_chain(tmp_path, [0, 2, 4], device="cuda", attn_implementation=implementation)
+        found[implementation] = chained_loss_and_gradients(stages, ids, integers)
+    torch.testing.assert_close(found["flex_attention"][0], found["eager"][0], atol=1e-4, rtol=0)
+    for name, gradient in found["eager"][1].items():
+        torch.testing.assert_close(found["flex_attention"][1][name], gradient, atol=1e-3, rtol=1e-2)
