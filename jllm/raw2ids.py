@@ -36,7 +36,7 @@ class Raw2IdsConfig:
     filter: bool = option(False, help="ft: drop rows with at most one trained token")
     engine: str = option("auto", help="tokenizer engine", choices=("auto", "fastokens", "hf"))
     input_format: str | None = option(
-        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet")
+        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet", "ids")
     )
     text_field: str = option("text", help="pretrain: where the text is in a record; dots lead into it", metavar="A.B")
     doc_prefix: str | None = option(

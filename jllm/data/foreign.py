@@ -15,7 +15,7 @@ from jllm.data.lists import LIST_TYPE, from_list_array, to_list_array
 from jllm.errors import UserError
 
 
-def check_type(field: pa.Field, path: Path) -> None:
+def check_type(field: pa.Field, path: Path | str) -> None:
     """Refuse a column that is not a list of integers.
 
     Raises:

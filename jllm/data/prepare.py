@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jllm.data import holdout, recipes
+from jllm.data import holdout, pretokenized, recipes
 from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.engine import CheckedEngine, EarlyEngines, EngineMismatchError, open_engine, use_cores
 from jllm.data.machine import usable_cores
@@ -159,14 +159,15 @@ class _Run:
         early: EarlyEngines | None,
     ) -> None:
         self.config = config
-        self.sources = sources
+        self.given = pretokenized.recognised(config, sources)
+        self.sources = self.given.sources
         self.facts = facts
         self.parts = parts
         self.place = parts[0].place
         self.cores = cores
         self.progress = progress
         self.early = early
-        self.chat = config.type == "ft"
+        self.chat = config.type == "ft" and not self.given.all
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
@@ -210,8 +211,9 @@ class _Run:
         config, place = self.config, self.place
         mismatch = place.noted("hf engine")
         choice = "hf" if mismatch and config.engine == "auto" else config.engine
+        early = self.early if self.chat == (config.type == "ft") else None
         engine = open_engine(
-            self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code, early=self.early
+            self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code, early=early
         )
         reason = mismatch or engine.reason
         if config.engine == "auto" and reason:
@@ -332,7 +334,7 @@ class _Run:
             folder=part.place.folder,
             work=part.place.work,
             name=part.name,
-            packer=lambda: recipes.packer_of(config, self.facts, prefix),
+            packer=lambda: recipes.packer_of(config, self.facts, prefix, labels=self.given.labels),
             codec=config.compress,
             per_split=math.ceil(config.num * part.share),
             per_file=math.ceil(config.batch_size * part.share),
@@ -341,6 +343,15 @@ class _Run:
 
     @contextlib.contextmanager
     def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:
+        with contextlib.ExitStack() as stack:
+            others = None if self.given.all else stack.enter_context(self._text_encoder(engine, plan))
+            if self.given.some:
+                yield pretokenized.encoder_of(self.config, self.facts, self.given, others)
+            else:
+                yield others
+
+    @contextlib.contextmanager
+    def _text_encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:
         if plan is None:
             yield recipes.encoder_of(self.config, self.facts, engine)
             return

@@ -88,15 +88,18 @@ def affixes_of(
     return (own_prefix if prefix is None else prefix), own_suffix
 
 
-def packer_of(config: "Raw2IdsConfig", facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = ()) -> Packer:
-    """A new packer, for one split."""
+def packer_of(
+    config: "Raw2IdsConfig", facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = (), *, labels: bool = False
+) -> Packer:
+    """A new packer, for one split; `labels` where documents have some."""
+    labels = labels or config.mask_tokens
     pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
     pad_to = config.max_len if config.pad else config.pad_to_multiple_of
     chat = config.type == "ft"
     if config.packing == "best_fit":
         return BestFitPacker(
             config.max_len,
-            labels=chat or config.mask_tokens,
+            labels=chat or labels,
             pad_to=pad_to,
             pad_id=pad_id,
             prepare=(lambda documents: split_long(documents, config.max_len)) if chat else None,
@@ -104,13 +107,11 @@ def packer_of(config: "Raw2IdsConfig", facts: TokenizerFacts, sequence_prefix: t
     if chat:
         return ConversationPacker(config.max_len, pad_to=pad_to, pad_id=pad_id, filter_rows=config.filter)
     if config.stack:
-        return StackPacker(
-            config.max_len, labels=config.mask_tokens, prefix=sequence_prefix, drop_tail=config.drop_tails
-        )
+        return StackPacker(config.max_len, labels=labels, prefix=sequence_prefix, drop_tail=config.drop_tails)
     return WindowPacker(
         config.max_len,
         stride=config.stride,
-        labels=config.mask_tokens,
+        labels=labels,
         prefix=sequence_prefix,
         drop_tail=config.drop_tails,
     )
@@ -141,7 +142,9 @@ def forms_of(config: "Raw2IdsConfig", sources: list[Source]) -> tuple[str, ...]:
         return ("fields",) * len(sources)
     if config.format != "auto":
         return (config.format,) * len(sources)
-    return tuple(_form_of(source, number) for number, source in enumerate(sources))
+    return tuple(
+        source.kind if source.kind == "ids" else _form_of(source, number) for number, source in enumerate(sources)
+    )
 
 
 def _form_of(source: Source, number: int) -> str:

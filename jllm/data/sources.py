@@ -27,7 +27,8 @@ from typing import IO, Any
 from jllm.errors import UserError
 
 BLOCK_BYTES = 2 << 20
-KINDS = ("text", "jsonl", "json", "parquet")
+KINDS = ("text", "jsonl", "json", "parquet", "ids")
+"""`ids` is Parquet that holds token ids already (see `jllm.data.pretokenized`)."""
 _KIND_OF_SUFFIX = {
     ".txt": "text",
     ".text": "text",
@@ -304,9 +305,10 @@ def read_blocks(
         UserError: the source cannot be read: it is damaged, cut short, or not what its name says.
     """
     try:
-        if source.kind == "parquet":
+        if source.kind in ("parquet", "ids"):
             from jllm.data.tables import parquet_blocks
 
+            columns = ("input_ids", "labels") if source.kind == "ids" else columns
             yield from parquet_blocks(source, number, start, index, columns)
         else:
             yield from _byte_blocks(source, number, start, line, index)

@@ -18,13 +18,11 @@ _CLOSING = {b"]"[0], b"}"[0]}
 _OPENING = {b"["[0], b"{"[0]}
 
 
-def parquet_blocks(
-    source: Source, number: int, start: int, index: int, columns: Sequence[str] | None
-) -> Iterator[Block]:
-    """Blocks of rows from row `start` on. Rows are numbered from 1 in `Block.line`.
+def open_parquet(source: Source) -> Any:
+    """A source as pyarrow's `ParquetFile`.
 
     Raises:
-        UserError: not Parquet, or without the columns that are needed.
+        UserError: it is none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -35,9 +33,20 @@ def parquet_blocks(
 
         handle = fsspec.open(source.path, "rb").open()
     try:
-        file = pq.ParquetFile(handle, pre_buffer=False)
+        return pq.ParquetFile(handle, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"-i {source.name}: cannot be read as Parquet: {error}") from None
+
+
+def parquet_blocks(
+    source: Source, number: int, start: int, index: int, columns: Sequence[str] | None
+) -> Iterator[Block]:
+    """Blocks of rows from row `start` on. Rows are numbered from 1 in `Block.line`.
+
+    Raises:
+        UserError: not Parquet, or without the columns that are needed.
+    """
+    file = open_parquet(source)
     names = file.schema_arrow.names
     wanted = [name for name in names if columns is None or name in columns]
     if columns is not None and not wanted:

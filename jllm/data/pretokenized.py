@@ -1,0 +1,194 @@
+"""Input that holds token ids already: Parquet files with `input_ids`, and `labels` where not all is trained on.
+
+Rows are documents whose ids nobody touches: nothing is put around them, and they are not cut; a row longer than
+`--max_len` is a bad record, dropped and counted, but for `--stack`, which has no long documents. Ids beyond the
+vocabulary are refused: they were made with another tokenizer.
+
+Cost: numpy over whole blocks, no Python object for a token or a row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from jllm.data.encode import Encoded
+from jllm.data.foreign import check_type, list_column
+from jllm.data.lists import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, from_list_array
+from jllm.data.packing import Documents
+from jllm.data.sources import BadRecord, Block, Source
+from jllm.data.tables import open_parquet
+from jllm.data.tokenizer import TokenizerFacts
+from jllm.errors import UserError
+
+if TYPE_CHECKING:
+    from jllm.raw2ids import Raw2IdsConfig
+
+KIND = "ids"
+_CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """The sources of a run, those of token ids named `KIND`, and whether some of these have labels."""
+
+    sources: list[Source]
+    labels: bool
+
+    @property
+    def some(self) -> bool:
+        """Whether any source holds ids."""
+        return any(source.kind == KIND for source in self.sources)
+
+    @property
+    def all(self) -> bool:
+        return all(source.kind == KIND for source in self.sources)
+
+
+def recognised(config: "Raw2IdsConfig", sources: list[Source]) -> Input:
+    """Find the Parquet files that hold ids, and nothing that the options ask to be made into ids.
+
+    Raises:
+        UserError: their columns are not what they must be, or the options make no sense for them.
+    """
+    if config.type == "pretrain":
+        made_of: Sequence[str] = (config.text_field.split(".")[0],)
+    else:
+        made_of = () if config.field_map or config.format != "auto" else _CHAT_COLUMNS
+    found, labels = [], False
+    for source in sources:
+        if source.kind in ("parquet", KIND) and (made_of or source.kind == KIND):
+            schema = open_parquet(source).schema_arrow
+            if source.kind == KIND or (INPUT_IDS in schema.names and not set(made_of) & set(schema.names)):
+                _check_columns(schema, source)
+                source = dataclasses.replace(source, kind=KIND)
+                labels = labels or LABELS in schema.names
+        found.append(source)
+    given = Input(sources=found, labels=labels)
+    if given.some and (config.doc_prefix is not None or config.doc_suffix is not None):
+        option = "doc_prefix" if config.doc_prefix is not None else "doc_suffix"
+        raise UserError(f"--{option}: the input has {INPUT_IDS}, around which nothing is put; leave the option out")
+    return given
+
+
+def _check_columns(schema: pa.Schema, source: Source) -> None:
+    where = f"-i {source.name}"
+    if INPUT_IDS not in schema.names:
+        raise UserError(f"{where}: no column {INPUT_IDS} (columns: {', '.join(schema.names[:12])})")
+    if CU_SEQLENS in schema.names:
+        raise UserError(
+            f"{where}: has {CU_SEQLENS}: its rows are packed already; the folder is a data set as it is (jllm manifest"
+            " FOLDER describes it)"
+        )
+    for name in (INPUT_IDS, LABELS):
+        if name in schema.names:
+            check_type(schema.field(name), where)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdsEncoder:
+    """Rows of ids to documents, beside the encoder of the other sources.
+
+    Attributes:
+        facts: of the tokenizer that made the ids.
+        names: of the sources, by their index.
+        longest: longer rows are dropped; None keeps all.
+        refuse_longer: they are a mistake instead.
+        labels: give labels, also where a source has none.
+        masked_ids: ids that are not trained on wherever they are.
+        others: encodes what holds no ids; None where all sources do.
+    """
+
+    facts: TokenizerFacts
+    names: tuple[str, ...]
+    longest: int | None
+    refuse_longer: bool
+    labels: bool
+    masked_ids: frozenset[int]
+    others: Any
+
+    def __call__(self, block: Block, kind: str) -> Encoded:
+        if kind != KIND:
+            encoded: Encoded = self.others(block, kind)
+            return encoded
+        documents, bad = self._documents(block.data, block.line, f"-i {self.names[block.source]}")
+        return Encoded(
+            documents=documents,
+            bad=bad,
+            counts={"records": block.data.num_rows},
+            end=block.end,
+            end_line=block.end_line,
+        )
+
+    def _documents(self, table: pa.Table, line: int, where: str) -> tuple[Documents, list[BadRecord]]:
+        """The good rows of a table that begins at row `line` of its source, and what is wrong with the others."""
+        bad: dict[int, BadRecord] = {}
+
+        def refuse(wrong: NDArray[np.bool_], numbers: Int64, kind: str, detail: str) -> Int64:
+            for number in numbers[wrong].tolist():
+                bad[number] = BadRecord(kind=kind, line=line + number, detail=detail)
+            return np.flatnonzero(~wrong)
+
+        numbers = np.arange(table.num_rows, dtype=np.int64)
+        for name in table.column_names:
+            kept = refuse(table.column(name).is_null().to_numpy(), numbers, "missing field", f"{name} is null")
+            table, numbers = (table, numbers) if len(kept) == len(numbers) else (table.take(kept), numbers[kept])
+        ids, offsets = from_list_array(list_column(table.column(INPUT_IDS), where))
+        self._check_range(ids, offsets, line + numbers, where)
+        documents = Documents(ids=ids, offsets=offsets)
+        if LABELS in table.column_names:
+            values, starts = from_list_array(list_column(table.column(LABELS), where))
+            labels = Documents(ids=values, offsets=starts)
+            kept = refuse(labels.lengths != documents.lengths, numbers, "wrong labels", "not as many as input_ids")
+            documents, labels, numbers = documents.take(kept), labels.take(kept), numbers[kept]
+            row = np.repeat(np.arange(len(numbers)), documents.lengths)
+            differ = (labels.ids != documents.ids) & (labels.ids != IGNORE_INDEX)
+            documents = dataclasses.replace(documents, labels=labels.ids)
+            detail = f"neither the id nor {IGNORE_INDEX}; labels are not shifted"
+            kept = refuse(np.isin(np.arange(len(numbers)), row[differ]), numbers, "wrong labels", detail)
+            documents, numbers = documents.take(kept), numbers[kept]
+        elif self.labels:
+            documents = dataclasses.replace(documents, labels=documents.ids)
+        kept = refuse(documents.lengths == 0, numbers, "empty document", "no ids")
+        documents, numbers = documents.take(kept), numbers[kept]
+        if self.longest is not None:
+            over = documents.lengths > self.longest
+            if over.any() and self.refuse_longer:
+                first = int(np.argmax(over))
+                place, length = line + int(numbers[first]), int(documents.lengths[first])
+                raise UserError(f"--overlong error: row {place} of {where[3:]} has {length} ids; raise --max_len")
+            kept = refuse(over, numbers, "too long", f"more than {self.longest} ids")
+            documents = documents.take(kept)
+        if self.masked_ids and documents.labels is not None:
+            masked = np.isin(documents.ids, np.array(sorted(self.masked_ids), dtype=np.int32))
+            documents = dataclasses.replace(documents, labels=np.where(masked, IGNORE_INDEX, documents.labels))
+        return documents, [bad[number] for number in sorted(bad)]
+
+    def _check_range(self, ids: Int32, offsets: Int64, lines: Int64, where: str) -> None:
+        """Raises:
+        UserError: an id is not one of the tokenizer's.
+        """
+        wrong = (ids < 0) | (ids >= self.facts.vocab_size)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            row = int(lines[np.searchsorted(offsets, first, side="right") - 1])
+            raise UserError(
+                f"{where}: row {row} has the id {int(ids[first])}, and {self.facts.name} has the ids 0 to"
+                f" {self.facts.vocab_size - 1}; give the tokenizer that made the ids"
+            )
+
+
+def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, given: Input, others: Any) -> IdsEncoder:
+    """The encoder of sources of which some hold ids; `others` encodes the rest."""
+    return IdsEncoder(
+        facts=facts,
+        names=tuple(source.name for source in given.sources),
+        longest=None if config.stack else config.max_len,
+        refuse_longer=config.type == "ft" and config.overlong == "error",
+        labels=config.type == "ft" or config.mask_tokens or given.labels,
+        masked_ids=facts.special_ids if config.mask_tokens else frozenset(),
+        others=others,
+    )

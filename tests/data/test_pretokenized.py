@@ -1,0 +1,117 @@
+"""Input that holds ids already: taken as it is, or refused."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jllm.data.manifest import read_manifest
+from jllm.data.shards import CU_SEQLENS, LABELS
+from tests.data.test_raw2ids import raw2ids, reference_stream, rows_of, tree, write_jsonl
+
+
+def rows(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 400, size=random.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def write(path: Path, ids: list[Any], labels: list[Any] | None = None, kind: pa.DataType | None = None) -> Path:
+    kind = kind or pa.list_(pa.int64())
+    columns = {"input_ids": pa.array(ids, kind), "attention_mask": pa.array([[1]] * len(ids))}
+    if labels is not None:
+        columns["labels"] = pa.array(labels, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=17)
+    return path
+
+
+def bad_of(folder: Path) -> dict[str, int]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return {kind: found["count"] for kind, found in manifest.extra["bad_records"].items()}
+
+
+@pytest.mark.parametrize("kind", [["-t", "pretrain"], ["-t", "ft"]], ids=["pretrain", "ft"])
+def test_rows_are_taken_as_they_are(tmp_path: Path, byte_tokenizer: Path, kind: list[str]) -> None:
+    plain, labelled = rows(50), rows(40, seed=1)
+    labels = [[index if i % 3 else -100 for i, index in enumerate(row)] for row in labelled]
+    write(tmp_path / "in" / "part-00000-a.parquet", plain, kind=pa.large_list(pa.int32()))
+    write(tmp_path / "in" / "part-00001-a.parquet", labelled, labels)
+    (tmp_path / "in" / "_SUCCESS").touch()
+    arguments = ["-i", tmp_path / "in", "--tokenizer", byte_tokenizer, *kind, "--max_len", 64]
+    raw2ids(*arguments, "-o", tmp_path / "out")
+    assert rows_of(tmp_path / "out") == plain + labelled
+    assert rows_of(tmp_path / "out", LABELS) == plain + labels
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.tokenizer is not None
+    assert bad_of(tmp_path / "out") == {}
+    assert [source["documents"] for source in manifest.sources] == [50, 40]
+    raw2ids(*arguments, "-o", tmp_path / "packed", "--packing", "best_fit")
+    pieces = [
+        row[a:b]
+        for row, bounds in zip(rows_of(tmp_path / "packed"), rows_of(tmp_path / "packed", CU_SEQLENS), strict=True)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    assert sorted(pieces) == sorted(plain + labelled)
+
+
+def test_what_is_wrong_costs_itself(tmp_path: Path, byte_tokenizer: Path) -> None:
+    ids: list[Any] = [*rows(1000), [7] * 101, [8] * 100, None, [], [1, 2, 3], [1, 2, 3], [4, 5]]
+    labels: list[Any] = [*ids[:-3], [1, 2], [2, 3, 3], [-100, 5]]
+    source = write(tmp_path / "in.parquet", ids, labels)
+    arguments = ["-i", source, "--tokenizer", byte_tokenizer, "-t", "pretrain", "--max_len", 100]
+    raw2ids(*arguments, "-o", tmp_path / "out", "--cores", 1)
+    assert rows_of(tmp_path / "out") == [*rows(1000), [8] * 100, [4, 5]]
+    assert rows_of(tmp_path / "out", LABELS)[-1] == [-100, 5]
+    assert bad_of(tmp_path / "out") == {"too long": 1, "missing field": 1, "empty document": 1, "wrong labels": 2}
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert manifest["bad_records"]["too long"]["examples"] == ["in.parquet:1001: too long: more than 100 ids"]
+    raw2ids(*arguments, "-o", tmp_path / "again", "--cores", 2)
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+    raw2ids(*arguments, "-o", tmp_path / "stacked", "--stack")
+    assert "too long" not in bad_of(tmp_path / "stacked"), "a stream has no long documents"
+    stream = [index for k, row in enumerate(rows_of(tmp_path / "stacked")) for index in row[k > 0 :]]
+    assert stream == [index for row in [*rows(1000), [7] * 101, [8] * 100, [4, 5]] for index in row]
+
+
+def test_ids_beside_texts(tmp_path: Path, byte_tokenizer: Path) -> None:
+    texts = ["one", "two words"]
+    write(tmp_path / "in" / "b.parquet", [[1, 2], [3]])
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts)
+    raw2ids("-i", tmp_path / "in", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain")
+    assert rows_of(tmp_path / "out") == [*reference_stream(byte_tokenizer, texts), [1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "said"),
+    [
+        ({"input_ids": [[1, 2], [3, 100_000]]}, [], "row 2 has the id 100000"),
+        ({"input_ids": [[-1]]}, [], "row 1 has the id -1"),
+        ({"input_ids": [[1]], "cu_seqlens": [[0, 1]]}, [], "jllm manifest"),
+        ({"input_ids": ["text"]}, [], "input_ids is string"),
+        ({"input_ids": [[1]]}, ["--doc_suffix", "[1]"], "--doc_suffix"),
+        ({"input_ids": [[1]]}, ["--text_field", "body", "--input_format", "parquet"], None),
+        ({"text": ["x"]}, ["--input_format", "ids"], "no column input_ids"),
+        ({"text": ["x"], "input_ids": [[1]]}, ["--input_format", "ids"], None),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, byte_tokenizer: Path, columns: dict[str, Any], arguments: list[str], said: str | None
+) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table(columns), source)
+    words = ["-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", *arguments]
+    result = raw2ids(*words, check=False)
+    if said is None:
+        assert rows_of(tmp_path / "out") == [[1]]
+        return
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
