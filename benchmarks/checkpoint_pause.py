@@ -74,7 +74,7 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
     from jllm.train.stream import Cursor
 
     config = TrainConfig(
-        model=folder, train_data=folder, checkpoint=folder / "checkpoints", background_executor=executor
+        model=folder, train_data=(str(folder),), checkpoint=folder / "checkpoints", background_executor=executor
     )
     saver = CheckpointSaver(config, rank=0, ranks=[0], barrier=lambda: None)
     run = RunState(
@@ -85,6 +85,7 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
         consumed_tokens=0,
         consumed_rows=0,
         eval_loss=None,
+        rebounds=0,
         config={},
     )
     normal = statistics.median(state.step() for _ in range(3))

@@ -120,7 +120,8 @@ def measure_speed(folder: Path, tokens: int) -> dict[str, Any]:
     import pyarrow.parquet as pq
     import torch
 
-    from jllm.train.stream import Cursor, ReadAhead, ShardIndex, train_steps
+    from jllm.train.rows import ShardIndex
+    from jllm.train.stream import Cursor, ReadAhead, train_steps
 
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
@@ -187,7 +188,8 @@ def private_mib() -> float:
 
 def measure_memory(folder: Path, tokens: int) -> dict[str, Any]:
     """The most that private memory grows over a pass of `tokens` tokens, sampled every 20 ms."""
-    from jllm.train.stream import Cursor, ReadAhead, ShardIndex, train_steps
+    from jllm.train.rows import ShardIndex
+    from jllm.train.stream import Cursor, ReadAhead, train_steps
 
     before = private_mib()
     peaks = [before]
@@ -230,7 +232,8 @@ def measure_memory(folder: Path, tokens: int) -> dict[str, Any]:
 
 def seek(folder: Path, row: int) -> dict[str, float]:
     """In this fresh process: open the index, then reach `row`."""
-    from jllm.train.stream import Cursor, ShardIndex, train_steps
+    from jllm.train.rows import ShardIndex
+    from jllm.train.stream import Cursor, train_steps
 
     started = time.perf_counter()
     index = ShardIndex(open_data_set(folder))

@@ -58,7 +58,11 @@ class EpochOrder:
         count = int(self.rows_before[window + 1] - self.rows_before[window])
         if not self.shuffled:
             return np.arange(count)
-        return _generator(*self.key, 1, window).permutation(count)
+        return self.generator(1, window).permutation(count)
+
+    def generator(self, *purpose: int) -> np.random.Generator:
+        """Random numbers of this epoch for one purpose; without shuffling they are those of every epoch."""
+        return _generator(*(self.key if self.shuffled else (*self.key[:-1], 0)), *purpose)
 
     def find(self, row: int) -> tuple[int, int]:
         """The window that holds row number `row` of the epoch, and the row's place in that window's order."""
@@ -68,13 +72,23 @@ class EpochOrder:
 
 
 def epoch_order(
-    rows: Int64, sizes: Int64, *, fingerprint: str, seed: int, epoch: int, shuffle: bool, window_bytes: int
+    rows: Int64,
+    sizes: Int64,
+    *,
+    fingerprint: str,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    window_bytes: int,
+    pieces: Int64 | None = None,
 ) -> EpochOrder:
     """The order of one epoch.
 
     Args:
         rows: [G] number of rows of each row group, in the order of the data set's files.
         sizes: [G] bytes of each row group in memory.
+        pieces: where a row group is too large for a window, it has several entries in `rows` and `sizes`, and in the
+            result, where they stay together and in order: the number of entries of each row group; None: one each.
         fingerprint: the data set's, in hex.
         seed: the run's.
         epoch: from 0.
@@ -83,7 +97,12 @@ def epoch_order(
     """
     # SeedSequence mixes its words, so that seed 42 in epoch 1 and seed 43 in epoch 0 are unrelated.
     key = (int(fingerprint[:16], 16), seed, epoch)
-    groups = _generator(*key, 0).permutation(len(rows)) if shuffle else np.arange(len(rows))
+    groups = np.arange(len(rows))
+    if shuffle:
+        counts = np.ones_like(rows) if pieces is None else pieces
+        permuted = _generator(*key, 0).permutation(len(counts))
+        firsts, counts = (np.cumsum(counts) - counts)[permuted], counts[permuted]
+        groups += np.repeat(firsts - (np.cumsum(counts) - counts), counts)
     starts = [0]
     filled = 0
     for position, size in enumerate(sizes[groups].tolist()):

@@ -325,8 +325,8 @@ class ShardReader:
             table = self._file.read_row_group(index, columns=needed, use_threads=False)
         return self._in_contract({name: table.column(name) for name in needed}, index, wanted)
 
-    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        """Row group `group` in batches of about `ROW_GROUP_TOKENS`, also where its writer made it much larger."""
+    def rows_at_once(self, group: int) -> int:
+        """How many rows each batch of `batches(group)` has, but the last: all, or about `ROW_GROUP_TOKENS` tokens."""
         facts = self.metadata.row_group(group)
         tokens = sum(
             facts.column(index).num_values
@@ -334,9 +334,15 @@ class ShardReader:
             if facts.column(index).path_in_schema.split(".")[0] == INPUT_IDS
         )
         if tokens <= 2 * ROW_GROUP_TOKENS:
+            return max(1, int(facts.num_rows))
+        return max(1, int(facts.num_rows * ROW_GROUP_TOKENS // tokens))
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        """Row group `group` in batches of `rows_at_once(group)` rows, also where its writer made it very large."""
+        rows = self.rows_at_once(group)
+        if rows >= self.metadata.row_group(group).num_rows:
             yield self.read_group(group)
             return
-        rows = max(1, facts.num_rows * ROW_GROUP_TOKENS // tokens)
         reader = ShardReader(self.path, streaming=True)
         pieces = reader._file.iter_batches(rows, row_groups=[group], columns=list(self.columns), use_threads=False)
         while True:

@@ -136,10 +136,14 @@ class Agreement:
         dist.all_reduce(number, group=self._group)
         return int(number)
 
+    @property
+    def node(self) -> int:
+        """This process's node, by its first process: the launcher numbers those of a node without gaps."""
+        return self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+
     def ranks_of_node(self) -> list[int]:
-        """The processes on this process's node, which the launcher numbers without gaps."""
-        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
-        return [rank for rank, other in enumerate(self.gather(first)) if other == first]
+        """The processes on this process's node."""
+        return [rank for rank, other in enumerate(self.gather(self.node)) if other == self.node]
 
     def sees_one_folder(self, folder: Path) -> bool:
         """Whether `folder` is the same one on all nodes; it is made where it is not there."""

@@ -5,16 +5,20 @@ exchange at each step, so that they act together or not at all. The rest is a fu
 """
 
 import enum
+import math
 import os
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from jllm.errors import UserError
+from jllm.train.batching import EpochSteps
 from jllm.train.config import TrainConfig, parse_epochs
 
 SIGTERM_SECONDS = 5.0
@@ -36,13 +40,13 @@ class Cadence:
 
     Args:
         config: the options.
-        steps_per_epoch: of the training data.
+        epochs: how many steps each epoch has.
         total_steps: of the run.
     """
 
-    def __init__(self, config: TrainConfig, *, steps_per_epoch: int, total_steps: int) -> None:
+    def __init__(self, config: TrainConfig, *, epochs: EpochSteps, total_steps: int) -> None:
         self._config = config
-        self._steps_per_epoch = steps_per_epoch
+        self._epochs = epochs
         self._total_steps = total_steps
         self._included = parse_epochs(config.ckpt_epoch, "--ckpt_epoch")
         self._excluded = parse_epochs(config.skip_epoch, "--skip_epoch")
@@ -55,37 +59,65 @@ class Cadence:
         if every >= 1:
             return step % int(every) == 0
         share = every if every > 0 else 1.0
-        within, before = (step - 1) % self._steps_per_epoch + 1, (step - 1) % self._steps_per_epoch
-        return int(within / (self._steps_per_epoch * share) + 1e-9) > int(
-            before / (self._steps_per_epoch * share) + 1e-9
-        )
+        _, within, count = self._epochs.locate(step)
+        return int(within / (count * share) + 1e-9) > int((within - 1) / (count * share) + 1e-9)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint follows step `step`, if nobody asked for one."""
-        epoch = (step - 1) // self._steps_per_epoch + 1
+        epoch, within, count = self._epochs.locate(step)
         if step <= self._config.ckpt_step_gt or epoch in self._excluded:
             return False
         if self._included and epoch not in self._included:
             return False
         every = self._config.steps_per_checkpoint
-        due = step % every == 0 if every > 0 else step % self._steps_per_epoch == 0
+        due = step % every == 0 if every > 0 else within == count
         return due or step == self._total_steps
 
 
 class EarlyStop:
-    """Stops after `patience` consecutive evaluations that are worse than the one before; 0 never does."""
+    """Stops after `patience` consecutive evaluations that are worse than the one before; 0 never does.
+
+    Attributes:
+        last: the loss of the newest evaluation.
+        rebounds: how many in a row were worse than the one before.
+    """
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
-        self._last: float | None = None
-        self._rebounds = 0
+        self.last: float | None = None
+        self.rebounds = 0
 
     def should_stop(self, loss: float) -> bool:
         """Tell it the loss of an evaluation."""
-        rebounded = self._last is not None and loss > self._last
-        self._rebounds = self._rebounds + 1 if rebounded else 0
-        self._last = loss
-        return bool(self._patience) and self._rebounds >= self._patience
+        rebounded = self.last is not None and loss > self.last
+        self.rebounds = self.rebounds + 1 if rebounded else 0
+        self.last = loss
+        return bool(self._patience) and self.rebounds >= self._patience
+
+
+class SpikeWatch:
+    """Finds losses far above the recent ones: by more than `DEVIATIONS` robust standard deviations.
+
+    The median and the median absolute deviation (times 1.4826, Rousseeuw and Croux 1993) of the last `WINDOW` losses
+    are not moved by the spikes themselves.
+    """
+
+    WINDOW, LEAST, DEVIATIONS = 50, 20, 6.0
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def check(self, step: int, loss: float) -> str | None:
+        """A warning for a spike, or None."""
+        warning = None
+        if len(self._recent) >= self.LEAST:
+            median = statistics.median(self._recent)
+            spread = 1.4826 * statistics.median(abs(each - median) for each in self._recent)
+            if loss > median + max(self.DEVIATIONS * spread, 0.05 * abs(median)):
+                warning = f"step {step}: loss {loss:.4f} is a spike; the median of the steps before is {median:.4f}"
+        if math.isfinite(loss):
+            self._recent.append(loss)
+        return warning
 
 
 class Requests:

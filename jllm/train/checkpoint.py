@@ -61,6 +61,7 @@ class RunState:
         optimizer_steps: updates made (skipped steps make none).
         consumed_tokens, consumed_rows: over the whole run.
         eval_loss: of the newest evaluation, None before the first.
+        rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
     """
 
@@ -71,6 +72,7 @@ class RunState:
     consumed_tokens: int
     consumed_rows: int
     eval_loss: float | None
+    rebounds: int
     config: dict[str, Any]
 
 

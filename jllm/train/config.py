@@ -1,6 +1,7 @@
 """Every option of the trainer, once: flags, TOML keys and `--help` come from these fields (see `jllm.options`)."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from jllm.errors import UserError
@@ -16,10 +17,16 @@ class TrainConfig:
     """The options of a run. `__post_init__` refuses what is impossible whatever the data, model and world size."""
 
     # Data
-    train_data: Path | None = option(None, help="folder of token-id shards to train on")
+    train_data: tuple[str, ...] = option(
+        (),
+        metavar="FOLDER[=WEIGHT]",
+        help="folder of shards to train on, or a JSONL or text file, converted first; may be given several times; an"
+        " epoch has the rows WEIGHT times: 2.5 is twice, and a half of them a third time",
+    )
     eval_data: tuple[str, ...] = option(
         (), metavar="[NAME=]FOLDER", help="shards to evaluate on, every row, in order; may be given several times"
     )
+    dist_data: bool = option(False, help="each node has a part of its own of --train_data, under the same name")
     seq_len: int | None = option(
         None, help="longest sequence given to the model; rows may have one token more [default: what the data needs]"
     )
@@ -61,6 +68,9 @@ class TrainConfig:
 
     # Steps
     per_device_train_batch_size: int = option(1, help="rows of a micro-batch")
+    batch_size_tokens: int | None = option(
+        None, help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit"
+    )
     gradient_accumulation_steps: int | None = option(None, help="micro-batches of a step [default: 1]")
     global_batch_size: int | None = option(None, help="rows of a step over all processes, instead of the above")
     num_train_epochs: int = option(1, help="passes over the data; 0: convert --from_ckpt to --output_dir only")
@@ -71,6 +81,9 @@ class TrainConfig:
     optimizer: str = option("adamw", help="which optimizer", choices=("adamw", "sgd"))
     learning_rate: float = option(1e-5, help="peak learning rate")
     lr_min: float = option(0.0, help="learning rate that the decay ends at")
+    force_constant_lr: float | None = option(
+        None, help="learning rate from here on, whatever the schedule; also for a resumed run"
+    )
     lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
     lr_cycles: int = option(1, help="cycles of cosine_with_restarts")
     num_warmup_steps: float = option(0.0, help="warm-up: steps where at least 1, a share of all steps below 1")
@@ -110,6 +123,9 @@ class TrainConfig:
     )
     early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
     checkpoint: Path | None = option(None, help="folder of checkpoints")
+    clean: bool = option(
+        False, "-C", help="start over: remove what earlier runs left in --checkpoint, --output_dir and --log_dir"
+    )
     steps_per_checkpoint: int = option(0, help="steps between checkpoints; 0: at the end of each epoch")
     minutes_per_checkpoint: float = option(0.0, help="minutes after which a further checkpoint is written; 0: none")
     ckpt_step_gt: int = option(0, help="write checkpoints only after steps greater than this")
@@ -134,15 +150,27 @@ class TrainConfig:
             self, 1, "pipe_parallel_size", "per_device_train_batch_size", "steps_per_print", "timeout", "lr_cycles"
         )
         _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
+        _at_least(self, 1, "batch_size_tokens")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
         _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
         _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint")
         _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
+        _at_least(self, 0, "force_constant_lr")
         _below_one(self, "adam_beta1", "adam_beta2")
         if self.model is None:
             raise UserError("--model is missing; give the Hugging Face folder of the model")
-        if self.train_data is None and self.num_train_epochs > 0:
+        if not self.train_data and self.num_train_epochs > 0:
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
+        weighted_folders(self)
+        if self.batch_size_tokens is not None:
+            rows_given = self.global_batch_size is not None or self.per_device_train_batch_size != 1
+            if rows_given or self.dist_data:
+                other = "--dist_data" if self.dist_data else "--per_device_train_batch_size and --global_batch_size"
+                raise UserError(
+                    f"--batch_size_tokens {self.batch_size_tokens} sets how many rows a step has; drop it, or {other}"
+                )
+        if self.clean and (self.resume_ckpt is not None or self.from_ckpt is not None):
+            raise UserError("--clean removes earlier runs; drop it, or --resume_ckpt and --from_ckpt")
         if self.global_batch_size is not None and self.gradient_accumulation_steps is not None:
             raise UserError(
                 "--global_batch_size and --gradient_accumulation_steps exclude each other; give one of them"
@@ -211,6 +239,35 @@ def _numbers(text: str, option_name: str) -> frozenset[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in given):
         raise UserError(f'{option_name} "{text}": give whole numbers from 1, such as "3,4"')
     return frozenset(int(part) for part in given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightedFolder:
+    """A data set, and how often an epoch has its rows."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+def weighted_folders(config: TrainConfig) -> list[WeightedFolder]:
+    """`--train_data` taken apart.
+
+    Raises:
+        UserError: a weight that is not above 0.
+    """
+    found = []
+    for item in config.train_data:
+        folder, _, weight = item.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            folder, number = item, 1.0
+        if not folder:
+            folder, number = item, 1.0
+        if not 0 < number < math.inf:
+            raise UserError(f"--train_data {item}: the weight is above 0, such as {folder}=0.5")
+        found.append(WeightedFolder(folder=Path(folder), weight=number))
+    return found
 
 
 def named_folders(given: tuple[str, ...]) -> dict[str, Path]:

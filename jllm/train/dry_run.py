@@ -11,9 +11,10 @@ import os
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm.data.manifest import open_data_set
 from jllm.train import processes, setup
-from jllm.train.config import TrainConfig, resolve_layout
+from jllm.train.batching import Parts
+from jllm.train.config import TrainConfig, resolve_layout, weighted_folders
+from jllm.train.data import epoch_steps, open_sets, share_of
 from jllm.train.metrics import clock
 from jllm.train.optim import warmup_steps
 from jllm.train.throughput import peak_flops
@@ -35,21 +36,20 @@ def dry_run(config: TrainConfig) -> None:
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The threads that a process of the run would have: `--partition_method profile` times layers with them.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    setup.read_model_info(config)
+    model = setup.read_model_info(config)
     plan = setup.plan_stages(config, layout, setup.find_family(config))
-    assert config.train_data is not None
-    data_set = open_data_set(config.train_data)
-    setup.check_tokenizer(data_set, config)
-    rows = data_set.manifest.rows
-    steps_per_epoch = -(-rows // layout.global_batch)
-    total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
-    tokens_per_row = (data_set.manifest.total("tokens") or 0) / max(rows, 1)
-    tokens = int(total_steps * min(layout.global_batch, rows) * tokens_per_row)
+    index, facts = open_sets(weighted_folders(config), config)
+    share = share_of(config, layout, model, data_rank=0, data_size=layout.data)
+    epochs = epoch_steps(config, index, share, Parts(rows=(facts.num_rows,), batch=(layout.global_batch,)))
+    total_steps = config.max_steps or epochs.total(config.num_train_epochs)
+    steps_per_epoch = epochs.counts[0]
+    tokens = int((facts.tokens or 0) * total_steps / steps_per_epoch)
+    rows_of_a_step = str(layout.global_batch) if share.budget is None else f"{facts.num_rows / steps_per_epoch:.1f}"
     print(json.dumps(dataclasses.asdict(config), indent=1, default=str))
     print(plan.table)
     print(
-        f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes; {rows:,} rows,"
-        f" {layout.global_batch} a step, {steps_per_epoch:,} steps an epoch, {total_steps:,} steps"
+        f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes; {facts.num_rows:,} rows,"
+        f" {rows_of_a_step} a step, {steps_per_epoch:,} steps an epoch, {total_steps:,} steps"
         f" ({warmup_steps(config, total_steps)} of warm-up)"
     )
     print(f"about {tokens:,} tokens" if tokens else "the data set has no manifest: tokens unknown")

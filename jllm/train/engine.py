@@ -26,23 +26,25 @@ from torch import Tensor, nn
 from jllm.errors import UserError
 from jllm.models.stage import PipelineStage, anatomy_of, tied_parameter
 from jllm.train import processes
+from jllm.train.collate import MicroBatch
 from jllm.train.config import Layout, TrainConfig
-from jllm.train.stream import MicroBatch
 
 
 class Pipeline(PipelineModule):
     """The stages of one model over the processes of a run; this process builds its own.
 
-    Ranks are numbered with the stage fastest: ranks 0..P-1 are the first pipeline.
+    Ranks are numbered with the stage fastest: ranks 0..P-1 are the first pipeline. Where the micro-batches of a step
+    differ in shape, the stages tell each other every one's.
     """
 
-    def __init__(self, stage: PipelineStage, layout: Layout) -> None:
+    def __init__(self, stage: PipelineStage, layout: Layout, *, shapes_vary: bool) -> None:
         with processes.quiet():
             super().__init__(
                 layers=[stage] * layout.pipe,  # of which this process keeps the one at its own place
                 topology=ProcessTopology(axes=["data", "pipe"], dims=[layout.data, layout.pipe]),
                 partition_method="uniform",
                 loss_fn=None,
+                dynamic_shape=shapes_vary,
             )
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
 
 def build_engine(stage: PipelineStage, optimizer: torch.optim.Optimizer, config: TrainConfig, layout: Layout) -> Engine:
     """The engine of this process."""
-    module = Pipeline(stage, layout)
+    module = Pipeline(stage, layout, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, layout)
     with processes.quiet():

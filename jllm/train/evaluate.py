@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable
 
 from jllm.train.agreement import Agreement
+from jllm.train.data import Data
 from jllm.train.engine import Engine
 from jllm.train.loss import TokenLoss
-from jllm.train.setup import Data
 from jllm.train.stream import eval_micro_batches, eval_steps
 
 MICRO_BATCHES_PER_STAGE = 4

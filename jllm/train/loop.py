@@ -15,8 +15,10 @@ from jllm.errors import UserError
 from jllm.models.source import ModelInfo
 from jllm.train import checkpoint, processes, setup
 from jllm.train.agreement import Agreement, StepFacts
-from jllm.train.cadence import Cadence, EarlyStop, NanGuard, Request, Requests
+from jllm.train.cadence import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
+from jllm.train.clean import remove_earlier_runs
 from jllm.train.config import Layout, TrainConfig, named_folders, resolve_layout, skipped_steps
+from jllm.train.data import epoch_steps, open_evaluation_data, open_training_data
 from jllm.train.dry_run import dry_run
 from jllm.train.engine import build_engine
 from jllm.train.evaluate import Evaluation, evaluate, mean_loss
@@ -29,6 +31,9 @@ from jllm.train.saving import CheckpointSaver, retain
 from jllm.train.state import TrainingState
 from jllm.train.stream import Cursor, ReadAhead, Step, train_steps
 from jllm.train.throughput import peak_memory, utilisation
+
+LARGE_EVALUATION_SHARE = 0.15
+"""Where evaluations take more of a run's time, the run says so."""
 
 
 def run(config: TrainConfig) -> None:
@@ -65,15 +70,18 @@ class Run:
     """One run on one process: what it holds between its steps."""
 
     def __init__(self, config: TrainConfig, layout: Layout, agreement: Agreement, model_info: ModelInfo) -> None:
-        assert config.train_data is not None
         self.config, self.layout, self.agreement, self.model_info = config, layout, agreement, model_info
-        self.data = setup.open_data(config.train_data, config, layout, agreement, model_info)
+        if config.clean:
+            remove_earlier_runs(config, agreement)
+        self.data = open_training_data(config, layout, agreement, model_info)
         self.eval_data = {
-            name: setup.open_data(folder, config, layout, agreement, model_info)
+            name: open_evaluation_data(folder, config, layout, agreement, model_info)
             for name, folder in named_folders(config.eval_data).items()
         }
-        self.steps_per_epoch = -(-self.data.facts.num_rows // layout.global_batch)
-        self.total_steps = config.max_steps or config.num_train_epochs * self.steps_per_epoch
+        self.epochs = agreement.from_first_reader(
+            lambda: epoch_steps(config, self.data.index, self.data.share, self.data.parts)
+        )
+        self.total_steps = config.max_steps or self.epochs.total(config.num_train_epochs)
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         self.resumed = find_resume_point(config, agreement)
@@ -87,11 +95,12 @@ class Run:
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
         self.eval_loss: float | None = None
+        self.early_stop = EarlyStop(config.early_stop)
         if self.resumed is not None:
             self._resume(self.resumed)
-        self.cadence = Cadence(config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
         self.requests = Requests(config, rank=agreement.rank, world_size=layout.world_size)
-        self.early_stop, self.nan_guard = EarlyStop(config.early_stop), NanGuard(config.on_nan)
+        self.nan_guard, self.spike_watch = NanGuard(config.on_nan), SpikeWatch()
         self.saver: CheckpointSaver | None = None
         self.saves_alone = False
         if config.checkpoint is not None:
@@ -142,9 +151,14 @@ class Run:
         self.recorder.say(self.plan.table)
         self.recorder.say(
             f"{layout.pipe} stages x {layout.data} pipelines; a step is {layout.accumulation} micro-batches of"
-            f" {layout.micro_batch} rows in each, {layout.global_batch} rows in all; {facts.num_rows:,} rows,"
-            f" {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} steps"
+            f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
+            f" {self.total_steps:,} steps"
         )
+        share = self._evaluation_share()
+        if share > LARGE_EVALUATION_SHARE:
+            self.recorder.say(
+                f"warning: evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"
+            )
         if self.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
@@ -152,6 +166,23 @@ class Run:
         log_dir = self.config.resolved_log_dir
         if self.agreement.rank == 0 and log_dir is not None:
             atomic.write_json(log_dir / "config.json", resolved_options(self.config))
+
+    def _micro_batch(self, length: int | None = None) -> str:
+        """The size of a micro-batch, for people."""
+        if self.config.batch_size_tokens is not None:
+            return f"at most {self.config.batch_size_tokens:,} tokens"
+        return f"{self.layout.micro_batch} rows" if length is None else f"{self.layout.micro_batch} x {length} tokens"
+
+    def _evaluation_share(self) -> float:
+        """About how much of the run's time evaluations take: a forward pass is a third of a training step."""
+        first = self.step + 1
+        times = (first == 1) + sum(self.cadence.evaluates(step) for step in range(first, self.total_steps + 1))
+        sets = [self.data, *self.eval_data.values()]
+        known = all(data.facts.tokens for data in sets)
+        train, *evals = ((data.facts.tokens if known else data.facts.num_rows) or 0 for data in sets)
+        training = train * (self.total_steps - self.step) / self.epochs.counts[0]
+        evaluation = times * sum(evals) / 3
+        return evaluation / max(evaluation + training, 1)
 
     def _read_steps(self) -> Iterator[Step] | ReadAhead | None:
         """This pipeline's steps from the cursor on; None where the process does not read."""
@@ -165,6 +196,7 @@ class Run:
             shuffle=not self.config.no_shuf,
             cursor=self.cursor,
             ahead=ahead,
+            parts=self.data.parts,
         )
         return ReadAhead(steps) if ahead else steps
 
@@ -189,13 +221,14 @@ class Run:
             try:
                 loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             except (torch.OutOfMemoryError, MemoryError) as error:
-                error.add_note(f"micro-batches of {self.layout.micro_batch} x {facts.length} tokens")
+                error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")
                 raise
             norm = self.engine.gradient_norm
             # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
             warning = self.nan_guard.check(number, loss, norm if self.config.precision != "fp16" else 0.0)
-            if warning is not None:
-                self.recorder.say(warning)
+            spike = self.spike_watch.check(number, loss)
+            if warning or spike:
+                self.recorder.say(warning or spike or "")
         self._advance(facts)
         seconds = time.perf_counter() - started
         speed = facts.tokens / seconds
@@ -288,6 +321,7 @@ class Run:
             consumed_tokens=self.consumed_tokens,
             consumed_rows=self.consumed_rows,
             eval_loss=self.eval_loss,
+            rebounds=self.early_stop.rebounds,
             config={**resolved_options(self.config), "global_batch": self.layout.global_batch},
         )
 
@@ -303,7 +337,8 @@ class Run:
         self.state.load(reader, saved.optimizer_steps)
         self.step, self.cursor = saved.step, saved.cursor
         self.consumed_tokens, self.consumed_rows = saved.consumed_tokens, saved.consumed_rows
-        self.eval_loss = saved.eval_loss
+        self.eval_loss = self.early_stop.last = saved.eval_loss
+        self.early_stop.rebounds = saved.rebounds
         restore_rng(reader.rng(self.agreement.rank))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
+from jllm.train.display import Display
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -36,10 +37,10 @@ class Recorder:
     def __init__(
         self, folder: Path | None, *, enabled: bool, total_steps: int, first_step: int, steps_per_print: int
     ) -> None:
-        self._enabled = enabled
         self._total_steps = total_steps
         self._steps_per_print = steps_per_print
         self._started = time.monotonic()
+        self._display = Display(total_steps=total_steps, first_step=first_step) if enabled else None
         self._first_step = first_step
         self._file: Any = None
         self._board: Any = None
@@ -52,28 +53,29 @@ class Recorder:
 
     def say(self, line: str) -> None:
         """A line on the console."""
-        if self._enabled:
-            print(line, flush=True)
+        if self._display is not None:
+            self._display.say(line)
 
     def train(self, record: dict[str, Any]) -> None:
         """A training step."""
-        if not self._enabled:
+        if self._display is None:
             return
         self._write(record)
         self._scalars("train", record, ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait"))
-        step = record["step"]
+        step, facts = record["step"], self._facts(record)
+        self._display.step(step, facts[0])
         if step % self._steps_per_print == 0 or step == self._total_steps:
-            print(self._line(record), flush=True)
+            self._display.say("  ".join((f"step {step}/{self._total_steps}", *facts)))
 
-    def _line(self, record: dict[str, Any]) -> str:
+    def _facts(self, record: dict[str, Any]) -> list[str]:
+        """What the console says of a step, the loss first."""
         step = record["step"]
         elapsed = time.monotonic() - self._started
         left = elapsed / (step - self._first_step + 1) * (self._total_steps - step)
         skipped = record["loss"] is None
         parts = [
-            f"step {step}/{self._total_steps}",
-            f"epoch {record['epoch']:.2f}",
             "skipped" if skipped else f"loss {record['loss']:.4f}",
+            f"epoch {record['epoch']:.2f}",
             f"lr {record['lr']:.3g}",
             "" if skipped else f"grad norm {record['grad_norm']:.3f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
@@ -83,19 +85,19 @@ class Recorder:
             f"elapsed {clock(elapsed)}",
             f"left {clock(left)}",
         ]
-        return "  ".join(part for part in parts if part)
+        return [part for part in parts if part]
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation."""
-        if not self._enabled:
+        if self._display is None:
             return
         self._write(record)
         self._scalars(f"eval/{record['name']}", record, ("eval_loss", "perplexity", "accuracy"))
-        print(
-            f"eval {record['name']} after step {record['step']}/{self._total_steps}  loss {record['eval_loss']:.4f}"
+        when = f"after step {record['step']}/{self._total_steps}" if record["step"] else "before the first step"
+        self._display.say(
+            f"evaluation on {record['name']} {when}  loss {record['eval_loss']:.4f}"
             f"  perplexity {record['perplexity']:.3f}  accuracy {100 * record['accuracy']:.2f}%"
-            f"  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s",
-            flush=True,
+            f"  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s"
         )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -111,6 +113,8 @@ class Recorder:
 
     def close(self) -> None:
         """Flush and close the files."""
+        if self._display is not None:
+            self._display.close()
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()

@@ -49,10 +49,12 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     Warm-up rises linearly to the full rate at its last step, except for `constant`, which has none. What follows is a
     function of p, the share of the remaining steps already done (0 at the first step after warm-up):
     linear 1 - p, polynomial (1 - p)^2, cosine (1 + cos(pi p)) / 2, cosine_with_restarts the same over p * cycles mod 1,
-    each scaled between `--lr_min` and the full rate.
+    each scaled between `--lr_min` and the full rate. `--force_constant_lr` is the rate of every step from here on.
     """
     peak, floor = config.learning_rate, config.lr_min
     kind = config.lr_scheduler_type
+    if config.force_constant_lr is not None:
+        return config.force_constant_lr
     if kind == "constant":
         return peak
     warmup = warmup_steps(config, total_steps)

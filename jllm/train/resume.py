@@ -35,6 +35,7 @@ BINDING_OPTIONS = (
     "block_mask",
     "seq_len",
     "global_batch",
+    "batch_size_tokens",
 )
 """Options whose change would make the rest of the run another run."""
 

@@ -1,16 +1,12 @@
-"""Everything a run needs before its first step: facts about the data, this process's stage, its engine."""
+"""This process's stage of the model: which layers it has, how they are loaded, what is attached to them."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.data.manifest import DataSet, open_data_set
-from jllm.data.tokenizer import load_tokenizer
-from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.costs import Costs, estimate_costs
@@ -25,96 +21,10 @@ from jllm.models.weights import init_stage, load_stage
 from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig
 from jllm.train.loss import TokenLoss
-from jllm.train.stream import ShardIndex, Share
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
 """The sequence length of cost estimates where `--seq_len` is not given."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataFacts:
-    """What every process needs to know of a data set.
-
-    Attributes:
-        fingerprint: the data set's.
-        num_rows: its rows.
-        longest_row: in tokens; None where the manifest does not say.
-    """
-
-    fingerprint: str
-    num_rows: int
-    longest_row: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """A data set as this process has it; `index` on readers only."""
-
-    facts: DataFacts
-    index: ShardIndex | None
-    share: Share
-
-
-def open_data(folder: Path, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> Data:
-    """Open a data set on the readers, and tell every process about it.
-
-    Raises:
-        UserError: on every process: not a data set, no rows, rows longer than `--seq_len`, or another tokenizer.
-    """
-    opened: dict[Path, ShardIndex] = {}
-
-    def find() -> DataFacts:
-        data_set = open_data_set(folder)
-        check_tokenizer(data_set, config)
-        opened[folder] = ShardIndex(data_set)
-        facts = DataFacts(
-            fingerprint=data_set.manifest.fingerprint,
-            num_rows=opened[folder].num_rows,
-            longest_row=data_set.manifest.longest_row,
-        )
-        if facts.num_rows == 0:
-            raise UserError(f"{folder}: the data set has no rows; make it again from input that is not empty")
-        if config.seq_len is not None and facts.longest_row is not None and facts.longest_row - 1 > config.seq_len:
-            raise UserError(
-                f"--seq_len {config.seq_len}: {folder} has rows of {facts.longest_row} tokens; give"
-                f" --seq_len {facts.longest_row - 1}, or make shards with --max_len {config.seq_len + 1}"
-            )
-        return facts
-
-    facts = agreement.from_first_reader(find)
-    index = None
-    if agreement.is_reader:
-        index = opened.get(folder) or ShardIndex(open_data_set(folder))
-        if index.fingerprint != facts.fingerprint:
-            raise UserError(
-                f"data out of sync: {folder} is another data set on the node of rank {agreement.rank}"
-                f" ({index.fingerprint[:12]}) than on that of rank 0 ({facts.fingerprint[:12]}); copy it anew"
-            )
-    share = Share(
-        micro_batch=layout.micro_batch,
-        accumulation=layout.accumulation,
-        data_rank=agreement.data_rank,
-        data_size=layout.data,
-        seq_len=config.seq_len,
-        block_mask=config.block_mask,
-        vocab_size=model.vocab_size,
-    )
-    return Data(facts=facts, index=index, share=share)
-
-
-def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
-    """Refuse shards that were made with another tokenizer than the model's, by the hash in the manifest."""
-    made_with = data_set.manifest.tokenizer
-    assert config.model is not None
-    if made_with is None or not any(config.model.glob("tokenizer*")):
-        return
-    of_model = load_tokenizer(str(config.model)).for_manifest
-    if of_model.sha256 != made_with.sha256:
-        raise UserError(
-            f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
-            f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"
-        )
 
 
 def read_model_info(config: TrainConfig) -> ModelInfo:

@@ -1,40 +1,27 @@
-"""Shards → micro-batches, and the cursor.
+"""Shards → steps of micro-batches, and the cursor.
 
 Exactly one process of a pipeline reads: the first stage's. Rows come in the order of `jllm.data.order`; the rows of a
-global batch are fixed by that order alone, then dealt to the data-parallel pipelines in equal runs. The only state is
-the number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained
-twice, none is dropped.
+global batch are fixed by that order alone, then dealt to the data-parallel pipelines. The only state is the number of
+rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained twice, none is
+dropped.
 
-The label shift happens here and nowhere else: a row of n tokens becomes n - 1 inputs and n - 1 targets. The first
-token of a document is never a target, nor is padding.
-
-Cost: two windows of row groups in memory (one in use, one read ahead), `WINDOW_BYTES` each, and the micro-batches of
-two steps. Nothing grows with the data set but 32 bytes for each row group.
+Cost: the windows of `jllm.train.rows` and the micro-batches of two steps.
 """
 
 import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor
 
-from jllm.data.manifest import DataSet
-from jllm.data.order import EpochOrder, epoch_order
-from jllm.data.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
+from jllm.data.shards import IGNORE_INDEX
 from jllm.errors import UserError
-
-WINDOW_BYTES = 32 << 20
-LENGTH_MULTIPLE = 64
-"""Micro-batches are padded to a multiple of this (or to `--seq_len`), so that few shapes occur."""
-
-_NUMBERS_AT_ONCE = 1024
+from jllm.train.batching import Parts, TokenBudget, padded_length
+from jllm.train.collate import MicroBatch, collate
+from jllm.train.rows import Row, ShardIndex, read_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,28 +33,15 @@ class Cursor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What enters the pipeline at once.
-
-    Attributes:
-        input_ids: [B, S] int64.
-        integers: [2, B, S] int64: targets (shifted, `IGNORE_INDEX` where not trained on), and position ids.
-    """
-
-    input_ids: Tensor
-    integers: Tensor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """One pipeline's share of a global batch.
 
     Attributes:
-        micro_batches: all of one shape [B, S].
+        micro_batches: of shape [B, S]; the same for all, but with a token budget.
         rows: rows of the whole global batch that are not filling, over all pipelines.
         tokens: inputs of this share that are not padding.
         trained_tokens: targets of this share.
-        length: S.
+        length: the largest S.
         start: the cursor before the step.
     """
 
@@ -79,164 +53,12 @@ class Step:
     start: Cursor
 
 
-@dataclasses.dataclass(slots=True)  # not frozen, which would make it three times slower to make
-class Row:
-    """One row as it is on disk: ids, labels (None: all trained), document boundaries (None: one document)."""
+class RowError(UserError):
+    """A row that cannot be trained on; `place` is its number in the global batch."""
 
-    ids: Int32
-    labels: Int32 | None
-    boundaries: Int32 | None
-
-    @property
-    def real_length(self) -> int:
-        return len(self.ids) if self.boundaries is None else int(self.boundaries[-1])
-
-
-class ShardIndex:
-    """The row groups of a data set: how many rows each has, how large it is, and how to read it."""
-
-    def __init__(self, data_set: DataSet) -> None:
-        self.data_set = data_set
-        self.fingerprint = data_set.manifest.fingerprint
-        self._locations: list[tuple[int, int]] = []
-        rows, sizes = [], []
-        for number, path in enumerate(data_set.paths):
-            reader = ShardReader(path)
-            for group in range(reader.metadata.num_row_groups):
-                facts = reader.metadata.row_group(group)
-                if facts.num_rows:
-                    self._locations.append((number, group))
-                    rows.append(facts.num_rows)
-                    sizes.append(4 * sum(facts.column(i).num_values for i in range(facts.num_columns)))
-            reader.close()
-        self.rows = np.array(rows, dtype=np.int64)
-        self.sizes = np.array(sizes, dtype=np.int64)
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.rows.sum())
-
-    def order(self, *, seed: int, epoch: int, shuffle: bool) -> EpochOrder:
-        """The order of one epoch."""
-        return epoch_order(
-            self.rows,
-            self.sizes,
-            fingerprint=self.fingerprint,
-            seed=seed,
-            epoch=epoch,
-            shuffle=shuffle,
-            window_bytes=WINDOW_BYTES,
-        )
-
-    def read_window(self, order: EpochOrder, window: int) -> list[pa.RecordBatch]:
-        """The row groups of a window, in the order in which its rows are numbered."""
-        batches = []
-        for group in order.groups_of_window(window).tolist():
-            number, row_group = self._locations[group]
-            reader = ShardReader(self.data_set.paths[number])
-            batches.append(reader.read_group(row_group))
-            reader.close()
-        return batches
-
-
-class Window:
-    """The rows of one window, addressed by their number in it."""
-
-    def __init__(self, batches: list[pa.RecordBatch]) -> None:
-        self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])])
-        self._columns = [
-            tuple(
-                from_list_array(batch.column(name)) if name in batch.schema.names else None
-                for name in (INPUT_IDS, LABELS, CU_SEQLENS)
-            )
-            for batch in batches
-        ]
-
-    def rows(self, numbers: Int64) -> Iterator[Row]:
-        """The rows of these numbers, in this order."""
-        for at in range(0, len(numbers), _NUMBERS_AT_ONCE):
-            some = numbers[at : at + _NUMBERS_AT_ONCE]
-            batches = np.searchsorted(self._starts, some, side="right") - 1
-            within = some - self._starts[batches]
-            for batch, index in zip(batches.tolist(), within.tolist(), strict=True):
-                ids, labels, boundaries = (_list_at(column, index) for column in self._columns[batch])
-                assert ids is not None
-                yield Row(ids=ids, labels=labels, boundaries=boundaries)
-
-
-def _list_at(column: tuple[Int32, Int64] | None, index: int) -> Int32 | None:
-    if column is None:
-        return None
-    values, offsets = column
-    return values[offsets[index] : offsets[index + 1]]
-
-
-def read_rows(index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool) -> Iterator[Row]:
-    """The rows of an epoch from number `start` on; with `ahead`, the next window is read while this one is used."""
-    if start >= order.num_rows:
-        return
-    window, skip = order.find(start)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending: Future[list[pa.RecordBatch]] | None = None
-        while window < order.num_windows:
-            batches = pending.result() if pending else index.read_window(order, window)
-            pending = None
-            if ahead and window + 1 < order.num_windows:
-                pending = pool.submit(index.read_window, order, window + 1)
-            rows = Window(batches)
-            del batches
-            yield from rows.rows(order.rows_of_window(window)[skip:])
-            window, skip = window + 1, 0
-
-
-def collate(rows: list[Row | None], length: int, *, micro_batch: int, block_mask: bool) -> list[MicroBatch]:
-    """Rows → micro-batches of inputs [micro_batch, length]; None is a filling row, fully masked.
-
-    All micro-batches of a step are made at once, so that the cost of numpy's calls is paid once for a step.
-    """
-    shape = (len(rows) // micro_batch, micro_batch, length)
-    input_ids = np.empty(shape, dtype=np.int64)
-    integers = np.empty((shape[0], 2, *shape[1:]), dtype=np.int64)
-    for place, row in enumerate(rows):
-        number, within = divmod(place, micro_batch)
-        inputs = trained = 0
-        if row is not None and len(row.ids) > 1:
-            inputs, trained = len(row.ids) - 1, max(row.real_length - 1, 0)
-            input_ids[number, within, :inputs] = row.ids[:-1]
-            integers[number, 0, within, :trained] = (row.ids if row.labels is None else row.labels)[1 : trained + 1]
-        input_ids[number, within, inputs:] = 0
-        integers[number, 0, within, trained:] = IGNORE_INDEX
-    row_of, starts = _document_starts(rows, length)
-    later = starts > 0
-    batch_of, place_of = np.divmod(row_of[later], micro_batch)
-    integers[batch_of, 0, place_of, starts[later] - 1] = IGNORE_INDEX
-    positions = np.arange(input_ids.size).reshape(shape)
-    if block_mask:
-        # Each position less the start of its document; padding continues the last document.
-        edges = np.append(row_of * length + starts, input_ids.size)
-        np.subtract(positions, np.repeat(edges[:-1], edges[1:] - edges[:-1]).reshape(shape), out=integers[:, 1])
-    else:
-        integers[:, 1] = positions[0, 0]
-    return [
-        MicroBatch(input_ids=torch.from_numpy(ids), integers=torch.from_numpy(rest))
-        for ids, rest in zip(input_ids, integers, strict=True)
-    ]
-
-
-def _document_starts(rows: list[Row | None], length: int) -> tuple[Int64, Int64]:
-    """For each document of a batch, in order: its row, and where in the row it starts.
-
-    Every row has a document at 0, also if it is empty. A start at `length`, just beyond the inputs, is there too: the
-    last token of a row as long as it may be is a target and never an input.
-    """
-    one = np.zeros(1, dtype=np.int32)
-    parts = [
-        one if row is None or row.boundaries is None or len(row.boundaries) < 2 else row.boundaries[:-1] for row in rows
-    ]
-    starts = np.concatenate(parts)
-    row_of = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
-    kept = starts <= length  # an empty document at the very end starts beyond
-    return row_of[kept], starts[kept].astype(np.int64)
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,10 +68,11 @@ class Share:
     Attributes:
         micro_batch: rows of a micro-batch.
         accumulation: micro-batches of a step.
-        data_rank, data_size: which of how many pipelines.
+        data_rank, data_size: which of how many pipelines that divide the rows among them.
         seq_len: the longest input allowed; None: whatever the rows need.
         block_mask: position ids restart at each document.
         vocab_size: ids must be below.
+        budget: makes micro-batches by tokens instead of by rows.
     """
 
     micro_batch: int
@@ -259,59 +82,138 @@ class Share:
     seq_len: int | None
     block_mask: bool
     vocab_size: int
+    budget: TokenBudget | None = None
 
     @property
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.data_size
 
-    def step_of(self, rows: list[Row], start: Cursor) -> Step:
-        """This pipeline's step out of a global batch of at most `global_batch` rows."""
-        mine_size = self.micro_batch * self.accumulation
-        mine = rows[self.data_rank * mine_size : (self.data_rank + 1) * mine_size]
+    def batches(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
+        """Global batches of the rows of an epoch; empty ones without end where they are used up."""
+        if self.budget is None:
+            while True:
+                yield list(itertools.islice(rows, self.global_batch))
+        waiting: list[Row] = []
+        wanted = 1
+        while True:
+            waiting += itertools.islice(rows, wanted - len(waiting))
+            fits = self.budget.rows_of_step(np.array([len(row.ids) for row in waiting], dtype=np.int32))
+            if fits == wanted:  # further rows may fit too
+                wanted *= 2
+                continue
+            yield waiting[:fits]
+            waiting, wanted = waiting[fits:], fits + 1
+
+    def step_of(self, rows: Sequence[Row], start: Cursor, *, rows_everywhere: int | None = None) -> Step:
+        """This pipeline's step out of a global batch.
+
+        Args:
+            rows: at most `global_batch`, or as many as the budget allows.
+            start: the cursor before the step.
+            rows_everywhere: rows of the step over all parts; None: these.
+
+        Raises:
+            RowError: a row is too long, or has ids that the model does not know.
+        """
         needed = max((len(row.ids) for row in rows), default=2) - 1
-        if self.seq_len is not None and needed > self.seq_len:
-            raise UserError(
-                f"--seq_len {self.seq_len}: a row has {needed + 1} tokens, which needs {needed}; raise it, or make"
-                f" shards with --max_len {self.seq_len + 1}"
-            )
-        for row in mine:
-            # As unsigned numbers negative ids are the largest.
-            if len(row.ids) and int(row.ids.view(np.uint32).max()) >= self.vocab_size:
-                wrong = int(row.ids.max()) if int(row.ids.min()) >= 0 else int(row.ids.min())
-                raise UserError(
-                    f"token id {wrong} in the data: the model has ids from 0 to {self.vocab_size - 1};"
-                    " make the shards with the model's tokenizer"
-                )
-        length = -(-max(needed, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        if self.seq_len is not None:
-            length = min(length, self.seq_len)
-        filled: list[Row | None] = [*mine, *([None] * (mine_size - len(mine)))]
-        micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
+        self._check_lengths(rows, needed)
+        if self.budget is None:
+            size = self.micro_batch * self.accumulation
+            mine = range(self.data_rank * size, min((self.data_rank + 1) * size, len(rows)))
+            filled: list[Row | None] = [rows[place] for place in mine]
+            filled += [None] * (size - len(filled))
+            length = padded_length(needed, self.seq_len)
+            micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
+            places: Sequence[int] = mine
+        else:
+            groups = self.budget.groups(np.array([len(row.ids) for row in rows], dtype=np.int32))
+            dealt = [group.tolist() for group in groups[self.data_rank :: self.data_size]]
+            places = [place for group in dealt for place in group]
+            micro_batches = [self._collate_group([rows[place] for place in group]) for group in dealt]
+            while len(micro_batches) < self.accumulation:
+                micro_batches.append(self._collate_group([None]))
+        self._check_ids(rows, places)
         return Step(
             micro_batches=micro_batches,
-            rows=len(rows),
-            tokens=sum(max(min(row.real_length, len(row.ids)) - 1, 0) for row in mine),
+            rows=len(rows) if rows_everywhere is None else rows_everywhere,
+            tokens=sum(max(min(rows[place].real_length, len(rows[place].ids)) - 1, 0) for place in places),
             trained_tokens=sum(
                 int(np.count_nonzero(batch.integers[0].numpy() != IGNORE_INDEX)) for batch in micro_batches
             ),
-            length=length,
+            length=max(batch.input_ids.shape[1] for batch in micro_batches),
             start=start,
         )
 
+    def _collate_group(self, rows: Sequence[Row | None]) -> MicroBatch:
+        needed = max((len(row.ids) - 1 for row in rows if row is not None), default=1)
+        length = padded_length(needed, self.seq_len)
+        return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask)[0]
+
+    def _check_lengths(self, rows: Sequence[Row], needed: int) -> None:
+        most = self.seq_len if self.seq_len is not None else needed
+        if self.budget is not None and padded_length(needed, self.seq_len) > self.budget.tokens:
+            place = max(range(len(rows)), key=lambda place: len(rows[place].ids))
+            raise RowError(
+                f"--batch_size_tokens {self.budget.tokens}: a row has {needed + 1} tokens, a micro-batch of"
+                f" {padded_length(needed, self.seq_len)} with its padding; give at least that",
+                place,
+            )
+        if needed > most:
+            place = max(range(len(rows)), key=lambda place: len(rows[place].ids))
+            raise RowError(
+                f"--seq_len {most}: a row has {needed + 1} tokens, which needs {needed}; raise it, or make shards with"
+                f" --max_len {most + 1}",
+                place,
+            )
+
+    def _check_ids(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        for place in places:
+            ids = rows[place].ids
+            # As unsigned numbers negative ids are the largest.
+            if len(ids) and int(ids.view(np.uint32).max()) >= self.vocab_size:
+                wrong = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+                raise RowError(
+                    f"token id {wrong} in the data: the model has ids from 0 to {self.vocab_size - 1};"
+                    " make the shards with the model's tokenizer",
+                    place,
+                )
+
 
 def train_steps(
-    index: ShardIndex, share: Share, *, seed: int, shuffle: bool, cursor: Cursor, ahead: bool
+    index: ShardIndex,
+    share: Share,
+    *,
+    seed: int,
+    shuffle: bool,
+    cursor: Cursor,
+    ahead: bool,
+    parts: Parts | None = None,
 ) -> Iterator[Step]:
-    """The steps of a run from `cursor` on, epoch after epoch, without end."""
-    epoch, consumed = cursor.epoch, cursor.rows
+    """The steps of a run from `cursor` on, epoch after epoch, without end.
+
+    Args:
+        index: of this node's part of the data.
+        share: of that part.
+        seed, shuffle: of the order.
+        cursor: rows consumed of all parts.
+        ahead: whether a window is read while the one before is used.
+        parts: where nodes have parts of their own.
+    """
+    if parts is None:
+        parts = Parts(rows=(index.num_rows,), batch=(share.global_batch,))
+    epoch, taken = cursor.epoch, parts.taken_after(cursor.rows)
     while True:
         order = index.order(seed=seed, epoch=epoch, shuffle=shuffle)
-        rows = read_rows(index, order, consumed, ahead=ahead)
-        while consumed < order.num_rows:
-            batch = list(itertools.islice(rows, share.global_batch))
-            yield share.step_of(batch, Cursor(epoch=epoch, rows=consumed))
-            consumed += len(batch)
-        epoch, consumed = epoch + 1, 0
+        batches = share.batches(read_rows(index, order, taken[parts.mine], ahead=ahead))
+        while sum(taken) < sum(parts.rows):
+            batch = next(batches)
+            then = parts.next(taken) if share.budget is None else (taken[0] + len(batch),)
+            try:
+                yield share.step_of(batch, Cursor(epoch=epoch, rows=sum(taken)), rows_everywhere=sum(then) - sum(taken))
+            except RowError as error:
+                raise UserError(f"{index.locate(order, taken[parts.mine] + error.place)}: {error}") from None
+            taken = then
+        epoch, taken = epoch + 1, parts.taken_after(0)
 
 
 def eval_micro_batches(num_rows: int, share: Share) -> list[int]:
@@ -329,7 +231,10 @@ def eval_steps(index: ShardIndex, share: Share) -> Iterator[Step]:
     for count in eval_micro_batches(order.num_rows, share):
         smaller = dataclasses.replace(share, accumulation=count)
         batch = list(itertools.islice(rows, smaller.global_batch))
-        yield smaller.step_of(batch, Cursor(rows=consumed))
+        try:
+            yield smaller.step_of(batch, Cursor(rows=consumed))
+        except RowError as error:
+            raise UserError(f"{index.locate(order, consumed + error.place)}: {error}") from None
         consumed += len(batch)
 
 

@@ -17,7 +17,7 @@ def train_rank_with_data_on_readers_only(options: dict[str, Any], pipe: int) -> 
     import os
 
     if int(os.environ["RANK"]) % pipe:
-        options = {**options, "train_data": Path("/nonexistent/data"), "eval_data": ("/nonexistent/eval",)}
+        options = {**options, "train_data": ("/nonexistent/data",), "eval_data": ("/nonexistent/eval",)}
     return train_rank(options)
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "model": folder / "model",
-        "train_data": folder / "data",
+        "train_data": (str(folder / "data"),),
         "precision": "fp32",
         "pipe_parallel_size": 2,
         "gradient_accumulation_steps": 2,
@@ -54,7 +54,7 @@ def test_only_first_stages_read(ranks: Callable[[int], Ranks], folder: Path, wor
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"train_data": Path("nowhere")}, "no such folder"),
+        ({"train_data": ("nowhere",)}, "no such folder"),
         ({"seq_len": 8}, "--seq_len 8"),
         ({"pipe_parallel_size": 9}, "--pipe_parallel_size 9 does not divide"),
         ({"global_batch_size": 3, "gradient_accumulation_steps": None, "per_device_train_batch_size": 2}, "3 is not a"),
@@ -80,7 +80,7 @@ def test_empty_folder_and_model_without_weights(ranks: Callable[[int], Ranks], f
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/config.json").write_bytes((folder / "model/config.json").read_bytes())
     for more, said in (
-        ({"train_data": tmp_path / "empty"}, "no Parquet shards"),
+        ({"train_data": (str(tmp_path / "empty"),)}, "no Parquet shards"),
         ({"model": tmp_path / "bare"}, "has no weights"),
     ):
         answers = ranks(2).run(train_rank, options_of(folder, **more))
@@ -90,7 +90,7 @@ def test_empty_folder_and_model_without_weights(ranks: Callable[[int], Ranks], f
 def test_token_beyond_the_vocabulary(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "data", [{"input_ids": [1, 2, VOCABULARY, 3]}, {"input_ids": [1, 2, 3]}])
     # One process: the reader alone meets it, and here nobody ends the ranks that wait for it.
-    [answer] = ranks(1).run(train_rank, options_of(folder, train_data=tmp_path / "data", pipe_parallel_size=1))
+    [answer] = ranks(1).run(train_rank, options_of(folder, train_data=(str(tmp_path / "data"),), pipe_parallel_size=1))
     assert answer is not None
     assert f"token id {VOCABULARY}" in answer
 
@@ -108,7 +108,9 @@ def test_shards_of_another_tokenizer(ranks: Callable[[int], Ranks], folder: Path
     assert manifest is not None
     other = Tokenizer(name="other", vocab_size=VOCABULARY, sha256="0" * 64)
     write_manifest(tmp_path / "data", Manifest(command="test", options={}, files=manifest.files, tokenizer=other))
-    answers = ranks(2).run(train_rank, options_of(folder, model=tmp_path / "model", train_data=tmp_path / "data"))
+    answers = ranks(2).run(
+        train_rank, options_of(folder, model=tmp_path / "model", train_data=(str(tmp_path / "data"),))
+    )
     assert all(answer is not None and "made with the tokenizer other" in answer for answer in answers)
 
 

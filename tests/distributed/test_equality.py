@@ -39,7 +39,7 @@ def test_equals_one_process(
         {
             **options,
             "model": model,
-            "train_data": data,
+            "train_data": (str(data),),
             "precision": "fp32",
             "pipe_parallel_size": pipe,
             "gradient_accumulation_steps": 4 // data_size,

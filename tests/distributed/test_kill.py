@@ -21,7 +21,7 @@ def test_killed_runs_go_on_exactly(ranks: Callable[[int], Ranks], tmp_path: Path
     write_rows(tmp_path / "data", random_rows(50, labels=True, packed=True), files=3)
     options = {
         "model": tmp_path / "model",
-        "train_data": tmp_path / "data",
+        "train_data": (str(tmp_path / "data"),),
         "precision": "bf16",
         "pipe_parallel_size": 2,
         "global_batch_size": 8,

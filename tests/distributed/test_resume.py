@@ -17,7 +17,7 @@ STEPS = 7
 def options_of(folder: Path, name: str, **more: Any) -> dict[str, Any]:
     return {
         "model": folder / "model",
-        "train_data": folder / "data",
+        "train_data": (str(folder / "data"),),
         "eval_data": (str(folder / "eval"),),
         "precision": "fp32",
         "pipe_parallel_size": 2,
@@ -100,6 +100,6 @@ def test_changed_data_is_refused(ranks: Callable[[int], Ranks], folder: Path) ->
     if not (folder / "base/step-00000003").exists():
         ranks(2).run(train_rank, options_of(folder, "base"))
     write_rows(folder / "other", random_rows(21, labels=True, packed=True, seed=9), files=3)
-    more = {"resume_ckpt": "auto", "max_steps": 9, "train_data": folder / "other"}
+    more = {"resume_ckpt": "auto", "max_steps": 9, "train_data": (str(folder / "other"),)}
     answers = ranks(2).run(train_rank, options_of(folder, "base", **more))
     assert all(answer is not None and "--train_data has changed" in answer for answer in answers)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(folder: Path, name: Path, **more: Any) -> dict[str, Any]:
     return {
         "model": folder / "model",
-        "train_data": folder / "data",
+        "train_data": (str(folder / "data"),),
         "precision": "fp32",
         "pipe_parallel_size": 2,
         "gradient_accumulation_steps": 4,

@@ -32,7 +32,7 @@ def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path,
         {
             **options,
             "model": model,
-            "train_data": data,
+            "train_data": (str(data),),
             "precision": "fp32",
             "pipe_parallel_size": 2,
             "gradient_accumulation_steps": 2,

@@ -18,16 +18,14 @@ from hypothesis import strategies as st
 from jllm.data import shards
 from jllm.data.manifest import open_data_set
 from jllm.errors import UserError
-from jllm.train import stream
+from jllm.train import rows as rows_module
+from jllm.train.collate import MicroBatch, collate
+from jllm.train.rows import Row, ShardIndex
 from jllm.train.stream import (
     Cursor,
-    MicroBatch,
     ReadAhead,
-    Row,
-    ShardIndex,
     Share,
     Step,
-    collate,
     eval_micro_batches,
     eval_steps,
     train_steps,
@@ -50,7 +48,7 @@ def index() -> Iterator[ShardIndex]:
         row["input_ids"][0] = number
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(shards, "ROW_GROUP_TOKENS", 64)
-        patch.setattr(stream, "WINDOW_BYTES", 2000)
+        patch.setattr(rows_module, "WINDOW_BYTES", 2000)
         index = ShardIndex(open_data_set(write_rows(Path(folder) / "set", rows, files=3)))
         assert len(index.rows) > 8
         assert index.order(seed=0, epoch=0, shuffle=True).num_windows > 3
@@ -270,7 +268,7 @@ def test_read_ahead_stays_within_its_depth_and_closes() -> None:
 def test_a_damaged_row_group_is_named_where_it_is_reached(tmp_path: Path) -> None:
     folder = write_rows(tmp_path / "set", [{"input_ids": [i % VOCABULARY] * 9} for i in range(40)], files=2)
     index = ShardIndex(open_data_set(folder))
-    damaged = index.data_set.paths[1]
+    damaged = open_data_set(folder).paths[1]
     content = bytearray(damaged.read_bytes())
     content[60:75] = bytes(15)
     damaged.write_bytes(content)

@@ -1,0 +1,29 @@
+"""`--clean`: start over in folders that earlier runs wrote."""
+
+import os
+import shutil
+from pathlib import Path
+
+from jllm.errors import UserError
+from jllm.train.agreement import Agreement
+from jllm.train.config import TrainConfig, named_folders, weighted_folders
+
+
+def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:
+    """Remove `--checkpoint`, `--output_dir` and `--log_dir` with all they hold, on every node.
+
+    Raises:
+        UserError: on every process, before anything is removed: the model, data or the working folder lies in one.
+    """
+    folders = [folder for folder in (config.checkpoint, config.output_dir, config.log_dir) if folder is not None]
+    needed = [Path.cwd(), Path.home(), *(each.folder for each in weighted_folders(config))]
+    needed += [each for each in (config.model, config.config, config.ds_config) if each is not None]
+    needed += named_folders(config.eval_data).values()
+    for folder in folders:
+        for other in needed:
+            if other.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--clean would remove {folder}, which holds {other}; give folders of their own")
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    agreement.barrier()

@@ -1,0 +1,56 @@
+"""The console of a run: plain lines, and on a terminal a progress bar below them."""
+
+import sys
+from typing import Any
+
+
+class Display:
+    """Lines, each printed at once.
+
+    On a terminal with `rich` there, a bar with the newest step's facts stays below the lines.
+
+    Args:
+        total_steps: of the run.
+        first_step: the first step that this run makes.
+    """
+
+    def __init__(self, *, total_steps: int, first_step: int) -> None:
+        self._progress: Any = _progress() if sys.stdout.isatty() else None
+        self._task: Any = None
+        self._total_steps, self._first_step = total_steps, first_step
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self._task is None:
+            print(line, flush=True)
+        else:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, facts: str) -> None:
+        """Show where the run is."""
+        if self._progress is None:
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self._total_steps, completed=self._first_step - 1)
+        self._progress.update(self._task, completed=step, facts=facts)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._task is not None:
+            self._progress.stop()
+            self._task = None
+
+
+def _progress() -> Any:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+    )

@@ -1,0 +1,20 @@
+"""What every rank of a test would import; the process that ranks are forked from does it once."""
+
+import contextlib
+import gc
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imports the compiler, which takes seconds)
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import jllm.train.loop  # noqa: F401
+from jllm.errors import UserError
+from jllm.train import processes
+
+torch.set_num_threads(1)
+with contextlib.suppress(UserError):  # the ranks will say it themselves
+    processes._compile_cpu_operator()
+gc.freeze()  # the collector of a rank need not look at any of this
