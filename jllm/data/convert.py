@@ -1,8 +1,8 @@
 """Sources to data sets: the loop of `raw2ids`.
 
-Blocks are read in order, encoded on every core, saved, and fed in order to the sinks. What can be redone is bounded:
-every encoded block is on disk until the file with its last row is finished, so a killed run encodes again only the
-blocks that were in flight, at most `IN_FLIGHT_BYTES` of input.
+Blocks are read in order, those of the next sources ahead of their turn, encoded on every core, saved, and fed in order
+to the sinks. What can be redone is bounded: every encoded block is on disk until the file with its last row is
+finished, so a killed run encodes again only the blocks that were in flight, at most `IN_FLIGHT_BYTES` of input.
 
 Guarantees: everything written is a function of the sources, the tokenizer and the options; the number of workers and
 the moments at which runs were killed leave no trace.
@@ -10,15 +10,17 @@ Cost: the engine takes every core it is given; reading, packing and writing take
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from jllm.data import encode
+from jllm.data import ahead, encode
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
 from jllm.data.shards import Int64
@@ -209,41 +211,46 @@ def convert(
     """
     first = min((sink.resume for sink in sinks), key=lambda checkpoint: checkpoint.place)
     totals = Totals.restored(first.totals, len(sinks))
-    with ThreadPoolExecutor(max_workers=run.workers, thread_name_prefix="encode") as pool:
-        for number in range(first.source, len(run.sources)):
+    point = dataclasses.replace(first, totals=totals.snapshot())
+
+    def end_splits(following: int) -> Checkpoint:
+        at = Checkpoint(source=following, totals=totals.snapshot())
+        for sink in sinks:
+            sink.end_split((at, 0))
+        return at
+
+    with (
+        ThreadPoolExecutor(max_workers=run.workers, thread_name_prefix="encode") as pool,
+        contextlib.closing(_in_order(run, first, pool)) as blocks,
+    ):
+        for number, encoded, fresh in blocks:
             source = run.sources[number]
-            begin = first if number == first.source else Checkpoint(source=number)
-            point = dataclasses.replace(begin, totals=totals.snapshot())
-            for encoded, fresh in _in_order(run, point, source, pool):
-                if run.stop_at_first_bad and encoded.bad:
-                    raise UserError(
-                        f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
-                    )
-                encoded, stop = _capped(run.max_tokens, totals, encoded)
-                size = encoded.end - point.start
-                totals.add(source.name, encoded, size, fresh)
-                for sink, tally, part in zip(sinks, totals.sets, deal(encoded.documents), strict=True):
-                    tally.add(number, part.lengths)
-                    sink.feed(point, source.stem, part)
-                watch(totals)
-                if stop or all(sink.full for sink in sinks):
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    _end_splits(sinks, len(run.sources), totals)
-                    return totals
-                point = Checkpoint(
-                    source=number,
-                    block=point.block + 1,
-                    start=encoded.end,
-                    line=encoded.end_line,
-                    totals=totals.snapshot(),
+            while point.source < number:
+                point = end_splits(point.source + 1)
+            if run.stop_at_first_bad and encoded.bad:
+                raise UserError(
+                    f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
                 )
-            _end_splits(sinks, number + 1, totals)
+            encoded, stop = _capped(run.max_tokens, totals, encoded)
+            totals.add(source.name, encoded, encoded.end - point.start, fresh)
+            for sink, tally, part in zip(sinks, totals.sets, deal(encoded.documents), strict=True):
+                tally.add(number, part.lengths)
+                sink.feed(point, source.stem, part)
+            watch(totals)
+            if stop or all(sink.full for sink in sinks):
+                pool.shutdown(wait=True, cancel_futures=True)
+                end_splits(len(run.sources))
+                return totals
+            point = Checkpoint(
+                source=number,
+                block=point.block + 1,
+                start=encoded.end,
+                line=encoded.end_line,
+                totals=totals.snapshot(),
+            )
+        while point.source < len(run.sources):
+            point = end_splits(point.source + 1)
     return totals
-
-
-def _end_splits(sinks: Sequence[Sink], following: int, totals: Totals) -> None:
-    for sink in sinks:
-        sink.end_split((Checkpoint(source=following, totals=totals.snapshot()), 0))
 
 
 def _capped(max_tokens: int | None, totals: Totals, encoded: Encoded) -> tuple[Encoded, bool]:
@@ -258,40 +265,67 @@ def _capped(max_tokens: int | None, totals: Totals, encoded: Encoded) -> tuple[E
 
 
 def _in_order(
-    run: Conversion, point: Checkpoint, source: Source, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Encoded, bool]]:
-    """The blocks of a source from `point` on, encoded, in order; and whether this run encoded it.
+    run: Conversion, point: Checkpoint, pool: ThreadPoolExecutor
+) -> Generator[tuple[int, Encoded, bool], None, None]:
+    """The blocks of all sources from `point` on, encoded, in order: number of the source, block, and whether this run
+    encoded it.
 
-    What an earlier run saved is taken from disk as far as it goes without a gap; from there on the source is read.
+    What an earlier run saved is taken from disk as far as it goes without a gap; from there on a source is read.
     """
-    index, start, line = point.block, point.start, point.line
-    while (saved := encode.load(block_path(run.work, point.source, index))) is not None:
-        yield saved, False
-        index, start, line = index + 1, saved.end, saved.end_line
-    waiting: collections.deque[tuple[Future[tuple[Encoded, bool]], int]] = collections.deque()
+    waiting: collections.deque[tuple[int, Future[tuple[Encoded, bool]], int]] = collections.deque()
     weight = 0
 
     def work(block: Block) -> tuple[Encoded, bool]:
-        path = block_path(run.work, point.source, block.index)
+        path = block_path(run.work, block.source, block.index)
         known = encode.load(path)
         if known is not None:
             return known, False
-        encoded = run.encoder(block, source.kind)
+        encoded = run.encoder(block, run.sources[block.source].kind)
         encode.save(path, encoded, run.vocab_size, wide=run.from_disk)
         if run.from_disk:
             encoded = encode.load(path, check=False) or encoded
         return encoded, True
 
-    for block in read_blocks(source, point.source, start=start, line=line, index=index, columns=run.columns):
-        size = len(block.data) if isinstance(block.data, bytes) else BLOCK_BYTES
-        while waiting and (len(waiting) >= 2 * run.workers + 2 or weight + size > IN_FLIGHT_BYTES):
-            future, done = waiting.popleft()
-            weight -= done
-            yield future.result()
-        waiting.append((pool.submit(work, block), size))
-        weight += size
-    while waiting:
-        yield waiting.popleft()[0].result()
+    numbers = range(point.source, len(run.sources))
+    readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
+    here = [number - point.source for number in numbers if run.sources[number].path == "-"]
+    with contextlib.closing(ahead.in_order(readers, here)) as items:
+        failure: UserError | None = None
+        while True:
+            try:
+                index, item = next(items)
+            except StopIteration:
+                break
+            except UserError as error:  # raised when what was read before it is done
+                failure = error
+                break
+            size = len(item.data) if isinstance(item, Block) and isinstance(item.data, bytes) else BLOCK_BYTES
+            while waiting and (len(waiting) >= 2 * run.workers + 2 or weight + size > IN_FLIGHT_BYTES):
+                number, future, done = waiting.popleft()
+                weight -= done
+                yield number, *future.result()
+            if isinstance(item, Block):
+                future = pool.submit(work, item)
+            else:
+                future = Future()
+                future.set_result((item, False))
+            waiting.append((numbers[index], future, size))
+            weight += size
+        while waiting:
+            number, future, _ = waiting.popleft()
+            yield number, *future.result()
+        if failure is not None:
+            raise failure
+
+
+def _saved_and_read(run: Conversion, point: Checkpoint, number: int) -> Iterator[Encoded | Block]:
+    """What an earlier run saved of a source, and then the blocks that are left of it."""
+    begin = point if number == point.source else Checkpoint(source=number)
+    index, start, line = begin.block, begin.start, begin.line
+    while (saved := encode.load(block_path(run.work, number, index))) is not None:
+        yield saved
+        index, start, line = index + 1, saved.end, saved.end_line
+    yield from read_blocks(run.sources[number], number, start=start, line=line, index=index, columns=run.columns)
 
 
 def check_bad_share(totals: Totals) -> None:

@@ -355,9 +355,14 @@ def open_engine(
         UserError: the engine asked for cannot run this tokenizer or fails its proof.
     """
     if facts.backend is None:
-        if choice == "fastokens" or inert:
-            what = "chat data" if inert else "--engine fastokens"
-            raise UserError(f"{what}: {facts.name} has no fast backend; use another tokenizer, or --engine hf")
+        if inert:
+            raise UserError(
+                f"--tokenizer {facts.name}: is Python code without a fast backend, which says what part of a"
+                " conversation a token stands for; for -t ft use a tokenizer that has, or can be saved with, a"
+                " tokenizer.json"
+            )
+        if choice == "fastokens":
+            raise UserError(f"--engine fastokens: {facts.name} has no fast backend; use --engine hf or auto")
         slow = SlowEngine(facts, trust_remote_code=trust_remote_code)
         return CheckedEngine(slow, None, reason="the tokenizer has no fast backend", probes=0)
     reference = ReferenceEngine(facts, inert=inert)

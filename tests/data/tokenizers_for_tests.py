@@ -1,5 +1,6 @@
 """Tokenizers that tests can make on the spot, and the real ones where they were fetched."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -58,3 +59,46 @@ def asset_tokenizer(name: str) -> Path:
         if path.name == name:
             return path
     pytest.skip(f"no {name} tokenizer: set JLLM_ASSETS to a folder with tokenizers/{name}")
+
+
+def make_sentencepiece_folder(folder: Path) -> Path:
+    """A folder with a sentencepiece model and no tokenizer.json, as old Llama folders are."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [line for text in CORPUS for line in text.splitlines()]
+    with (folder / "tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    values = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "add_bos_token": True}))
+    return folder
+
+
+TIKTOKEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def make_tiktoken_folder(folder: Path) -> dict[bytes, int]:
+    """A folder with a tiktoken vocabulary and no tokenizer.json, as Llama 3 was first published; its tokens' ranks."""
+    pytest.importorskip("tiktoken")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [bytes([value]) for value in range(256)]
+    for word in ("the", " the", "quick", " world", "def", "  ", "tion", " call"):
+        tokens += [word.encode()[:end] for end in range(2, len(word) + 1)]
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (folder / "tokenizer.model").write_text("".join(lines))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return ranks
+
+
+def make_slow_folder(folder: Path) -> Path:
+    """A tokenizer that exists as Python code alone: bytes, behind three special ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    return folder
