@@ -8,13 +8,10 @@ trained yet, and what it repeats is masked. So each answer token is trained exac
 Cost: numpy over whole blocks for conversations that fit; a Python loop over rows for longer ones.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.packing import Documents
+from jllm.data.packing import Documents, WithoutRest
 from jllm.data.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
 
 
@@ -80,7 +77,7 @@ def trained_per_document(documents: Documents) -> Int64:
     return sums[documents.offsets[1:]] - sums[documents.offsets[:-1]]
 
 
-class ConversationPacker:
+class ConversationPacker(WithoutRest):
     """One conversation a row.
 
     Args:
@@ -88,8 +85,6 @@ class ConversationPacker:
         pad_to: pad every row with `pad_id` to a multiple of this; the real length is in `cu_seqlens`.
         filter_rows: drop rows with at most one trained token.
     """
-
-    whole = False
 
     def __init__(self, length: int, *, pad_to: int | None = None, pad_id: int = 0, filter_rows: bool = False) -> None:
         self.length = length
@@ -110,15 +105,6 @@ class ConversationPacker:
             return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
         boundaries = np.stack([np.zeros_like(documents.lengths), documents.lengths], axis=1).reshape(-1)
         return padded_rows(documents, boundaries, np.arange(len(documents) + 1) * 2, self.pad_to, self.pad_id)
-
-    def finish(self) -> Iterator[pa.RecordBatch]:
-        return iter(())
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def padded_rows(

@@ -21,11 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from jllm.data import ahead, encode
+from jllm.data.blocks import BLOCK_BYTES, Block, read_blocks
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
+from jllm.data.records import BadRecord
 from jllm.data.shards import Int64
 from jllm.data.sink import Checkpoint, Sink
-from jllm.data.sources import BLOCK_BYTES, BadRecord, Block, Source, read_blocks
+from jllm.data.sources import STDIN, Source
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES = 48 << 20
@@ -288,7 +290,7 @@ def _in_order(
 
     numbers = range(point.source, len(run.sources))
     readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
-    here = [number - point.source for number in numbers if run.sources[number].path == "-"]
+    here = [number - point.source for number in numbers if run.sources[number].path == STDIN]
     with contextlib.closing(ahead.in_order(readers, here)) as items:
         failure: UserError | None = None
         while True:

@@ -121,6 +121,21 @@ class Packer(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+class WithoutRest:
+    """A packer that makes all rows of a document when it is fed: nothing is left for later."""
+
+    whole = False
+
+    def finish(self) -> Iterator[pa.RecordBatch]:
+        return iter(())
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
 class StackPacker:
     """All documents in one stream, cut into rows of `length` tokens that overlap by one token.
 
@@ -226,7 +241,7 @@ class StackPacker:
         self._begun = bool(state["begun"])
 
 
-class WindowPacker:
+class WindowPacker(WithoutRest):
     """Each document alone: one row where it fits, else windows.
 
     Args:
@@ -237,8 +252,6 @@ class WindowPacker:
         labels, prefix, drop_tail: as for `StackPacker`; a tail is the last, shorter window of a document cut in
         several.
     """
-
-    whole = False
 
     def __init__(
         self,
@@ -280,15 +293,6 @@ class WindowPacker:
             ids, offsets = with_affixes(ids, offsets, self.prefix, self.prefix[:0])
         columns = [to_list_array(ids, offsets)] + ([] if labels is None else [to_list_array(labels, offsets)])
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
-
-    def finish(self) -> Iterator[pa.RecordBatch]:
-        return iter(())
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def with_affixes(values: Int32, offsets: Int64, prefix: Int32, suffix: Int32) -> tuple[Int32, Int64]:

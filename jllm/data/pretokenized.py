@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jllm.data.blocks import Block
 from jllm.data.encode import Encoded
 from jllm.data.foreign import check_type, list_column
 from jllm.data.lists import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, from_list_array
 from jllm.data.packing import Documents
-from jllm.data.sources import BadRecord, Block, Source
+from jllm.data.records import BadRecord
+from jllm.data.sources import Source
 from jllm.data.tables import open_parquet
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from jllm.data.best_fit import BestFitPacker
+from jllm.data.blocks import read_blocks
 from jllm.data.chat import ChatEncoder, TokenLengths
 from jllm.data.chat_packing import ConversationPacker, split_long
 from jllm.data.conversations import QUESTION_ANSWER, READERS, format_of
@@ -19,8 +20,9 @@ from jllm.data.convert import Encoder
 from jllm.data.encode import PretrainEncoder, pretrain_affixes
 from jllm.data.engine import CheckedEngine
 from jllm.data.packing import Packer, StackPacker, WindowPacker
+from jllm.data.records import parse_block
 from jllm.data.rendering import Renderer, RenderPlan
-from jllm.data.sources import Source, parse_block, read_blocks
+from jllm.data.sources import Source
 from jllm.data.templates import TEMPLATES
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError, did_you_mean

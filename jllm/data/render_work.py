@@ -9,9 +9,10 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
+from jllm.data.blocks import Block
 from jllm.data.conversations import BadRecordError, read_conversation
+from jllm.data.records import BadRecord, parse_block
 from jllm.data.rendering import Renderer, RenderPlan
-from jllm.data.sources import BadRecord, Block, parse_block
 
 _CHECK_CHARACTERS = 8192
 

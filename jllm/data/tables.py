@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from jllm.data.sources import BLOCK_BYTES, Block, Records, Source
+from jllm.data.blocks import BLOCK_BYTES, Block
+from jllm.data.records import Records
+from jllm.data.sources import Source
 from jllm.errors import UserError
 
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*("?)|[\[\]{},]', re.DOTALL)

@@ -133,10 +133,10 @@ def test_stopped_at_every_block(
 ) -> None:
     """A run that is stopped after each block in turn, and while it writes the manifests, leaves what a whole one
     leaves."""
-    from jllm.data import prepare, sources
+    from jllm.data import blocks, prepare
     from jllm.raw2ids import Raw2IdsConfig
 
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     folder = tmp_path / "in"
     folder.mkdir()
     records(kind, folder).rename(folder / "first.jsonl")

@@ -25,8 +25,8 @@ BLOCK = 1 << 14
 def start(*arguments: object) -> "subprocess.Popen[bytes]":
     """The command with small blocks, in a process of its own."""
     code = (
-        "from jllm.data import sources, tables\n"
-        f"sources.BLOCK_BYTES = tables.BLOCK_BYTES = {BLOCK}\n"
+        "from jllm.data import blocks, tables\n"
+        f"blocks.BLOCK_BYTES = tables.BLOCK_BYTES = {BLOCK}\n"
         "from jllm.raw2ids import main\nmain()"
     )
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE)
@@ -77,11 +77,11 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data import convert, sources
+    from jllm.data import blocks, convert
     from jllm.data.prepare import prepare
     from jllm.raw2ids import Raw2IdsConfig
 
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     source = write_jsonl(tmp_path / "some.jsonl", documents(500, seed=6))
     values: dict[str, Any] = {
         "input": (str(source),),

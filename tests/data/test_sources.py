@@ -14,8 +14,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data import sources
-from jllm.data.sources import Records, parse_block, read_blocks, resolve, texts_of
+from jllm.data import blocks
+from jllm.data.blocks import read_blocks
+from jllm.data.records import Records, parse_block, texts_of
+from jllm.data.sources import resolve
 from jllm.errors import UserError
 
 TEXTS = ["first\nline two", "second  ", "naïve 日本", 'fourth, with "quotes", [brackets] and {braces}, \\ too', "5"]
@@ -62,7 +64,7 @@ COMPRESS = {
 def test_every_format_gives_the_same_texts(
     tmp_path: Path, kind: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", size)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
     monkeypatch.setattr("jllm.data.tables.BLOCK_BYTES", size)
     path = write(tmp_path, kind, TEXTS)
     assert read(path).values == TEXTS
@@ -91,13 +93,13 @@ def test_blocks_do_not_show(tmp_path_factory: pytest.TempPathFactory, texts: lis
     (source,) = resolve([str(path)])
     whole = read(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", size)
+        patch.setattr(blocks, "BLOCK_BYTES", size)
         patch.setattr("jllm.data.tables.BLOCK_BYTES", size)
         assert read(path) == whole
-        blocks = list(read_blocks(source, 0))
-        for i, block in enumerate(blocks):
+        cut = list(read_blocks(source, 0))
+        for i, block in enumerate(cut):
             again = read_blocks(source, 0, start=block.end, line=block.end_line, index=i + 1)
-            assert list(again) == blocks[i + 1 :]
+            assert list(again) == cut[i + 1 :]
     if kind != "text":
         assert whole.values == [text for text in texts if text and not text.isspace()]
 
@@ -175,7 +177,7 @@ def test_damaged_files_are_one_line(tmp_path: Path, suffix: str) -> None:
 
 
 def test_one_record_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
     texts = ["small", "x" * 1_000_000, "last"]
     path = write(tmp_path, "jsonl", texts)
     assert read(path).values == texts

@@ -1,0 +1,89 @@
+"""The bytes of a source, decompressed.
+
+Guarantees: a file that was cut short or is damaged raises one of `reading_errors`; it is never taken for a shorter one.
+Cost: memory for a buffer.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from typing import IO, Any
+
+from jllm.data.sources import STDIN, Source, without_password
+from jllm.errors import UserError
+
+
+def open_source(source: Source) -> IO[bytes]:
+    """The decompressed bytes of a source.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    raw: Any
+    try:
+        if source.path == STDIN:
+            raw = sys.stdin.buffer
+        elif "://" in source.path:
+            import fsspec
+
+            raw = fsspec.open(source.path, "rb").open()
+        else:
+            raw = open(source.path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise UserError(f"-i {without_password(source.path)}: cannot be opened: {error.strerror or error}") from None
+    if source.compression == "gzip":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type, return-value]
+    if source.compression == "bz2":
+        return bz2.BZ2File(raw)
+    if source.compression == "xz":
+        return lzma.LZMAFile(raw)
+    if source.compression == "zstd":
+        return io.BufferedReader(_ZstdFile(raw))  # type: ignore[return-value]
+    return raw  # type: ignore[no-any-return]
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses frames one after another, and unlike zstandard's own reader notices a file that was cut short."""
+
+    def __init__(self, raw: Any) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._fed = False
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._fed = self._new(), False
+            data = data or self._raw.read(1 << 17)
+            if not data:
+                if self._fed:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._fed = True
+            self._held = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def reading_errors() -> tuple[type[Exception], ...]:
+    """What damaged or missing files raise; zstandard's error once that module is in use."""
+    module = sys.modules.get("zstandard")
+    known = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    return (*known, module.ZstdError) if module else known
