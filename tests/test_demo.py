@@ -1,7 +1,6 @@
 """The demo's tools: held-out text is really held out, the converted model is right, its evaluation is exact."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -58,17 +56,6 @@ def test_the_same_python_gives_the_same_text(text: Path, tmp_path: Path) -> None
     assert run_tool("demo_text", "-o", tmp_path).returncode == 0
     for path in sorted(text.rglob("*.*")):
         assert (tmp_path / path.relative_to(text)).read_bytes() == path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assets = Path(os.environ.get("JLLM_ASSETS") or Path.home() / ".cache" / "jllm-assets")
-    if not (assets / GGUF).is_file():
-        pytest.skip(f"{assets / GGUF} is not there; bring it with: make assets")
-    folder = tmp_path_factory.mktemp("real") / "model"
-    result = run_tool("gguf2hf", "-i", assets / GGUF, "-o", folder)
-    assert result.returncode == 0, result.stderr
-    return folder
 
 
 def test_the_converted_model_is_a_plain_hugging_face_folder(real_model: Path) -> None:

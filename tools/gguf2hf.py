@@ -8,9 +8,10 @@ instead of describing it, and transformers takes every BPE one for GPT-2's; the 
 and a name this file does not know is refused rather than guessed: ids that are nearly right train a worse model.
 
 Guarantees: the folder appears at the end, complete, or not at all. Cost: the whole model in memory in fp32, twice, and
-about half a minute for a vocabulary of 49,152 (the GGUF reader is slow on lists of strings).
+some ten seconds for a vocabulary of 49,152 (the GGUF reader is slow on lists of strings).
 """
 
+import functools
 import shutil
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -48,10 +49,15 @@ def main(config: Gguf2HfConfig) -> None:
 
 def convert(source: Path, folder: Path, dtype: str) -> int:
     """Write the Hugging Face folder of a GGUF file; gives the number of parameters."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    # transformers reads the file's lists for tokenizer, configuration and weights alike, seconds each, and makes the
+    # table of tensor names anew for every module.
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     logging.disable_progress_bar()  # a bar for each of four phases of a few seconds hides the one line that matters
     pre_tokenizer = read_pre_tokenizer(source)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -83,10 +89,10 @@ def read_pre_tokenizer(source: Path) -> str:
     Raises:
         UserError: the file is no GGUF, or asks for one that is not known here.
     """
-    from gguf import GGUFReader
+    import gguf
 
     try:
-        fields = GGUFReader(source).fields
+        fields = gguf.GGUFReader(str(source)).fields
     except ValueError as error:
         raise UserError(f"--input {source}: not a readable GGUF file ({error})") from None
     model, name = (fields[key].contents() if key in fields else None for key in MODEL_AND_PRE)

@@ -4,21 +4,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from jllm.models.anatomy import count_layers
 from jllm.models.attention import packing
-from jllm.models.stage import spans_of
-from jllm.models.weights import load_stage, save_stage, write_companions, write_index
-from tests.models.chain import packed_batch, worst_difference
+from jllm.models.stage import PipelineStage
+from jllm.models.weights import save_stage, write_companions, write_index
+from tests.models.chain import (
+    chained_loss_and_gradients,
+    load_chain,
+    packed_batch,
+    whole_loss_and_gradients,
+    worst_gradient,
+)
 
 LIMIT = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The worst differences found; `where` names the gradient."""
+    """The differences of one comparison; `where` names it, and the gradient that differs most."""
 
     loss: float = 0.0
     gradient: float = 0.0
@@ -36,13 +42,11 @@ def make_folder(config: PretrainedConfig, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
-def unreadable(folder: Path) -> str | None:
-    """Why plain transformers cannot load what it saved itself, in which case no comparison is possible."""
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except RuntimeError as error:
-        return f"plain transformers cannot load what it saves of it ({str(error).splitlines()[0][:60]}...)"
-    return None
+def load_whole(folder: Path) -> PreTrainedModel:
+    """The model as plain transformers loads it, in training mode."""
+    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole.train()
+    return whole
 
 
 def boundaries_of(config: PretrainedConfig, stages: int) -> list[int]:
@@ -51,40 +55,56 @@ def boundaries_of(config: PretrainedConfig, stages: int) -> list[int]:
     return [0, layers // 2, layers] if stages == 2 else [0, 1, layers - 1, layers]
 
 
-def compare_stages(config: PretrainedConfig, folder: Path, *, stages: int, packed: bool) -> Difference:
-    """Loss and gradients of the chained stages against the whole model's."""
-    text = config.get_text_config(decoder=True)
-    loss, gradient, where = worst_difference(
-        folder, boundaries_of(config, stages), packed=packed, vocab=text.vocab_size
-    )
-    return Difference(loss=loss, gradient=gradient, where=where)
+def compare_family(whole: PreTrainedModel, folder: Path, target: Path) -> Difference:
+    """Two and three chained stages against the whole model, plain and packed, then what three stages save.
+
+    `folder` holds `whole`; `target` is written. Returns the first comparison that is not equal, or the last one.
+    """
+    config = whole.config
+    vocab = config.get_text_config(decoder=True).vocab_size
+    expected = {}
+    for packed in (False, True):
+        torch.manual_seed(0)
+        expected[packed] = whole_loss_and_gradients(whole, *packed_batch(vocab, packed=packed))
+    for count in (2, 3):
+        stages = load_chain(folder, boundaries_of(config, count))
+        for packed in (False, True):
+            torch.manual_seed(0)
+            loss, gradients = chained_loss_and_gradients(stages, *packed_batch(vocab, packed=packed))
+            worst, name = worst_gradient(expected[packed][1], gradients)
+            difference = Difference(
+                loss=(loss - expected[packed][0]).abs().item(),
+                gradient=worst,
+                where=f"{count} stages, {'packed' if packed else 'plain'} rows, {name}",
+            )
+            if not difference.is_equal:
+                return difference
+    return compare_export(whole, stages, folder, target)
 
 
-def compare_export(config: PretrainedConfig, folder: Path, target: Path, *, stages: int) -> Difference:
+def compare_export(whole: PreTrainedModel, stages: list[PipelineStage], source: Path, target: Path) -> Difference:
     """Logits of what the stages save against those of what they were loaded from, both by plain transformers."""
-    for span in spans_of(boundaries_of(config, stages)):
-        model = load_stage(folder, span, dtype=torch.float32)
-        save_stage(model, span, target, dtype=torch.float32)
-    write_companions(model, target, dtype=torch.float32, source=folder)
+    for stage in stages:
+        save_stage(stage.model, stage.span, target, dtype=torch.float32)
+    write_companions(stages[-1].model, target, dtype=torch.float32, source=source)
     write_index(target)
-    ids, _ = packed_batch(config.get_text_config(decoder=True).vocab_size)
-    logits = []
-    for source in (folder, target):
-        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        with torch.no_grad():
-            logits.append(plain(input_ids=ids).logits)
-    return Difference(logits=(logits[0] - logits[1]).abs().max().item(), where="logits of the exported folder")
+    ids, _ = packed_batch(whole.config.get_text_config(decoder=True).vocab_size)
+    with torch.no_grad():
+        before, after = (plain.eval()(input_ids=ids).logits for plain in (whole, load_whole(target)))
+    return Difference(logits=(before - after).abs().max().item(), where="logits of the exported folder")
 
 
-def isolates_documents(config: PretrainedConfig, folder: Path) -> bool:
-    """Whether a document's logits in a packed row are those that it has alone."""
-    ids, integers = packed_batch(config.get_text_config(decoder=True).vocab_size)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    try:
-        with torch.no_grad():
-            apart = packing(plain, integers[1])
-            packed = plain(input_ids=ids, position_ids=integers[1], use_cache=False, **apart).logits[:1, 5:14]
-            alone = plain(input_ids=ids[:1, 5:14], position_ids=torch.arange(9)[None], use_cache=False).logits
-    except TypeError:  # takes no position ids
-        return False
+def isolates_documents(whole: PreTrainedModel) -> bool:
+    """Whether a document's logits in a packed row are those that it has alone, and not where positions go on."""
+    ids, integers = packed_batch(whole.config.get_text_config(decoder=True).vocab_size)
+    whole.eval()
+    with torch.no_grad():
+        try:
+            apart = packing(whole, integers[1])
+            packed = whole(input_ids=ids, position_ids=integers[1], use_cache=False, **apart).logits[:1, 5:14]
+            alone = whole(input_ids=ids[:1, 5:14], position_ids=torch.arange(9)[None], use_cache=False).logits
+        except TypeError:  # takes no position ids
+            return False
+        together = whole(input_ids=ids, use_cache=False).logits[:1, 5:14]
+    assert (together - alone).abs().max() > 1e-3, "the documents say nothing about each other in this model"
     return bool((packed - alone).abs().max() < 1e-4)

@@ -177,7 +177,7 @@ def test_cuts_that_are_not_offered() -> None:
 
 @pytest.mark.parametrize("options", [{"split_dlayer": True}, {"emb_partitions": 2}, {"emb_partitions": 0}])
 def test_cuts_that_are_not_offered_are_options(options: dict[str, Any], tmp_path: Path) -> None:
-    given = {"model": tmp_path, "train_data": tmp_path}
+    given = {"model": tmp_path, "train_data": (str(tmp_path),)}
     TrainConfig(**given, split_dlayer=False, emb_partitions=1)
     with pytest.raises(UserError, match=f"--{next(iter(options))}.*leave it out"):
         TrainConfig(**given, **options)

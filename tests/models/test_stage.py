@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
-from transformers.configuration_utils import PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from jllm.models.stage import spans_of
 from jllm.models.weights import init_stage, load_stage, save_stage, write_companions, write_index
@@ -16,53 +15,33 @@ from tests.models.chain import (
     packed_batch,
     tied_names,
     whole_loss_and_gradients,
+    worst_gradient,
 )
+from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
-LAYERS = 4
 
 
-def tiny_config(family: str, tied: bool) -> PretrainedConfig:
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.2,
-    }
-    if family == "llama":
-        return LlamaConfig(**sizes)
-    if family == "mixtral":
-        return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    return Qwen3Config(**sizes, head_dim=8, use_sliding_window=False)
-
-
-@pytest.fixture(scope="module", params=["llama", "llama-tied", "mixtral", "qwen3", "qwen3-tied"])
+@pytest.fixture(scope="module", params=["llama-tied", "mixtral"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, _, tied = request.param.partition("-")
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(tiny_config(family, bool(tied))).save_pretrained(path)
+    AutoModelForCausalLM.from_config(tiny_config(family, tied=bool(tied))).save_pretrained(path)
     return path
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("boundaries", [[0, 4], [0, 2, 4], [0, 1, 3, 4]])
-def test_chain_equals_whole(folder: Path, boundaries: list[int], packed: bool, attention: str) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).train()
-    ids, integers = packed_batch(96, packed=packed)
-    loss, gradients = whole_loss_and_gradients(whole, ids, integers)
-    stages = load_chain(folder, boundaries, attn_implementation=attention)
-    chained_loss, chained = chained_loss_and_gradients(stages, ids, integers)
-    torch.testing.assert_close(chained_loss, loss, atol=1e-5, rtol=0)
-    assert chained.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(chained[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("boundaries", [[0, 4], [0, 1, 3, 4]])
+def test_chain_equals_whole_in_eager_attention(folder: Path, boundaries: list[int]) -> None:
+    """`test_families` compares with SDPA."""
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    stages = load_chain(folder, boundaries, attn_implementation="eager")
+    for packed in (False, True):
+        ids, integers = packed_batch(96, packed=packed)
+        loss, gradients = whole_loss_and_gradients(whole, ids, integers)
+        chained_loss, chained = chained_loss_and_gradients(stages, ids, integers)
+        torch.testing.assert_close(chained_loss, loss, atol=1e-5, rtol=0)
+        assert worst_gradient(gradients, chained)[0] < 1e-5, worst_gradient(gradients, chained)
 
 
 def test_packed_documents_do_not_see_each_other(folder: Path) -> None:
@@ -105,10 +84,10 @@ def test_saved_stages_load_as_one_model(folder: Path, boundaries: list[int], tmp
     assert set(weight_map) == published
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral", "qwen3-tied"])
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
 def test_init_does_not_depend_on_stages(family: str, tmp_path: Path) -> None:
     name, _, tied = family.partition("-")
-    config = tiny_config(name, bool(tied))
+    config = tiny_config(name, tied=bool(tied))
     found = []
     for boundaries in ([0, 4], [0, 2, 4], [0, 1, 3, 4]):
         target = tmp_path / str(len(boundaries))
