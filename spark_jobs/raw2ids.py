@@ -226,7 +226,7 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
 
 
 def _recorded(config: SparkRaw2IdsConfig) -> dict[str, Any]:
-    from jllm.data.prepare import recorded_options
+    from jllm.data.parts import recorded_options
 
     return {key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY}
 

@@ -8,14 +8,12 @@ over without it.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import math
 import multiprocessing
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,21 +24,17 @@ from jllm.data.engine import CheckedEngine, EarlyEngines, EngineMismatchError, o
 from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
+from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.progress import Progress, summary
 from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
-from jllm.data.sources import Source, resolve
-from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading, base_name
-from jllm.data.workplace import Workplace, modified_at
+from jllm.data.sources import Source, resolve, without_password
+from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading
+from jllm.data.workplace import modified_at
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
     from jllm.raw2ids import Raw2IdsConfig
-
-NOT_IN_THE_MANIFEST = (
-    "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
-)  # fmt: skip
-"""Options that do not decide what is made, or that the manifest records in another place."""
 
 
 def prepare(config: "Raw2IdsConfig") -> Manifest:
@@ -51,22 +45,23 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     """
     progress = Progress(quiet=config.quiet)
     sources = resolve(config.input, kind=config.input_format)
-    output = config.output or _beside(config, sources)
+    output = config.output or beside(config, sources)
     cores = usable_cores(config.cores)
     use_cores(cores)
+    parts = parts_of(config, output)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         early = None if config.engine == "hf" else EarlyEngines(config.tokenizer, inert=config.type == "ft")
-        parts = _parts(config, output)
-        if config.clean and config.eval_fraction is None:
-            _clean_held_out(parts[0])
+        facts = loading.result()
         with contextlib.ExitStack() as held:
             for part in parts:
                 held.enter_context(part.place.locked())
-                if config.clean:
-                    part.place.clean()
+            # Before anything is removed, the run finds out what is wrong with its options.
+            run = _Run(config, sources, facts, parts, cores, progress, early)
+            if config.clean:
+                run.clean()
             try:
-                manifest = _Run(config, sources, loading.result(), parts, cores, progress, early).result()
+                manifest = run.result()
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(
@@ -81,68 +76,6 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
 
         show_rows(output, config.tokenizer, rows=config.debug)
     return manifest
-
-
-def _beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
-    """The default output: beside the input, `<stem>_<tokenizer's base name>`."""
-    first = config.input[0]
-    if first == "-" or "://" in first:
-        raise UserError(f"-i {first}: say where the data set goes with -o")
-    given = Path(first)
-    if given.is_dir():
-        parent, stem = given.resolve().parent, given.resolve().name
-    else:
-        parent, stem = Path(sources[0].path).parent, sources[0].stem
-    return parent / f"{stem}_{base_name(config.tokenizer)}"
-
-
-def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
-    """The options that decide what is made, as plain data."""
-    values = dataclasses.asdict(config)
-    absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
-    return {key: value for key, value in values.items() if key not in absent}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One of the data sets that a run makes.
-
-    Attributes:
-        name: of its sink.
-        place: where it is made.
-        options: recorded beside those of the command.
-        share: of the documents; its splits and files are cut after that share of `--num` and `--batch_size`, so that
-            all parts of a run finish files at the same pace, and little must be kept to resume from.
-    """
-
-    name: str
-    place: Workplace
-    options: dict[str, Any]
-    share: float = 1.0
-
-
-def _parts(config: "Raw2IdsConfig", output: Path) -> list[Part]:
-    """The data set that was asked for, and the one of held-out documents where there is one."""
-    main = Part(name="main", place=Workplace(output), options={})
-    if config.eval_fraction is None:
-        return [main]
-    held = config.eval_output or holdout.default_folder(output)
-    whole, other = output.resolve(), held.resolve()
-    if whole.is_relative_to(other) or other.is_relative_to(whole):
-        raise UserError(f"--eval_output {held}: lies in the output folder or around it; give a folder of its own")
-    return [main, Part(name="eval", place=Workplace(held), options={"part": "eval"}, share=config.eval_fraction)]
-
-
-def _clean_held_out(main: Part) -> None:
-    """Remove what an earlier run held out, so that it is not taken for part of a run that holds out nothing."""
-    place = Workplace(holdout.default_folder(main.place.folder))
-    if place.folder.is_dir() and main.place.earlier_options().get("eval_fraction"):
-        with place.locked():
-            place.clean()
-            place.close()
-        with contextlib.suppress(OSError):
-            place.folder.rmdir()
-            place.folder.parent.rmdir()
 
 
 class _Run:
@@ -178,10 +111,18 @@ class _Run:
         }
         if self.chat:
             template, _ = recipes.template_of(config, facts)
-            self.identity["date"] = recipes.date_of(config, template, self.place.date_of_earlier_run())
+            earlier = None if config.clean else self.place.date_of_earlier_run()
+            self.identity["date"] = recipes.date_of(config, template, earlier)
 
     def _identity_of(self, part: Part) -> dict[str, Any]:
         return {**self.identity, "options": {**self.identity["options"], **part.options}}
+
+    def clean(self) -> None:
+        """Remove what earlier runs left."""
+        if len(self.parts) == 1:
+            clean_held_out(self.parts[0])
+        for part in self.parts:
+            part.place.clean()
 
     def result(self) -> Manifest:
         finished = [part.place.finished(self._identity_of(part)) for part in self.parts]
@@ -225,12 +166,7 @@ class _Run:
         entries, totals = self._convert(engine, plan)
         if config.on_error == "auto":
             check_bad_share(totals)
-        for part, tally in zip(self.parts[1:], totals.sets[1:], strict=True):
-            if totals.documents and not tally.documents:
-                raise UserError(
-                    f"--eval_fraction {part.share}: holds out none of {totals.documents:,} documents; give a larger"
-                    " fraction, or another --seed"
-                )
+        self._refuse_nothing(entries, totals)
         sets = []
         for index, part in enumerate(self.parts):
             manifest = self._manifest(engine, reason, plan, index, entries[index], totals)
@@ -242,6 +178,33 @@ class _Run:
         self.progress.end()
         print(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
         return sets[0][1]
+
+    def _refuse_nothing(self, entries: list[list[FileEntry]], totals: Totals) -> None:
+        """Raises:
+        UserError: a part has not one row; why, and with nothing left behind.
+        """
+        empty = [not sum(entry.rows for entry in files) for files in entries]
+        if not any(empty):
+            return
+        given = " ".join(without_password(name) for name in self.config.input)
+        where = f"-i {given}" + (f" ({len(self.sources)} files)" if len(self.sources) > 1 else "")
+        records, documents = totals.counts.get("records", 0), totals.documents
+        if not records:
+            reason = "is empty: there is no record in it"
+        elif totals.bad_records == records:
+            kind, found = next(iter(totals.bad.items()))
+            reason = f"none of its {records:,} records can be used ({kind}: {found['count']:,}; {found['examples'][0]})"
+        elif documents and not all(tally.documents for tally in totals.sets):
+            which = "all" if empty[0] else "none"
+            reason = (
+                f"--eval_fraction {self.config.eval_fraction} holds out {which} of its {documents:,} documents; give"
+                " another fraction, or another --seed"
+            )
+        else:
+            reason = f"no row is left of its {records:,} records; see --filter, --drop_tails, --overlong, --max_tokens"
+        for part in self.parts:
+            part.place.clean()
+        raise UserError(f"{where}: {reason}")
 
     def _render_plan(self) -> RenderPlan:
         date = self.identity["date"] or "1970-01-01"

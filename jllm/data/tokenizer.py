@@ -146,11 +146,9 @@ class TokenizerLoading:
         if self._child.returncode != 0 or not output:
             lines = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
             reason = lines[-1] if lines else f"the loader ended with code {self._child.returncode}"
-            hint = (
-                ""
-                if Path(self.name, "tokenizer.json").is_file() or not list(Path(self.name).glob("*.model"))
-                else ("; a folder without tokenizer.json may need: pip install sentencepiece tiktoken")
-            )
+            folder = Path(self.name)
+            others = [path.name for path in folder.glob("*.model")] if not (folder / "tokenizer.json").is_file() else []
+            hint = f"; {others[0]} alone may need: pip install sentencepiece tiktoken" if others else ""
             raise UserError(
                 f"--tokenizer {self.name}: cannot be loaded; give a folder with a tokenizer that"
                 f" AutoTokenizer.from_pretrained reads, or its name on the hub ({reason[:300]}){hint}"

@@ -43,9 +43,12 @@ class Workplace:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; created where it is missing.
 
+        An error before anything was made leaves nothing behind.
+
         Raises:
             UserError: another run holds it, or the place is not a folder that can be written to.
         """
+        made = [folder for folder in (self.work, self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = (self.work / "lock").open("w")
@@ -59,8 +62,20 @@ class Workplace:
             ) from None
         try:
             yield
+        except BaseException:
+            self._leave_nothing(made)
+            raise
         finally:
             self._lock.close()
+
+    def _leave_nothing(self, made: list[Path]) -> None:
+        """Remove the work folder of a run that made nothing, and the folders made for it, innermost first."""
+        if {path.name for path in self.work.glob("*")} <= {"lock", "run.json"}:
+            shutil.rmtree(self.work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                if folder != self.work:
+                    folder.rmdir()
 
     def clean(self) -> None:
         """Remove what an earlier run left: shards by its naming scheme or its manifest, the manifest, the work

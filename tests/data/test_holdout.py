@@ -221,7 +221,8 @@ def test_both_folders_are_one_run(tmp_path: Path, byte_tokenizer: Path) -> None:
         (["--eval_output", "x"], "--eval_fraction"),
         (["--eval_fraction", "0.5", "--max_rows", "5"], "--max_tokens"),
         (["--eval_fraction", "0.5", "--eval_output", "out/eval"], "--eval_output"),
-        (["--eval_fraction", "0.000001"], "larger"),
+        (["--eval_fraction", "0.000001"], "holds out none of its 3 documents"),
+        (["--eval_fraction", "0.999999"], "holds out all of its 3 documents"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -148,15 +148,58 @@ def test_documents_alone_in_windows(tmp_path: Path, byte_tokenizer: Path) -> Non
     assert rows_of(tmp_path / "out") == wanted
 
 
-@pytest.mark.parametrize("content", ["", "\n\n \n", "{}\n"])
-def test_inputs_without_documents(tmp_path: Path, byte_tokenizer: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is empty"),
+        ("\n\n \n", "is empty"),
+        ("{}\n", "none of its 1 records"),
+        ('{"text": " "}\n{bad\n', "none of its 2 records"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--eval_fraction", 0.5], ["-C"]], ids=["plain", "eval", "clean"])
+def test_inputs_without_documents(
+    tmp_path: Path, byte_tokenizer: Path, content: str, said: str, more: list[object]
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "empty.jsonl").write_text(content)
-    raw2ids("-i", tmp_path / "in", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", "--stack")
-    manifest = read_manifest(tmp_path / "out")
-    assert manifest is not None
-    assert (manifest.rows, manifest.extra["documents"]) == (0, 0)
-    assert open_data_set(tmp_path / "out").paths == []
+    words = ["-i", tmp_path / "in", "-o", tmp_path / "deep" / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    result = raw2ids(*words, *more, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: -i {tmp_path / 'in'}: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in"], "nothing is left behind"
+    write_jsonl(tmp_path / "in" / "full.jsonl", ["one"])
+    raw2ids(*words, "--on_error", "skip")
+    assert rows_of(tmp_path / "deep" / "out") == reference_stream(byte_tokenizer, ["one"])
+
+
+def test_rows_that_options_leave_out(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", ["short"])
+    words = ["-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    for more, said in ((["--stack", "--drop_tails"], "--drop_tails"), (["--max_tokens", 1], "--max_tokens")):
+        result = raw2ids(*words, *more, check=False)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_leaves_nothing_and_removes_nothing(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(30))
+    (tmp_path / "empty").mkdir()
+    words = ["-i", source, "-o", tmp_path / "deep" / "out", "-t", "pretrain", "--eval_fraction", 0.5]
+    assert raw2ids(*words, "--tokenizer", tmp_path / "empty", check=False).returncode == 2
+    assert not (tmp_path / "deep").exists()
+    raw2ids(*words, "--tokenizer", byte_tokenizer)
+    before = tree(tmp_path)
+    for wrong in (
+        ["--tokenizer", tmp_path / "empty", "-C"],
+        ["--tokenizer", byte_tokenizer, "-C", "-t", "ft", "--chat_template", "nowhere"],
+        ["--tokenizer", byte_tokenizer, "--max_len", 7],
+    ):
+        assert raw2ids(*words, *wrong, check=False).returncode == 2
+        assert tree(tmp_path) == before
 
 
 def test_finished_is_left_alone_and_changes_are_noticed(tmp_path: Path, byte_tokenizer: Path) -> None:

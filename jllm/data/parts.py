@@ -1,0 +1,83 @@
+"""The data sets that a run of `raw2ids` makes: where they lie, and under which options they are recorded."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jllm.data import holdout
+from jllm.data.sources import STDIN, Source
+from jllm.data.tokenizer import base_name
+from jllm.data.workplace import Workplace
+from jllm.errors import UserError
+
+if TYPE_CHECKING:
+    from jllm.raw2ids import Raw2IdsConfig
+
+NOT_IN_THE_MANIFEST = (
+    "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
+)  # fmt: skip
+"""Options that do not decide what is made, or that the manifest records in another place."""
+
+
+def beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
+    """The default output: beside the input, `<stem>_<tokenizer's base name>`."""
+    first = config.input[0]
+    if first == STDIN or "://" in first:
+        raise UserError(f"-i {first}: say where the data set goes with -o")
+    given = Path(first)
+    if given.is_dir():
+        parent, stem = given.resolve().parent, given.resolve().name
+    else:
+        parent, stem = Path(sources[0].path).parent, sources[0].stem
+    return parent / f"{stem}_{base_name(config.tokenizer)}"
+
+
+def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
+    """The options that decide what is made, as plain data."""
+    values = dataclasses.asdict(config)
+    absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
+    return {key: value for key, value in values.items() if key not in absent}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the data sets that a run makes.
+
+    Attributes:
+        name: of its sink.
+        place: where it is made.
+        options: recorded beside those of the command.
+        share: of the documents; its splits and files are cut after that share of `--num` and `--batch_size`, so that
+            all parts of a run finish files at the same pace, and little must be kept to resume from.
+    """
+
+    name: str
+    place: Workplace
+    options: dict[str, Any]
+    share: float = 1.0
+
+
+def parts_of(config: "Raw2IdsConfig", output: Path) -> list[Part]:
+    """The data set that was asked for, and the one of held-out documents where there is one."""
+    main = Part(name="main", place=Workplace(output), options={})
+    if config.eval_fraction is None:
+        return [main]
+    held = config.eval_output or holdout.default_folder(output)
+    whole, other = output.resolve(), held.resolve()
+    if whole.is_relative_to(other) or other.is_relative_to(whole):
+        raise UserError(f"--eval_output {held}: lies in the output folder or around it; give a folder of its own")
+    return [main, Part(name="eval", place=Workplace(held), options={"part": "eval"}, share=config.eval_fraction)]
+
+
+def clean_held_out(main: Part) -> None:
+    """Remove what an earlier run held out from `main`, so that it is not taken for the other part of a run that holds
+    out nothing."""
+    place = Workplace(holdout.default_folder(main.place.folder))
+    if place.folder.is_dir() and main.place.earlier_options().get("eval_fraction"):
+        with place.locked():
+            place.clean()
+            place.close()
+        with contextlib.suppress(OSError):
+            place.folder.rmdir()
+            place.folder.parent.rmdir()
