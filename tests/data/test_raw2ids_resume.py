@@ -41,22 +41,23 @@ def finished_files(out: Path) -> dict[Path, int]:
     [
         ["-t", "pretrain", "--stack", "-n", 2500, "--batch_size", 300, "--max_len", 129],
         ["-t", "pretrain", "--packing", "best_fit", "-n", 2500, "--batch_size", 300, "--max_len", 129],
+        ["-t", "pretrain", "--stack", "-n", 2500, "--batch_size", 300, "--max_len", 129, "--eval_fraction", 0.1],
     ],
-    ids=["stack", "best_fit"],
+    ids=["stack", "best_fit", "held_out"],
 )
 def test_killed_and_run_again(tmp_path: Path, byte_tokenizer: Path, options: list[object]) -> None:
     source = write_jsonl(tmp_path / "some.jsonl", documents(6000, seed=5))
     arguments = ["-i", source, "--tokenizer", byte_tokenizer, *options, "--quiet"]
     begun = time.monotonic()
-    whole = start(*arguments, "-o", tmp_path / "whole")
+    whole = start(*arguments, "-o", tmp_path / "whole" / "out")
     assert whole.wait(timeout=100) == 0
     duration = time.monotonic() - begun
-    out = tmp_path / "killed"
+    out = tmp_path / "killed"  # around all folders that the command writes
     moments = random.Random(7)
     kept: dict[Path, int] = {}
     kills = 0
     for _ in range(KILLS):
-        process = start(*arguments, "-o", out, "--cores", moments.randint(1, 3))
+        process = start(*arguments, "-o", out / "out", "--cores", moments.randint(1, 3))
         time.sleep(duration * moments.uniform(0.4, 1.0))
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -64,7 +65,7 @@ def test_killed_and_run_again(tmp_path: Path, byte_tokenizer: Path, options: lis
         now = finished_files(out)
         assert all(now[path] == inode for path, inode in kept.items()), "a finished file was written again"
         kept = now
-    last = start(*arguments, "-o", out)
+    last = start(*arguments, "-o", out / "out")
     assert last.wait(timeout=100) == 0
     assert tree(out) == tree(tmp_path / "whole")
     now = finished_files(out)
