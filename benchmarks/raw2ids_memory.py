@@ -4,7 +4,10 @@ Counts the proportional set size of the command and its children every 50 ms, so
 is 1.5 GiB for either input; `ratio` is the larger of the two peaks over the bar, `growth` the large input's peak over
 the small's.
 
+With `--document`, the input is one document of that size instead, and `ratio` is the peak over its bytes.
+
 python benchmarks/raw2ids_memory.py [--tokenizer qwen3] [--small 200] [--large 2000]
+python benchmarks/raw2ids_memory.py --document 500
 """
 
 import contextlib
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,6 +38,7 @@ class BenchmarkConfig:
     small: int = option(200, help="megabytes of the small input")
     large: int = option(2000, help="megabytes of the large input")
     record: int = option(16, help="megabytes of one long record that is put into either input; 0 for none")
+    document: int | None = option(None, help="megabytes of a single document, measured instead", metavar="N")
     folder: Path | None = option(None, help="where to work  [default: a temporary folder]")
 
 
@@ -44,6 +49,9 @@ def main(config: BenchmarkConfig) -> None:
     folder = Path(tempfile.mkdtemp(prefix="raw2ids-", dir=config.folder))
     peaks = {}
     try:
+        if config.document:
+            print(json.dumps(_one_document(folder, tokenizer, config)))
+            return
         for name in ("small", "large"):
             source = folder / f"{name}.jsonl"
             write_corpus(source, getattr(config, name))
@@ -63,15 +71,32 @@ def main(config: BenchmarkConfig) -> None:
     print(json.dumps(report))
 
 
+def _one_document(folder: Path, tokenizer: Path, config: BenchmarkConfig) -> dict[str, Any]:
+    assert config.document is not None
+    source = folder / "document.jsonl"
+    _append_long_record(source, config.document)
+    size = source.stat().st_size
+    peak = _peak(source, tokenizer, folder / "out")
+    return {
+        "benchmark": "raw2ids_memory",
+        "tokenizer": config.tokenizer,
+        "document_mb": round(size / 1e6),
+        "peak_mib": round(peak / (1 << 20)),
+        "ratio": round(peak / size, 2),
+    }
+
+
 def _append_long_record(path: Path, megabytes: int) -> None:
     from benchmarks.raw2ids_corpus import texts
 
-    parts, size = [], 0
-    for text in texts():
-        parts.append(text)
-        size += len(text)
-        if size >= megabytes * 1_000_000:
-            break
+    parts: list[str] = []
+    size = 0
+    while size < megabytes * 1_000_000:
+        for text in texts():
+            parts.append(text)
+            size += len(text)
+            if size >= megabytes * 1_000_000:
+                break
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"text": "".join(parts)}) + "\n")
 

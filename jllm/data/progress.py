@@ -11,6 +11,7 @@ from jllm.data.sources import Source
 
 EVERY_SECONDS = 5.0
 FIRST_AFTER = 10.0
+COUNTED_IN_BYTES = ("text", "jsonl", "json")
 
 
 class Progress:
@@ -48,7 +49,7 @@ class Progress:
         self._shown = True
 
     def _left(self, totals: Totals, sources: Sequence[Source], speed: float) -> str:
-        plain = [source.size for source in sources if source.compression is None and source.kind != "parquet"]
+        plain = [source.size for source in sources if source.compression is None and source.kind in COUNTED_IN_BYTES]
         sizes = [size for size in plain if size is not None]
         if len(sizes) != len(sources) or speed <= 0:
             return ""

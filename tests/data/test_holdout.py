@@ -123,8 +123,9 @@ def test_nothing_is_lost_and_nothing_is_on_both_sides(tmp_path: Path, byte_token
     assert found["a"] == found["b"]
     raw2ids(*arguments, "-o", tmp_path / "c", "--eval_fraction", 0.2, "--seed", 5)
     assert sorted(documents_in(kind, tmp_path / "_eval" / "c", byte_tokenizer)) != found["a"]
-    # Whoever takes all sets of the folder takes no held-out one.
+    # Whoever takes all sets of the folder takes no held-out one; these can be taken together too.
     assert {path.parts[-3] for path in open_data_set(tmp_path).paths} == {"all", "a", "b", "c"}
+    assert {path.parts[-3] for path in open_data_set(tmp_path / "_eval").paths} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
