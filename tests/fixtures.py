@@ -55,14 +55,22 @@ def random_rows(
     return rows
 
 
-def tiny_llama(folder: Path, *, tied: bool, layers: int = 4, seed: int = 0, dtype: str = "float32") -> Path:
+def tiny_llama(
+    folder: Path,
+    *,
+    tied: bool,
+    layers: int = 4,
+    seed: int = 0,
+    dtype: str = "float32",
+    vocabulary: int = VOCABULARY,
+) -> Path:
     """A Llama with random weights as a Hugging Face folder, large enough that layers differ."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,

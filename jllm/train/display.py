@@ -32,7 +32,8 @@ class Display:
             return
         if self._task is None:
             self._progress.start()
-            self._task = self._progress.add_task("train", total=self._total_steps, completed=self._first_step - 1)
+            done = self._first_step - 1
+            self._task = self._progress.add_task("train", total=self._total_steps, completed=done, facts="")
         self._progress.update(self._task, completed=step, facts=facts)
 
     def close(self) -> None:

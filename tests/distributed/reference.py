@@ -1,5 +1,6 @@
 """One plain transformers process that trains on the same rows: what the pipeline has to equal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,19 @@ def targets_of(row: dict[str, np.ndarray]) -> np.ndarray:
     return labels[1:]
 
 
+def batches_in_order(folder: Path, *, steps: int, global_batch: int, seed: int) -> list[list[dict[str, np.ndarray]]]:
+    """The rows of each step of a run, of fixed size."""
+    found: list[list[dict[str, np.ndarray]]] = []
+    epoch = 0
+    while len(found) < steps:
+        rows = rows_in_order(folder, seed=seed, epoch=epoch)
+        found.extend(rows[at : at + global_batch] for at in range(0, len(rows), global_batch))
+        epoch += 1
+    return found[:steps]
+
+
 def train_reference(
-    model_folder: Path, data_folder: Path, *, steps: int, global_batch: int, options: dict[str, Any]
+    model_folder: Path, batches: Sequence[list[dict[str, np.ndarray]]], *, options: dict[str, Any]
 ) -> tuple[list[float], list[float], dict[str, Any]]:
     """Losses, gradient norms before clipping, and final weights; each row is its own forward pass."""
     import torch
@@ -63,14 +75,8 @@ def train_reference(
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
-    rows: list[dict[str, np.ndarray]] = []
-    epoch = 0
     losses, norms = [], []
-    for _ in range(steps):
-        if not rows:
-            rows = rows_in_order(data_folder, seed=options["seed"], epoch=epoch)
-            epoch += 1
-        batch, rows = rows[:global_batch], rows[global_batch:]
+    for batch in batches:
         trained = sum(int((targets_of(row) != -100).sum()) for row in batch)
         optimizer.zero_grad()
         total = 0.0

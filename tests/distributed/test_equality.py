@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.reference import train_reference
+from tests.distributed.reference import batches_in_order, train_reference
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
@@ -50,7 +50,9 @@ def test_equals_one_process(
             "partition_method": "uniform",
         },
     )
-    losses, norms, weights = train_reference(model, data, steps=STEPS, global_batch=8, options=options)
+    losses, norms, weights = train_reference(
+        model, batches_in_order(data, steps=STEPS, global_batch=8, seed=options["seed"]), options=options
+    )
     found = records(tmp_path / "out/log")
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([record["loss"] for record in found], losses, atol=1e-5)

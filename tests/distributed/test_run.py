@@ -1,5 +1,6 @@
 """A run's evaluations, checkpoints, endings and records."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -210,3 +211,51 @@ def test_dry_run(folder: Path, tmp_path: Path) -> None:
     assert "24 rows" in done.stdout
     assert "bubble" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_early_stop_counts_on_after_a_resume(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """A rebound before a checkpoint and one after it are two in a row."""
+    # So high a rate that the loss rises from the second evaluation on.
+    rising = {"eval_data": (str(folder / "eval"),), "steps_per_eval": 1.0, "learning_rate": 0.5, "early_stop": 2}
+    more = {**rising, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 1, "resume_ckpt": "auto"}
+    straight = {**rising, "max_steps": 9, "lr_scheduler_type": "constant", "log_dir": tmp_path / "straight"}
+    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **straight)) == [None] * 2
+    ended = records(tmp_path / "straight")[-1]["step"]
+    losses = [record["eval_loss"] for record in records(tmp_path / "straight", "eval_loss")]
+    assert losses[-1] > losses[-2] > losses[-3]
+    for last in (ended - 1, 9):
+        given = {**more, "max_steps": last, "lr_scheduler_type": "constant"}
+        assert ranks(2).run(train_rank, options_of(folder, tmp_path, **given)) == [None] * 2
+    assert records(tmp_path / "log")[-1]["step"] == ended
+
+
+def test_clean_starts_over(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    out, ckpt = tmp_path / "out", tmp_path / "ckpt"
+    for each in (out, ckpt):
+        each.mkdir()
+        (each / "marker").touch()
+    more = {"output_dir": out, "checkpoint": ckpt, "max_steps": 1}
+    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert (out / "marker").exists()
+    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more, clean=True)) == [None] * 2
+    assert not (out / "marker").exists()
+    assert not (ckpt / "marker").exists()
+    assert (out / "config.json").exists()
+    for answer in ranks(2).run(train_rank, options_of(folder, tmp_path, **{**more, "output_dir": folder}, clean=True)):
+        assert answer is not None
+        assert answer.startswith(f"--clean would remove {folder}, which holds {folder / 'data'}")
+    assert (folder / "data/_manifest.json").exists()
+
+
+def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        return train_rank(options)
+
+
+def test_large_evaluations_are_announced(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    more = {"eval_data": (str(folder / "eval"),), "max_steps": 30, "pipe_parallel_size": 1}
+    for steps_per_eval, announced in ((1.0, True), (30.0, False)):
+        options = options_of(folder, tmp_path, **more, steps_per_eval=steps_per_eval)
+        assert ranks(1).run(train_rank_into, options, tmp_path / "console") == [None]
+        # An evaluation of 7 rows costs a third of training on them; a step is 4 rows.
+        assert ("warning: evaluation takes about" in (tmp_path / "console").read_text()) == announced

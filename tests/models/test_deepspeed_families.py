@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.conftest import ranks  # noqa: F401  (a fixture)
 from tests.distributed.ranks import Ranks
-from tests.distributed.reference import train_reference
+from tests.distributed.reference import batches_in_order, train_reference
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
@@ -43,7 +43,9 @@ def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path,
             "partition_method": "uniform",
         },
     )
-    losses, norms, weights = train_reference(model, data, steps=STEPS, global_batch=4, options=options)
+    losses, norms, weights = train_reference(
+        model, batches_in_order(data, steps=STEPS, global_batch=4, seed=options["seed"]), options=options
+    )
     found = records(tmp_path / "out/log")
     np.testing.assert_allclose([record["loss"] for record in found], losses, atol=1e-5)
     np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4)
