@@ -3,7 +3,7 @@
     interval k         groups of k decoder layers keep only their input, and run again in the backward pass
     attention_only     every layer's attention runs again, the rest keeps its activations: most of the memory of long
                        sequences for a small part of the time (k is then not used)
-    offload            what is kept goes to host memory, and comes back when it is needed
+    offload            the inputs that these keep go to host memory, and come back when they are needed
 
 Losses and gradients are those without it: the same operations run twice, with the same random state.
 
@@ -49,7 +49,10 @@ class Checkpointing:
         return self.is_enabled and torch.is_grad_enabled()
 
     def run(self, function: Forward, *args: Any, **kwargs: Any) -> Any:
-        """Run `function`, keeping only its inputs, and run it again in the backward pass."""
+        """Run `function`, keeping only its inputs, and run it again in the backward pass.
+
+        With `offload`, tensors among `args` are kept in host memory; those among `kwargs` stay where they are.
+        """
         calls = 0
 
         def counted(*inner: Any, **named: Any) -> Any:
@@ -160,6 +163,12 @@ def _recompute_alone(module: nn.Module, state: Checkpointing) -> None:
     forward = module.forward
 
     def alone(*args: Any, **kwargs: Any) -> Any:
-        return state.run(forward, *args, **kwargs) if state.is_active else forward(*args, **kwargs)
+        if not state.is_active:
+            return forward(*args, **kwargs)
+        if args:
+            return state.run(forward, *args, **kwargs)
+        # Only what is given by position can be offloaded, and decoder layers name all they give to their attention.
+        hidden = kwargs.pop("hidden_states")
+        return state.run(lambda hidden: forward(hidden_states=hidden, **kwargs), hidden)
 
     module.forward = alone

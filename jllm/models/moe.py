@@ -5,7 +5,8 @@ probability(e)`; the model's is the mean over its routed layers. transformers mu
 which no single stage can compute; the two are equal for a model of one routed layer.
 
 Each router's layer adds its own part of the gradient where its output is used, so stages need not talk to each other:
-the loss never travels, and the value is only for the log. Works under activation checkpointing.
+the loss never travels, and the value is only for the log. Works under activation checkpointing. Padding at the end of
+rows is routed as tokens are, and counts like them.
 
 Costs: a softmax, a histogram and a sum per routed layer; no wait for the device until `take` is called.
 """
@@ -33,7 +34,7 @@ class RouterReport:
 
 
 class RouterBalance:
-    """Watches the routers of a stage, adds the balance loss's gradient, and keeps count of expert loads.
+    """Watches the routers of a stage in training mode, adds the balance loss's gradient, and keeps count of loads.
 
     `scale` is what the gradient of the training loss is multiplied with before it reaches this stage's parameters:
     1 / gradient accumulation steps under DeepSpeed (times the loss scale in fp16). The owner may change it any time.
@@ -52,6 +53,8 @@ class RouterBalance:
 
     def _watch(self, name: str, router: nn.Module, index: int) -> None:
         def observe(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not module.training:  # an evaluation between two steps is not part of either
+                return None
             logits = output[index] if isinstance(output, tuple) else output
             loss, counts = balance_loss(logits, self._chosen)
             self._note(name, loss.detach(), counts)

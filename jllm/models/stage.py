@@ -243,7 +243,7 @@ class PipelineStage(nn.Module):
         self._base_name = self._anatomy.layers.partition(".")[0]
         base = model.get_submodule(self._base_name)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
-        self._takes = frozenset(inspect.signature((type(model) if span.is_last else type(base)).forward).parameters)
+        self._takes = accepted_arguments(model if span.is_last else base, base)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
@@ -283,6 +283,13 @@ class PipelineStage(nn.Module):
         layer = self.model.get_submodule(f"{self._anatomy.layers}.{index}")
         assert isinstance(layer, AbsentLayer)
         return layer
+
+
+def accepted_arguments(model: nn.Module, base: nn.Module) -> frozenset[str]:
+    """What the forward of `model` takes by name; where it passes on what it does not name, that of `base` too."""
+    own = inspect.signature(type(model).forward).parameters
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values())
+    return frozenset(own) | (frozenset(inspect.signature(type(base).forward).parameters) if passes_on else frozenset())
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,5 @@
 """Helpers: a whole model and its stages chained in one process, side by side."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jllm.models.attention import packing
-from jllm.models.stage import PipelineStage, published_names, spans_of, tied_parameter
+from jllm.models.stage import PipelineStage, accepted_arguments, published_names, spans_of, tied_parameter
 from jllm.models.weights import load_stage
 
 
@@ -37,7 +36,7 @@ def packed_batch(vocab: int, *, batch: int = 2, length: int = 24, packed: bool =
 def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the plain model."""
     model.zero_grad()
-    takes = inspect.signature(model.forward).parameters
+    takes = accepted_arguments(model, model.base_model)
     arguments = {"position_ids": integers[1]} if "position_ids" in takes else {}
     arguments |= packing(model, integers[1])
     loss = token_loss(model(input_ids=ids, use_cache=False, **arguments).logits, integers[0])

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jllm.errors import UserError
+from jllm.models.activation_checkpointing import checkpoint_activations
 from jllm.models.moe import attach_router_balance, balance_loss, experts_per_token
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, token_loss
 from tests.models.family_check import make_folder
@@ -16,8 +17,9 @@ torch.set_num_threads(1)
 COEFFICIENT = 0.3
 
 
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["plain", "recomputed"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
-def test_gradient_of_the_balance_loss(family: str, tmp_path: Path) -> None:
+def test_gradient_of_the_balance_loss(family: str, is_recomputed: bool, tmp_path: Path) -> None:
     config = tiny_config(family)
     make_folder(config, tmp_path)
     ids, integers = packed_batch(config.vocab_size, packed=False)
@@ -30,6 +32,9 @@ def test_gradient_of_the_balance_loss(family: str, tmp_path: Path) -> None:
     (token_loss(output.logits, integers[0]) + COEFFICIENT * balance).backward()
 
     stages = load_chain(tmp_path, [0, 2, 4])
+    if is_recomputed:
+        for stage in stages:
+            checkpoint_activations(stage.model, stage.span)
     watchers = [attach_router_balance(stage.model, stage.span, COEFFICIENT) for stage in stages]
     _, gradients = chained_loss_and_gradients(stages, ids, integers)
     for name, parameter in whole.named_parameters():
@@ -61,6 +66,18 @@ def test_the_coefficient_changes_the_gradient_only(tmp_path: Path) -> None:
     gate = "model.layers.0.mlp.gate.weight"
     assert found[0][0] == found[1][0]
     assert not torch.allclose(found[0][1][gate], found[1][1][gate])
+
+
+def test_an_evaluation_is_not_reported(tmp_path: Path) -> None:
+    config = tiny_config("mixtral")
+    make_folder(config, tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    watcher = attach_router_balance(stage.model, stage.span, COEFFICIENT)
+    with torch.no_grad():
+        stage.eval()(packed_batch(config.vocab_size))
+    assert watcher.take().load == {}
+    stage.train()(packed_batch(config.vocab_size))
+    assert len(watcher.take().load) == 4
 
 
 def test_dense_models_are_refused(tmp_path: Path) -> None:

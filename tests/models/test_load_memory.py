@@ -1,0 +1,67 @@
+"""A process that loads or makes a stage needs little more memory than the stage's weights, and never the whole model.
+
+`benchmarks/load_memory.py` measures the same on a model of 1.2 B parameters.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json, sys, threading, time
+import torch
+from transformers import LlamaConfig
+from benchmarks.load_memory import memory_bytes
+from jllm.models.stage import spans_of
+from jllm.models.weights import init_stage, load_stage, save_stage, write_companions, write_index
+
+torch.set_num_threads(1)
+folder, results = sys.argv[1], []
+config = LlamaConfig(vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
+spans = spans_of([0, 3, 6])
+
+def grown(make):
+    before, peak, done = memory_bytes()[0], 0, threading.Event()
+    def watch():
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, memory_bytes()[0])
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = make()
+    peak = max(peak, memory_bytes()[0])
+    done.set()
+    watcher.join()
+    own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return model, (peak - before) / own
+
+small = LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_attention_heads=4)
+init_stage(small, spans_of([0, 1])[0], dtype=torch.bfloat16, seed=0)  # imports what it needs
+for span in spans:
+    model, ratio = grown(lambda: init_stage(config, span, dtype=torch.bfloat16, seed=0))
+    results.append(ratio)
+    save_stage(model, span, folder)
+write_companions(model, folder, dtype=torch.bfloat16)
+write_index(folder)
+del model
+for span in spans:
+    model, ratio = grown(lambda: load_stage(folder, span, dtype=torch.bfloat16))
+    results.append(ratio)
+    del model
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory")
+def test_memory_of_a_stage(tmp_path: Path) -> None:
+    """55 M parameters a stage: what is measured beside its weights is not lost in what a process needs anyway."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads(done.stdout.splitlines()[-1])
+    assert len(ratios) == 4
+    assert max(ratios) <= 1.3, ratios
