@@ -56,7 +56,7 @@ def read_blocks(
         if source.kind in ("parquet", "ids"):
             from jllm.data.tables import parquet_blocks
 
-            columns = ("input_ids", "labels") if source.kind == "ids" else columns
+            columns = ("input_ids", "labels", "attention_mask") if source.kind == "ids" else columns
             yield from parquet_blocks(source, number, start, index, columns)
         else:
             yield from _byte_blocks(source, number, start, line, index)

@@ -1,8 +1,8 @@
 """Input that holds token ids already: Parquet files with `input_ids`, and `labels` where not all is trained on.
 
-Rows are documents whose ids nobody touches: nothing is put around them, and they are not cut; a row longer than
-`--max_len` is a bad record, dropped and counted, but for `--stack`, which has no long documents. Ids beyond the
-vocabulary are refused: they were made with another tokenizer.
+Rows are documents whose ids nobody touches: nothing is put around them, and they are not cut. Padding, which is where
+an `attention_mask` is 0, is left out. A row longer than `--max_len` is a bad record, dropped and counted, but for
+`--stack`, which has no long documents. Ids beyond the vocabulary are refused: they were made with another tokenizer.
 
 Cost: numpy over whole blocks, no Python object for a token or a row.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from jllm.data.blocks import Block
 from jllm.data.encode import Encoded
 from jllm.data.foreign import check_type, list_column
-from jllm.data.lists import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, from_list_array
+from jllm.data.lists import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
 from jllm.data.packing import Documents
 from jllm.data.records import BadRecord
 from jllm.data.sources import Source
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jllm.raw2ids import Raw2IdsConfig
 
 KIND = "ids"
+MASK = "attention_mask"
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
 
 
@@ -85,7 +86,7 @@ def _check_columns(schema: pa.Schema, source: Source) -> None:
             f"{where}: has {CU_SEQLENS}: its rows are packed already; the folder is a data set as it is (jllm manifest"
             " FOLDER describes it)"
         )
-    for name in (INPUT_IDS, LABELS):
+    for name in (INPUT_IDS, LABELS, MASK):
         if name in schema.names:
             check_type(schema.field(name), where)
 
@@ -138,19 +139,25 @@ class IdsEncoder:
         for name in table.column_names:
             kept = refuse(table.column(name).is_null().to_numpy(), numbers, "missing field", f"{name} is null")
             table, numbers = (table, numbers) if len(kept) == len(numbers) else (table.take(kept), numbers[kept])
-        ids, offsets = from_list_array(list_column(table.column(INPUT_IDS), where))
-        self._check_range(ids, offsets, line + numbers, where)
-        documents = Documents(ids=ids, offsets=offsets)
-        if LABELS in table.column_names:
-            values, starts = from_list_array(list_column(table.column(LABELS), where))
-            labels = Documents(ids=values, offsets=starts)
-            kept = refuse(labels.lengths != documents.lengths, numbers, "wrong labels", "not as many as input_ids")
-            documents, labels, numbers = documents.take(kept), labels.take(kept), numbers[kept]
-            row = np.repeat(np.arange(len(numbers)), documents.lengths)
-            differ = (labels.ids != documents.ids) & (labels.ids != IGNORE_INDEX)
-            documents = dataclasses.replace(documents, labels=labels.ids)
+        columns = {
+            name: Documents(ids=values, offsets=offsets)
+            for name in table.column_names
+            for values, offsets in [from_list_array(list_column(table.column(name), where))]
+        }
+        self._check_range(columns[INPUT_IDS], line + numbers, where)
+        for name in [name for name in columns if name != INPUT_IDS]:
+            differ = columns[name].lengths != columns[INPUT_IDS].lengths
+            kept = refuse(differ, numbers, f"wrong {name}", f"not as many as {INPUT_IDS}")
+            columns, numbers = {name: part.take(kept) for name, part in columns.items()}, numbers[kept]
+        if MASK in columns:
+            columns = _without_padding(columns)
+        documents = columns[INPUT_IDS]
+        if LABELS in columns:
+            documents = dataclasses.replace(documents, labels=columns[LABELS].ids)
+            differ = (columns[LABELS].ids != documents.ids) & (columns[LABELS].ids != IGNORE_INDEX)
+            rows = np.repeat(np.arange(len(numbers)), documents.lengths)[differ]
             detail = f"neither the id nor {IGNORE_INDEX}; labels are not shifted"
-            kept = refuse(np.isin(np.arange(len(numbers)), row[differ]), numbers, "wrong labels", detail)
+            kept = refuse(np.isin(np.arange(len(numbers)), rows), numbers, "wrong labels", detail)
             documents, numbers = documents.take(kept), numbers[kept]
         elif self.labels:
             documents = dataclasses.replace(documents, labels=documents.ids)
@@ -169,18 +176,28 @@ class IdsEncoder:
             documents = dataclasses.replace(documents, labels=np.where(masked, IGNORE_INDEX, documents.labels))
         return documents, [bad[number] for number in sorted(bad)]
 
-    def _check_range(self, ids: Int32, offsets: Int64, lines: Int64, where: str) -> None:
+    def _check_range(self, rows: Documents, lines: Int64, where: str) -> None:
         """Raises:
         UserError: an id is not one of the tokenizer's.
         """
-        wrong = (ids < 0) | (ids >= self.facts.vocab_size)
+        wrong = (rows.ids < 0) | (rows.ids >= self.facts.vocab_size)
         if wrong.any():
             first = int(np.argmax(wrong))
-            row = int(lines[np.searchsorted(offsets, first, side="right") - 1])
+            row = int(lines[np.searchsorted(rows.offsets, first, side="right") - 1])
             raise UserError(
-                f"{where}: row {row} has the id {int(ids[first])}, and {self.facts.name} has the ids 0 to"
+                f"{where}: row {row} has the id {int(rows.ids[first])}, and {self.facts.name} has the ids 0 to"
                 f" {self.facts.vocab_size - 1}; give the tokenizer that made the ids"
             )
+
+
+def _without_padding(columns: dict[str, Documents]) -> dict[str, Documents]:
+    """The columns without the places where the attention mask is 0."""
+    mask = columns[MASK]
+    real = mask.ids != 0
+    if real.all():
+        return columns
+    offsets = np.concatenate([[0], np.cumsum(real)])[mask.offsets]
+    return {name: Documents(ids=part.ids[real], offsets=offsets) for name, part in columns.items()}
 
 
 def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, given: Input, others: Any) -> IdsEncoder:

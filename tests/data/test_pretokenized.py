@@ -22,7 +22,7 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
 
 def write(path: Path, ids: list[Any], labels: list[Any] | None = None, kind: pa.DataType | None = None) -> Path:
     kind = kind or pa.list_(pa.int64())
-    columns = {"input_ids": pa.array(ids, kind), "attention_mask": pa.array([[1]] * len(ids))}
+    columns = {"token_type_ids": pa.array([[1]] * len(ids)), "input_ids": pa.array(ids, kind)}
     if labels is not None:
         columns["labels"] = pa.array(labels, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,20 @@ def test_what_is_wrong_costs_itself(tmp_path: Path, byte_tokenizer: Path) -> Non
     assert "too long" not in bad_of(tmp_path / "stacked"), "a stream has no long documents"
     stream = [index for k, row in enumerate(rows_of(tmp_path / "stacked")) for index in row[k > 0 :]]
     assert stream == [index for row in [*rows(1000), [7] * 101, [8] * 100, [4, 5]] for index in row]
+
+
+def test_padding_is_left_out(tmp_path: Path, byte_tokenizer: Path) -> None:
+    table = {
+        "labels": [[-100, 2, 3, -100, -100], [-100, -100, 5], [6, 7], [-100, -100], [8]],
+        "input_ids": [[1, 2, 3, 0, 0], [0, 4, 5], [6, 7], [0, 0], [8, 9]],
+        "attention_mask": [[1, 1, 1, 0, 0], [0, 1, 1], [1, 1], [0, 0], [1, 1]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    words = ["-i", tmp_path / "in.parquet", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "--max_len", 3]
+    raw2ids(*words)
+    assert rows_of(tmp_path / "out") == [[1, 2, 3], [4, 5], [6, 7]]
+    assert rows_of(tmp_path / "out", LABELS) == [[-100, 2, 3], [-100, 5], [6, 7]]
+    assert bad_of(tmp_path / "out") == {"empty document": 1, "wrong labels": 1}
 
 
 def test_ids_beside_texts(tmp_path: Path, byte_tokenizer: Path) -> None:
