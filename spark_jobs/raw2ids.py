@@ -59,7 +59,7 @@ class SparkRaw2IdsConfig(Raw2IdsConfig):
         super().__post_init__()
         for field in dataclasses.fields(self):
             if field.name in LOCAL_ONLY and getattr(self, field.name) != field.default:
-                raise UserError(f"--{field.name}: only for the local command; on Spark use --partitions")
+                raise UserError(f"--{field.name}: only for the local command; Spark cuts the data set by --partitions")
         if self.output is None:
             raise UserError("-o: say where the data set goes")
         if self.input_format is not None:
