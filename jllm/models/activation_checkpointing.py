@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError
+from jllm.models.anatomy import INDEXED
 from jllm.models.stage import StageSpan, anatomy_of
 
 Forward = Callable[..., Any]
@@ -87,7 +88,11 @@ def checkpoint_activations(
     attention_only: bool = False,
     offload: bool = False,
 ) -> Checkpointing:
-    """Switch it on for this stage's layers. Call once, after compiling layers (if they are) and before training."""
+    """Switch it on for this stage's layers. Call once, after compiling layers (if they are) and before training.
+
+    Raises:
+        UserError: there are no layers, or with `attention_only` no attentions, or the interval is below 1.
+    """
     anatomy = anatomy_of(model)
     state = Checkpointing(offload=offload)
     if not anatomy.layers:
@@ -110,7 +115,7 @@ def checkpoint_activations(
     if interval < 1:
         raise UserError(f"activation checkpointing every {interval} layers: the interval is at least 1 (0: off)")
     # Layers that hand on more than the hidden state cannot wait for their group.
-    size = interval if anatomy.returned in (0, 3) else 1
+    size = interval if anatomy.returned in (0, INDEXED) else 1
     for start in range(0, len(layers), size):
         _group(layers[start : start + size], state)
         state.units += 1

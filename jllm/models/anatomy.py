@@ -24,6 +24,9 @@ USED_AFTER_LAYERS = frozenset(
     {"norm", "norm_f", "ln_f", "final_norm", "final_layer_norm", "final_layernorm", "project_out"}
 )
 
+INDEXED = 3
+"""Entries of the tuple that a stand-in returns where the loop indexes it: families look at most at the third one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
@@ -41,7 +44,8 @@ class Anatomy:
     tied: tuple[tuple[str, str], ...]
     """Pairs (copy, original) of parameter names that are one tensor in the whole model: the head and the embedding."""
     returned: int
-    """What a decoder layer returns: 0 for the hidden state itself, n for a tuple of n with the hidden state first."""
+    """What a decoder layer returns: 0 for the hidden state itself, n for a tuple of n with the hidden state first, or
+    `INDEXED` where the family's loop takes entries of a tuple by number."""
     parameters: tuple[str, ...]
     """Every parameter of the whole model; a tied head is not among them."""
     routers: tuple[str, ...]
@@ -51,7 +55,11 @@ class Anatomy:
 
 
 def count_layers(config: PretrainedConfig) -> int:
-    """The number of decoder layers that a configuration declares."""
+    """The number of decoder layers that a configuration declares.
+
+    Raises:
+        UserError: it declares none.
+    """
     text = config.get_text_config(decoder=True)
     # Where the two differ (LongCat: two attentions per layer), num_layers counts what the model lists.
     count = vars(text).get("num_layers") or getattr(text, "num_hidden_layers", None)
@@ -64,7 +72,11 @@ def count_layers(config: PretrainedConfig) -> int:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """The dotted name of the list of decoder layers."""
+    """The dotted name of the list of decoder layers.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
     count = count_layers(model.config)
     found = [
         name
@@ -148,7 +160,10 @@ def whole_anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, int]:
-    """Name of each router → which of its outputs are the logits, as the family declares it to transformers."""
+    """Name of each router → which of its outputs are the logits, as the family declares it to transformers.
+
+    Empty for families without routers, and for those that do not declare them.
+    """
     recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders] if recorders else []
     found: dict[str, int] = {}
@@ -179,12 +194,13 @@ def _returned_by_layers(container: nn.Module, name: str) -> int:
 
 
 def _unpacked(target: ast.expr, loop: ast.For) -> int:
+    """What the loop does with the result that it assigns to `target`, in terms of `Anatomy.returned`."""
     if isinstance(target, ast.Tuple):
         return len(target.elts)
     subscripted = {
         node.value.id for node in ast.walk(loop) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)
     }
-    return 3 if isinstance(target, ast.Name) and target.id in subscripted else 0
+    return INDEXED if isinstance(target, ast.Name) and target.id in subscripted else 0
 
 
 def _whole_names(model: PreTrainedModel) -> tuple[str, ...]:

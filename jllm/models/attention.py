@@ -42,22 +42,36 @@ _BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use
 
 
 def choose_attention(
-    family: type[PreTrainedModel], *, device: str | torch.device, dtype: torch.dtype, wanted: str = "auto"
+    family: type[PreTrainedModel],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    wanted: str = "auto",
+    dropout: float = 0.0,
 ) -> str:
     """The implementation to load `family` with: `wanted`, or for `auto` the best one that it can do here.
 
+    `dropout` is that of the attention, by the model's configuration; varlen and flex have none.
+
     Raises:
-        UserError: `wanted` is none of `CHOICES`, or does not work for this family, device or dtype.
+        UserError: `wanted` is none of `CHOICES`, or does not work for this family, device, dtype or dropout.
     """
     device = torch.device(device)
     is_fast = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted != "auto":
         _check(family, wanted, device, is_fast)
+        if dropout and wanted in (VARLEN, "flex_attention"):
+            raise UserError(
+                f"--attn_implementation {wanted}: the model's config.json has attention dropout of {dropout}, which it "
+                "cannot do; give auto, or set attention_dropout to 0 there"
+            )
         return wanted
     if is_fast:
         for name, package in _FLASH_PACKAGES.items():
             if _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
                 return name
+        if dropout:
+            return "sdpa" if family._supports_sdpa else "eager"
         if takes_varlen(family) and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             return VARLEN
         if family._supports_flex_attn and not family._supports_sdpa:
@@ -112,7 +126,11 @@ def _forgets_positions(base: Any) -> bool:
 
 
 def _masks(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
-    """The masks that such a family would build, if it looked at the positions; nothing where these do not restart."""
+    """The masks that such a family would build, if it looked at the positions; nothing where these do not restart.
+
+    Raises:
+        UserError: layers of a kind whose mask is not known.
+    """
     if bool((positions[:, 1:] == positions[:, :-1] + 1).all()):
         return {}
     config = model.config.get_text_config(decoder=True)
@@ -146,7 +164,11 @@ def varlen_attention(
     max_length_q: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [B, heads, S, size] in, [B, S, heads, size] out; causal."""
+    """transformers' attention interface: [B, heads, S, size] in, [B, S, heads, size] out; causal.
+
+    Keys and values may have fewer heads than queries, and values another size. `cu_seq_lens_q` [documents + 1], int32,
+    bounds the documents in the rows laid end to end; without it each row is one document.
+    """
     assert attention_mask is None, "varlen attention takes documents, not masks"
     assert unused.get("softcap") is None, "varlen attention cannot soft-cap scores; use flex_attention or eager"
     assert unused.get("s_aux") is None, "varlen attention has no sinks; use flex_attention or eager"
@@ -159,7 +181,7 @@ def varlen_attention(
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
         max_length_q = length
     assert max_length_q is not None
-    assert not dropout, "varlen attention has no dropout; set attention_dropout to 0 in the model's config.json"
+    assert not dropout, "varlen attention has no dropout"
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if query.device.type == "cuda":
         attended = _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
@@ -178,7 +200,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dr
 def _on_cuda(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Tokens of all rows one after the other, [T, heads, size]."""
+    """By document lengths: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all rows."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
@@ -208,7 +230,7 @@ def _on_cuda(
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same by SDPA, one document after the other."""
+    """The same by SDPA, one document after the other; waits for the device once."""
     edges = bounds.tolist()
     pieces = []
     for start, end in itertools.pairwise(edges):

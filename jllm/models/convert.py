@@ -1,12 +1,15 @@
 """`jllm convert`: an older checkpoint, rewritten as a folder that plain transformers loads without remote code.
 
-Goes some layers at a time, so memory stays at a few GiB whatever the model's size.
+Goes some layers at a time, so memory stays at a few GiB whatever the model's size. The folder appears when it is
+complete; what a killed run left beside it is removed by the next one.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 
+from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.anatomy import count_layers
 from jllm.models.legacy.alibi import AlibiLlamaConfig
@@ -20,7 +23,11 @@ LAYERS_AT_A_TIME = 4
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> str:
-    """Write `source` to `target` in the nearest native class; returns that class's name. dtype: the source's."""
+    """Write `source` to `target` in the nearest native class; returns that class's name. dtype: the source's.
+
+    Raises:
+        UserError: not an older checkpoint, or one without a native class, or `target` is not empty.
+    """
     source, target = Path(source), Path(target)
     config = read_config(source)
     layout = layout_of(read_raw_config(source))
@@ -39,9 +46,14 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
     dtype = dtype or model_info(source).dtype
     layers = count_layers(config)
     boundaries = [*range(0, layers, LAYERS_AT_A_TIME), layers]
+    temporary = atomic.temporary_name(target)
+    shutil.rmtree(temporary, ignore_errors=True)
     for span in spans_of(boundaries):
         model = load_stage(source, span, dtype=dtype)
-        save_stage(model, span, target, dtype=dtype)
-    write_companions(model, target, dtype=dtype, source=source)
-    write_index(target)
+        save_stage(model, span, temporary, dtype=dtype)
+    write_companions(model, temporary, dtype=dtype, source=source)
+    write_index(temporary)
+    for path in temporary.iterdir():
+        atomic.sync_file(path)
+    temporary.replace(target)
     return type(model).__name__

@@ -24,7 +24,6 @@ from jllm.models.source import causal_class
 _TRAINING, _RECOMPUTED = 3.0, 4.0
 # Bytes per parameter: bf16 weight and gradient, fp32 gradient, fp32 master and two moments; or all of it in fp32.
 MIXED_BYTES, FP32_BYTES = 20.0, 16.0
-FROZEN_BYTES = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,11 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Costs of a model, split the way stages can split it."""
+    """Costs of a model for one micro-batch, split the way stages can split it.
+
+    Stages are given as decoder layers [first, end); the embedding counts where first is 0, final norm and head where
+    end is the number of layers.
+    """
 
     layers: tuple[LayerCost, ...]
     embedding_parameters: int
@@ -96,7 +99,6 @@ def estimate_costs(
     micro_batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     checkpoint_interval: int = 0,
-    trainable: bool = True,
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
@@ -142,7 +144,7 @@ def estimate_costs(
         head_activation_bytes=float(tokens * text.vocab_size * (dtype.itemsize + 8)),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
-        bytes_per_parameter=FROZEN_BYTES if not trainable else FP32_BYTES if dtype == torch.float32 else MIXED_BYTES,
+        bytes_per_parameter=FP32_BYTES if dtype == torch.float32 else MIXED_BYTES,
         tied=bool(anatomy.tied),
     )
 

@@ -87,7 +87,11 @@ class RouterBalance:
 def attach_router_balance(
     model: PreTrainedModel, span: StageSpan, coefficient: float, *, scale: float = 1.0
 ) -> RouterBalance:
-    """Watch this stage's routers; a coefficient of 0 only watches. A stage without routers reports nothing."""
+    """Watch this stage's routers; a coefficient of 0 only watches. A stage without routers reports nothing.
+
+    Raises:
+        UserError: on every stage alike, for a model without routers that transformers records.
+    """
     if not anatomy_of(model).routers:
         raise UserError(
             f"--router_aux_loss_coef {coefficient}: model type {model.config.model_type!r} has no routers that "
@@ -97,7 +101,11 @@ def attach_router_balance(
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts a token is sent to."""
+    """How many experts a token is sent to.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
     text = config.get_text_config(decoder=True)
     for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token", "moe_top_k"):
         if isinstance(value := getattr(text, name, None), int):
@@ -106,7 +114,7 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 
 def balance_loss(logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """(loss of one layer, tokens per expert) from router logits [..., experts]."""
+    """(loss of one layer, tokens per expert [experts]) from router logits [..., experts]."""
     logits = logits.flatten(0, -2).float()
     tokens, experts = logits.shape
     probabilities = logits.softmax(-1)

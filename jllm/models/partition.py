@@ -37,6 +37,9 @@ def partition(
 
     `micro_batches` is how many a step has (gradient accumulation steps); it bounds how many are in flight. `costs`
     default to estimates for `config`; `profile` is `fast` on measured ones, so it needs them.
+
+    Raises:
+        UserError: more stages than layers, or a `method` that is none or does not fit this model.
     """
     num_layers = count_layers(config)
     if num_stages < 1:

@@ -59,7 +59,11 @@ def select_trainable(model: PreTrainedModel, span: StageSpan, selection: Selecti
 
 
 def choose(parameters: tuple[str, ...], selection: Selection, *, layers: str, num_layers: int) -> list[str]:
-    """The names among `parameters` (of a whole model) that train."""
+    """The names among `parameters` (of a whole model) that train; `layers` is the dotted name of its layers.
+
+    Raises:
+        UserError: a pattern that is none or matches nothing, layers that are not there, or nothing left to train.
+    """
     targets = _patterns("--target_modules", selection.target_modules)
     frozen = _patterns("--frozen_modules", selection.frozen_modules)
     for option, patterns in (("--target_modules", targets), ("--frozen_modules", frozen)):
@@ -97,7 +101,11 @@ def matches(pattern: re.Pattern[str], parameter: str) -> bool:
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
-    """Layer numbers of "0:7,24:31" (both ends included) or "3"."""
+    """Layer numbers of "0:7,24:31" (both ends included) or "3", in order.
+
+    Raises:
+        UserError: not such a list, or layers that the model does not have.
+    """
     chosen: set[int] = set()
     given = f"--layers_to_transform {text!r}"
     for piece in text.split(","):

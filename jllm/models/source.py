@@ -32,7 +32,6 @@ class ModelInfo:
     model_type: str
     vocab_size: int
     """Rows of the token embedding: ids must be smaller."""
-    hidden_size: int
     num_layers: int
     dtype: torch.dtype
     """The dtype that most of the stored weights have; from the configuration where there are no safetensors files."""
@@ -41,7 +40,11 @@ class ModelInfo:
 
 
 def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model folder."""
+    """The configuration of a model folder; that of an older published layout in terms of the class it is read into.
+
+    Raises:
+        UserError: no such folder, no sound config.json, or a type that needs the code in the folder and may not run it.
+    """
     folder = Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
@@ -78,7 +81,11 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
 def causal_class(
     config: PretrainedConfig, *, folder: str | Path | None = None, trust_remote_code: bool = False
 ) -> type[PreTrainedModel]:
-    """The family's own `...ForCausalLM` class."""
+    """The family's own `...ForCausalLM` class; `folder` is where its code is, if it comes with the model.
+
+    Raises:
+        UserError: there is no such class in transformers, and none in the folder that may be run.
+    """
     if isinstance(config, AlibiLlamaConfig):
         return AlibiLlamaForCausalLM
     mapping: Any = AutoModelForCausalLM._model_mapping
@@ -124,7 +131,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Name → dtype, shape and offsets of each tensor in a safetensors file."""
+    """Name → dtype, shape and offsets (`data_offsets`, in bytes) of each tensor in a safetensors file."""
     header = _whole_header(path)
     header.pop("__metadata__", None)
     return header
@@ -167,7 +174,6 @@ def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weig
     return ModelInfo(
         model_type=config.model_type,
         vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
         num_layers=count_layers(config),
         dtype=dtype,
         tied=bool(getattr(config, "tie_word_embeddings", False)),

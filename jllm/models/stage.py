@@ -108,7 +108,7 @@ class AbsentEmbedding(nn.Module):
     def __init__(self, replaced: nn.Embedding) -> None:
         super().__init__()
         self.width = replaced.embedding_dim
-        # Empty: some families look at it for the device.
+        # Without elements: some families look at it for the device.
         empty = torch.empty(0, dtype=replaced.weight.dtype, device=replaced.weight.device)
         self.register_buffer("weight", empty, persistent=False)
 
@@ -155,7 +155,11 @@ def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrain
 
 
 def carve(model: PreTrainedModel, span: StageSpan) -> None:
-    """Replace in place what `span` does not own. A tied head's original stays on the last stage until `seal`."""
+    """Replace in place what `span` does not own. A tied head's original stays on the last stage until `seal`.
+
+    Raises:
+        UserError: the model cannot be cut this way, and why.
+    """
     check_split(model.config, span)
     anatomy = find_anatomy(model) if span.count > 1 else whole_anatomy(model)
     model.__dict__["_jllm_anatomy"] = anatomy
@@ -228,9 +232,10 @@ def tied_parameter(model: PreTrainedModel, span: StageSpan) -> tuple[str, nn.Par
 class PipelineStage(nn.Module):
     """The single DeepSpeed layer of a pipeline rank.
 
-    Between stages travels a tuple of the hidden state (float) and one integer tensor [2, B, S] with the shifted labels
-    and the position ids. The first stage takes (input_ids, integers); the last stage returns the loss. Families whose
-    layers look at the input ids get these as a third plane of the integers, added by the first stage.
+    Between stages travels a tuple of the hidden state (float, [B, S, width] in most families) and one integer tensor
+    [2, B, S] with the shifted labels and the position ids. The first stage takes (input ids [B, S], integers); the last
+    stage returns the loss that `loss_fn` makes of logits [B, S, vocabulary] and labels [B, S]. Families whose layers
+    look at the input ids get these as a third plane of the integers, added by the first stage.
     """
 
     def __init__(self, model: PreTrainedModel, span: StageSpan, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -6,7 +6,8 @@ weights module by module, each module from its own seed, so the weights do not d
 expert where the family's checkpoints are), and one copy of a tied embedding.
 
 Costs: loading holds the stage's own weights once, plus the tensors in flight; saving holds one file's worth (`shard`
-bytes) beside the model where the dtype changes, and nothing where it does not.
+bytes) beside the model where the dtype changes, and nothing where it does not. Weights on CPU are copied out of the
+mapped files one tensor at a time, so that these may be replaced while the model lives.
 """
 
 import copy
@@ -27,8 +28,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
+from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.anatomy import Anatomy, count_layers
+from jllm.models.anatomy import count_layers
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, read_tensors, to_published
@@ -39,7 +41,6 @@ from jllm.models.stage import (
     AbsentModule,
     StageSpan,
     anatomy_of,
-    carve,
     seal,
     stage_class,
 )
@@ -58,7 +59,11 @@ def load_stage(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors."""
+    """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
+
+    Raises:
+        UserError: the folder holds no model, one that cannot be split this way, or not all of its weights.
+    """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     weight_files(folder)
     _check_span(config, span)
@@ -120,6 +125,9 @@ def init_stage(
     Every module draws from a generator seeded by (seed, its name in the whole model): the same seed gives the same
     weights for any number of stages, on the same kind of device. `family` is for classes that transformers does not
     carry (`--trust_remote_code`).
+
+    Raises:
+        UserError: the model cannot be split this way.
     """
     _check_span(config, span)
     derived = stage_class(family or causal_class(config), span)
@@ -136,13 +144,6 @@ def init_stage(
     seal(model, span)
     model.train()
     return model
-
-
-def adopt(model: PreTrainedModel) -> tuple[PreTrainedModel, StageSpan]:
-    """A whole model that is already in memory, as the only stage."""
-    span = StageSpan(index=0, count=1, first_layer=0, end_layer=count_layers(model.config))
-    carve(model, span)
-    return model, span
 
 
 def save_stage(
@@ -173,10 +174,8 @@ def save_stage(
     for part, names in enumerate(_parts(published, shard_bytes)):
         file_name = _STAGE_FILE.format(stage=span.index, part=part)
         chunk = {name: _as_stored(published[name], dtype) for name in names}
-        temporary = folder / (file_name + ".tmp")
-        save_file(chunk, temporary, metadata={"format": "pt"})
-        _sync(temporary)
-        os.replace(temporary, folder / file_name)
+        with atomic.replacing(folder / file_name) as temporary:
+            save_file(chunk, temporary, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file_name))
     return weight_map
 
@@ -207,10 +206,7 @@ def write_index(folder: str | Path) -> dict[str, str]:
             "metadata": {"total_parameters": total_parameters, "total_size": total_size},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        temporary = folder / (INDEX_NAME + ".tmp")
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, folder / INDEX_NAME)
+        atomic.write_text(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return weight_map
 
 
@@ -300,11 +296,6 @@ def _is_weight_file(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".tmp"))
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and load reports: this module checks the report itself."""
@@ -318,15 +309,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-__all__ = [
-    "SHARD_BYTES",
-    "Anatomy",
-    "adopt",
-    "init_stage",
-    "load_stage",
-    "save_stage",
-    "write_companions",
-    "write_index",
-]

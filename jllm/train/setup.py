@@ -62,6 +62,7 @@ def find_family(config: TrainConfig) -> Family:
         device=get_accelerator().current_device_name(),
         dtype=DTYPES[config.precision],
         wanted=config.attn_implementation,
+        dropout=getattr(model_config.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
     return Family(config=model_config, model_class=model_class, attention=attention)
 

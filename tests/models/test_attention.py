@@ -69,6 +69,18 @@ def test_choice() -> None:
         choose_attention(oss, device="cpu", dtype=torch.float32, wanted="sdpa")
 
 
+def test_choice_with_attention_dropout() -> None:
+    """Starcoder 2 is published with it; varlen and flex have none."""
+    starcoder2, gemma2 = (causal_class(tiny_config(name)) for name in ("starcoder2", "gemma2"))
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    assert choose_attention(starcoder2, **where) == VARLEN
+    assert choose_attention(starcoder2, **where, dropout=0.1) == "sdpa"
+    assert choose_attention(gemma2, **where, dropout=0.1) == "eager"
+    for wanted, family in ((VARLEN, starcoder2), ("flex_attention", gemma2)):
+        with pytest.raises(UserError, match="has attention dropout"):
+            choose_attention(family, **where, wanted=wanted, dropout=0.1)
+
+
 def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes first, but not for families whose attention sinks it does not know."""
     llama, gemma2, oss = (causal_class(tiny_config(name)) for name in ("llama", "gemma2", "gpt_oss"))

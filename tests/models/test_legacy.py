@@ -232,6 +232,24 @@ def test_convert(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "modeling_old.py").exists()
 
 
+def test_a_conversion_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = publish("qwen", tmp_path / "old")
+    with monkeypatch.context() as broken:
+        broken.setattr("jllm.models.convert.write_companions", None)
+        with pytest.raises(TypeError):
+            convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+    ids = packed_batch(VOCAB)[0][0]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    torch.testing.assert_close(plain(ids[None]).logits[0], qwen(weights, ids), atol=2e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="not empty"):
+        convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(UserError, match="loads as it is"):
+        convert_checkpoint(tmp_path / "new", tmp_path / "newer")
+
+
 @pytest.mark.parametrize("case", ["baichuan-13b", "baichuan2-13b"])
 def test_alibi_goes_back_to_its_layout(case: str, tmp_path: Path) -> None:
     weights = publish(case, tmp_path / "old")
@@ -266,6 +284,12 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.5}))
     with pytest.raises(UserError, match="rotary_pct"):
         read_config(tmp_path / "old")
+    publish("baichuan-7b", tmp_path / "pickled", pickled=True)
+    whole = (tmp_path / "pickled/pytorch_model.bin").read_bytes()
+    for damage in (b"", b"weights", whole[: len(whole) // 2]):
+        (tmp_path / "pickled/pytorch_model.bin").write_bytes(damage)
+        with pytest.raises(UserError, match="cannot be read as a file of weights"):
+            load_chain(tmp_path / "pickled", [0, 3])
     del config["num_attention_heads"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="num_attention_heads"):

@@ -7,6 +7,7 @@ mapped, safetensors or pickled alike (`weights_only`: nothing in a pickle is run
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from jllm.models.legacy.layouts import Layout
 def read_tensors(
     folder: Path, layout: Layout, raw: dict[str, Any], config: PretrainedConfig, wanted: set[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors among `wanted` (our names), in memory of their own."""
+    """The tensors among `wanted` (our names) in `dtype`, in memory of their own.
+
+    Raises:
+        UserError: there are no weights, or a file of them is broken.
+    """
     found: dict[str, Tensor] = {}
     for file, names in _files(folder):
         for name in names:
@@ -37,7 +42,11 @@ class _Pickled:
     """A pickled file that looks like a safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read as a file of weights ({reason}); download it again") from None
 
     def get_tensor(self, name: str) -> Tensor:
         return self.tensors[name]
