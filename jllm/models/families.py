@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
-
 from jllm.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
+    from transformers import PretrainedConfig
+
     from jllm.models.stage import StageSpan
 
 CATALOGUE = Path(__file__).with_name("families.json")
@@ -95,7 +95,7 @@ def catalogue_table() -> str:
     return "\n".join([*lines, "", summary])
 
 
-def check_block_mask(config: PretrainedConfig) -> None:
+def check_block_mask(config: "PretrainedConfig") -> None:
     """Raise a `UserError` where documents packed in a row would see each other in spite of `--block_mask`.
 
     By the catalogue: a family that is not in it is taken at its word.
@@ -108,7 +108,7 @@ def check_block_mask(config: PretrainedConfig) -> None:
         )
 
 
-def check_split(config: PretrainedConfig, span: "StageSpan") -> None:
+def check_split(config: "PretrainedConfig", span: "StageSpan") -> None:
     """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
     if span.count == 1:
         return

@@ -108,7 +108,10 @@ def best_split(num_layers: int, num_stages: int, cost: Callable[[int, int, int],
 def stage_table(
     costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, memory_limit: float | None = None
 ) -> str:
-    """Layers, parameters, estimated memory and time share of each stage, and the share of time lost to the bubble."""
+    """Layers, parameters, estimated memory and time share of each stage, and the share of time lost to the bubble.
+
+    A stage that is estimated to need more than `memory_limit` bytes is marked.
+    """
     count = len(boundaries) - 1
     times = [costs.time(boundaries[k], boundaries[k + 1]) for k in range(count)]
     whole = sum(times) or 1.0

@@ -134,9 +134,15 @@ def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: 
         check_split(family.config, span)
     return Plan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=layout.accumulation),
+        table=stage_table(costs, boundaries, micro_batches=layout.accumulation, memory_limit=_device_memory()),
         flops_per_token=plain.time(0, len(plain.layers)) / (length * layout.micro_batch),
     )
+
+
+def _device_memory() -> float | None:
+    """Bytes of this process's device; None on CPU, whose memory all processes share."""
+    accelerator = get_accelerator()
+    return None if accelerator.device_name() == "cpu" else float(accelerator.total_memory())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -187,6 +187,42 @@ def test_an_older_checkpoint_trains_as_it_is(ranks: Callable[[int], Ranks], tmp_
     assert record["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
 
 
+def test_random_weights_do_not_depend_on_the_stages(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """`--init` on a folder without weights: the same ones for one and two stages, others for another seed."""
+    import torch
+
+    whole = tiny_llama(tmp_path / "whole", tied=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes((whole / "config.json").read_bytes())
+    data = write_rows(tmp_path / "data", full_rows(4))
+    found = []
+    for stages, seed in ((1, 5), (2, 5), (2, 6)):
+        out = tmp_path / f"out-{stages}-{seed}"
+        more = {"init": True, "seed": seed, "pipe_parallel_size": stages, "learning_rate": 0.0, "output_dir": out}
+        options = options_of(tmp_path / "model", data, out / "log", max_steps=1, **more)
+        assert ranks(stages).run(train_rank, options) == [None] * stages
+        found.append((records(out / "log")[0]["loss"], weights_of(out)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    for name, tensor in found[0][1].items():
+        assert torch.equal(tensor, found[1][1][name]), name
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert not torch.equal(found[0][1][name], found[2][1][name])
+    assert found[0][1][name].std().item() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_tied_embedding_stays(ranks: Callable[[int], Ranks], tmp_path: Path, precision: str) -> None:
+    """It is a parameter of both stages, and only the layers and the norm train."""
+    model = tiny_llama(tmp_path / "model", tied=True, dtype="float32" if precision == "fp32" else "bfloat16")
+    data = write_rows(tmp_path / "data", full_rows(12))
+    more = {"frozen_modules": "embed_tokens", "learning_rate": 1e-2, "precision": precision}
+    options = options_of(model, data, tmp_path / "log", output_dir=tmp_path / "out", **more)
+    assert ranks(2).run(train_rank, options) == [None] * 2
+    before, after = weights_of(model), weights_of(tmp_path / "out")
+    same = {name for name in before if (before[name] == after[name]).all()}
+    assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
 def test_block_mask_is_refused_where_documents_would_mix(
     ranks: Callable[[int], Ranks], tmp_path: Path, family: str

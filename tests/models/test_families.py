@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from jllm import list_models
 from jllm.errors import UserError
-from jllm.models.families import NAMED, catalogue, catalogue_table, check_block_mask, check_split
+from jllm.models.families import NAMED, catalogue, check_block_mask, check_split
 from jllm.models.stage import StageSpan
 from tests.models.family_check import compare_family, isolates_documents, load_whole, make_folder
 from tests.models.tiny import causal_types, has_plan, tiny_config
@@ -75,7 +77,9 @@ def test_catalogue() -> None:
     assert sum(family.status == "pass" for family in planned) >= 75
     assert [family.model_type for family in families] == causal_types(), "transformers changed: make test-families"
     assert all(family.has_plan == has_plan(family.model_type) for family in families)
-    table = catalogue_table()
+    listed = CliRunner().invoke(list_models.main, [])
+    assert listed.exit_code == 0
+    table = listed.output
     assert re.search(r"^llama +pass +2 and 3 stages", table, re.MULTILINE)
     assert re.search(r"^hrm_text +refused +it runs its two lists", table, re.MULTILINE)
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")

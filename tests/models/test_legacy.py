@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from jllm import convert
 from jllm.errors import UserError
 from jllm.models.convert import convert_checkpoint
 from jllm.models.source import model_info, read_config
@@ -239,7 +241,9 @@ def test_a_conversion_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch
         with pytest.raises(TypeError):
             convert_checkpoint(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    done = CliRunner().invoke(convert.main, ["-m", str(tmp_path / "old"), "-o", str(tmp_path / "new")])
+    assert done.exit_code == 0, done.output
+    assert done.output.strip() == f"wrote {tmp_path / 'new'} as Qwen2ForCausalLM"
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
     ids = packed_batch(VOCAB)[0][0]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "new")

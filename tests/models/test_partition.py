@@ -163,6 +163,13 @@ def test_table_shows_every_stage_and_the_bubble() -> None:
     assert bubble_share(1, 4) == 0
 
 
+def test_table_marks_stages_that_do_not_fit() -> None:
+    costs = costs_of([1.0] * 6, activation=100.0)
+    limit = costs.memory(3, 6, in_flight=1) + 1
+    lines = stage_table(costs, [0, 3, 6], micro_batches=2, memory_limit=limit).splitlines()
+    assert ["over the device's memory" in line for line in lines] == [False, True, False, False]
+
+
 def test_best_split_prefers_even_among_equals() -> None:
     assert best_split(6, 3, lambda first, end, stage: float(end - first)) == [0, 2, 4, 6]
 
