@@ -40,9 +40,9 @@ def main(config: RepartitionConfig) -> None:
     if config.dry_run:
         print("dry run: nothing was changed")
     elif repartition(folder, plan):
-        print(f"{folder}: ready; next: deepspeed --module jllm.train_pipe --train_data {folder} ...")
+        print(f"{config.data}: ready; next: deepspeed --module jllm.train_pipe --train_data {config.data} ...")
     else:
-        print(f"{folder}: already so; nothing to do")
+        print(f"{config.data}: already so; nothing to do")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """All data sets of a folder through `shuffle_set`, with a line of report for each, and what became of a mixture."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def shuffle_folder(config: "ShuffleConfig", *, one_set: bool) -> list[Outcome]:
             print(f"{data_set.name}: left out", flush=True)
     if mix != Mix():
         outcomes = _report_mix(mix, outcomes)
-    print(f"{output}: ready; next: python -m jllm.repartition -d {output} -n PARTITIONS", flush=True)
+    shown = config.output or (output if config.data.is_absolute() else Path(os.path.relpath(output)))
+    print(f"{shown}: ready; next: python -m jllm.repartition -d {shown} -n PARTITIONS", flush=True)
     return outcomes
 
 
