@@ -37,7 +37,9 @@ VARLEN = "varlen"
 CHOICES = ("auto", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager")
 # Best first; the packages that bring them.
 _FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
-# Signs in a family's own code that its attention takes more than causality, a window and documents.
+# Signs in a family's own code of what its attention takes: a soft cap and sinks, which SDPA has not; and what else
+# there is beside causality, a window and documents, which is all that varlen has.
+_BEYOND_SDPA = ("softcap=self", "s_aux=self")
 _BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use_bidirectional_attention")
 
 
@@ -71,18 +73,27 @@ def choose_attention(
             if _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
                 return name
         if dropout:
-            return "sdpa" if family._supports_sdpa else "eager"
+            return "sdpa" if _takes_sdpa(family) else "eager"
         if takes_varlen(family) and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             return VARLEN
-        if family._supports_flex_attn and not family._supports_sdpa:
+        if family._supports_flex_attn and not _takes_sdpa(family):
             return "flex_attention"
-    return "sdpa" if family._supports_sdpa else "eager"
+    return "sdpa" if _takes_sdpa(family) else "eager"
 
 
 def takes_varlen(family: type[PreTrainedModel]) -> bool:
     """Whether the family's attention is causal, perhaps with a window, and passes on what varlen needs."""
     source = inspect.getsource(sys.modules[family.__module__])
     return bool(family._supports_flash_attn) and not any(sign in source for sign in _BEYOND_VARLEN)
+
+
+def _takes_sdpa(family: type[PreTrainedModel]) -> bool:
+    """Whether SDPA computes the family's attention.
+
+    Some versions of transformers say so of families whose soft cap or sinks it then leaves out.
+    """
+    source = inspect.getsource(sys.modules[family.__module__])
+    return bool(family._supports_sdpa) and not any(sign in source for sign in _BEYOND_SDPA)
 
 
 def _takes_flash(family: type[PreTrainedModel], name: str) -> bool:
@@ -264,7 +275,7 @@ def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_
         raise UserError(f"{given} needs CUDA: PyTorch has no backward pass for it on {device.type}; give auto or eager")
     supported = {
         "flex_attention": family._supports_flex_attn,
-        "sdpa": family._supports_sdpa,
+        "sdpa": _takes_sdpa(family),
         **{name: _takes_flash(family, name) for name in _FLASH_PACKAGES},
     }
     if not supported.get(wanted, True):

@@ -69,6 +69,15 @@ def test_choice() -> None:
         choose_attention(oss, device="cpu", dtype=torch.float32, wanted="sdpa")
 
 
+def test_sdpa_is_not_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA has no soft cap, whatever a version of transformers says of Gemma 2."""
+    gemma2, gemma3 = (causal_class(tiny_config(name)) for name in ("gemma2", "gemma3_text"))
+    monkeypatch.setattr(gemma2, "_supports_sdpa", True)
+    assert choose_attention(gemma2, device="cpu", dtype=torch.float32) == "eager"
+    assert choose_attention(gemma2, device="cuda", dtype=torch.bfloat16) == "flex_attention"
+    assert choose_attention(gemma3, device="cpu", dtype=torch.float32) == "sdpa"
+
+
 def test_choice_with_attention_dropout() -> None:
     """Starcoder 2 is published with it; varlen and flex have none."""
     starcoder2, gemma2 = (causal_class(tiny_config(name)) for name in ("starcoder2", "gemma2"))
