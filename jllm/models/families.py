@@ -108,6 +108,15 @@ def check_block_mask(config: "PretrainedConfig") -> None:
         )
 
 
+def possible_starts(config: "PretrainedConfig") -> frozenset[int] | None:
+    """The layers that a stage other than the first can start with; None where every layer will do.
+
+    Layers that reuse the token selection of the layer before them must be on its stage.
+    """
+    kinds = getattr(config.get_text_config(decoder=True), "indexer_types", None)
+    return frozenset(index for index, kind in enumerate(kinds) if kind != "shared" and index) if kinds else None
+
+
 def check_split(config: "PretrainedConfig", span: "StageSpan") -> None:
     """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
     if span.count == 1:
@@ -126,10 +135,11 @@ def check_split(config: "PretrainedConfig", span: "StageSpan") -> None:
         raise UserError(f"{what}: every layer reads its own embedding of the input ids; {remedy}")
     if getattr(text, "num_kv_shared_layers", 0):
         raise UserError(f"{what}: its last layers reuse keys and values of earlier layers; {remedy}")
-    kinds = getattr(text, "indexer_types", None)
-    if kinds and kinds[span.first_layer] == "shared":
-        allowed = ", ".join(str(index) for index, kind in enumerate(kinds) if kind != "shared" and index)
+    starts = possible_starts(config)
+    if starts is not None and span.first_layer and span.first_layer not in starts:
+        allowed = ", ".join(map(str, sorted(starts)))
         raise UserError(
             f"stage {span.index} of model type {config.model_type!r} cannot start with layer {span.first_layer}, which "
-            f"reuses the token selection of the layer before it; give boundaries among {allowed or 'none'}"
+            f"reuses the token selection of the layer before it; "
+            + (f"give boundaries among {allowed}, or --partition_method fast" if allowed else remedy)
         )

@@ -1,6 +1,7 @@
 """Which decoder layers go to which pipeline stage, and a table that shows what each stage costs.
 
     fast          the slowest stage is as fast as possible (the head counts, so a last stage has fewer layers)
+    profile       the same on measured times
     mem           the fullest stage is as small as possible; earlier stages hold more micro-batches in flight
     parameters    the largest stage, by parameters, is as small as possible
     uniform       equal numbers of layers; the first stages take what is left over
@@ -8,11 +9,13 @@
     9,5           9 layers on the first stage, 5 on the last one, the rest even
     0,8,17,26     boundaries: stage k owns layers [b[k], b[k+1])
 
-The first four methods search all splits (dynamic programming) and give the best one on the cost model of
-`jllm.models.costs`: optimal, not approximate. Every stage owns at least one layer.
+All but uniform and the last two search all splits (dynamic programming) and give the best one on the cost model of
+`jllm.models.costs`: optimal, not approximate. They cut only where the family can be cut. Every stage owns at least one
+layer.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 
@@ -21,6 +24,7 @@ from transformers import PretrainedConfig
 from jllm.errors import UserError
 from jllm.models.anatomy import count_layers
 from jllm.models.costs import Costs, estimate_costs
+from jllm.models.families import possible_starts
 
 METHODS = ("fast", "mem", "uniform", "parameters", "profile")
 
@@ -60,21 +64,28 @@ def partition(
         )
     if costs is None:
         costs = estimate_costs(config)
+    starts = possible_starts(config)
+
+    def split(cost: Callable[[int, int, int], float]) -> list[int]:
+        def possible(first: int, end: int, stage: int) -> float:
+            return math.inf if starts is not None and first and first not in starts else cost(first, end, stage)
+
+        return best_split(num_layers, num_stages, possible)
+
     if method.startswith("type:"):
-        return _by_type(method.removeprefix("type:"), costs, num_stages)
+        counts = _matches_of_type(method.removeprefix("type:"), costs)
+        return split(lambda first, end, _: sum(counts[first:end]))
     if method == "profile" and not costs.is_measured:
         raise UserError("--partition_method profile needs measured layer times; give fast where nothing was measured")
     if method == "parameters":
-        return best_split(num_layers, num_stages, lambda first, end, _: float(costs.parameters(first, end)))
+        return split(lambda first, end, _: float(costs.parameters(first, end)))
     if method == "mem":
-        return best_split(
-            num_layers,
-            num_stages,
+        return split(
             lambda first, end, stage: costs.memory(
                 first, end, in_flight=micro_batches_in_flight(stage, num_stages, micro_batches)
-            ),
+            )
         )
-    return best_split(num_layers, num_stages, lambda first, end, _: costs.time(first, end))
+    return split(lambda first, end, _: costs.time(first, end))
 
 
 def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int | None) -> int:
@@ -180,7 +191,8 @@ def _explicit(method: str, num_layers: int, num_stages: int) -> list[int]:
     )
 
 
-def _by_type(pattern: str, costs: Costs, num_stages: int) -> list[int]:
+def _matches_of_type(pattern: str, costs: Costs) -> list[float]:
+    """For each layer 1 where `pattern` matches its kind, else 0."""
     try:
         expression = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
@@ -189,7 +201,7 @@ def _by_type(pattern: str, costs: Costs, num_stages: int) -> list[int]:
     if not any(counts):
         kinds = ", ".join(sorted({layer.kind for layer in costs.layers}))
         raise UserError(f"--partition_method type:{pattern} matches no layer; the model's layers are: {kinds}")
-    return best_split(len(counts), num_stages, lambda first, end, _: sum(counts[first:end]))
+    return counts
 
 
 def _si(number: float) -> str:

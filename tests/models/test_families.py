@@ -11,6 +11,13 @@ from jllm import list_models
 from jllm.errors import UserError
 from jllm.models.families import NAMED, catalogue, check_block_mask, check_split
 from jllm.models.stage import StageSpan
+from tests.models.chain import (
+    chained_loss_and_gradients,
+    load_chain,
+    packed_batch,
+    whole_loss_and_gradients,
+    worst_gradient,
+)
 from tests.models.family_check import compare_family, isolates_documents, load_whole, make_folder
 from tests.models.tiny import causal_types, has_plan, tiny_config
 
@@ -38,6 +45,16 @@ def test_comparison_sees_one_changed_weight(tmp_path: Path) -> None:
     difference = compare_family(whole, tmp_path / "whole", tmp_path / "saved")
     assert not difference.is_equal
     assert difference.where.startswith("2 stages, plain rows")
+
+
+def test_layers_that_share_a_selection(tmp_path: Path) -> None:
+    """Layer 1 takes the tokens that layer 0 selected, layer 3 those of layer 2: cut between the pairs."""
+    make_folder(tiny_config("glm_moe_dsa", indexer_types=["full", "shared"] * 2, index_topk=4), tmp_path)
+    ids, integers = packed_batch(96, packed=False)
+    loss, gradients = whole_loss_and_gradients(load_whole(tmp_path), ids, integers)
+    found, chained = chained_loss_and_gradients(load_chain(tmp_path, [0, 2, 4]), ids, integers)
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=0)
+    assert worst_gradient(gradients, chained)[0] < 1e-5
 
 
 @pytest.mark.parametrize(

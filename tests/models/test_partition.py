@@ -11,8 +11,11 @@ from transformers import LlamaConfig
 
 from jllm.errors import UserError
 from jllm.models.costs import Costs, LayerCost, estimate_costs, with_timings
+from jllm.models.families import check_split
 from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
+from jllm.models.stage import spans_of
 from jllm.train.config import TrainConfig
+from tests.models.tiny import tiny_config
 
 
 def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
@@ -172,6 +175,23 @@ def test_table_marks_stages_that_do_not_fit() -> None:
 
 def test_best_split_prefers_even_among_equals() -> None:
     assert best_split(6, 3, lambda first, end, stage: float(end - first)) == [0, 2, 4, 6]
+
+
+def test_layers_that_share_a_selection_stay_together() -> None:
+    """GLM-5 and its like: stages start with layers that select for themselves, which are 0, 3, 6 and 9 here."""
+    config = tiny_config("glm_moe_dsa", num_hidden_layers=12, indexer_types=["full", "shared", "shared"] * 4)
+    for method in ("fast", "mem", "parameters", "type:.*"):
+        bounds = partition(method, config=config, num_stages=3)
+        assert set(bounds[1:-1]) <= {3, 6, 9}, method
+        assert bounds == sorted(set(bounds))
+    for span in spans_of(bounds):
+        check_split(config, span)
+    with pytest.raises(UserError, match="give boundaries among 3, 6, 9"):
+        check_split(config, spans_of([0, 6, 8, 12])[2])
+    # Five stages do not fit: what is found cannot be cut, and `check_split` says so.
+    five = partition("fast", config=config, num_stages=5)
+    assert len(five) == 6
+    assert not set(five[1:-1]) <= {3, 6, 9}
 
 
 def test_cuts_that_are_not_offered() -> None:

@@ -90,6 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "hy_v4": {"indexer_types": ["full"] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
     "qwen4_exp_text": {
