@@ -1,11 +1,9 @@
 """kill -9 at random moments: running the command again gives the undisturbed result and keeps finished work."""
 
-import multiprocessing
 import os
 import random
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,10 @@ from jllm.data.manifest import open_data_set
 from jllm.data.repartition import make_plan, recover, repartition
 from jllm.data.shuffle import Resources, shuffle_set
 from tests.data.sets import content, make_set
+from tests.forks import context
 
 MOMENTS = max(4, int(8 * float(os.environ.get("JLLM_TEST_SIZE", "1"))))
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Processes that start at once: their parent has imported everything and runs nothing."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.data.test_kill"])
-    return server
 
 
 def shuffle(folder: Path) -> None:
@@ -38,7 +29,7 @@ def deal(folder: Path) -> None:
     repartition(folder / "D", make_plan(folder / "D", 4, None))
 
 
-def run_and_kill(context: ForkServerContext, command: Callable[[Path], None], folder: Path, after: float) -> bool:
+def run_and_kill(command: Callable[[Path], None], folder: Path, after: float) -> bool:
     """Start the command, kill it after some seconds; whether it was still at work."""
     process = context.Process(target=command, args=(folder,))
     process.start()
@@ -50,7 +41,7 @@ def run_and_kill(context: ForkServerContext, command: Callable[[Path], None], fo
     return killed
 
 
-def undisturbed(context: ForkServerContext, command: Callable[[Path], None], folder: Path) -> float:
+def undisturbed(command: Callable[[Path], None], folder: Path) -> float:
     """Seconds that the command takes."""
     process = context.Process(target=command, args=(folder,))
     begin = time.monotonic()
@@ -64,9 +55,11 @@ def identity(folder: Path, pattern: str) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob(pattern)}
 
 
-def test_shuffle(tmp_path: Path, context: ForkServerContext) -> None:
+def test_shuffle(
+    tmp_path: Path,
+) -> None:
     make_set(tmp_path / "in", 12_000, files=5, longest=300)
-    undisturbed(context, shuffle, tmp_path)  # the first one also waits for the server to start
+    undisturbed(shuffle, tmp_path)  # the first one also waits for the server to start
     expected = content(tmp_path / "out")
     rng = random.Random(5)
     killed = resumed = 0
@@ -74,14 +67,14 @@ def test_shuffle(tmp_path: Path, context: ForkServerContext) -> None:
     for _ in range(MOMENTS):
         for path in (tmp_path / "out").iterdir():
             path.unlink()
-        killed += run_and_kill(context, shuffle, tmp_path, rng.uniform(0.02, seconds))
+        killed += run_and_kill(shuffle, tmp_path, rng.uniform(0.02, seconds))
         done = {
             path: stamp
             for path, stamp in identity(tmp_path / "out", "*.parquet").items()
             if path.with_name(f".{path.name}.json").exists() and path.name[0] != "."
         }
         resumed += bool(done)
-        seconds = 0.7 * seconds + 0.3 * (0.05 + undisturbed(context, shuffle, tmp_path))
+        seconds = 0.7 * seconds + 0.3 * (0.05 + undisturbed(shuffle, tmp_path))
         assert content(tmp_path / "out") == expected
         after = identity(tmp_path / "out", "*.parquet")
         assert all(after[path] == stamp for path, stamp in done.items()), "finished work was done again"
@@ -89,7 +82,9 @@ def test_shuffle(tmp_path: Path, context: ForkServerContext) -> None:
     print(f"{killed} of {MOMENTS} runs killed, {resumed} resumed with finished blocks")
 
 
-def test_repartition(tmp_path: Path, context: ForkServerContext) -> None:
+def test_repartition(
+    tmp_path: Path,
+) -> None:
     make_set(tmp_path / "set-00000", 400, files=40)
     rows = content(tmp_path / "set-00000")
 
@@ -101,7 +96,7 @@ def test_repartition(tmp_path: Path, context: ForkServerContext) -> None:
             path.write_bytes(data)
 
     fresh()
-    undisturbed(context, deal, tmp_path)
+    undisturbed(deal, tmp_path)
     expected = content(tmp_path / "D")
     rng = random.Random(6)
     killed = 0
@@ -110,8 +105,8 @@ def test_repartition(tmp_path: Path, context: ForkServerContext) -> None:
         for path in sorted((tmp_path / "D").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         fresh()
-        killed += run_and_kill(context, deal, tmp_path, rng.uniform(0.005, seconds))
-        seconds = 0.7 * seconds + 0.3 * (0.02 + undisturbed(context, deal, tmp_path))
+        killed += run_and_kill(deal, tmp_path, rng.uniform(0.005, seconds))
+        seconds = 0.7 * seconds + 0.3 * (0.02 + undisturbed(deal, tmp_path))
         assert content(tmp_path / "D") == expected
         assert sorted(os.listdir(tmp_path)) == ["D", "set-00000"]
     assert killed > MOMENTS // 4, "hardly any run was killed while at work"

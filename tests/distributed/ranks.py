@@ -11,10 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch.multiprocessing as mp
-
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.preload"])
+from tests.forks import context
 
 
 def free_port() -> int:
@@ -52,11 +49,11 @@ class Ranks:
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Begin, without waiting."""
         self.close()
-        self._results = _context.Queue()
+        self._results = context.Queue()
         port = free_port()
         for rank in range(self.world_size):
             given = (rank, self.world_size, port, self._results, function, arguments)
-            process = _context.Process(target=_serve, args=given, daemon=True)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self._processes.append(process)
 

@@ -1,4 +1,4 @@
-"""What every rank of a test would import; the process that ranks are forked from does it once."""
+"""What processes of tests would import; the process that they are forked from does it once."""
 
 import contextlib
 import gc
@@ -10,6 +10,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imports the co
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+import jllm.data.repartition
+import jllm.data.shuffle
 import jllm.train.loop  # noqa: F401
 from jllm.errors import UserError
 from jllm.train import processes
