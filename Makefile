@@ -18,7 +18,7 @@ demo: .venv/.stamp-demo ## the main job on real text with a real model, in demo-
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (15 minutes)
+test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (5 minutes)
 	$(BIN)/python tools/test_families.py
 
 lint: .venv/.stamp-dev ## ruff and mypy

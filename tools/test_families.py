@@ -3,7 +3,7 @@
 Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. The result goes to
 `jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or hangs costs a
-worker process, not the run. Takes 5 to 15 minutes on two cores.
+worker process, not the run. Takes about 5 minutes on two cores.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
@@ -129,7 +129,8 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass.",
         "",
         "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
-        "gradients (fp32, 1e-5), with plain and with packed rows; what its stages save, plain `from_pretrained` loads "
+        "gradients (fp32, 1e-5), with plain rows and, where the type takes them, with packed rows; what its stages "
+        "save, plain `from_pretrained` loads "
         "with equal logits. *Refused*: more than one pipeline stage is an error that says why; one stage works where "
         "the type is a decoder. *Documents apart*: with `--block_mask`, a document's logits in a packed row are those "
         "that it has alone. Types in bold are tested in every run of the tests, tied and untied.",
