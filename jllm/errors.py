@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 
 EXIT_CODE = 2
-PEER_SECONDS = 3.0
+PEER_SECONDS = 6.0
 
 
 class UserError(Exception):

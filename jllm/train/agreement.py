@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import operator
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from jllm.errors import UserError
 from jllm.train.cadence import Request
 from jllm.train.config import Layout
-from jllm.train.stream import Step
+from jllm.train.stream import ReadAhead, Step
 
 Fact = TypeVar("Fact")
 
@@ -31,6 +32,7 @@ class StepFacts:
     """One step, as every process knows it.
 
     Attributes:
+        waited: seconds that this process waited for its reader.
         length: S of this process's pipeline.
         tokens: inputs that are not padding, in the whole world.
         trained_tokens: targets in the whole world.
@@ -41,6 +43,7 @@ class StepFacts:
         memory: the peak of each stage so far, in MiB, the largest over its pipelines.
     """
 
+    waited: float
     length: int
     tokens: int
     trained_tokens: int
@@ -91,20 +94,31 @@ class Agreement:
             raise UserError(mistake)
         return fact  # type: ignore[return-value]
 
-    def step(self, step: Step | None, request: Request = Request.NOTHING, memory: int = 0) -> StepFacts:
-        """Share one step, which only readers have, and what this process asks for and uses (in MiB).
+    def step(
+        self, steps: Iterator[Step] | ReadAhead | None, request: Request = Request.NOTHING, memory: int = 0
+    ) -> tuple[Step | None, StepFacts]:
+        """Read one step, which only readers do, and share it, and what this process asks for and uses (in MiB).
 
         Raises:
-            UserError: the readers are at different places of their data.
+            UserError: on every process: a reader cannot read on, or the readers are at different places of their data.
         """
-        mine = [0] * 8
+        step, mistake = None, None
+        started = time.perf_counter()
+        try:
+            step = next(steps) if steps is not None else None
+        except UserError as error:
+            mistake = str(error)
+        waited = time.perf_counter() - started
+        mine = [0] * 9
         if step is not None:
             start = step.start
-            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, 0, 0]
-        mine[6:] = [int(request), memory]
-        gathered = [torch.zeros(8, dtype=torch.int64) for _ in range(self._layout.world_size)]
+            mine[:6] = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
+        mine[6:] = [int(request), memory, int(mistake is not None)]
+        gathered = [torch.zeros(len(mine), dtype=torch.int64) for _ in range(self._layout.world_size)]
         dist.all_gather(gathered, torch.tensor(mine, dtype=torch.int64), group=self._group)
         everyone = torch.stack(gathered)
+        if everyone[:, 8].any():
+            raise UserError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[:: self._layout.pipe]
         views = readers[:, 3:6].unique(dim=0).tolist()
         if len(views) > 1:
@@ -113,7 +127,8 @@ class Agreement:
                 f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
             )
         rows, epoch, rows_before = views[0]
-        return StepFacts(
+        return step, StepFacts(
+            waited=waited,
             length=int(gathered[self.reader][0]),
             tokens=int(readers[:, 1].sum()),
             trained_tokens=int(readers[:, 2].sum()),

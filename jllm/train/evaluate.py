@@ -46,8 +46,7 @@ def evaluate(engine: Engine, loss: TokenLoss, agreement: Agreement, data: Data) 
     steps = eval_steps(data.index, share) if data.index is not None else None
     total, tokens = 0.0, 0
     for count in eval_micro_batches(data.facts.num_rows, share):
-        step = next(steps) if steps is not None else None
-        facts = agreement.step(step)
+        step, facts = agreement.step(steps)
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
     return Evaluation(loss=total / max(tokens, 1), tokens=tokens, correct=agreement.total(loss.correct))

@@ -203,9 +203,7 @@ class Run:
     def _train_step(self, steps: Iterator[Step] | ReadAhead | None) -> Request:
         """One step; what any process asked for meanwhile."""
         started = time.perf_counter()
-        step = next(steps) if steps is not None else None
-        waited = time.perf_counter() - started
-        facts = self.agreement.step(step, self.requests.now(), peak_memory())
+        step, facts = self.agreement.step(steps, self.requests.now(), peak_memory())
         number = self.step + 1
         rate = learning_rate(self.config, number, self.total_steps)
         loss, norm = None, None
@@ -244,7 +242,7 @@ class Run:
                 "tokens_per_second": speed,
                 "mfu": utilisation(speed, self.plan.flops_per_token, self.layout.world_size),
                 **self._router_record(),
-                "data_wait": waited / seconds,
+                "data_wait": facts.waited / seconds,
                 "seconds": seconds,
                 "memory_mib": list(facts.memory),
                 "consumed_tokens": self.consumed_tokens,

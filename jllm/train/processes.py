@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +26,15 @@ from jllm.errors import EXIT_CODE, UserError, report
 
 LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 1.0
+LOST_RANK_SECONDS = 8.0
+SIGNS_OF_A_LOST_RANK = (
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Broken pipe",
+    "remote process exited",  # NCCL
+    "Connection refused",
+)
+"""What gloo and NCCL say of a connection whose other end is gone."""
 
 
 def rank() -> int:
@@ -157,13 +167,15 @@ def run_rank(function: Callable[[], Any]) -> None:
     """Run one rank's work; does not return.
 
     A `UserError` is one line, printed once for each node, and exit code 2. So is a lack of device memory, with the
-    options that help. Any other exception is printed with the rank's number and its traceback, and exit code 1.
+    options that help. Any other exception is printed with the rank's number and its traceback, and exit code 1. A
+    rank that fails because another one is gone leaves the first word to that one, and says so in a line.
     """
     _watch_launcher()
     code = 0
     try:
         function()
     except UserError as error:
+        _end_at_once_on_sigterm()
         report(str(error))
         code = EXIT_CODE
     except KeyboardInterrupt:
@@ -171,10 +183,14 @@ def run_rank(function: Callable[[], Any]) -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
+        _end_at_once_on_sigterm()
         code = 1
         if _is_out_of_memory(error):
             print(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
             code = EXIT_CODE
+        elif any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
+            time.sleep(LOST_RANK_SECONDS)  # the launcher, which ends the others when one has failed, is quicker
+            print(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
         else:
             print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
             traceback.print_exc()
@@ -182,6 +198,12 @@ def run_rank(function: Callable[[], Any]) -> None:
     sys.stderr.flush()
     # Not sys.exit: process groups and their threads may wait for peers that will never answer.
     os._exit(code)
+
+
+def _end_at_once_on_sigterm() -> None:
+    """The launcher ends the ranks that are left; a run that has failed has nothing to save then."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

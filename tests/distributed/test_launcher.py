@@ -126,6 +126,30 @@ def test_a_killed_rank_ends_the_run(folder: Path) -> None:
         end_group(run)
 
 
+def test_damage_in_the_middle_is_named_and_checkpoints_stay(folder: Path, tmp_path: Path) -> None:
+    """A shard is damaged while the run goes on. The reader meets it alone; the rank that waits for it ends too."""
+    data, checkpoints = tmp_path / "data", tmp_path / "ckpt"
+    write_rows(data, [{"input_ids": [1, 2, 3, 4]} for _ in range(40)], files=2)
+    arguments = ["--model", "model", "--train_data", str(data), "--max_steps", "1000000"]
+    run = launch(folder, *arguments, "--checkpoint", str(checkpoints), "--steps_per_checkpoint", "5")
+    try:
+        assert wait_until(lambda: len(list(checkpoints.glob("step-*/index.json"))) > 1, 120)
+        shard = sorted(data.rglob("*.parquet"))[1]
+        with shard.open("r+b") as file:
+            file.seek(40)
+            file.write(bytes(10))
+        output, _ = run.communicate(timeout=60)
+    finally:
+        end_group(run)
+    assert run.returncode == 2, output
+    errors = [line for line in own_lines(output) if line.startswith("error")]
+    assert len(errors) == 1, output
+    [error] = errors
+    assert error.startswith(f"error: {shard}: row group 0 is damaged")
+    assert rank_processes(str(checkpoints)) == []
+    assert len(list(checkpoints.glob("step-*/index.json"))) > 1
+
+
 def test_sigterm_to_all_saves_and_ends(folder: Path) -> None:
     """SLURM's notice: every process gets it, the run writes a checkpoint and ends in order."""
     log, checkpoints = folder / "log-sigterm", folder / "ckpt-sigterm"
