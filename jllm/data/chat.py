@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jllm.data import fast_json
 from jllm.data.blocks import Block
 from jllm.data.encode import Encoded
 from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
@@ -33,7 +34,7 @@ class TokenLengths:
     """How many bytes of text each token stands for, from the vocabulary of the serialised backend."""
 
     def __init__(self, facts: TokenizerFacts) -> None:
-        value = json.loads(facts.backend) if facts.backend else {"model": {"vocab": {}}}
+        value = fast_json.loads(facts.backend) if facts.backend else {"model": {"vocab": {}}}
         vocabulary = value["model"].get("vocab", {})
         if not isinstance(vocabulary, dict):  # Unigram: a list of pairs
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}

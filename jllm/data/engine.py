@@ -11,7 +11,6 @@ Cost: Qwen3 (152 k entries) 1.5 s and 200 MB to load, about 400 MB in use; both 
 while they encode, so threads of one process share the tables.
 """
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jllm.data import fast_json
 from jllm.data.shards import Int32, Int64
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
@@ -153,7 +153,7 @@ def fastokens_json(backend: str) -> str:
     transformers 5 gives Llama-2-like tokenizers a Metaspace pre-tokenizer that does not split: every piece of text
     gets a "▁" in front unless it starts with one, after its spaces became "▁". Two Replace normalizers say the same.
     """
-    value = json.loads(backend)
+    value = fast_json.loads(backend)
     value["truncation"] = value["padding"] = None
     pre = value["pre_tokenizer"]
     if pre and pre["type"] == "Metaspace":
@@ -168,7 +168,7 @@ def fastokens_json(backend: str) -> str:
             steps.append({"type": "Replace", "pattern": {"Regex": rf"\A(?!{mark})"}, "content": mark})
         value["normalizer"] = {"type": "Sequence", "normalizers": steps}
         value["pre_tokenizer"] = None
-    return json.dumps(value, ensure_ascii=False)
+    return fast_json.dumps(value)
 
 
 class EarlyEngines:
@@ -204,7 +204,7 @@ class EarlyEngines:
 def encoding_of(backend: str) -> Any:
     """The part of a serialised backend that decides which ids a text gets, in one form for all versions of the
     format."""
-    value = json.loads(backend)
+    value = fast_json.loads(backend)
     for key in ("version", "truncation", "padding", "post_processor", "decoder"):
         value.pop(key, None)
     model = value["model"]
@@ -236,12 +236,12 @@ def marks_first_piece(backend: dict[str, Any]) -> bool:
 
 def inert_json(backend: str) -> str:
     """The backend with every added token marked special, so that encoding special tokens as text covers all of them."""
-    value = json.loads(backend)
+    value = fast_json.loads(backend)
     for token in value["added_tokens"]:
         token["special"] = True
     if marks_first_piece(value):  # the pieces of a conversation are encoded apart; `chat.assemble` marks the first one
         value["pre_tokenizer"]["prepend_scheme"] = "never"
-    return json.dumps(value, ensure_ascii=False)
+    return fast_json.dumps(value)
 
 
 def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:
@@ -393,7 +393,7 @@ def _proven(engine: Engine, facts: TokenizerFacts, inert: bool, parse_special: b
     if inert:
         # Added tokens in the strings are treated differently then, and AutoTokenizer has no word for that; nor are
         # first pieces marked.
-        if marks_first_piece(json.loads(facts.backend or "")):
+        if marks_first_piece(fast_json.loads(facts.backend or "")):
             return 0
         added = [token["content"] for token in facts.added]
         pairs = [pair for pair in pairs if not any(content in pair[0] for content in added)]

@@ -26,9 +26,13 @@ def schema(columns: Sequence[str]) -> pa.Schema:
 
 def to_list_array(values: Int32, offsets: Int64) -> pa.ListArray:
     """Rows `values[offsets[i]:offsets[i+1]]` as an Arrow list column, without a copy of the values."""
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32, casting="same_kind")), pa.array(values, pa.int32()), type=LIST_TYPE
-    )
+    return pa.ListArray.from_arrays(_array(offsets), _array(values), type=LIST_TYPE)
+
+
+def _array(values: Int32 | Int64) -> pa.Array:
+    """int32 numbers over the same memory; `pa.array` of a numpy array first imports pandas, for half a second."""
+    numbers = np.ascontiguousarray(values.astype(np.int32, casting="same_kind", copy=False))
+    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def from_list_array(column: pa.ListArray) -> tuple[Int32, Int64]:

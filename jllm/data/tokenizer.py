@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jllm.data import manifest
+from jllm.data import fast_json, manifest, tokenizer_cache
 from jllm.errors import UserError
 
 HUB_TIMEOUT = 4.0
@@ -126,6 +126,13 @@ class TokenizerLoading:
         self._key = _state_of(folder, trust_remote_code)
         if self._key in _loaded:
             return
+        self._entry = None
+        if folder.is_dir() and not trust_remote_code:
+            self._entry = tokenizer_cache.entry_of(folder, PROBES)
+            kept = tokenizer_cache.read(self._entry) if self._entry is not None else None
+            if kept is not None:
+                _loaded[self._key] = dataclasses.replace(_facts_of(kept), name=base_name(name), path=name)
+                return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
             [sys.executable, "-c", "from jllm.data import tokenizer; tokenizer.serve()", arguments],
@@ -153,12 +160,9 @@ class TokenizerLoading:
                 f"--tokenizer {self.name}: cannot be loaded; give a folder with a tokenizer that"
                 f" AutoTokenizer.from_pretrained reads, or its name on the hub ({reason[:300]}){hint}"
             )
-        values = json.loads(output)
-        for key in ("prefix", "suffix", "added", "probes"):
-            values[key] = tuple(values[key])
-        for key in ("probe_ids", "probe_special_ids"):
-            values[key] = tuple(tuple(ids) for ids in values[key])
-        facts = TokenizerFacts(**values)
+        facts = _facts_of(fast_json.loads(output))
+        if self._entry is not None:
+            tokenizer_cache.write(self._entry, output)
         if self._key is not None:
             _loaded[self._key] = facts
         return facts
@@ -168,6 +172,16 @@ class TokenizerLoading:
         if self._key not in _loaded and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
+
+
+def _facts_of(values: dict[str, Any]) -> TokenizerFacts:
+    """Facts out of JSON, which has lists where they have tuples."""
+    values = dict(values)
+    for key in ("prefix", "suffix", "added", "probes"):
+        values[key] = tuple(values[key])
+    for key in ("probe_ids", "probe_special_ids"):
+        values[key] = tuple(tuple(ids) for ids in values[key])
+    return TokenizerFacts(**values)
 
 
 _loaded: dict[Any, TokenizerFacts] = {}
@@ -203,7 +217,7 @@ def serve() -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]
     _be_quick_where_there_is_no_hub(request["name"])
     facts = _facts(request["name"], request["trust_remote_code"])
-    sys.stdout.write(json.dumps(dataclasses.asdict(facts)))
+    sys.stdout.buffer.write(fast_json.dumps(dataclasses.asdict(facts)).encode())
     sys.stdout.flush()
 
 
@@ -231,7 +245,7 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "backend_tokenizer", None) else None
-    added = tuple(json.loads(backend)["added_tokens"]) if backend else _added_of_slow(tokenizer)
+    added = tuple(fast_json.loads(backend)["added_tokens"]) if backend else _added_of_slow(tokenizer)
     probes = PROBES + _probes_of(added)
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)

@@ -1,0 +1,89 @@
+"""A tokenizer is loaded once for each state of its folder; what is kept never outlives a change of it."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jllm.data import tokenizer, tokenizer_cache
+from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
+
+
+@pytest.fixture
+def folder(byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tokenizer's folder, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(byte_tokenizer, tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[TokenizerFacts, bool]]:
+    """Load as a new process would: the facts, and whether AutoTokenizer was asked."""
+    asked = []
+    plain = subprocess.Popen
+
+    def counted(*arguments: object, **more: object) -> object:
+        asked.append(arguments)
+        return plain(*arguments, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(tokenizer.subprocess, "Popen", counted)
+
+    def loaded(folder: Path) -> tuple[TokenizerFacts, bool]:
+        tokenizer._loaded.clear()
+        asked.clear()
+        return load_tokenizer(str(folder)), bool(asked)
+
+    return loaded
+
+
+def test_loaded_once(folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]) -> None:
+    first, asked = load(folder)
+    assert asked
+    again, asked = load(folder)
+    assert not asked
+    assert again == first
+    moved = shutil.copytree(folder, folder.with_name("other"))
+    elsewhere, asked = load(moved)
+    assert not asked
+    assert (elsewhere.name, elsewhere.path) == ("other", str(moved))
+
+
+def test_any_change_is_seen(folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]) -> None:
+    first, _ = load(folder)
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "eos_token": "<|endoftext|>"}))
+    changed, asked = load(folder)
+    assert asked
+    assert changed.eos_id != first.eos_id
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    changed, asked = load(folder)
+    assert asked
+    assert changed.chat_template == "{{ messages }}"
+
+
+def test_a_broken_entry_is_loaded_anew(folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]) -> None:
+    first, _ = load(folder)
+    [entry] = (folder.parent / "cache/jllm/tokenizers").glob("*.json")
+    entry.write_bytes(entry.read_bytes()[:100])
+    again, asked = load(folder)
+    assert asked
+    assert again == first
+
+
+def test_own_code_is_never_kept(folder: Path) -> None:
+    assert tokenizer_cache.entry_of(folder, ()) is not None
+    (folder / "tokenization_own.py").touch()
+    assert tokenizer_cache.entry_of(folder, ()) is None
+
+
+def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_cache, "MOST_ENTRIES", 3)
+    for number in range(5):
+        tokenizer_cache.write(tmp_path / f"{number}.json", b"{}")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert tokenizer_cache.read(tmp_path / "4.json") == {}
+    assert tokenizer_cache.read(tmp_path / "0.json") is None
