@@ -51,7 +51,7 @@ class TokenLengths:
             self.lengths[index] = size
         self.marks_words = not byte_level
         """Whether the tokenizer puts a "▁" before a text that does not start with one."""
-        self.marks_first = bool(facts.backend) and marks_first_piece(value)
+        self.marks_first = marks_first_piece(facts.pre_tokenizer)
         """Whether it does so for the first piece of a conversation only."""
 
     def tokens_of_spans(

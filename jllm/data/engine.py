@@ -74,7 +74,9 @@ class ReferenceEngine:
                 import tokenizers
 
                 assert self._facts.backend is not None
-                text = inert_json(self._facts.backend) if inert else self._facts.backend
+                text = self._facts.backend
+                if inert:
+                    text = fast_json.dumps(as_inert(fast_json.loads(text)))
                 backend = tokenizers.Tokenizer.from_str(text)
                 backend.no_truncation()
                 backend.no_padding()
@@ -123,7 +125,7 @@ class SlowEngine:
 
 
 class FastEngine:
-    """fastokens, built from the serialised backend; see `fastokens_json` for what is rewritten and why.
+    """fastokens, built from the serialised backend; see `for_fastokens` for what is rewritten and why.
 
     Raises:
         ValueError: fastokens cannot run this tokenizer; the message says why.
@@ -138,7 +140,10 @@ class FastEngine:
 
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
-        self._tokenizer = native.Tokenizer.from_json_str(fastokens_json(inert_json(backend) if inert else backend))
+        value = fast_json.loads(backend)
+        self._tokenizer = native.Tokenizer.from_json_str(
+            fast_json.dumps(for_fastokens(as_inert(value) if inert else value))
+        )
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
@@ -147,13 +152,12 @@ class FastEngine:
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)
 
 
-def fastokens_json(backend: str) -> str:
-    """The backend in a form that fastokens reads: a Metaspace pre-tokenizer becomes the normalizer it amounts to.
+def for_fastokens(value: dict[str, Any]) -> dict[str, Any]:
+    """A backend, changed into what fastokens reads: a Metaspace pre-tokenizer becomes the normalizer it amounts to.
 
     transformers 5 gives Llama-2-like tokenizers a Metaspace pre-tokenizer that does not split: every piece of text
     gets a "▁" in front unless it starts with one, after its spaces became "▁". Two Replace normalizers say the same.
     """
-    value = fast_json.loads(backend)
     value["truncation"] = value["padding"] = None
     pre = value["pre_tokenizer"]
     if pre and pre["type"] == "Metaspace":
@@ -168,27 +172,31 @@ def fastokens_json(backend: str) -> str:
             steps.append({"type": "Replace", "pattern": {"Regex": rf"\A(?!{mark})"}, "content": mark})
         value["normalizer"] = {"type": "Sequence", "normalizers": steps}
         value["pre_tokenizer"] = None
-    return fast_json.dumps(value)
+    return value
 
 
 class EarlyEngines:
-    """Engines built from `tokenizer.json` while AutoTokenizer is still loading; used only if it has no other backend.
+    """An engine built while the command still gets ready: from AutoTokenizer's backend where it is known already,
+    else from `tokenizer.json` while AutoTokenizer is loading; used only if it has no other backend.
 
     The file usually encodes as AutoTokenizer's backend does; where it does not (Llama 2), the work was for nothing.
     """
 
-    def __init__(self, name: str, *, inert: bool) -> None:
+    def __init__(self, name: str, *, inert: bool, known: TokenizerFacts | None = None) -> None:
         self.fast: FastEngine | None = None
+        self._backend = known.backend if known is not None else None
         self._meaning: Any = None
         path = Path(name, "tokenizer.json")
         self._thread = threading.Thread(target=self._build, args=(path, inert), daemon=True)
-        if path.is_file():
+        if self._backend is not None or path.is_file():
             self._thread.start()
 
     def _build(self, path: Path, inert: bool) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
-            self._meaning = encoding_of(text)
+            text = self._backend
+            if text is None:
+                text = path.read_text(encoding="utf-8")
+                self._meaning = encoding_of(text)
             self.fast = FastEngine(text, inert=inert)
         except Exception:  # whatever is wrong here will be said when the real backend is tried
             self.fast = None
@@ -198,7 +206,9 @@ class EarlyEngines:
         if self._thread.ident is None:
             return None
         self._thread.join()
-        return self.fast if self.fast is not None and self._meaning == encoding_of(backend) else None
+        if self.fast is None or backend == self._backend:
+            return self.fast
+        return self.fast if self._meaning == encoding_of(backend) else None
 
 
 def encoding_of(backend: str) -> Any:
@@ -228,20 +238,20 @@ def _without_offsets(value: Any) -> Any:
     return [_without_offsets(item) for item in value] if isinstance(value, list) else value
 
 
-def marks_first_piece(backend: dict[str, Any]) -> bool:
+def marks_first_piece(pre_tokenizer: dict[str, Any] | None) -> bool:
     """Whether only the first piece of a text, of those between its control tokens, gets a "▁" in front."""
-    pre = backend["pre_tokenizer"]
-    return bool(pre and pre["type"] == "Metaspace" and pre["prepend_scheme"] == "first")
+    return bool(pre_tokenizer and pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first")
 
 
-def inert_json(backend: str) -> str:
-    """The backend with every added token marked special, so that encoding special tokens as text covers all of them."""
-    value = fast_json.loads(backend)
+def as_inert(value: dict[str, Any]) -> dict[str, Any]:
+    """A backend, changed: every added token is special, so that encoding special tokens as text covers all of them."""
     for token in value["added_tokens"]:
         token["special"] = True
-    if marks_first_piece(value):  # the pieces of a conversation are encoded apart; `chat.assemble` marks the first one
+    if marks_first_piece(
+        value["pre_tokenizer"]
+    ):  # the pieces of a conversation are encoded apart; `chat.assemble` marks the first one
         value["pre_tokenizer"]["prepend_scheme"] = "never"
-    return fast_json.dumps(value)
+    return value
 
 
 def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:
@@ -393,7 +403,7 @@ def _proven(engine: Engine, facts: TokenizerFacts, inert: bool, parse_special: b
     if inert:
         # Added tokens in the strings are treated differently then, and AutoTokenizer has no word for that; nor are
         # first pieces marked.
-        if marks_first_piece(fast_json.loads(facts.backend or "")):
+        if marks_first_piece(facts.pre_tokenizer):
             return 0
         added = [token["content"] for token in facts.added]
         pairs = [pair for pair in pairs if not any(content in pair[0] for content in added)]

@@ -51,7 +51,9 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     parts = parts_of(config, output)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
-        early = None if config.engine == "hf" else EarlyEngines(config.tokenizer, inert=config.type == "ft")
+        early = None
+        if config.engine != "hf":
+            early = EarlyEngines(config.tokenizer, inert=config.type == "ft", known=loading.known)
         facts = loading.result()
         with contextlib.ExitStack() as held:
             for part in parts:

@@ -72,6 +72,7 @@ class TokenizerFacts:
         name: base name of the folder, or the hub name.
         path: what was given to AutoTokenizer.
         backend: the serialised fast backend (the text of a tokenizer.json), or None for a tokenizer that has none.
+        pre_tokenizer: of `backend`; None where there is none.
         vocab_size: number of ids, added tokens included.
         sha256: of `backend`, in hex.
         prefix, suffix: the ids that the tokenizer itself puts around a text.
@@ -86,6 +87,7 @@ class TokenizerFacts:
     name: str
     path: str
     backend: str | None
+    pre_tokenizer: dict[str, Any] | None
     vocab_size: int
     sha256: str
     prefix: tuple[int, ...]
@@ -110,6 +112,9 @@ class TokenizerFacts:
         return frozenset(token["id"] for token in self.added if token["special"])
 
 
+_ASKED = tuple(field.name for field in dataclasses.fields(TokenizerFacts))
+
+
 class TokenizerLoading:
     """A child process that is loading a tokenizer; `result` waits for it. Starting early hides the time it takes.
 
@@ -128,7 +133,7 @@ class TokenizerLoading:
             return
         self._entry = None
         if folder.is_dir() and not trust_remote_code:
-            self._entry = tokenizer_cache.entry_of(folder, PROBES)
+            self._entry = tokenizer_cache.entry_of(folder, (PROBES, _ASKED))
             kept = tokenizer_cache.read(self._entry) if self._entry is not None else None
             if kept is not None:
                 _loaded[self._key] = dataclasses.replace(_facts_of(kept), name=base_name(name), path=name)
@@ -166,6 +171,11 @@ class TokenizerLoading:
         if self._key is not None:
             _loaded[self._key] = facts
         return facts
+
+    @property
+    def known(self) -> TokenizerFacts | None:
+        """The facts, where they are there already."""
+        return _loaded.get(self._key)
 
     def cancel(self) -> None:
         """End the child; for a caller that failed before it needed the result."""
@@ -245,7 +255,8 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "backend_tokenizer", None) else None
-    added = tuple(fast_json.loads(backend)["added_tokens"]) if backend else _added_of_slow(tokenizer)
+    parsed: dict[str, Any] = fast_json.loads(backend) if backend else {"pre_tokenizer": None}
+    added = tuple(parsed["added_tokens"]) if backend else _added_of_slow(tokenizer)
     probes = PROBES + _probes_of(added)
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
@@ -263,6 +274,7 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
         name=base_name(name),
         path=name,
         backend=backend,
+        pre_tokenizer=parsed["pre_tokenizer"],
         vocab_size=len(tokenizer),
         sha256=hashlib.sha256((backend or _identity_of_slow(tokenizer)).encode()).hexdigest(),
         prefix=tuple(whole[:start]),
