@@ -187,7 +187,8 @@ class EarlyEngines:
         self._backend = known.backend if known is not None else None
         self._meaning: Any = None
         path = Path(name, "tokenizer.json")
-        self._thread = threading.Thread(target=self._build, args=(path, inert), daemon=True)
+        # Not a daemon: one that is inside the engine's library when the interpreter ends aborts the process.
+        self._thread = threading.Thread(target=self._build, args=(path, inert))
         if self._backend is not None or path.is_file():
             self._thread.start()
 
