@@ -33,6 +33,8 @@ def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell starts background jobs with SIGINT ignored, and what is ignored stays so in all their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
