@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -133,6 +134,8 @@ def _compile_cpu_operator() -> None:
     own_programs = Path(sys.prefix) / "bin"
     if (own_programs / "ninja").is_file():
         os.environ["PATH"] = f"{own_programs}{os.pathsep}{os.environ.get('PATH', '')}"
+    # It warns of a compiler that is not there, at length, before the error that says so.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible():
         return
