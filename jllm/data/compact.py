@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jllm.data.lists import Int32, Int64, from_list_array, schema, to_list_array
@@ -99,10 +98,10 @@ class Compact:
         assert column.range is not None
         if not len(values):
             return
-        found = pc.min_max(pa.array(values)).as_py()
-        if found["min"] < column.bias or found["max"] > column.range[1]:
+        low, high = int(values.min()), int(values.max())
+        if low < column.bias or high > column.range[1]:
             raise UserError(
-                f"column {column.name} has elements from {found['min']} to {found['max']}, but the Parquet footer says"
+                f"column {column.name} has elements from {low} to {high}, but the Parquet footer says"
                 f" {column.range[0]} to {column.range[1]}; write the file anew"
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.lists import LIST_TYPE, from_list_array, to_list_array
+from jllm.data.lists import LIST_TYPE, from_array, from_list_array, to_list_array
 from jllm.errors import UserError
 
 
@@ -48,13 +48,13 @@ def list_column(column: pa.Array | pa.ChunkedArray, where: str) -> pa.ListArray:
     if pa.types.is_fixed_size_list(array.type):
         offsets = np.arange(len(array) + 1, dtype=np.int64) * array.type.list_size
     else:
-        offsets = array.offsets.to_numpy().astype(np.int64)
+        offsets = from_array(array.offsets).astype(np.int64)
         offsets -= offsets[0]
     try:
         values = elements.cast(pa.int32())
     except pa.ArrowInvalid as error:
         raise UserError(f"{where}: {error}") from None
-    return to_list_array(values.to_numpy(), offsets)
+    return to_list_array(from_array(values), offsets)
 
 
 def boundaries(column: pa.ListArray, ids: pa.ListArray, where: str) -> pa.ListArray:

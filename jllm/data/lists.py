@@ -1,6 +1,7 @@
 """The columns of a shard and their Arrow type, and list columns as numpy arrays."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,26 +27,30 @@ def schema(columns: Sequence[str]) -> pa.Schema:
 
 def to_list_array(values: Int32, offsets: Int64) -> pa.ListArray:
     """Rows `values[offsets[i]:offsets[i+1]]` as an Arrow list column, without a copy of the values."""
-    return pa.ListArray.from_arrays(_array(offsets), _array(values), type=LIST_TYPE)
-
-
-def _array(values: Int32 | Int64) -> pa.Array:
-    """int32 numbers over the same memory; `pa.array` of a numpy array first imports pandas, for half a second."""
-    numbers = np.ascontiguousarray(values.astype(np.int32, casting="same_kind", copy=False))
-    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
+    offsets32, values32 = (part.astype(np.int32, casting="same_kind", copy=False) for part in (offsets, values))
+    return pa.ListArray.from_arrays(to_array(offsets32), to_array(values32), type=LIST_TYPE)
 
 
 def from_list_array(column: pa.ListArray) -> tuple[Int32, Int64]:
     """The inverse of `to_list_array`: values and offsets with `offsets[0] == 0`; zero-copy for a non-null column."""
-    offsets = _numbers(column.offsets).astype(np.int64)
-    values = _numbers(column.values)[offsets[0] : offsets[-1]]
+    offsets = from_array(column.offsets).astype(np.int64)
+    values: Int32 = from_array(column.values)[offsets[0] : offsets[-1]]
     return values, offsets - offsets[0]
 
 
-def _numbers(array: pa.Array) -> Int32:
-    """The elements as they lie in memory; Arrow's own `to_numpy` imports pandas first, which takes half a second."""
-    if array.type != pa.int32() or array.null_count:
+def to_array(values: NDArray[Any]) -> pa.Array:
+    """Numbers as an Arrow array over the same memory; `pa.array` of a numpy array first imports pandas, for half a
+    second."""
+    numbers = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, pa.py_buffer(numbers)])
+
+
+def from_array(array: pa.Array) -> NDArray[Any]:
+    """Numbers as they lie in memory; Arrow's own `to_numpy` imports pandas first, which takes half a second."""
+    kind = array.type
+    if array.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return array.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    dtype = np.dtype(kind.to_pandas_dtype())
     if not len(array):
-        return np.empty(0, dtype=np.int32)
-    return np.frombuffer(array.buffers()[1], dtype=np.int32, count=len(array), offset=4 * array.offset)
+        return np.empty(0, dtype=dtype)
+    return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array), offset=dtype.itemsize * array.offset)

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jllm.data.lists import from_array, to_array
+
 POSITION = "_position"
 Positions = NDArray[np.integer]
 
@@ -60,9 +62,9 @@ class Scatter:
         if not len(order):
             return
         bucket = bucket[order]
-        taken = batch.take(pa.array(order if picks is None else picks[order]))
+        taken = batch.take(to_array(order if picks is None else picks[order]))
         full = pa.RecordBatch.from_arrays(
-            [*taken.columns, pa.array(positions[order])], names=[*batch.schema.names, POSITION]
+            [*taken.columns, to_array(positions[order])], names=[*batch.schema.names, POSITION]
         )
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         for start, end in zip(starts, np.append(starts[1:], len(bucket)), strict=True):
@@ -96,7 +98,7 @@ class Bucket:
             self.pieces.extend(_read_streams(path))
         rows = pa.Table.from_batches(self.pieces).combine_chunks().to_batches()[0]
         self.pieces.clear()
-        position = rows.column(POSITION).to_numpy()
+        position = from_array(rows.column(POSITION))
         order = np.argsort(position)
         return OrderedRows(rows=rows.drop_columns([POSITION]), order=order, positions=position[order])
 
@@ -113,7 +115,7 @@ class OrderedRows:
         """The rows at positions in [low, high), in order, a batch at a time."""
         first, last = np.searchsorted(self.positions, [low, high])
         for start in range(int(first), int(last), rows_at_once):
-            yield self.rows.take(pa.array(self.order[start : min(start + rows_at_once, int(last))]))
+            yield self.rows.take(to_array(self.order[start : min(start + rows_at_once, int(last))]))
 
 
 def _read_streams(path: Path) -> Iterator[pa.RecordBatch]:

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import jllm
 from jllm import atomic
 from jllm.data import foreign
 from jllm.data.lists import COLUMNS as COLUMNS
@@ -36,12 +37,15 @@ from jllm.data.lists import Int64 as Int64
 from jllm.data.lists import from_list_array as from_list_array
 from jllm.data.lists import schema as schema
 from jllm.data.lists import to_list_array as to_list_array
+from jllm.data.parquet_lists import DamagedError, ListFileWriter, read_list
 from jllm.errors import UserError
 
 ROW_GROUP_TOKENS = 1 << 20
 STREAM_BUFFER = 1 << 20
 CONTRACT_KEY, CONTRACT_VERSION = "jllm.format", "1"
 """Written into the footer of our own shards, whose rows need no second look."""
+CREATED_BY = "jllm version "
+"""What the footer of a file begins its writer's name with when `ListFileWriter` wrote it."""
 SPARK_SCHEMA_KEY = b"org.apache.spark.sql.parquet.row.metadata"
 """Where Spark keeps its schema, which carries our mark when our own jobs wrote the file."""
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
@@ -149,20 +153,15 @@ class _HashingFile:
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
         self._hash = hashlib.sha256()
-        self.closed = False
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         return self._raw.write(data)
 
-    def flush(self) -> None:
-        self._raw.flush()
-
     def tell(self) -> int:
         return self._raw.tell()
 
     def close(self) -> None:
-        self.closed = True
         self._raw.close()
 
     def hexdigest(self) -> str:
@@ -191,13 +190,12 @@ class ShardWriter:
         self._replacing = atomic.replacing(self.path)
         temporary = self._replacing.__enter__()
         self._file = _HashingFile(temporary.open("wb"))
-        self._writer = pq.ParquetWriter(
-            pa.PythonFile(self._file, mode="w"),
+        self._writer = ListFileWriter(
+            self._file,
             self.schema,
-            compression=self.codec,
-            compression_level=1 if self.codec == "zstd" else None,
-            use_dictionary=False,
-            write_page_checksum=True,
+            codec=self.codec,
+            metadata={CONTRACT_KEY: CONTRACT_VERSION},
+            writer=f"{CREATED_BY}{jllm.__version__}",
         )
         return self
 
@@ -226,14 +224,13 @@ class ShardWriter:
         self._tokens += int(real_lengths(group).sum())
         self._trained += count_trained(group)
         self._longest = max(self._longest, int(lengths.max(initial=0)))
-        self._writer.write_batch(group, row_group_size=max(1, group.num_rows))
+        self._writer.write(group)
         self._pending, self._pending_tokens = [], 0
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             try:
                 self._flush()
-                self._writer.add_key_value_metadata({CONTRACT_KEY: CONTRACT_VERSION})
                 self._writer.close()
                 size = self._file.tell()
                 self._file.close()
@@ -249,8 +246,6 @@ class ShardWriter:
                 sha256=self._file.hexdigest(),
             )
         else:
-            with contextlib.suppress(Exception):  # the file is thrown away; only its writer must not complain later
-                self._writer.close()
             self._file.close()
         self._replacing.__exit__(kind, error, trace)
 
@@ -269,10 +264,10 @@ class ShardReader:
     def __init__(self, path: Path, *, streaming: bool = False) -> None:
         self.path = path
         try:
+            self._source = pa.OSFile(str(path))
             self._file = pq.ParquetFile(
-                path,
+                self._source,
                 page_checksum_verification=True,
-                memory_map=False,
                 pre_buffer=False,
                 buffer_size=STREAM_BUFFER if streaming else 0,
             )
@@ -287,6 +282,7 @@ class ShardReader:
             foreign.check_type(self._file.schema_arrow.field(name), path)
         metadata = self._file.metadata.metadata or {}
         self._ours = CONTRACT_KEY.encode() in metadata or CONTRACT_KEY.encode() in metadata.get(SPARK_SCHEMA_KEY, b"")
+        self._own_layout = self._ours and self._file.metadata.created_by.startswith(CREATED_BY)
 
     @property
     def metadata(self) -> pq.FileMetaData:
@@ -320,10 +316,19 @@ class ShardReader:
     def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Row group `index` as one batch in the contract's schema."""
         wanted = [name for name in self.columns if columns is None or name in columns]
+        if self._own_layout:
+            return self._read_own_group(index, wanted)
         needed = wanted if self._ours or CU_SEQLENS not in wanted else [*{*wanted, INPUT_IDS}]
         with self._damage_named(index):
             table = self._file.read_row_group(index, columns=needed, use_threads=False)
         return self._in_contract({name: table.column(name) for name in needed}, index, wanted)
+
+    def _read_own_group(self, index: int, wanted: Sequence[str]) -> pa.RecordBatch:
+        facts = self.metadata.row_group(index)
+        chunks = {facts.column(i).path_in_schema.split(".")[0]: facts.column(i) for i in range(facts.num_columns)}
+        with self._damage_named(index):
+            arrays = [read_list(self._source, chunks[name]) for name in wanted]
+            return pa.RecordBatch.from_arrays(arrays, schema=schema(wanted))
 
     def rows_at_once(self, group: int) -> int:
         """How many rows each batch of `batches(group)` has, but the last: all, or about `ROW_GROUP_TOKENS` tokens."""
@@ -357,7 +362,7 @@ class ShardReader:
     def _damage_named(self, group: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, DamagedError, OSError) as error:
             raise UserError(f"{self.path}: row group {group} is damaged: {error}") from None
 
     def _in_contract(
@@ -376,3 +381,4 @@ class ShardReader:
 
     def close(self) -> None:
         self._file.close()
+        self._source.close()

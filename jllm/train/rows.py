@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
+from jllm.data.lists import to_array
 from jllm.data.manifest import DataSet
 from jllm.data.order import EpochOrder, epoch_order
 from jllm.data.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
@@ -135,7 +136,7 @@ class ShardIndex:
             batch = self._read_piece(file, group, piece)
         assert len(batch) == self._all_rows[entry]
         chosen = self._chosen(order, entry)
-        return batch if chosen is None else batch.take(pa.array(chosen))
+        return batch if chosen is None else batch.take(to_array(chosen))
 
     def _read_piece(self, file: int, group: int, piece: int) -> pa.RecordBatch:
         """Go on in the row group that is open, or reach the piece from its row group's start."""
