@@ -102,8 +102,13 @@ def _first_marked(rendered: Rendered) -> Rendered:
     return dataclasses.replace(rendered, texts=texts, spans=spans)
 
 
-def assemble(rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths) -> tuple[Documents, int]:
+def assemble(
+    rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths, *, block: int = 0
+) -> tuple[Documents, int]:
     """Encode the texts of rendered conversations and put the ids together; also the number of checks made.
+
+    Args:
+        block: number of their block in its source.
 
     Raises:
         EngineMismatchError: a whole conversation, encoded by the reference in one go, has other ids.
@@ -131,7 +136,7 @@ def assemble(rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths) -
     checks = 0
     if rendered.sample is not None:
         number, text = rendered.sample
-        wanted = engine.reference_ids(text)
+        wanted = engine.reference_ids(text, block=block)
         if wanted is not None:
             checks = 1
             given = result[documents.offsets[number] : documents.offsets[number + 1]]
@@ -172,7 +177,7 @@ class ChatEncoder:
             rendered = render_block(*arguments)
         else:
             rendered = self.pool.submit(render_block, *arguments).result()
-        documents, checks = assemble(rendered, self.engine, self.lengths)
+        documents, checks = assemble(rendered, self.engine, self.lengths, block=block.index)
         counts = {"records": rendered.records, "checks": checks}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest

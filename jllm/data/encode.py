@@ -64,7 +64,7 @@ class PretrainEncoder:
 
     def __call__(self, block: Block, kind: str) -> Encoded:
         records = texts_of(parse_block(block, kind), kind, self.field)
-        checks = self.engine.check(records.values, parse_special=self.parse_special)
+        checks = self.engine.check(records.values, parse_special=self.parse_special, block=block.index)
         documents = self.documents(records.values)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
         return Encoded(documents=documents, bad=records.bad, counts=counts, end=block.end, end_line=block.end_line)

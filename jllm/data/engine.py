@@ -11,10 +11,12 @@ Cost: Qwen3 (152 k entries) 1.5 s and 200 MB to load, about 400 MB in use; both 
 while they encode, so threads of one process share the tables.
 """
 
+import json
 import os
+import re
 import threading
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,9 +25,14 @@ from jllm.data.shards import Int32, Int64
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 
+if TYPE_CHECKING:
+    from jllm.data.early_engines import EarlyEngines
+
 ENGINES = ("auto", "fastokens", "hf")
 CHECK_CHARACTERS = 2048
-"""Of each block this much text is encoded by both engines: 0.1 % of a 2 MiB block, 3 % of the time."""
+"""This much text of a checked block is encoded by both engines; the reference takes 2 ms for it."""
+CHECK_EVERY = 8
+"""The first blocks of a source are all checked, later ones every so often: some 30 times in the text of a shard."""
 
 
 class EngineMismatchError(Exception):
@@ -52,18 +59,18 @@ class ReferenceEngine:
     """Hugging Face `tokenizers`.
 
     Args:
+        backend: the serialised backend.
         inert: treat added tokens inside a text as ordinary text, the special ones and the others alike.
     """
 
     name = "hf"
 
-    def __init__(self, facts: TokenizerFacts, *, inert: bool = False) -> None:
+    def __init__(self, backend: str, *, inert: bool = False) -> None:
         import tokenizers
 
-        assert facts.backend is not None
         self.version = tokenizers.__version__
         self.inert = inert
-        self._facts = facts
+        self._serialised = backend
         # An instance for each way of encoding, because that is a setting of the instance and threads share the engine.
         self._backends: dict[tuple[bool, bool], Any] = {}
         self._lock = threading.Lock()
@@ -73,16 +80,18 @@ class ReferenceEngine:
             if (inert, parse_special) not in self._backends:
                 import tokenizers
 
-                assert self._facts.backend is not None
-                text = self._facts.backend
-                if inert:
-                    text = fast_json.dumps(as_inert(fast_json.loads(text)))
+                text = rewritten(self._serialised, as_inert) if inert else self._serialised
                 backend = tokenizers.Tokenizer.from_str(text)
                 backend.no_truncation()
                 backend.no_padding()
                 backend.encode_special_tokens = not parse_special
                 self._backends[inert, parse_special] = backend
             return self._backends[inert, parse_special]
+
+    def load(self) -> None:
+        """Load now what checking the fast engine needs, half a second for a large vocabulary, and not when the first
+        text comes: whole conversations with their control tokens where `inert`, else ordinary text."""
+        self._backend(False, parse_special=self.inert)
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         encodings = self._backend(self.inert, parse_special).encode_batch_fast(texts, add_special_tokens=False)
@@ -140,16 +149,38 @@ class FastEngine:
 
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
-        value = fast_json.loads(backend)
-        self._tokenizer = native.Tokenizer.from_json_str(
-            fast_json.dumps(for_fastokens(as_inert(value) if inert else value))
-        )
+        changes = [as_inert, for_fastokens] if inert else [for_fastokens]
+        self._tokenizer = native.Tokenizer.from_json_str(rewritten(backend, *changes))
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
             texts, add_special_tokens=False, split_special_tokens=not parse_special
         )
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)
+
+
+_HEAD = re.compile(
+    r'\s*\{\s*"version"\s*:\s*"1\.0"\s*,\s*"truncation"\s*:\s*null\s*,\s*"padding"\s*:\s*null\s*,\s*"added_tokens"\s*:\s*'
+)
+
+
+def rewritten(backend: str, *changes: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    """A serialised backend after these changes: `as_inert`, `for_fastokens`.
+
+    Without a Metaspace pre-tokenizer they concern nothing but truncation, padding and the added tokens, which stand
+    at the beginning: then the vocabulary behind them, some 10 MB, is not parsed.
+    """
+    head = _HEAD.match(backend)
+    if head is None or '"Metaspace"' in backend:
+        value = fast_json.loads(backend)
+        for change in changes:
+            value = change(value)
+        return fast_json.dumps(value)
+    tokens, end = json.JSONDecoder().raw_decode(backend, head.end())
+    value = {"truncation": None, "padding": None, "added_tokens": tokens, "pre_tokenizer": None}
+    for change in changes:
+        value = change(value)
+    return backend[: head.end()] + fast_json.dumps(value["added_tokens"]) + backend[end:]
 
 
 def for_fastokens(value: dict[str, Any]) -> dict[str, Any]:
@@ -173,70 +204,6 @@ def for_fastokens(value: dict[str, Any]) -> dict[str, Any]:
         value["normalizer"] = {"type": "Sequence", "normalizers": steps}
         value["pre_tokenizer"] = None
     return value
-
-
-class EarlyEngines:
-    """An engine built while the command still gets ready: from AutoTokenizer's backend where it is known already,
-    else from `tokenizer.json` while AutoTokenizer is loading; used only if it has no other backend.
-
-    The file usually encodes as AutoTokenizer's backend does; where it does not (Llama 2), the work was for nothing.
-    """
-
-    def __init__(self, name: str, *, inert: bool, known: TokenizerFacts | None = None) -> None:
-        self.fast: FastEngine | None = None
-        self._backend = known.backend if known is not None else None
-        self._meaning: Any = None
-        path = Path(name, "tokenizer.json")
-        # Not a daemon: one that is inside the engine's library when the interpreter ends aborts the process.
-        self._thread = threading.Thread(target=self._build, args=(path, inert))
-        if self._backend is not None or path.is_file():
-            self._thread.start()
-
-    def _build(self, path: Path, inert: bool) -> None:
-        try:
-            text = self._backend
-            if text is None:
-                text = path.read_text(encoding="utf-8")
-                self._meaning = encoding_of(text)
-            self.fast = FastEngine(text, inert=inert)
-        except Exception:  # whatever is wrong here will be said when the real backend is tried
-            self.fast = None
-
-    def fast_engine(self, backend: str) -> "FastEngine | None":
-        """The fast engine, if the backend encodes as the file does."""
-        if self._thread.ident is None:
-            return None
-        self._thread.join()
-        if self.fast is None or backend == self._backend:
-            return self.fast
-        return self.fast if self._meaning == encoding_of(backend) else None
-
-
-def encoding_of(backend: str) -> Any:
-    """The part of a serialised backend that decides which ids a text gets, in one form for all versions of the
-    format."""
-    value = fast_json.loads(backend)
-    for key in ("version", "truncation", "padding", "post_processor", "decoder"):
-        value.pop(key, None)
-    model = value["model"]
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        model[key] = model.get(key) or None
-    for key in ("fuse_unk", "byte_fallback", "ignore_merges"):
-        model[key] = bool(model.get(key))
-    if model.get("merges") and isinstance(model["merges"][0], str):
-        model["merges"] = [merge.split(" ") for merge in model["merges"]]
-    return _without_offsets(value)
-
-
-def _without_offsets(value: Any) -> Any:
-    """`value` without the settings that concern offsets only."""
-    if isinstance(value, dict):
-        return {
-            key: item if key in ("vocab", "merges") else _without_offsets(item)
-            for key, item in value.items()
-            if key != "trim_offsets"
-        }
-    return [_without_offsets(item) for item in value] if isinstance(value, list) else value
 
 
 def marks_first_piece(pre_tokenizer: dict[str, Any] | None) -> bool:
@@ -295,16 +262,19 @@ class CheckedEngine:
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         return (self._for_special if parse_special else self.engine).encode(texts, parse_special=parse_special)
 
-    def check(self, texts: list[str], *, parse_special: bool = False) -> int:
-        """Encode a sample of `texts` by both engines; the number of texts compared.
+    def check(self, texts: list[str], *, parse_special: bool = False, block: int = 0) -> int:
+        """Encode a sample of `texts` by both engines; the number of texts compared, 0 where this block has no turn.
 
         The sample is one stretch of `CHECK_CHARACTERS` characters of one text, or several short texts; which ones
         depends on the texts alone.
 
+        Args:
+            block: number of the block in its source that the texts come from.
+
         Raises:
             EngineMismatchError: the ids differ.
         """
-        if self._reference is None or self._reference is self.engine or not texts:
+        if self._reference is None or self._reference is self.engine or not texts or not has_turn(block):
             return 0
         sample = sample_of(texts)
         given, given_offsets = self.encode(sample, parse_special=parse_special)
@@ -313,9 +283,10 @@ class CheckedEngine:
             raise EngineMismatchError(f"{self.name} {self.version} differs from hf on {sample[0][:40]!r}")
         return len(sample)
 
-    def reference_ids(self, text: str) -> Int32 | None:
-        """The ids of a whole rendered conversation by the reference; None for a tokenizer without one."""
-        return None if self._reference is None else self._reference.whole(text)
+    def reference_ids(self, text: str, *, block: int = 0) -> Int32 | None:
+        """The ids of a whole rendered conversation by the reference; None for a tokenizer without one, and where this
+        block has no turn to be checked."""
+        return None if self._reference is None or not has_turn(block) else self._reference.whole(text)
 
     def tokens_of_bytes(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
         """Stretches of the text's tokens that overlap these bytes, by the reference engine's offsets."""
@@ -325,6 +296,11 @@ class CheckedEngine:
         spans = self._reference.token_spans(text)
         inside = [i for i, (begin, stop) in enumerate(spans) if begin < last and stop > first]
         return [(i, i + 1) for i in inside]
+
+
+def has_turn(block: int) -> bool:
+    """Whether a block, by its number in its source, is one of those that are checked."""
+    return block < CHECK_EVERY or block % CHECK_EVERY == 0
 
 
 def sample_of(texts: list[str]) -> list[str]:
@@ -353,7 +329,7 @@ def open_engine(
     *,
     inert: bool = False,
     trust_remote_code: bool = False,
-    early: EarlyEngines | None = None,
+    early: "EarlyEngines | None" = None,
 ) -> CheckedEngine:
     """The engine for a tokenizer: the fast one where it proves itself, else the reference.
 
@@ -376,11 +352,12 @@ def open_engine(
             raise UserError(f"--engine fastokens: {facts.name} has no fast backend; use --engine hf or auto")
         slow = SlowEngine(facts, trust_remote_code=trust_remote_code)
         return CheckedEngine(slow, None, reason="the tokenizer has no fast backend", probes=0)
-    reference = ReferenceEngine(facts, inert=inert)
+    found = early.engines_of(facts.backend) if early else (None, None)
+    reference = found[1] or ReferenceEngine(facts.backend, inert=inert)
     if choice == "hf":
         return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
     try:
-        fast = (early and early.fast_engine(facts.backend)) or FastEngine(facts.backend, inert=inert)
+        fast = found[0] or FastEngine(facts.backend, inert=inert)
         proven = _proven(fast, facts, inert, False)
     except (ValueError, EngineMismatchError) as error:
         if choice == "fastokens":

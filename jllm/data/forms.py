@@ -5,51 +5,79 @@ See `jllm.data.rendering` for what is plain and how the short cut is checked.
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from jllm.data.marks import FIRST_STAND_IN, PRIVATE
-from jllm.data.pieces import Piece
+from jllm.data.pieces import Flat, Piece, flatten
+
+GAP = re.compile(f"a([{PRIVATE}])a")
+"""The text that stands for a message while a form is learned: its stand-in between two letters."""
+Place = tuple[int, tuple[int, ...]]
+"""A place in a text: bytes of the template's own before it, and the messages before it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """A piece with gaps for the texts of messages.
+    """A conversation with gaps.
 
     Attributes:
-        fixed: the piece itself where it has no gap; shared by all conversations, never changed.
-        parts: static text and numbers of messages, in turn.
-        spans: trained parts: both ends as (static characters before it, messages of this piece before it).
+        texts: each text: the template's own, and in turn with it numbers of messages; it begins and ends with a text.
+        controls, trained: as in `Flat`; shared by all conversations, never changed.
+        spans: number of the text, and both ends of a trained part.
+        sized: the messages whose sizes these ends depend on.
     """
 
-    fixed: Piece | None
-    parts: tuple[str | int, ...] = ()
-    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+    texts: tuple[tuple[str | int, ...], ...]
+    controls: list[int]
+    trained: list[bool]
+    spans: tuple[tuple[int, Place, Place], ...]
+    sized: tuple[int, ...]
 
-    def filled(self, texts: list[str]) -> Piece:
-        """The piece with these texts of messages in its gaps."""
-        parts = [part if type(part) is str else texts[part] for part in self.parts]  # type: ignore[index]
-        if not self.spans:
-            return Piece("".join(parts))
-        lengths = [0]
-        for part in self.parts:
-            if type(part) is int:
-                lengths.append(lengths[-1] + len(texts[part]))
-        return Piece("".join(parts), spans=[(s + lengths[i], e + lengths[j]) for (s, i), (e, j) in self.spans])
+    def filled(self, messages: Sequence[str]) -> Flat:
+        """The conversation with these texts in its gaps."""
+        texts = [_joined(parts, messages) for parts in self.texts]
+        sizes = {}
+        for number in self.sized:
+            message = messages[number]
+            sizes[number] = len(message) if message.isascii() else len(message.encode())
+        spans = [
+            (number, start + sum([sizes[i] for i in before]), end + sum([sizes[i] for i in within]))
+            for number, (start, before), (end, within) in self.spans
+        ]
+        return Flat(texts, self.controls, self.trained, spans)
 
 
-def form_of(piece: Piece) -> Form:
-    parts: list[str | int] = []
-    gaps: list[int] = []  # where in the text each gap starts; a gap is three characters: "a", its stand-in, "a"
-    at = 0
-    for match in re.finditer(f"a([{PRIVATE}])a", piece.text):
-        parts += [piece.text[at : match.start()], ord(match.group(1)) - FIRST_STAND_IN]
-        gaps.append(match.start())
-        at = match.end()
-    parts.append(piece.text[at:])
+def _joined(parts: tuple[Any, ...], messages: Sequence[str]) -> str:
+    if len(parts) == 1:
+        own: str = parts[0]
+        return own
+    if len(parts) == 3:
+        before, number, behind = parts
+        return f"{before}{messages[number]}{behind}"
+    return "".join([messages[part] if type(part) is int else part for part in parts])
 
-    def end_point(position: int) -> tuple[int, int]:
-        before = sum(gap < position for gap in gaps)
-        return position - 3 * before, before
 
-    spans = tuple((end_point(start), end_point(end)) for start, end in piece.spans)
-    kept = tuple(part for part in parts if part != "")
-    return Form(fixed=None if gaps else piece, parts=kept, spans=spans)
+def form_of(pieces: Sequence[Piece]) -> Form:
+    """The form that a conversation has whose messages are gaps."""
+    flat = flatten(pieces)
+    texts: list[tuple[str | int, ...]] = []
+    spans: list[tuple[int, Place, Place]] = []
+    for piece in pieces:
+        if piece.control >= 0:
+            continue
+        spans += [(len(texts), _place(piece.text, start), _place(piece.text, end)) for start, end in piece.spans]
+        texts.append(tuple(_number(part) if index % 2 else part for index, part in enumerate(GAP.split(piece.text))))
+    sized = {number for _, start, end in spans for number in (*start[1], *end[1])}
+    return Form(
+        texts=tuple(texts), controls=flat.controls, trained=flat.trained, spans=tuple(spans), sized=tuple(sorted(sized))
+    )
+
+
+def _place(text: str, position: int) -> Place:
+    split = GAP.split(text[:position])
+    return len("".join(split[::2]).encode()), tuple(map(_number, split[1::2]))
+
+
+def _number(stand_in: str) -> int:
+    return ord(stand_in) - FIRST_STAND_IN

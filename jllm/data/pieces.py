@@ -6,6 +6,8 @@ Cost: one pass over the text.
 
 import dataclasses
 import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from jllm.data.conversations import BadRecordError
 from jllm.data.marks import CALL, CLOSE, END, OPEN, REASONING, START, StandIns
@@ -22,6 +24,38 @@ class Piece:
     control: int = -1
     trained: bool = False
     spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+
+class Flat(NamedTuple):
+    """A conversation's pieces as they are handed on.
+
+    Attributes:
+        texts: its texts.
+        controls: for each piece a control token's id, or -1 for the next text.
+        trained: for each piece, whether it is a control token that is trained on.
+        spans: trained parts of texts: number of the text, first byte, end byte.
+    """
+
+    texts: list[str]
+    controls: list[int]
+    trained: list[bool]
+    spans: list[tuple[int, int, int]]
+
+
+def flatten(pieces: Iterable[Piece]) -> Flat:
+    """Pieces in the form in which they are handed on."""
+    flat = Flat([], [], [], [])
+    for piece in pieces:
+        flat.controls.append(piece.control)
+        flat.trained.append(piece.trained)
+        if piece.control < 0:
+            text = piece.text
+            for start, end in piece.spans:
+                if not text.isascii():
+                    start, end = len(text[:start].encode()), len(text[:end].encode())
+                flat.spans.append((len(flat.texts), start, end))
+            flat.texts.append(text)
+    return flat
 
 
 @dataclasses.dataclass(kw_only=True)

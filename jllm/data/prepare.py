@@ -6,21 +6,20 @@ differ from the reference in the middle of a run (`EngineMismatchError`, `ShortC
 over without it.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import hashlib
 import math
-import multiprocessing
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jllm.data import holdout, pretokenized, recipes
-from jllm.data.convert import Conversion, Totals, check_bad_share, convert, remove_blocks_before
-from jllm.data.engine import CheckedEngine, EarlyEngines, EngineMismatchError, open_engine, use_cores
+from jllm.data import holdout, pretokenized, recipes, render_work
+from jllm.data.chat import TokenLengths
+from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
+from jllm.data.early_engines import EarlyEngines
+from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
 from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
@@ -135,6 +134,11 @@ class _Run:
                 rows, tokens = manifest.rows, manifest.total("tokens")
                 print(f"{part.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
             return found[0]
+        with render_work.workers(self.cores if self.chat and not self.config.threads else 1) as self.renderers:
+            return self._made()
+
+    def _made(self) -> Manifest:
+        """The data set, made; also where a fast path turns out to be wrong on the way."""
         while True:
             for part in self.parts:
                 part.place.discard_temporaries()
@@ -155,6 +159,7 @@ class _Run:
         mismatch = place.noted("hf engine")
         choice = "hf" if mismatch and config.engine == "auto" else config.engine
         early = self.early if self.chat == (config.type == "ft") else None
+        lengths = TokenLengths(self.facts) if self.chat else None  # while the early engines are being built
         engine = open_engine(
             self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code, early=early
         )
@@ -165,7 +170,8 @@ class _Run:
         self.warnings = recipes.template_warnings(plan) if plan else []
         for warning in self.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        entries, totals = self._convert(engine, plan)
+        encoder = self._encoder(engine, plan, lengths)
+        entries, totals = self._convert(engine, encoder)
         if config.on_error == "auto":
             check_bad_share(totals)
         self._refuse_nothing(entries, totals)
@@ -258,7 +264,7 @@ class _Run:
             extra=extra,
         )
 
-    def _convert(self, engine: CheckedEngine, plan: RenderPlan | None) -> tuple[list[list[FileEntry]], Totals]:
+    def _convert(self, engine: CheckedEngine, encoder: Encoder) -> tuple[list[list[FileEntry]], Totals]:
         """Make the files of all parts."""
         config, place, facts = self.config, self.place, self.facts
         prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
@@ -277,7 +283,6 @@ class _Run:
             return [documents.take(np.flatnonzero(wanted)) for wanted in (~chosen, chosen)]
 
         with contextlib.ExitStack() as stack:
-            encoder = stack.enter_context(self._encoder(engine, plan))
             sinks += [stack.enter_context(Sink(self._sink_plan(part, prefix), committed)) for part in self.parts]
             run = Conversion(
                 sources=self.sources,
@@ -304,33 +309,21 @@ class _Run:
             per_split=math.ceil(config.num * part.share),
             per_file=math.ceil(config.batch_size * part.share),
             max_rows=config.max_rows,
+            threads=self.cores,
         )
 
-    @contextlib.contextmanager
-    def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:
-        with contextlib.ExitStack() as stack:
-            others = None if self.given.all else stack.enter_context(self._text_encoder(engine, plan))
-            if self.given.some:
-                yield pretokenized.encoder_of(self.config, self.facts, self.given, others)
-            else:
-                yield others
-
-    @contextlib.contextmanager
-    def _text_encoder(self, engine: CheckedEngine, plan: RenderPlan | None) -> Iterator[Any]:
-        if plan is None:
-            yield recipes.encoder_of(self.config, self.facts, engine)
-            return
-        self.forms = recipes.forms_of(self.config, self.sources)
-        if self.config.format == "auto":
-            print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
-        if self.cores == 1 or self.config.threads:
-            yield recipes.encoder_of(self.config, self.facts, engine, plan=plan, forms=self.forms, pool=None)
-            return
-        with concurrent.futures.ProcessPoolExecutor(
-            self.cores, mp_context=multiprocessing.get_context("spawn")
-        ) as pool:
-            try:
-                yield recipes.encoder_of(self.config, self.facts, engine, plan=plan, forms=self.forms, pool=pool)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None, lengths: TokenLengths | None) -> Encoder:
+        """What encodes a block, whatever its source holds."""
+        others: Encoder | None = None
+        if plan is not None:
+            self.forms = recipes.forms_of(self.config, self.sources)
+            if self.config.format == "auto":
+                print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
+            chat = {"plan": plan, "forms": self.forms, "lengths": lengths, "pool": self.renderers}
+            others = recipes.encoder_of(self.config, self.facts, engine, **chat)
+        elif not self.given.all:
+            others = recipes.encoder_of(self.config, self.facts, engine)
+        if self.given.some:
+            return pretokenized.encoder_of(self.config, self.facts, self.given, others)
+        assert others is not None
+        return others

@@ -3,14 +3,20 @@
 A worker imports neither Arrow nor an engine, so that it starts fast and stays small (about 60 MB).
 """
 
+import contextlib
 import dataclasses
+import importlib
+import multiprocessing
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.blocks import Block
 from jllm.data.conversations import BadRecordError, read_conversation
+from jllm.data.pieces import Flat
 from jllm.data.records import BadRecord, parse_block
 from jllm.data.rendering import Renderer, RenderPlan
 
@@ -43,6 +49,22 @@ class Rendered:
     sample: tuple[int, str] | None
 
 
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[Executor | None]:
+    """Processes that render; they start at once, so that they are there when the first block comes. None for one."""
+    if count == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in range(count):
+            pool.submit(importlib.import_module, "jinja2")  # a process is started when there is work for it
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def renderer_of(plan: RenderPlan) -> Renderer:
     """The renderer of a plan, one for each thread: compiling a template takes longer than rendering a block."""
     if getattr(_local, "plan", None) != plan:
@@ -59,37 +81,26 @@ def render_block(block: Block, kind: str, form: str, fields: dict[str, str], pla
     renderer = renderer_of(plan)
     renderer.begin_block()
     records = parse_block(block, kind)
-    texts: list[str] = []
-    sequence: list[int] = []
-    trained: list[bool] = []
+    texts, sequence, trained, spans = Flat([], [], [], [])
     offsets = [0]
     lines: list[int] = []
-    spans: list[tuple[int, int, int]] = []
     bad = list(records.bad)
     sample: tuple[int, str] | None = None
     for record, line in zip(records.values, records.lines, strict=True):
         try:
-            pieces, whole = renderer.pieces(read_conversation(record, form, fields))
-            if not any(piece.trained or piece.spans for piece in pieces):
+            found, whole = renderer.flat(read_conversation(record, form, fields))
+            if not found.spans and not any(found.trained):
                 raise BadRecordError("no answer", "nothing in it is trained on")
         except BadRecordError as error:
             bad.append(BadRecord(kind=error.kind, line=line, detail=error.detail))
             continue
         if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
             sample = (len(offsets) - 1, whole)
-        for piece in pieces:
-            if piece.control >= 0:
-                sequence.append(piece.control)
-                trained.append(piece.trained)
-                continue
-            text = piece.text
-            for start, end in piece.spans:
-                if not text.isascii():
-                    start, end = len(text[:start].encode()), len(text[:end].encode())
-                spans.append((len(texts), start, end))
-            sequence.append(-1)
-            trained.append(False)
-            texts.append(text)
+        before = len(texts)
+        texts += found.texts
+        sequence += found.controls
+        trained += found.trained
+        spans += [(before + number, start, end) for number, start, end in found.spans]
         offsets.append(len(sequence))
         lines.append(line)
     bad.sort(key=lambda item: item.line)

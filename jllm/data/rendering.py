@@ -40,12 +40,14 @@ from jllm.data.marks import (
     token_pattern,
     with_marks,
 )
-from jllm.data.pieces import Builder, Markup, Piece, drop_spans
+from jllm.data.pieces import Builder, Flat, Markup, Piece, drop_spans, flatten
 from jllm.data.templating import compile_template
 from jllm.errors import UserError
 
 _VERIFY_EVERY = 128
 _FORMS_KEPT = 4096
+_PLAIN = "\"'-#*(^:.!?$&\\"
+"""What a plain text may begin with beside letters and digits: marks that no template gives a meaning to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Renderer:
         self.plan = plan
         self._template: Any = None
         self._count = 0
-        self._forms: dict[tuple[Any, ...], list[Form]] = {}
+        self._forms: dict[tuple[Any, ...], Form] = {}
         added = [token for token in plan.added if token["content"]]
         self.markup = Markup(
             ids={token["content"]: token["id"] for token in added},
@@ -172,14 +174,14 @@ class Renderer:
         following = self.markup.control.match(behind.lstrip())
         return following.group().strip() if following else None
 
-    def pieces(self, conversation: Conversation) -> tuple[list[Piece], str | None]:
-        """The pieces of a conversation; and its rendered text, where nothing in the data had to be hidden.
+    def flat(self, conversation: Conversation) -> tuple[Flat, str | None]:
+        """A conversation's pieces; and its rendered text, where nothing in the data had to be hidden.
 
         Raises:
             BadRecordError: the template refuses it, or an answer does not come out of the template.
         """
         if conversation.completion is not None:
-            return self._completion(*conversation.completion), None
+            return flatten(self._completion(*conversation.completion)), None
         trained = list(conversation.trained)
         if self.plan.train_on == "last":
             last = max(index for index, counts in enumerate(trained) if counts)
@@ -189,7 +191,7 @@ class Renderer:
             return self._filled(conversation, trained)
         return self._rendered(conversation, trained)
 
-    def _rendered(self, conversation: Conversation, trained: list[bool]) -> tuple[list[Piece], str | None]:
+    def _rendered(self, conversation: Conversation, trained: list[bool]) -> tuple[Flat, str | None]:
         stand_ins = StandIns()
         hidden = [self._hide(message, stand_ins) for message in conversation.messages]
         tools = mapped(conversation.tools, lambda text: stand_ins.hide(text, self._user_hidden))
@@ -197,7 +199,8 @@ class Renderer:
             text = self.render(hidden, tools)
         else:
             text = self._render_with_marks(hidden, trained, tools)
-        return self._built(text, stand_ins, hidden, trained), None if stand_ins.used else MARKS.sub("", text)
+        pieces = self._built(text, stand_ins, hidden, trained)
+        return flatten(pieces), None if stand_ins.used else MARKS.sub("", text)
 
     def _built(
         self, text: str, stand_ins: "StandIns", messages: list[dict[str, Any]], trained: list[bool]
@@ -219,30 +222,30 @@ class Renderer:
         unusual = self._unusual.search
         for message in conversation.messages:
             content = message["content"]
-            if len(message) != 2 or not content[:1].isalnum() or content[-1:].isspace():
+            first = content[:1]
+            if len(message) != 2 or content[-1:].isspace() or not (first.isalnum() or (first and first in _PLAIN)):
                 return False
             # One character is found ten times faster than one of several, and there is no other one in ASCII.
             if "<" in content if self._tags_only and content.isascii() else unusual(content):
                 return False
         return True
 
-    def _filled(self, conversation: Conversation, trained: list[bool]) -> tuple[list[Piece], str | None]:
-        texts = [message["content"] for message in conversation.messages]
-        key = (*trained, *(message["role"] for message in conversation.messages))
-        forms = self._forms.get(key)
-        if forms is None:
+    def _filled(self, conversation: Conversation, trained: list[bool]) -> tuple[Flat, str | None]:
+        key = (*trained, *[message["role"] for message in conversation.messages])
+        form = self._forms.get(key)
+        if form is None:
             if len(self._forms) > _FORMS_KEPT:
                 self._forms.clear()
-            forms = self._forms[key] = self._forms_of(conversation, trained)
-        pieces = [form.fixed or form.filled(texts) for form in forms]
+            form = self._forms[key] = self._form_of(conversation, trained)
+        flat = form.filled([message["content"] for message in conversation.messages])
         whole = None
         if self._count % _VERIFY_EVERY == 1:
             wanted, whole = self._rendered(conversation, trained)
-            if wanted != pieces:
+            if wanted != flat:
                 raise ShortCutError("the template treats texts in its own way")
-        return pieces, whole
+        return flat, whole
 
-    def _forms_of(self, conversation: Conversation, trained: list[bool]) -> list[Form]:
+    def _form_of(self, conversation: Conversation, trained: list[bool]) -> Form:
         """What the template makes of these roles, with gaps where the texts go."""
         stand_ins = StandIns()
         messages = []
@@ -259,7 +262,7 @@ class Renderer:
                 [with_marks(message) if counts else message for message, counts in zip(messages, trained, strict=True)],
                 None,
             )
-        return [form_of(piece) for piece in self._built(text, stand_ins, messages, trained)]
+        return form_of(self._built(text, stand_ins, messages, trained))
 
     def _hide(self, message: dict[str, Any], stand_ins: "StandIns") -> dict[str, Any]:
         pattern = self._answer_hidden if message["role"] == "assistant" else self._user_hidden

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, Any
 
@@ -175,10 +176,14 @@ class ShardWriter:
         path: the final name; the file is written beside it and renamed when the block ends well.
         columns: names out of `COLUMNS`; every batch has exactly these.
         codec: one of `CODECS`.
+        pool: compresses the pages of a row group at the same time.
     """
 
-    def __init__(self, path: Path, *, columns: Sequence[str], codec: str = "zstd") -> None:
+    def __init__(
+        self, path: Path, *, columns: Sequence[str], codec: str = "zstd", pool: Executor | None = None
+    ) -> None:
         self.path = path
+        self._pool = pool
         self.schema = schema(columns)
         self.codec = codec
         self.statistics: ShardStatistics
@@ -196,6 +201,7 @@ class ShardWriter:
             codec=self.codec,
             metadata={CONTRACT_KEY: CONTRACT_VERSION},
             writer=f"{CREATED_BY}{jllm.__version__}",
+            pool=self._pool,
         )
         return self
 

@@ -17,6 +17,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class SinkPlan:
         per_split: documents in a split.
         per_file: rows in a file.
         max_rows: stop after this many rows.
+        threads: compress pages at the same time; with one thread among several that encode, writing would fall behind.
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class SinkPlan:
     per_split: int
     per_file: int
     max_rows: int | None = None
+    threads: int = 1
 
 
 class Sink:
@@ -114,6 +117,7 @@ class Sink:
         self._restore()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
         self._failure: BaseException | None = None
+        self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="compress") if plan.threads > 1 else None
         self._thread = threading.Thread(target=self._write_loop, name=f"writer-{plan.name}", daemon=True)
         self._thread.start()
 
@@ -239,7 +243,10 @@ class Sink:
                     if writer is None:
                         final = self.plan.folder / split / file_name(split, index, self.plan.codec)
                         writer = ShardWriter(
-                            self.plan.work / final.name, columns=self._packer.columns, codec=self.plan.codec
+                            self.plan.work / final.name,
+                            columns=self._packer.columns,
+                            codec=self.plan.codec,
+                            pool=self._pool,
                         )
                         writer.__enter__()
                     writer.write(batch)
@@ -288,6 +295,8 @@ class Sink:
             except queue.Full:
                 continue
         self._thread.join()
+        if self._pool is not None:
+            self._pool.shutdown()
         if kind is None and self._failure is not None:
             raise self._failure
 

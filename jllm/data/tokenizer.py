@@ -17,10 +17,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jllm.data import fast_json, manifest, tokenizer_cache
+from jllm.data import fast_json, tokenizer_cache
 from jllm.errors import UserError
+
+if TYPE_CHECKING:
+    from jllm.data import manifest
 
 HUB_TIMEOUT = 4.0
 
@@ -104,7 +107,9 @@ class TokenizerFacts:
     tokenizers_version: str
 
     @property
-    def for_manifest(self) -> manifest.Tokenizer:
+    def for_manifest(self) -> "manifest.Tokenizer":
+        from jllm.data import manifest  # which imports Arrow; the child that loads a tokenizer starts sooner without
+
         return manifest.Tokenizer(name=self.name, vocab_size=self.vocab_size, sha256=self.sha256)
 
     @property

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jllm.data import engine as engines
-from jllm.data.engine import CheckedEngine, EngineMismatchError, FastEngine, encoding_of, open_engine, sample_of
+from jllm.data.early_engines import encoding_of
+from jllm.data.engine import CheckedEngine, EngineMismatchError, FastEngine, open_engine, sample_of
 from jllm.data.manifest import read_manifest
 from jllm.data.prepare import prepare
 from jllm.data.tokenizer import PROBES, load_tokenizer
@@ -150,7 +151,7 @@ def test_checks_compare_with_the_reference(byte_tokenizer: Path) -> None:
     good = open_engine(facts)
     assert good.check(["some text", "more"]) == 2
     assert good.check([]) == 0
-    reference = engines.ReferenceEngine(facts)
+    reference = engines.ReferenceEngine(facts.backend)
 
     class Wrong(FastEngine):
         def encode(self, texts: list[str], *, parse_special: bool = False) -> Any:
