@@ -288,8 +288,8 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
             continues, at = _read_levels(page, 0, count)
             has_element, at = _read_levels(page, at, count)
             found = page[at:].view(np.int32)
-            if len(found) != np.count_nonzero(has_element):
-                raise DamagedError("a page has another number of elements than its levels say")
+            if len(page) != plain or len(found) != np.count_nonzero(has_element):
+                raise DamagedError("a page has another size than its header and its levels say")
             values[taken : taken + len(found)] = found
             starts.append(_values_before(np.flatnonzero(~continues), has_element) + taken)
             entries += count
