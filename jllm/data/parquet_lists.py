@@ -282,7 +282,7 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
         while position < size:
             begin, plain, end, checksum, count = _read_header(data, position)
             packed = data[begin:end]
-            if zlib.crc32(packed) != checksum:
+            if end > size or zlib.crc32(packed) != checksum:
                 raise DamagedError("a page's checksum is wrong")
             page = np.frombuffer(codec.decompress(pa.py_buffer(packed), plain), dtype=np.uint8)
             continues, at = _read_levels(page, 0, count)
