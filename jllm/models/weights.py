@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -44,9 +43,12 @@ from jllm.models.stage import (
     seal,
     stage_class,
 )
+from jllm.models.tensor_file import tensor_file
 
 SHARD_BYTES = 4 * 2**30
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
+STAGE_METADATA = {"format": "pt"}
+"""What transformers wants to see in the header of a file of weights."""
 _STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
 
 
@@ -146,6 +148,32 @@ def init_stage(
     return model
 
 
+def stage_files(
+    model: PreTrainedModel,
+    span: StageSpan,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """This stage's tensors under their published names, in host memory, one file at a time: its name and content.
+
+    File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
+    tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
+    the last stage is left out: the published file has the embedding only.
+    """
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    for duplicate, _ in anatomy_of(model).tied:
+        tensors.pop(duplicate, None)
+    for ignored in model._keys_to_ignore_on_save or ():
+        tensors.pop(ignored, None)
+    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
+    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
+    for part, names in enumerate(_parts(published, shard_bytes)):
+        file_name = _STAGE_FILE.format(stage=span.index, part=part)
+        yield file_name, {name: _as_stored(published[name], dtype) for name in names}
+
+
 def save_stage(
     model: PreTrainedModel,
     span: StageSpan,
@@ -155,28 +183,14 @@ def save_stage(
     state_dict: dict[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
-    """Write this stage's tensors under their published names; returns published name → file name.
-
-    File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
-    tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
-    the last stage is not written: the published file has the embedding only.
-    """
+    """Write the files of `stage_files`; returns published name → file name."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    for duplicate, _ in anatomy_of(model).tied:
-        tensors.pop(duplicate, None)
-    for ignored in model._keys_to_ignore_on_save or ():
-        tensors.pop(ignored, None)
-    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
-    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
     weight_map: dict[str, str] = {}
-    for part, names in enumerate(_parts(published, shard_bytes)):
-        file_name = _STAGE_FILE.format(stage=span.index, part=part)
-        chunk = {name: _as_stored(published[name], dtype) for name in names}
-        with atomic.replacing(folder / file_name) as temporary:
-            save_file(chunk, temporary, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file_name))
+    files = stage_files(model, span, dtype=dtype, state_dict=state_dict, shard_bytes=shard_bytes)
+    for file_name, tensors in files:
+        tensor_file(tensors, STAGE_METADATA, copy=False).write(folder / file_name)
+        weight_map.update(dict.fromkeys(tensors, file_name))
     return weight_map
 
 

@@ -20,15 +20,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.source import read_metadata
+from jllm.models.tensor_file import TensorFile, tensor_file
 from jllm.train.state import Piece
 from jllm.train.stream import Cursor
 
@@ -39,15 +38,6 @@ MODEL_MARKER = "config.json"
 """What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, complete."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,14 +66,6 @@ class RunState:
     config: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One process's file, ready to be written without any further tensor operation: a header and raw buffers."""
-
-    header: bytes
-    buffers: list[NDArray[np.uint8]]
-
-
 def folder_of_step(root: Path, step: int) -> Path:
     """The checkpoint folder of a step."""
     return root / f"step-{step:08d}"
@@ -104,49 +86,40 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def prepare_part(pieces: Iterable[Piece], rng: dict[str, Tensor], *, copy: bool) -> Part:
+def prepare_part(pieces: Iterable[Piece], rng: dict[str, Tensor], *, copy: bool) -> TensorFile:
     """A process's part in host memory.
 
     Args:
         pieces: what it owns, flat and contiguous, on any device.
         rng: its random-number states, uint8.
-        copy: whether tensors that are in host memory already are copied too, so that training may go on changing them.
+        copy: as for `tensor_file`.
     """
-    header: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
-    buffers = []
-    position = 0
-    named = [(f"{piece.kind}/{piece.name}", piece.tensor) for piece in pieces]
-    for key, tensor in [*named, *((f"rng/{name}", value) for name, value in rng.items())]:
-        assert key not in header
-        host = tensor.detach().to("cpu", copy=copy).reshape(-1)
-        end = position + host.numel() * host.element_size()
-        header[key] = {"dtype": _DTYPE_NAMES[host.dtype], "shape": [host.numel()], "data_offsets": [position, end]}
-        buffers.append(host.view(torch.uint8).numpy())
-        position = end
     for piece in pieces:
-        table[f"{piece.kind}/{piece.name}"] = {"shape": list(piece.shape), "start": piece.start, "stop": piece.stop}
-    header["__metadata__"] = {"pieces": json.dumps(table)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns its data
-    return Part(header=len(text).to_bytes(8, "little") + text, buffers=buffers)
+        key = f"{piece.kind}/{piece.name}"
+        assert key not in tensors
+        tensors[key] = piece.tensor.reshape(-1)
+        table[key] = {"shape": list(piece.shape), "start": piece.start, "stop": piece.stop}
+    tensors |= {f"rng/{name}": value for name, value in rng.items()}
+    return tensor_file(tensors, {"pieces": json.dumps(table)}, copy=copy)
 
 
-def write_part(folder: Path, rank: int, part: Part) -> None:
-    """Write one process's part into the temporary folder of checkpoint `folder`; no tensor operation takes place."""
-    with atomic.replacing(temporary_folder(folder) / part_name(rank)) as path, path.open("wb") as file:
-        file.write(part.header)
-        for buffer in part.buffers:
-            file.write(buffer.data)
+def part_path(folder: Path, rank: int) -> Path:
+    """Where process `rank` writes its part of checkpoint `folder`."""
+    return temporary_folder(folder) / part_name(rank)
 
 
-def parts_missing(folder: Path, ranks: Iterable[int]) -> int:
-    """How many of these processes have not written their part of checkpoint `folder` yet."""
-    return sum(not (temporary_folder(folder) / part_name(rank)).is_file() for rank in ranks)
+def publish(folder: Path) -> None:
+    """Give the temporary folder of a checkpoint, complete now, its name."""
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.replace(temporary_folder(folder), folder)
+    atomic.sync_file(folder.parent)
 
 
 def commit(folder: Path, state: RunState, ranks: Iterable[int]) -> None:
-    """Write the index over the parts of these processes and give the folder its name; after every `write_part`.
+    """Write the index over the parts of these processes, which are all there, and give the folder its name.
 
     `ranks` are all processes, or those of one node where each node has a checkpoint folder of its own; then several
     parts may hold the same elements.
@@ -164,10 +137,7 @@ def commit(folder: Path, state: RunState, ranks: Iterable[int]) -> None:
         entry["parts"].sort(key=lambda part: part["start"])
     index = {"format": FORMAT_VERSION, **dataclasses.asdict(state), "tensors": dict(sorted(tensors.items()))}
     atomic.write_json(temporary / INDEX_NAME, index)
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(temporary, folder)
-    atomic.sync_file(folder.parent)
+    publish(folder)
 
 
 def list_checkpoints(root: Path, *, marker: str = INDEX_NAME) -> list[Path]:

@@ -210,6 +210,7 @@ class TrainConfig:
             raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
             raise UserError(f"--steps_per_eval {self.steps_per_eval}: a whole number of steps, or a share below 1")
+        _check_folders(self)
         skipped_steps(self)
         parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
         parse_epochs(self.skip_epoch, "--skip_epoch")
@@ -222,6 +223,20 @@ class TrainConfig:
             return self.log_dir
         base = self.checkpoint or self.output_dir
         return base / "log" if base is not None else None
+
+
+def _check_folders(config: TrainConfig) -> None:
+    """Raises:
+    UserError: a run would write over its own model, or over what it writes elsewhere.
+    """
+    for name in ("checkpoint", "output_dir", "log_dir"):
+        folder = getattr(config, name)
+        if folder is not None and config.model is not None and folder.resolve() == config.model.resolve():
+            raise UserError(f"--{name} {folder} is the folder of --model, whose files it would replace; give another")
+    if config.log_dir and config.output_dir and config.log_dir.resolve() == config.output_dir.resolve():
+        raise UserError(
+            f"--log_dir and --output_dir are both {config.log_dir}, and both hold a config.json; give two folders"
+        )
 
 
 def skipped_steps(config: TrainConfig) -> frozenset[int]:

@@ -27,7 +27,7 @@ from jllm.train.loss import TokenLoss
 from jllm.train.metrics import Recorder
 from jllm.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from jllm.train.resume import Resumed, check_same_run, find_resume_point, load_weights_only
-from jllm.train.saving import CheckpointSaver, retain
+from jllm.train.saving import CheckpointSaver
 from jllm.train.state import TrainingState
 from jllm.train.stream import Cursor, ReadAhead, Step, train_steps
 from jllm.train.throughput import peak_memory, utilisation
@@ -85,6 +85,7 @@ class Run:
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         self.resumed = find_resume_point(config, agreement)
+        self._check_model_folders()
         self.loss = TokenLoss()
         self.built = setup.build_stage(config, layout, agreement, self.loss)
         self.stage, self.plan = self.built.stage, self.built.plan
@@ -114,6 +115,21 @@ class Run:
             first_step=self.step + 1,
             steps_per_print=config.steps_per_print,
         )
+
+    def _check_model_folders(self) -> None:
+        """Raises:
+        UserError: the stages of a model are on several nodes, and what they write would not come together.
+        """
+        nodes = self.agreement.gather(self.agreement.node)[: self.layout.pipe]
+        if len(set(nodes)) == 1:
+            return
+        model_only = self.config.checkpoint if self.config.only_ckpt_model else None
+        for name, folder in (("--output_dir", self.config.output_dir), ("--checkpoint", model_only)):
+            if folder is not None and not self.agreement.sees_one_folder(folder):
+                raise UserError(
+                    f"{name} {folder} is another folder on each node, and each would get a part of the model; give one"
+                    " that all nodes share"
+                )
 
     def train(self) -> None:
         """All steps, with evaluations and checkpoints between them, and the exported folder at the end."""
@@ -295,20 +311,13 @@ class Run:
             return
         started = time.perf_counter()
         if self.config.only_ckpt_model:
-            folder = self._save_model_only(self.saver.root)
+            folder = self.saver.save_model(
+                self.stage, self.step, self.eval_loss, dtype=self.model_info.dtype, stages=self.layout.pipe
+            )
         else:
             folder = self.saver.save(self.state.pieces(alone=self.saves_alone), rng_states(), self._run_state())
         self.requests.saved()
         self.recorder.say(f"checkpoint {folder} after {time.perf_counter() - started:.2f} s of waiting")
-
-    def _save_model_only(self, root: Path) -> Path:
-        assert self.config.model is not None
-        folder = checkpoint.folder_of_step(root, self.step)
-        export(self.stage, self.agreement, folder, source=self.config.model, dtype=self.model_info.dtype)
-        if self.agreement.rank == 0:
-            atomic.write_json(folder / checkpoint.EVALUATION_NAME, {"step": self.step, "eval_loss": self.eval_loss})
-            retain(root, max_num=self.config.max_num_checkpoints, best_of=self.config.best_of, model_only=True)
-        return folder
 
     def _run_state(self) -> checkpoint.RunState:
         return checkpoint.RunState(

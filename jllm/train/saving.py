@@ -22,9 +22,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from jllm import atomic
 from jllm.errors import UserError
+from jllm.models.stage import PipelineStage
+from jllm.models.tensor_file import tensor_file
+from jllm.models.weights import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.train import checkpoint
 from jllm.train.checkpoint import RunState
 from jllm.train.config import TrainConfig
@@ -64,31 +69,87 @@ class CheckpointSaver:
 
     def save(self, pieces: Sequence[Piece], rng: dict[str, Tensor], state: RunState) -> Path:
         """Begin a checkpoint after `state.step`; every process calls it. Returns the folder that will be there."""
+        folder = self._begin(state.step)
+        part = checkpoint.prepare_part(pieces, rng, copy=self._copies)
+
+        def write() -> None:
+            part.write(checkpoint.part_path(folder, self._rank))
+            if self._completes:
+                self._await([checkpoint.part_path(folder, rank) for rank in self._ranks])
+                checkpoint.commit(folder, state, self._ranks)
+                retain(self.root, max_num=self._config.max_num_checkpoints, best_of=self._config.best_of)
+
+        self._run(write)
+        return folder
+
+    def save_model(
+        self, stage: PipelineStage, step: int, eval_loss: float | None, *, dtype: torch.dtype, stages: int
+    ) -> Path:
+        """Begin a checkpoint that is a Hugging Face folder (`--only_ckpt_model`); every process calls it.
+
+        Args:
+            stage: of this process; those of the first pipeline are written.
+            eval_loss: of the newest evaluation.
+            dtype: of the weights.
+            stages: how many there are; the first processes, by rank, have one each.
+        """
+        assert self._config.model is not None
+        folder = self._begin(step)
+        temporary = checkpoint.temporary_folder(folder)
+        writers = range(stages)
+        files = []
+        if self._rank in writers:
+            files = [
+                (name, tensor_file(tensors, STAGE_METADATA, copy=self._copies))
+                for name, tensors in stage_files(stage.model, stage.span, dtype=dtype)
+            ]
+        if self._completes:
+            write_companions(stage.model, temporary, dtype=dtype, source=self._config.model)
+
+        def write() -> None:
+            for name, file in files:
+                file.write(temporary / name)
+            if self._rank in writers:
+                _mark(temporary, self._rank).touch()
+            if self._completes:
+                marks = [_mark(temporary, rank) for rank in writers]
+                self._await(marks)
+                for mark in marks:
+                    mark.unlink()
+                write_index(temporary)
+                atomic.write_json(temporary / checkpoint.EVALUATION_NAME, {"step": step, "eval_loss": eval_loss})
+                checkpoint.publish(folder)
+                config = self._config
+                retain(self.root, max_num=config.max_num_checkpoints, best_of=config.best_of, model_only=True)
+
+        self._run(write)
+        return folder
+
+    def _begin(self, step: int) -> Path:
+        """Wait for the checkpoint before, and make room for this one."""
         self.wait()
-        folder = checkpoint.folder_of_step(self.root, state.step)
+        folder = checkpoint.folder_of_step(self.root, step)
         if self._completes:
             checkpoint.remove_incomplete(self.root)
             checkpoint.temporary_folder(folder).mkdir(parents=True)
         self._barrier()
-        executor = self._config.background_executor
-        part = checkpoint.prepare_part(pieces, rng, copy=executor == "thread")
+        return folder
 
-        def write() -> None:
-            checkpoint.write_part(folder, self._rank, part)
-            if self._completes:
-                self._await_parts(folder)
-                checkpoint.commit(folder, state, self._ranks)
-                retain(self.root, max_num=self._config.max_num_checkpoints, best_of=self._config.best_of)
+    @property
+    def _copies(self) -> bool:
+        """Whether tensors in host memory must be copied: a fork has its own, a thread does not."""
+        return self._config.background_executor == "thread"
 
-        if executor == "process":
+    def _run(self, write: Callable[[], None]) -> None:
+        """Have `write` done by the executor."""
+        if self._config.background_executor == "process":
             self._fork(write)
-        elif executor == "thread":
+        elif self._config.background_executor == "thread":
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
             self._thread.start()
         else:
             write()
             self._barrier()
-        return folder
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -107,11 +168,11 @@ class CheckpointSaver:
             if status != 0:
                 raise UserError(f"--checkpoint {self.root}: writing failed on rank {self._rank}; the reason is above")
 
-    def _await_parts(self, folder: Path) -> None:
+    def _await(self, paths: Sequence[Path]) -> None:
         deadline = time.monotonic() + self._config.timeout
-        while missing := checkpoint.parts_missing(folder, self._ranks):
+        while missing := sum(not path.is_file() for path in paths):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{missing} processes have not written their part of {folder}")
+                raise TimeoutError(f"{missing} processes have not written their part of {paths[0].parent}")
             time.sleep(_POLL_SECONDS)
 
     def _guarded(self, write: Callable[[], None]) -> None:
@@ -144,6 +205,11 @@ class CheckpointSaver:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+
+def _mark(folder: Path, rank: int) -> Path:
+    """Says that process `rank` has written its part of a Hugging Face folder."""
+    return folder / f".written-{rank:05d}"
 
 
 def retain(root: Path, *, max_num: int, best_of: int, model_only: bool = False) -> None:

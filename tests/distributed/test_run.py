@@ -188,7 +188,7 @@ def test_stage_without_anything_to_train(ranks: Callable[[int], Ranks], folder: 
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
         more = {"max_steps": 2, "output_dir": out, "target_modules": "layers.3", "precision": precision}
-        more |= {"learning_rate": 0.1, "gradient_clipping": 0.0, "optimizer": "sgd"}
+        more |= {"learning_rate": 1.0, "gradient_clipping": 0.0, "optimizer": "sgd"}  # every weight moves, in bf16 too
         assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
         after: dict[str, Any] = {}
         for path in out.glob("*.safetensors"):
@@ -215,8 +215,11 @@ def test_dry_run(folder: Path, tmp_path: Path) -> None:
 
 def test_early_stop_counts_on_after_a_resume(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     """A rebound before a checkpoint and one after it are two in a row."""
-    # So high a rate that the loss rises from the second evaluation on.
-    rising = {"eval_data": (str(folder / "eval"),), "steps_per_eval": 1.0, "learning_rate": 0.5, "early_stop": 2}
+    # The more of one token is seen, the worse another one is predicted: the loss rises with every step.
+    seen, other = ([{"input_ids": [token] * 20}] * 24 for token in (3, 5))
+    data = {"train_data": (str(write_rows(tmp_path / "seen", seen)),)}
+    data["eval_data"] = (str(write_rows(tmp_path / "other", other)),)
+    rising = {**data, "steps_per_eval": 1.0, "learning_rate": 0.05, "early_stop": 2}
     more = {**rising, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 1, "resume_ckpt": "auto"}
     straight = {**rising, "max_steps": 9, "lr_scheduler_type": "constant", "log_dir": tmp_path / "straight"}
     assert ranks(2).run(train_rank, options_of(folder, tmp_path, **straight)) == [None] * 2
