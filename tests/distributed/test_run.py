@@ -132,14 +132,23 @@ def test_save_and_save_quit_files(ranks: Callable[[int], Ranks], folder: Path, t
     assert names(tmp_path / "ckpt") == ["step-00000001", "step-00000002", "step-00000050"]
 
 
-def test_model_only_checkpoints_load(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["process", "thread", "none"])
+def test_model_only_checkpoints_load(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, executor: str
+) -> None:
+    """Two stages, two pipelines: the newest checkpoint is the exported model, while training would go on."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     more = {"max_steps": 4, "steps_per_checkpoint": 2, "only_ckpt_model": True, "checkpoint": tmp_path / "ckpt"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    more |= {"background_executor": executor, "output_dir": tmp_path / "out", "gradient_accumulation_steps": 2}
+    assert ranks(4).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 4
     assert names(tmp_path / "ckpt") == ["step-00000002", "step-00000004"]
-    for name in names(tmp_path / "ckpt"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt" / name)
+    assert not list((tmp_path / "ckpt").rglob(".*"))
+    folders = [*sorted((tmp_path / "ckpt").glob("step-*")), tmp_path / "out"]
+    first, last, exported = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in folders)
+    assert all(torch.equal(last[name], exported[name]) for name in exported)
+    assert not all(torch.equal(first[name], exported[name]) for name in exported)
 
 
 def test_skipped_steps_leave_the_weights(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
