@@ -2,8 +2,8 @@
 
 Rendering is Python and runs in worker processes, which know neither the engine nor its tables; encoding runs in the
 process that owns them, one call for all text of a block. Trained spans come as bytes of the text and become tokens
-through a table of the length of every token; where the lengths do not add up to the text (a normalizer changed it), the
-reference engine's offsets decide.
+through a table of the length of every token, for texts that the tokenizer does not change (`lengths.py`); for others
+the reference engine's offsets decide.
 
 A token is trained on when any part of it lies in a trained span, as in transformers.
 
@@ -22,6 +22,7 @@ from jllm.data import fast_json
 from jllm.data.blocks import Block
 from jllm.data.encode import Encoded
 from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
+from jllm.data.lengths import unchanged
 from jllm.data.packing import Documents
 from jllm.data.render_work import Rendered, render_block
 from jllm.data.rendering import RenderPlan
@@ -34,7 +35,7 @@ class TokenLengths:
     """How many bytes of text each token stands for, from the vocabulary of the serialised backend."""
 
     def __init__(self, facts: TokenizerFacts) -> None:
-        value = fast_json.loads(facts.backend) if facts.backend else {"model": {"vocab": {}}}
+        value: dict[str, Any] = fast_json.loads(facts.backend) if facts.backend else {"model": {"vocab": {}}}
         vocabulary = value["model"].get("vocab", {})
         if not isinstance(vocabulary, dict):  # Unigram: a list of pairs
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
@@ -49,6 +50,7 @@ class TokenLengths:
             else:
                 size = len(token.replace("▁", " ").encode())
             self.lengths[index] = size
+        self._unchanged = unchanged(value)
         self.marks_words = not byte_level
         """Whether the tokenizer puts a "▁" before a text that does not start with one."""
         self.marks_first = marks_first_piece(facts.pre_tokenizer)
@@ -71,7 +73,8 @@ class TokenLengths:
         allowed = np.zeros(len(unique), dtype=np.int64)
         if self.marks_words:
             allowed = np.array([not texts[i].startswith((" ", "▁")) for i in unique.tolist()], dtype=np.int64)
-        fits = (extra == 0) | (extra == allowed)
+        plain = np.array([self._unchanged(texts[i]) for i in unique.tolist()], dtype=bool)
+        fits = plain & ((extra == 0) | (extra == allowed))
         where = np.searchsorted(unique, number)
         shift = extra[where]
         good = fits[where]

@@ -5,12 +5,16 @@ Cost: one pass over the text.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jllm.data.conversations import BadRecordError
-from jllm.data.marks import CALL, CLOSE, END, OPEN, REASONING, START, StandIns
+from jllm.data.marks import CALL, CLOSE, END, MARKS, OPEN, REASONING, START, StandIns
+
+_TEXT, _TOKEN, _MARK = 0, 1, 2
+_CLOSING = (END, CLOSE)
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,15 +70,21 @@ class Markup:
         ids: of the tokenizer's added tokens.
         control: finds these tokens, and marks.
         marked: the template marks itself what is trained on.
-        end_of_turn: the token that ends an answer, in a template without marks of its own.
+        ends_of_turn: the tokens that end an answer, in a template without marks of its own; the last answer may have
+            another one than those before.
         header: what opens an answer there: the last control token in it, and the text behind that.
     """
 
     ids: dict[str, int]
     control: "re.Pattern[str]"
     marked: bool
-    end_of_turn: int | None = None
+    ends_of_turn: frozenset[int] = frozenset()
     header: tuple[int | None, str] = (None, "")
+
+    def id_of(self, found: str) -> int:
+        """The id of a token as `control` finds it, with the white space that it may have swallowed."""
+        index = self.ids.get(found)
+        return self.ids[found.strip()] if index is None else index
 
 
 class Builder:
@@ -87,15 +97,13 @@ class Builder:
         self.marked: list[list[tuple[Piece, tuple[int, int] | None]]] = []
 
     def build(self, rendered: str) -> list[Piece]:
-        ids, header = self.markup.ids, self.markup.header
-        end_of_turn, stand_ins, everything = self.markup.end_of_turn, self.stand_ins, self.everything
+        ends_of_turn, stand_ins, everything = self.markup.ends_of_turn, self.stand_ins, self.everything
         pieces: list[Piece] = []
         text = Piece()
         parts: list[str] = []
         length = 0  # of the text piece so far
         since = 0 if everything else -1  # where in it training began; -1: not training
         ending = -1  # where in it an answer ended whose end of turn is yet to come
-        at = 0
         group: list[tuple[Piece, tuple[int, int] | None]] = []
 
         def close_span(end: int) -> None:
@@ -103,28 +111,22 @@ class Builder:
                 text.spans.append((since, end))
                 group.append((text, (since, end)))
 
-        for match in self.markup.control.finditer(rendered):
-            begin = match.start()
-            if begin > at:
-                parts.append(rendered[at:begin])
-                length += begin - at
-            at = match.end()
-            found = match.group()
-            mark = found if len(found) == 1 and "\ue000" <= found <= "\uf8ff" else ""
-            if not mark:
-                index = ids.get(found)
-                if index is None:
-                    index = ids[found.strip()]
+        for found, kind in self._events(rendered):
+            if kind == _TEXT:
+                parts.append(found)
+                length += len(found)
+            elif kind == _TOKEN:
+                index = self.markup.id_of(found)
                 final = False
                 if ending >= 0:
                     blank = not "".join(parts)[ending - length :].strip() if ending < length else True
-                    final = index == end_of_turn and blank
+                    final = index in ends_of_turn and blank
                     close_span(length if final else ending)
                     since, ending = (-1, -1)
                 else:
                     close_span(length)
                     # A turn with tool calls, or cut by its template, goes on to the end of the turn.
-                    final = since >= 0 and not everything and not self.markup.marked and index == end_of_turn
+                    final = since >= 0 and not everything and not self.markup.marked and index in ends_of_turn
                 trained = since >= 0 or final or everything
                 if final:
                     since = -1
@@ -137,36 +139,80 @@ class Builder:
                 pieces.append(piece)
                 text, parts, length = Piece(), [], 0
                 since = 0 if since >= 0 else -1
-                continue
-            if mark in stand_ins:
-                parts.append(stand_ins[mark])
-                length += len(stand_ins[mark])
+            elif found in stand_ins:
+                parts.append(stand_ins[found])
+                length += len(stand_ins[found])
             elif everything:
                 continue
-            elif mark in (START, OPEN):
+            elif found == START:
+                since = self._answer_start(pieces, "".join(parts), length) if since < 0 else since
+            elif found == OPEN:
                 since = length if since < 0 else since
-            elif mark == END:
+            elif found == END:
                 ending = length
-                if end_of_turn is None:
+                if not ends_of_turn:
                     close_span(length)
                     since, ending = -1, -1
-            elif mark == CLOSE:
+            elif found == CLOSE:
                 close_span(length)
                 since = -1
                 self.marked.append(group)
                 group = []
-            elif mark == REASONING and since < 0:
+            elif found == REASONING and since < 0:
                 since = self._back_over_think(pieces, "".join(parts), length)
-            elif mark == CALL and since < 0:
-                since = self._back_to_header(pieces, "".join(parts), length, header)
-        if at < len(rendered):
-            parts.append(rendered[at:])
-            length += len(rendered) - at
+            elif found == CALL and since < 0:
+                since = self._back_to_header(pieces, "".join(parts), length, self.markup.header)
         close_span(ending if ending >= 0 else length)
         if parts:
             text.text = "".join(parts)
             pieces.append(text)
         return pieces
+
+    def _events(self, rendered: str) -> Iterator[tuple[str, int]]:
+        """Texts, control tokens, stand-ins and marks in order.
+
+        Tokens are found in the text without its marks, as the tokenizer sees it. A mark that stands inside a token (in
+        white space that the token swallows) is moved out of it, so that the token counts as trained where a part does.
+        """
+        pieces = MARKS.split(rendered)
+        bare = "".join(pieces)
+        marks = list(zip(itertools.accumulate(map(len, pieces)), MARKS.findall(rendered), strict=False))
+        at = following = 0
+        for match in self.markup.control.finditer(bare):
+            begin, end = match.span()
+            while following < len(marks):
+                place, mark = marks[following]
+                if place > begin and not (place < end and mark not in _CLOSING):
+                    break
+                if begin > at and place > at:
+                    yield bare[at : min(place, begin)], _TEXT
+                    at = min(place, begin)
+                yield mark, _MARK
+                following += 1
+            if begin > at:
+                yield bare[at:begin], _TEXT
+            found = match.group()
+            yield found, _MARK if len(found) == 1 and "\ue000" <= found <= "\uf8ff" else _TOKEN
+            at = end
+            while following < len(marks) and marks[following][0] <= end and marks[following][1] in _CLOSING:
+                yield marks[following][1], _MARK
+                following += 1
+        for place, mark in marks[following:]:
+            if place > at:
+                yield bare[at:place], _TEXT
+                at = place
+            yield mark, _MARK
+        if at < len(bare):
+            yield bare[at:], _TEXT
+
+    def _answer_start(self, pieces: list[Piece], text: str, length: int) -> int:
+        """Training begins with the answer's own white space, which stands between the header of its turn and what the
+        mark was put before."""
+        control, tail = self.markup.header
+        here = pieces[-1].control if pieces else None
+        if here == control and text.startswith(tail) and text[len(tail) :].isspace():
+            return len(tail)
+        return length
 
     def _back_over_think(self, pieces: list[Piece], text: str, length: int) -> int:
         """Training begins with the tag that opens the reasoning, which the template has just written."""

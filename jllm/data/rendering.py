@@ -12,13 +12,15 @@ them lie pieces of ordinary text. Nothing is cut anywhere else, so ids are those
 
 Guarantees: where a template could treat marked text differently (empty or tagged content, tool calls), the text is
 rendered without marks too and must be the same; where it is not, answers are looked up in it. Conversations of plain
-text whose roles have been seen before are filled into what the template made of those roles; every 128th is rendered
-as well and must be equal, or the run starts over without this short cut (`ShortCutError`).
+text whose roles have been seen before are filled into what the template made of those roles, where it is shown to
+leave texts as they are (`probing.py`); every 128th is rendered as well and must be equal, or the run starts over
+without this short cut (`ShortCutError`).
 Cost: about 20 MB/s of JSON on one core for plain conversations; 5 to 10 MB/s where Jinja runs for each.
 """
 
 import dataclasses
 import datetime
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 from jllm.data.conversations import BadRecordError, Conversation
 from jllm.data.forms import Form, form_of
 from jllm.data.marks import (
+    CALL,
     CLOSE,
     END,
     FIRST_STAND_IN,
@@ -41,6 +44,7 @@ from jllm.data.marks import (
     with_marks,
 )
 from jllm.data.pieces import Builder, Flat, Markup, Piece, drop_spans, flatten
+from jllm.data.probing import probes_of
 from jllm.data.templating import compile_template
 from jllm.errors import UserError
 
@@ -76,6 +80,10 @@ class RenderPlan:
     short_cut: bool = True
 
 
+_NO_FORM = Form(texts=(), controls=[], trained=[], spans=(), sized=())
+"""Of roles whose texts a template does not show as they are."""
+
+
 class ShortCutError(Exception):
     """A template treats texts differently in a way that the short cut for plain conversations does not know."""
 
@@ -88,14 +96,17 @@ class Renderer:
         self._template: Any = None
         self._count = 0
         self._forms: dict[tuple[Any, ...], Form] = {}
+        self._shown: dict[frozenset[tuple[str, bool]], bool] = {}
         added = [token for token in plan.added if token["content"]]
         self.markup = Markup(
             ids={token["content"]: token["id"] for token in added},
             control=control_pattern(added),
             marked=bool(re.search(r"\{%-?\s*generation\s*-?%\}", plan.template)),
         )
-        emitted = [token["content"] for token in added if not token["special"] and token["content"] in plan.template]
-        special = [token["content"] for token in added if token["special"]]
+        # White space that is a token stays as it is: templates trim it, which they could not do to a stand-in.
+        visible = [token for token in added if token["content"].strip()]
+        emitted = [token["content"] for token in visible if not token["special"] and token["content"] in plan.template]
+        special = [token["content"] for token in visible if token["special"]]
         self._user_hidden = token_pattern(special + emitted)
         self._answer_hidden = token_pattern(special)
         # What a template may look for in a text: tags, its own tokens. Such texts do not take the short cut.
@@ -115,6 +126,11 @@ class Renderer:
             if not self.markup.marked:
                 self._learn()
         return self._template
+
+    @functools.cached_property
+    def _probes(self) -> list[str]:
+        """Plain texts that show whether the template treats texts in its own way."""
+        return [text for text in probes_of(self.template.environment, self.plan.template) if self._is_plain_text(text)]
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         """The text that the template makes of messages.
@@ -142,17 +158,21 @@ class Renderer:
         except BadRecordError as error:
             raise UserError(f"--chat_template: fails on a question and its answer: {error}") from None
         asked, start, end = text.find(CLOSE), text.find(START), text.find(END)
-        if min(asked, start, end) < 0 or not asked < start < end:
+        if min(start, end) < 0 or not asked < start < end:  # the question may be shown in part
             raise UserError(
                 "--chat_template: the answer of an assistant does not come out of the template; mark it with"
                 " {% generation %} ... {% endgeneration %}"
             )
-        following = self.markup.control.match(text, end + 1 + len(text[end + 1 :]) - len(text[end + 1 :].lstrip()))
-        self.markup.end_of_turn = self.markup.ids[following.group().strip()] if following else None
+        ends = set()
+        for behind in text.split(END)[1:]:
+            following = self.markup.control.match(behind, len(behind) - len(behind.lstrip()))
+            if following:
+                ends.add(self.markup.id_of(following.group()))
+        self.markup.ends_of_turn = frozenset(ends)
         header = text[asked + 1 : start]
         last = max(self.markup.control.finditer(header), key=lambda match: match.start(), default=None)
         self.markup.header = (
-            (self.markup.ids[last.group().strip()], header[last.end() :]) if last is not None else (None, header)
+            (self.markup.id_of(last.group()), header[last.end() :]) if last is not None else (None, header)
         )
 
     def unmarked_end_of_turn(self) -> str | None:
@@ -219,16 +239,31 @@ class Renderer:
         """Whether no template has a reason to treat this conversation otherwise than others with the same roles."""
         if conversation.tools is not None:
             return False
-        unusual = self._unusual.search
-        for message in conversation.messages:
-            content = message["content"]
-            first = content[:1]
-            if len(message) != 2 or content[-1:].isspace() or not (first.isalnum() or (first and first in _PLAIN)):
-                return False
-            # One character is found ten times faster than one of several, and there is no other one in ASCII.
-            if "<" in content if self._tags_only and content.isascii() else unusual(content):
-                return False
-        return True
+        is_plain = self._is_plain_text
+        return all(len(message) == 2 and is_plain(message["content"]) for message in conversation.messages)
+
+    def _is_plain_text(self, text: str) -> bool:
+        first = text[:1]
+        if not first or text[-1:].isspace() or not (first.isalnum() or first in _PLAIN):
+            return False
+        # One character is found ten times faster than one of several, and there is no other one in ASCII.
+        return not ("<" in text if self._tags_only and text.isascii() else self._unusual.search(text))
+
+    def _shows_texts(self, conversation: Conversation, trained: list[bool], form: Form) -> bool:
+        """Whether the template shows texts as they are, whatever is in them, in messages of these roles: tried once
+        for each set of roles, with the probes as the texts of a conversation."""
+        roles = frozenset(zip((message["role"] for message in conversation.messages), trained, strict=True))
+        if roles not in self._shown:
+            self._shown[roles] = all(self._shows(text, conversation, trained, form) for text in self._probes)
+        return self._shown[roles]
+
+    def _shows(self, text: str, conversation: Conversation, trained: list[bool], form: Form) -> bool:
+        messages = [{**message, "content": text} for message in conversation.messages]
+        try:
+            shown, _ = self._rendered(dataclasses.replace(conversation, messages=messages), trained)
+        except BadRecordError:
+            return False
+        return shown == form.filled([text] * len(messages))
 
     def _filled(self, conversation: Conversation, trained: list[bool]) -> tuple[Flat, str | None]:
         key = (*trained, *[message["role"] for message in conversation.messages])
@@ -236,7 +271,12 @@ class Renderer:
         if form is None:
             if len(self._forms) > _FORMS_KEPT:
                 self._forms.clear()
-            form = self._forms[key] = self._form_of(conversation, trained)
+            form = self._form_of(conversation, trained)
+            if not self._shows_texts(conversation, trained, form):
+                form = _NO_FORM
+            self._forms[key] = form
+        if form is _NO_FORM:
+            return self._rendered(conversation, trained)
         flat = form.filled([message["content"] for message in conversation.messages])
         whole = None
         if self._count % _VERIFY_EVERY == 1:
@@ -285,6 +325,11 @@ class Renderer:
                 careful = True
             shown.append(with_marks(message))
         text = self.render(shown, tools)
+        calls = sum(
+            len(message.get("tool_calls") or ()) for message, counts in zip(messages, trained, strict=True) if counts
+        )
+        if text.count(CALL) < calls:
+            raise BadRecordError("tool call not found", "the template does not show a tool call of an answer")
         if not careful:
             return text
         bare = self.render(messages, tools)

@@ -92,6 +92,7 @@ def json_list_blocks(
     begin = at = size = 0
     elements: list[bytes] = []
     finished = False
+    read_on = bool(held)  # a run that goes on at the end of a list has nothing to read
     while not finished:
         last = _element_ends(held, at, depth)
         for kind, end in last.events:
@@ -117,10 +118,36 @@ def json_list_blocks(
         if not piece:
             if held.strip():
                 elements.append(held)
+            if read_on and (not held.strip() or _is_json(held)):  # else the element itself is cut off, and bad
+                elements.append(_CUT_OFF)
+            begin = len(held)
             break
+        read_on = True
         held += piece
+    end = position + begin
+    if finished:
+        end, rest = position + len(held), held[begin:]
+        while piece := stream.read(BLOCK_BYTES):
+            end, rest = end + len(piece), rest.strip()[:1] + piece
+        if rest.strip():
+            elements.append(_TOO_MUCH)
     if elements:
-        yield _elements_block(number, index, line, elements, position + begin)
+        yield _elements_block(number, index, line, elements, end)
+
+
+_CUT_OFF = b"(the file ends before its list does)"
+_TOO_MUCH = b"(something follows the list)"
+"""Stand for an element that is bad."""
+
+
+def _is_json(data: bytes) -> bool:
+    import orjson
+
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _elements_block(number: int, index: int, line: int, elements: list[bytes], end: int) -> Block:

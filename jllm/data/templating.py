@@ -47,9 +47,14 @@ def compile_template(source: str, date: datetime.date) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, **options: Any) -> str:
-        options.setdefault("ensure_ascii", False)
-        return json.dumps(value, **options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """The sandbox, with short cuts for what templates do all the time and what is always safe."""

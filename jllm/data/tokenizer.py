@@ -268,6 +268,8 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
+    if not isinstance(template, str):
+        template = None
 
     def encoded(ordinary: bool) -> tuple[tuple[int, ...], ...]:
         return tuple(

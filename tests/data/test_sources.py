@@ -182,3 +182,25 @@ def test_one_record_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = write(tmp_path, "jsonl", texts)
     assert read(path).values == texts
     assert read(write(tmp_path, "text", texts)).values == texts
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        ('[{"text": "a"}, {"text": "b"}]\n \n', 0),
+        ('[{"text": "a"}, {"text": "b"}', 1),
+        ('[{"text": "a"}, {"text": "b"},', 1),
+        ('[{"text": "a"}, {"text": "b"}, {"te', 1),
+        ('[{"text": "a"}, {"text": "b"}] and more', 1),
+    ],
+)
+def test_a_list_that_does_not_end_well_is_told(tmp_path: Path, text: str, bad: int) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    (source,) = resolve((str(path),), kind=None)
+    blocks = list(read_blocks(source, 0))
+    records = [parse_block(block, source.kind) for block in blocks]
+    assert [value["text"] for record in records for value in record.values] == ["a", "b"]
+    assert sum(len(record.bad) for record in records) == bad
+    end = blocks[-1]
+    assert not list(read_blocks(source, 0, start=end.end, line=end.end_line, index=1))  # nothing is left to go on with

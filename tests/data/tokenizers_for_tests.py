@@ -3,7 +3,9 @@
 import base64
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +20,9 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
-def make_byte_tokenizer(folder: Path, **config: object) -> Path:
+def make_byte_tokenizer(folder: Path, *, more: Sequence[Any] = (), **config: object) -> Path:
     """A byte-level BPE tokenizer like Qwen's: NFC, no BOS, chat control tokens, and added tokens that are not
-    special."""
+    special; `more` are further `tokenizers.AddedToken`s."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -34,6 +36,7 @@ def make_byte_tokenizer(folder: Path, **config: object) -> Path:
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in ADDED])
+    tokenizer.add_tokens(list(more))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     values = {
