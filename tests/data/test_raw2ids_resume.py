@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,9 +61,15 @@ def test_killed_and_run_again(tmp_path: Path, byte_tokenizer: Path, options: lis
     for _ in range(KILLS):
         process = start(*arguments, "-o", out / "out", "--cores", moments.randint(1, 3))
         time.sleep(duration * moments.uniform(0.4, 1.0))
-        kills += process.poll() is None
+        killed = process.poll() is None
+        kills += killed
         process.send_signal(signal.SIGKILL)
         process.wait()
+        if not killed:  # it was done: begin anew, so that there is something to kill
+            assert tree(out) == tree(tmp_path / "whole")
+            shutil.rmtree(out)
+            kept = {}
+            continue
         now = finished_files(out)
         assert all(now[path] == inode for path, inode in kept.items()), "a finished file was written again"
         kept = now
