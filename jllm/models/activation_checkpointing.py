@@ -8,12 +8,15 @@
 Losses and gradients are those without it: the same operations run twice, with the same random state.
 
 The families' own loop over the layers is not touched. In a group, every layer but the last only notes how it was
-called; the last one runs them all. So masks and rotary tables stay each layer's own.
+called; the last one runs them all. So masks and rotary tables stay each layer's own. What such a layer returns beside
+the hidden state is a `Later`: the loop may index it, unpack it and give it to the next layers, which then get what it
+stands for.
 
 Costs: interval k keeps layers / k inputs and recomputes k layers at a time, about a third more time; offload copies
 each kept tensor over the bus twice, beside the computation where memory can be pinned.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.anatomy import INDEXED
 from jllm.models.stage import StageSpan, anatomy_of
 
 Forward = Callable[..., Any]
@@ -91,7 +93,8 @@ def checkpoint_activations(
     """Switch it on for this stage's layers. Call once, after compiling layers (if they are) and before training.
 
     Raises:
-        UserError: there are no layers, or with `attention_only` no attentions, or the interval is below 1.
+        UserError: there are no layers, or with `attention_only` no attentions in the whole model, or the interval is
+            below 1.
     """
     anatomy = anatomy_of(model)
     state = Checkpointing(offload=offload)
@@ -106,18 +109,17 @@ def checkpoint_activations(
             for attention in find_attention(layer):
                 _recompute_alone(attention, state)
                 state.units += 1
-        if not state.units:
+        # Hybrids have stages without attention, which then have nothing to recompute.
+        if not state.units and not _has_attention(model):
             raise UserError(
-                f"layers {span.first_layer} to {span.end_layer - 1} of model type {model.config.model_type!r} have no "
-                "attention module to recompute; give an interval of layers instead"
+                f"model type {model.config.model_type!r} has no attention module to recompute; "
+                "give an interval of layers instead"
             )
         return state
     if interval < 1:
         raise UserError(f"activation checkpointing every {interval} layers: the interval is at least 1 (0: off)")
-    # Layers that hand on more than the hidden state cannot wait for their group.
-    size = interval if anatomy.returned in (0, INDEXED) else 1
-    for start in range(0, len(layers), size):
-        _group(layers[start : start + size], state)
+    for start in range(0, len(layers), interval):
+        _group(layers[start : start + interval], state, anatomy.returned)
         state.units += 1
     return state
 
@@ -126,42 +128,82 @@ def find_attention(layer: nn.Module) -> list[nn.Module]:
     """The outermost modules of a decoder layer that are attentions, by class name."""
     found: list[nn.Module] = []
     for child in layer.children():
-        found += [child] if "Attention" in type(child).__name__ else find_attention(child)
+        name = type(child).__name__
+        found += [child] if "Attention" in name or name.endswith("MLA") else find_attention(child)
     return found
+
+
+def _has_attention(model: PreTrainedModel) -> bool:
+    """Whether any stage of the whole model has attention: the same answer on all of them."""
+    family: Any = type(model).__base__  # a stage's class is derived from the family's own
+    with torch.device("meta"):
+        whole = family._from_config(copy.deepcopy(model.config))
+    return bool(find_attention(whole.get_submodule(anatomy_of(model).layers)))
+
+
+class Later:
+    """Stands for what a layer that has not run yet will return beside the hidden state."""
+
+
+@dataclass
+class _Call:
+    """How a layer was called: all but its hidden state."""
+
+    forward: Forward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: tuple[Later, ...] = ()
+    """What was returned for it, beside the hidden state."""
 
 
 @dataclass
 class _Group:
     """Calls that wait for the last layer of their group."""
 
-    calls: list[tuple[Forward, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
+    entered: Tensor | None = None
+    """The hidden state that the first of them was given."""
 
 
-def _group(layers: list[nn.Module], state: Checkpointing) -> None:
+def _group(layers: list[nn.Module], state: Checkpointing, returned: int) -> None:
     group = _Group()
     for layer in layers:
-        layer.forward = _grouped(layer.forward, group, state, is_last=layer is layers[-1])
+        layer.forward = _grouped(layer.forward, group, state, returned, is_last=layer is layers[-1])
 
 
-def _grouped(forward: Forward, group: _Group, state: Checkpointing, *, is_last: bool) -> Forward:
+def _grouped(forward: Forward, group: _Group, state: Checkpointing, returned: int, *, is_last: bool) -> Forward:
     def grouped(*args: Any, **kwargs: Any) -> Any:
         if not state.is_active:
             return forward(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        group.calls.append((forward, args[1:], kwargs))
+        if not group.calls:
+            group.entered = hidden
+        assert hidden is group.entered, "the family's loop changes the hidden state between layers; use interval 1"
+        call = _Call(forward, args[1:], kwargs)
+        group.calls.append(call)
         if not is_last:
-            return hidden
-        calls, group.calls = group.calls, []
-
-        def run(hidden: Tensor) -> Any:
-            output: Any = hidden
-            for function, rest, named in calls:
-                output = function(output[0] if isinstance(output, tuple) else output, *rest, **named)
-            return output
-
-        return state.run(run, hidden)
+            call.returned = tuple(Later() for _ in range(returned - 1))
+            return (hidden, *call.returned) if returned else hidden
+        calls, group.calls, group.entered = group.calls, [], None
+        return state.run(lambda hidden: _run(calls, hidden), hidden)
 
     return grouped
+
+
+def _run(calls: list[_Call], hidden: Tensor) -> Any:
+    """The layers of a group, one after the other; what the last one returns."""
+    output: Any = hidden
+    known: dict[Later, Any] = {}
+
+    def real(value: Any) -> Any:
+        return known[value] if isinstance(value, Later) else value
+
+    for call in calls:
+        named = {name: real(value) for name, value in call.kwargs.items()}
+        output = call.forward(hidden, *map(real, call.args), **named)
+        hidden, *others = output if isinstance(output, (tuple, list)) else (output,)
+        known |= zip(call.returned, others, strict=False)
+    return output
 
 
 def _recompute_alone(module: nn.Module, state: Checkpointing) -> None:

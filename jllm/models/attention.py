@@ -2,8 +2,8 @@
 
 `auto` takes the first of these that fits:
 
-    flash_attention_3, _2   CUDA, half precision, the flash-attn package is installed, the family takes it
-    varlen                  CUDA, half precision, the family's attention is causal, perhaps with a window; it is
+    flash_attention_3, _2   CUDA, half precision, the flash-attn package is installed, shown to be right
+    varlen                  CUDA, half precision, shown to be right: causal attention, perhaps with a window; it is
                             `torch.nn.attention.varlen`, and SDPA for rows of one document
     flex_attention          CUDA, half precision, families without SDPA: soft-capped scores, attention sinks
     sdpa                    elsewhere, CPU and fp32 included
@@ -14,6 +14,10 @@ micro-batch (one copy to the host, on each stage); layers get them as arguments,
 flex gets blocks of a mask and skips the empty ones; sdpa and eager get the whole mask, S x S. transformers builds both
 from the position ids, once per stage. Asked for off CUDA, varlen goes document by document through SDPA: no S x S
 mask, work only within documents. flex is refused there: PyTorch has no backward pass for it.
+
+Without a mask, a family whose layers do not hand on lengths and windows trains on something else, silently. So flash
+and varlen are for families that the catalogue shows to be right with them (`Family.by_lengths`, from a comparison with
+the default kernel); what it does not know has the kernels with masks.
 """
 
 import functools
@@ -32,15 +36,14 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jllm.errors import UserError
+from jllm.models.families import shown_by_lengths
 
 VARLEN = "varlen"
 CHOICES = ("auto", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager")
 # Best first; the packages that bring them.
 _FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
-# Signs in a family's own code of what its attention takes: a soft cap and sinks, which SDPA has not; and what else
-# there is beside causality, a window and documents, which is all that varlen has.
+# Signs in a family's own code of what SDPA has not: a soft cap and sinks.
 _BEYOND_SDPA = ("softcap=self", "s_aux=self")
-_BEYOND_VARLEN = ("s_aux", "softcap", "chunked_attention", "position_bias", "use_bidirectional_attention")
 
 
 def choose_attention(
@@ -70,7 +73,8 @@ def choose_attention(
         return wanted
     if is_fast:
         for name, package in _FLASH_PACKAGES.items():
-            if _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
+            is_shown = shown_by_lengths(family) in ("varlen", "flash")
+            if is_shown and _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
                 return name
         if dropout:
             return "sdpa" if _takes_sdpa(family) else "eager"
@@ -82,9 +86,8 @@ def choose_attention(
 
 
 def takes_varlen(family: type[PreTrainedModel]) -> bool:
-    """Whether the family's attention is causal, perhaps with a window, and passes on what varlen needs."""
-    source = inspect.getsource(sys.modules[family.__module__])
-    return bool(family._supports_flash_attn) and not any(sign in source for sign in _BEYOND_VARLEN)
+    """Whether varlen was shown to compute this family's attention."""
+    return shown_by_lengths(family) == "varlen"
 
 
 def _takes_sdpa(family: type[PreTrainedModel]) -> bool:
@@ -266,11 +269,13 @@ def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_
     if wanted not in CHOICES:
         raise UserError(f"{given}: not an attention implementation; give one of {', '.join(CHOICES)}")
     if wanted == VARLEN and not takes_varlen(family):
-        raise UserError(f"{given}: {family.__name__} needs more than varlen can do; give auto, flex_attention or eager")
+        raise UserError(f"{given}: not shown to be right for {family.__name__} (see `jllm models`); give auto")
     if wanted.startswith("flash_attention"):
         package = _FLASH_PACKAGES[wanted]
         if not is_fast or importlib.util.find_spec(package) is None:
             raise UserError(f"{given} needs CUDA, --precision bf16 and the {package} package; give auto")
+        if _takes_flash(family, wanted) and shown_by_lengths(family) == "none":
+            raise UserError(f"{given}: not shown to be right for {family.__name__} (see `jllm models`); give auto")
     if wanted == "flex_attention" and device.type != "cuda":
         raise UserError(f"{given} needs CUDA: PyTorch has no backward pass for it on {device.type}; give auto or eager")
     supported = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jllm.errors import UserError
 
 if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from jllm.models.stage import StageSpan
 
@@ -77,6 +77,18 @@ class Family:
     """Whether transformers declares a pipeline plan for it."""
     isolates_documents: bool = False
     """Whether documents packed in a row do not see each other where position ids restart (`--block_mask`)."""
+    by_lengths: str = "none"
+    """Which kernels that build no mask are right: `varlen` (and flash-attn), `flash` (that only) or `none`."""
+
+    @property
+    def apart(self) -> str:
+        """`isolates_documents` for people; empty where it was not asked."""
+        return "" if self.status != "pass" else "yes" if self.isolates_documents else "no"
+
+    @property
+    def kernels(self) -> str:
+        """`by_lengths` for people."""
+        return "" if self.status != "pass" else self.by_lengths
 
 
 def catalogue() -> tuple[str, list[Family]]:
@@ -90,9 +102,36 @@ def catalogue_table() -> str:
     version, families = catalogue()
     width = max(len(family.model_type) for family in families)
     counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
-    lines = [f"{family.model_type:<{width}}  {family.status:<7}  {family.shown}" for family in families]
-    summary = f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed"
-    return "\n".join([*lines, "", summary])
+    rows = [("type", "result", "apart", "lengths", "shown by, or reason")]
+    rows += [(family.model_type, family.status, family.apart, family.kernels, family.shown) for family in families]
+    lines = [
+        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {shown}"
+        for name, status, apart, kernels, shown in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "apart: --block_mask keeps documents of a row apart",
+            "lengths: kernels that are right without a mask; varlen stands for flash-attn too",
+            f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed",
+        ]
+    )
+
+
+def shown_by_lengths(family: type["PreTrainedModel"]) -> str | None:
+    """`Family.by_lengths` of transformers' own class `family`; None where the walk did not run it.
+
+    Code that comes with a model may call itself like a family that is in the catalogue.
+    """
+    if not family.__module__.startswith("transformers.") or family.config_class is None:
+        return None
+    known = _known(family.config_class.model_type)
+    return known.by_lengths if known is not None and known.status == "pass" else None
+
+
+def _known(model_type: str) -> Family | None:
+    return {family.model_type: family for family in catalogue()[1]}.get(model_type)
 
 
 def check_block_mask(config: "PretrainedConfig") -> None:
@@ -100,7 +139,7 @@ def check_block_mask(config: "PretrainedConfig") -> None:
 
     By the catalogue: a family that is not in it is taken at its word.
     """
-    known = {family.model_type: family for family in catalogue()[1]}.get(config.model_type)
+    known = _known(config.model_type)
     if known is not None and known.status == "pass" and not known.isolates_documents:
         raise UserError(
             f"--block_mask: model type {config.model_type!r} carries state from one document of a row to the next, or "

@@ -1,15 +1,24 @@
-"""One family, tiny and random: whole against stages, then saved by its stages and loaded by plain transformers."""
+"""One family, tiny and random: whole against stages, then saved by its stages and loaded by plain transformers.
 
+And whether kernels that know documents by their lengths, and build no mask, compute what the default one does.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from jllm.errors import UserError
 from jllm.models.anatomy import count_layers
-from jllm.models.attention import packing
+from jllm.models.attention import VARLEN, packing, varlen_attention
 from jllm.models.stage import PipelineStage
 from jllm.models.weights import save_stage, write_companions, write_index
 from tests.models.chain import (
@@ -19,8 +28,22 @@ from tests.models.chain import (
     whole_loss_and_gradients,
     worst_gradient,
 )
+from tests.models.tiny import tiny_config
 
 LIMIT = 1e-5
+# Of gradients between two kernels, which round differently; what is wrong is above 0.1.
+KERNEL_LIMIT = 1e-4
+# What a mask may hold beside causality and documents, switched on and narrower than a row of `packed_batch`, where the
+# family's configuration has it: tiny models must not look right because nothing of it is reached.
+NARROW: dict[str, Any] = {
+    "sliding_window": 8,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+    "local_attention": 16,
+    "window_size": 8,
+    "attention_chunk_size": 8,
+    "index_topk": 4,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +144,114 @@ def isolates_documents(whole: PreTrainedModel) -> bool:
         together = whole(input_ids=ids, use_cache=False).logits[:1, 5:14]
     assert (together - alone).abs().max() > 1e-3, "the documents say nothing about each other in this model"
     return bool((packed - alone).abs().max() < 1e-4)
+
+
+def narrow_config(model_type: str, **overrides: Any) -> PretrainedConfig:
+    """A tiny configuration with all of `NARROW` that the family has, and windows in every second layer at least."""
+    plain = tiny_config(model_type, **overrides)
+    wanted = {name: value for name, value in NARROW.items() if hasattr(plain, name)} | overrides
+    config = tiny_config(model_type, **wanted)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds == {"full_attention"} and getattr(config, "sliding_window", None):
+        config = tiny_config(model_type, **wanted, layer_types=["full_attention", "sliding_attention"] * 2)
+    return config
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """Stands in for `varlen_attention`, or for flash-attn where a layer asks for what only that has."""
+
+    calls: int = 0
+    beyond_varlen: bool = False
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        self.calls += 1
+        if options.get("softcap") is None and options.get("s_aux") is None:
+            return varlen_attention(module, query, key, value, attention_mask, **options)
+        self.beyond_varlen = True
+        return flash_reference(query, key, value, **options), None
+
+
+def flash_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    """What flash-attn makes of the arguments that transformers hands it; it sees no mask."""
+    batch, heads, length, size = query.shape
+    key, value = (repeat_kv(tensor, heads // key.shape[1]) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else size**-0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    bounds = torch.arange(0, (batch + 1) * length, length) if cu_seq_lens_q is None else cu_seq_lens_q
+    documents = torch.bucketize(torch.arange(batch * length), bounds, right=True).view(batch, 1, length)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (documents.transpose(1, 2) == documents) & (distance >= 0)
+    if sliding_window is not None:
+        seen = seen & (distance < sliding_window)
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, heads, 1, 1).expand(batch, heads, length, 1)], dim=-1)
+    return (scores.softmax(dim=-1)[..., :length] @ value).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def probing() -> Iterator[Probe]:
+    """`VARLEN` is a probe for a while."""
+    probe = Probe()
+    AttentionInterface.register(VARLEN, probe)
+    try:
+        yield probe
+    finally:
+        AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def kernels_by_lengths(model_type: str, **overrides: Any) -> str:
+    """Which kernels without a mask have the default kernel's loss and gradients, on plain and on packed rows.
+
+    `varlen` and flash-attn ("varlen"), flash-attn only, where the family asks for soft caps or sinks, or can be
+    configured to attend in both directions ("flash"), or neither ("none"): documents or windows are in the mask alone,
+    the family has an attention of its own, or fails.
+    """
+    try:
+        config = narrow_config(model_type, **overrides)
+        default, by_lengths = (_random_model(config, name) for name in (None, VARLEN))
+        if not default._supports_flash_attn or not takes_packed_rows(default):
+            return "none"
+        by_lengths.load_state_dict(default.state_dict())
+        vocab = config.get_text_config(decoder=True).vocab_size
+        with probing() as probe:
+            for packed in (False, True):
+                loss, gradients = whole_loss_and_gradients(default, *packed_batch(vocab, packed=packed))
+                found, differing = whole_loss_and_gradients(by_lengths, *packed_batch(vocab, packed=packed))
+                if (found - loss).abs() > LIMIT or worst_gradient(gradients, differing)[0] > KERNEL_LIMIT:
+                    return "none"
+                if not probe.calls:  # an attention of its own, or none
+                    return "none"
+    except Exception:  # whatever it is, such a run would end in a traceback
+        return "none"
+    both_directions = hasattr(config.get_text_config(decoder=True), "use_bidirectional_attention")
+    return "flash" if probe.beyond_varlen or both_directions else "varlen"
+
+
+def _random_model(config: PretrainedConfig, implementation: str | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation=implementation
+    )
+    model.train()
+    return model

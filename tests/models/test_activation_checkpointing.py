@@ -72,6 +72,74 @@ def test_equal_losses(family: str, way: str, tmp_path: Path) -> None:
         assert states[0].offloaded_bytes == states[0].units * hidden
 
 
+# Their layers return tuples (openai-gpt: lists), which the loop indexes or unpacks.
+TUPLES = (
+    *("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "megatron-bert", "mpt", "openai-gpt"),
+    *("rembert", "rwkv", "trocr", "bamba", "xlstm"),
+)
+# What their tuple holds beside the hidden state is what the next layer needs.
+HANDING_ON = ("glm_moe_dsa", "hy_v4")
+SHARED = {"index_topk": 4, "indexer_types": ["full", "shared", "shared", "full"]}
+
+
+def assert_equal_checkpointed(
+    folder: Path, boundaries: list[int], ways: list[dict[str, Any]], units: list[list[int]], *, packed: bool
+) -> None:
+    """Each of `ways` gives the loss and gradients of the same stages without it; `units` are those of the stages."""
+    ids, integers = packed_batch(96, packed=packed)
+    expected = chained_loss_and_gradients(load_chain(folder, boundaries), ids, integers)
+    for options, counts in zip(ways, units, strict=True):
+        stages = load_chain(folder, boundaries)
+        states = [checkpoint_activations(stage.model, stage.span, **options) for stage in stages]
+        found = chained_loss_and_gradients(stages, ids, integers)
+        torch.testing.assert_close(found[0], expected[0], atol=0, rtol=0)
+        assert found[1].keys() == expected[1].keys()
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+        assert [state.units for state in states] == counts
+        assert [state.recomputed for state in states] == counts
+
+
+@pytest.mark.parametrize("family", TUPLES + HANDING_ON)
+def test_groups_of_layers_that_return_tuples(family: str, tmp_path: Path) -> None:
+    make_folder(tiny_config(family, **(SHARED if family in HANDING_ON else {})), tmp_path)
+    ways = [{"interval": interval} for interval in (1, 2, 3)]
+    assert_equal_checkpointed(tmp_path, [0, 3, 4], ways, [[3, 1], [2, 1], [1, 1]], packed=False)
+
+
+def test_a_loop_that_changes_the_hidden_state_is_noticed(tmp_path: Path) -> None:
+    make_folder(tiny_config("rwkv", rescale_every=1), tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    stage.eval()  # then the family halves the hidden state after each layer
+    checkpoint_activations(stage.model, stage.span, interval=2)
+    with pytest.raises(AssertionError, match="changes the hidden state"):
+        stage(packed_batch(96, packed=False))
+
+
+# Attentions of the stages of layers 0 to 2 and of layer 3.
+HYBRIDS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "qwen3_next": ({}, [0, 1]),
+    "nemotron_h": ({}, [1, 0]),
+    "bamba": ({"attn_layer_indices": [3]}, [0, 1]),
+    "longcat_flash": ({}, [6, 2]),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_stage_without_attention_recomputes_nothing(family: str, tmp_path: Path) -> None:
+    overrides, units = HYBRIDS[family]
+    make_folder(tiny_config(family, **overrides), tmp_path)
+    assert_equal_checkpointed(tmp_path, [0, 3, 4], [{"attention_only": True}], [units], packed=False)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 4], [0, 3, 4]])
+def test_a_model_without_attention_is_refused_on_every_stage(boundaries: list[int], tmp_path: Path) -> None:
+    make_folder(tiny_config("mamba"), tmp_path)
+    for stage in load_chain(tmp_path, boundaries):
+        with pytest.raises(UserError, match="'mamba' has no attention module to recompute; give an interval"):
+            checkpoint_activations(stage.model, stage.span, attention_only=True)
+
+
 def test_memory_and_the_switch(tmp_path: Path) -> None:
     make_folder(tiny_config("llama", num_hidden_layers=8), tmp_path)
     ids, integers = packed_batch(96)

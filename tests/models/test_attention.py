@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention.flex_attention import flex_attention
 
 from jllm.errors import UserError
 from jllm.models.attention import VARLEN, choose_attention, packing, takes_varlen
+from jllm.models.families import shown_by_lengths
+from jllm.models.legacy.alibi import AlibiLlamaForCausalLM
 from jllm.models.source import causal_class
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
-from tests.models.family_check import make_folder
+from tests.models.family_check import kernels_by_lengths, make_folder, narrow_config
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -31,10 +34,75 @@ def test_varlen_equals_block_mask(family: str, tmp_path: Path) -> None:
             torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+TAKE_VARLEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3")
+# Lengths do not reach the attention; the window is in the mask alone; the attention is one of the family's own.
+DO_NOT = ("nemotron", "stablelm", "phimoe", "qwen2_moe", "falcon", "gpt_neo", "gptj")
+
+
 def test_named_families_that_take_varlen() -> None:
-    taken = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3")
-    assert all(takes_varlen(causal_class(tiny_config(name))) for name in taken)
-    assert not any(takes_varlen(causal_class(tiny_config(name))) for name in ("gemma2", "gpt_oss"))
+    assert all(takes_varlen(causal_class(tiny_config(name))) for name in TAKE_VARLEN)
+    assert not any(takes_varlen(causal_class(tiny_config(name))) for name in ("gemma2", "gpt_oss", *DO_NOT))
+
+
+@pytest.mark.parametrize("family", DO_NOT)
+def test_families_that_are_wrong_without_a_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They get kernels with masks, on CUDA and with flash-attn installed too."""
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    kind = causal_class(tiny_config(family))
+    assert choose_attention(kind, **where) in ("sdpa", "eager")
+    with pytest.raises(UserError, match=f"varlen: not shown to be right for {kind.__name__}") as caught:
+        choose_attention(kind, **where, wanted=VARLEN)
+    assert "\n" not in str(caught.value)
+    _install_flash(monkeypatch)
+    assert choose_attention(kind, **where) in ("sdpa", "eager")
+    with pytest.raises(UserError, match=f"flash_attention_2: not shown to be right for {kind.__name__}"):
+        choose_attention(kind, **where, wanted="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [
+        ("llama", "varlen"),
+        ("mistral", "varlen"),
+        ("qwen3", "varlen"),
+        ("gemma2", "flash"),
+        ("gpt_oss", "flash"),
+        ("nemotron", "none"),
+        ("phimoe", "none"),
+        ("qwen2_moe", "none"),
+        ("falcon", "none"),
+    ],
+)
+def test_what_the_catalogue_says_of_kernels(family: str, kernels: str) -> None:
+    assert kernels_by_lengths(family) == kernels
+    assert shown_by_lengths(causal_class(tiny_config(family))) == kernels
+
+
+def test_windows_are_narrower_than_rows() -> None:
+    """Else a kernel that ignores them would look right."""
+    for family in ("mistral", "phimoe", "qwen2", "qwen3", "smollm3", "gemma2", "olmo3"):
+        config = narrow_config(family)
+        assert config.sliding_window == 8
+        assert "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+
+
+def test_code_that_was_not_walked_has_masks() -> None:
+    """A class that comes with a model and calls itself like a known type, and types that are not in the catalogue."""
+
+    class LlamaConfig(transformers.LlamaConfig):
+        model_type = "unheard_of"
+
+    class Own(transformers.LlamaForCausalLM):
+        config_class = transformers.LlamaConfig
+
+    class Unknown(transformers.LlamaForCausalLM):
+        __module__ = transformers.LlamaForCausalLM.__module__
+        config_class = LlamaConfig
+
+    for family in (Own, Unknown, AlibiLlamaForCausalLM):
+        assert choose_attention(family, device="cuda", dtype=torch.bfloat16) == "sdpa"
+        with pytest.raises(UserError, match="not shown"):
+            choose_attention(family, device="cuda", dtype=torch.bfloat16, wanted=VARLEN)
 
 
 def test_documents_from_positions(tmp_path: Path) -> None:
@@ -59,7 +127,7 @@ def test_choice() -> None:
     assert choose_attention(llama, device="cpu", dtype=torch.float32, wanted="eager") == "eager"
     with pytest.raises(UserError, match="give one of"):
         choose_attention(llama, device="cpu", dtype=torch.float32, wanted="fast")
-    with pytest.raises(UserError, match="more than varlen"):
+    with pytest.raises(UserError, match="varlen: not shown to be right for GptOssForCausalLM"):
         choose_attention(oss, device="cuda", dtype=torch.bfloat16, wanted=VARLEN)
     with pytest.raises(UserError, match="needs CUDA"):
         choose_attention(llama, device="cpu", dtype=torch.float32, wanted="flash_attention_2")
@@ -93,8 +161,7 @@ def test_choice_with_attention_dropout() -> None:
 def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes first, but not for families whose attention sinks it does not know."""
     llama, gemma2, oss = (causal_class(tiny_config(name)) for name in ("llama", "gemma2", "gpt_oss"))
-    real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "flash_attn" else real(name))
+    _install_flash(monkeypatch)
     where = {"device": "cuda", "dtype": torch.bfloat16}
     assert choose_attention(llama, **where) == "flash_attention_2"
     assert choose_attention(gemma2, **where) == "flash_attention_2"
@@ -102,6 +169,11 @@ def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPat
     assert choose_attention(llama, **where, wanted="flash_attention_2") == "flash_attention_2"
     with pytest.raises(UserError, match="does not offer it"):
         choose_attention(oss, **where, wanted="flash_attention_2")
+
+
+def _install_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "flash_attn" else real(name))
 
 
 def test_flex_attention_has_no_backward_pass_on_cpu() -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from jllm import list_models
 from jllm.errors import UserError
-from jllm.models.families import NAMED, catalogue, check_block_mask, check_split
-from jllm.models.stage import StageSpan
+from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split
+from jllm.models.stage import StageSpan, carve
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,
@@ -97,9 +98,31 @@ def test_catalogue() -> None:
     listed = CliRunner().invoke(list_models.main, [])
     assert listed.exit_code == 0
     table = listed.output
-    assert re.search(r"^llama +pass +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^llama +pass +yes +varlen +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^nemotron +pass +yes +none +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^bloom +pass +no +none +2 and 3 stages", table, re.MULTILINE)
     assert re.search(r"^hrm_text +refused +it runs its two lists", table, re.MULTILINE)
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
-        assert re.search(rf"^\| {re.escape(name)} \|.*\| {family.status} \|", page, re.MULTILINE), family.model_type
+        columns = rf"{family.status} \| {family.apart} \| {family.kernels} \|"
+        assert re.search(rf"^\| {re.escape(name)} \|.*\| {columns}", page, re.MULTILINE), family.model_type
+
+
+def _cut(config: PretrainedConfig, span: StageSpan) -> None:
+    check_split(config, span)
+    with torch.device("meta"):
+        carve(AutoModelForCausalLM.from_config(config), span)
+
+
+def test_what_is_listed_as_refused_is_refused() -> None:
+    """By its type or configuration, or when its layers are cut; never only in the table."""
+    span = StageSpan(index=0, count=2, first_layer=0, end_layer=2)
+    for family in catalogue()[1]:
+        if family.status != "refused" or family.model_type in REFUSED:
+            continue
+        with pytest.raises(UserError):
+            _cut(tiny_config(family.model_type), span)
+    for name in REFUSED:
+        with pytest.raises(UserError, match=re.escape(REFUSED[name])):
+            check_split(PretrainedConfig(model_type=name), span)

@@ -5,6 +5,7 @@ The arithmetic below is written from the published description of each model, wi
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,11 +204,18 @@ def publish(case: str, folder: Path, *, pickled: bool = False) -> Weights:
     return weights
 
 
-def chained_logits(folder: Path, ids: Tensor, boundaries: list[int]) -> Tensor:
+def chained_logits(
+    folder: Path,
+    ids: Tensor,
+    boundaries: list[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    positions: Tensor | None = None,
+) -> Tensor:
     kept: list[Tensor] = []
-    stages = load_chain(folder, boundaries)
+    stages = load_chain(folder, boundaries, dtype=dtype)
     stages[-1].loss_fn = lambda logits, labels: (kept.append(logits.detach()), logits.sum())[1]
-    positions = torch.arange(len(ids))[None]
+    positions = (torch.arange(len(ids)) if positions is None else positions)[None]
     chained_loss_and_gradients(stages, ids[None], torch.stack([ids[None], positions]))
     return kept[0][0]
 
@@ -280,6 +288,78 @@ def test_packed_documents_stay_apart_with_alibi(tmp_path: Path) -> None:
     alone = torch.stack([torch.zeros(1, 9, dtype=torch.long), torch.arange(9)[None]])
     chained_loss_and_gradients(stages, ids[:1, 5:14], alone)
     torch.testing.assert_close(kept[0][:1, 5:14], kept[1], atol=1e-5, rtol=1e-4)
+
+
+def test_alibi_tells_near_keys_apart_in_half_precision_wherever_in_a_row(tmp_path: Path) -> None:
+    weights = publish("baichuan-13b", tmp_path)
+    rounded = {name: weight.to(torch.bfloat16).float() for name, weight in weights.items()}
+    ids = torch.randint(VOCAB, (1024,), generator=torch.Generator().manual_seed(2))
+    document = ids[:48]
+    expected = CASES["baichuan-13b"][2](rounded, document)
+
+    def error(row: Tensor, positions: Tensor) -> float:
+        found = chained_logits(tmp_path, row, [0, 1, 3], dtype=torch.bfloat16, positions=positions)
+        difference = found[: len(document)].float() - expected
+        return float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
+
+    alone = error(document, torch.arange(48))
+    whole = error(ids, torch.arange(1024))
+    packed = error(ids, torch.cat([torch.arange(48), torch.arange(976)]))
+    assert alone < 0.02
+    # Rounding of the rest varies a little with the length, by the kernel's blocks.
+    assert max(whole, packed) < 1.2 * alone
+
+
+def refused(config: dict[str, Any], folder: Path) -> str:
+    """The one line that refuses a configuration."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        read_config(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"visual": {"heads": 16, "layers": 48}}, "has a part 'visual'"),
+        ({"audio": {"n_layer": 32}}, "has a part 'audio'"),
+        ({"scale_attn_weights": False}, "scale_attn_weights False; only true is known"),
+        ({"apply_residual_connection_post_layernorm": True}, "only false is known"),
+        ({"emb_dropout_prob": 0.1}, "emb_dropout_prob 0.1; only 0.0 is known"),
+        ({"kv_channels": 16}, r"kv_channels 16 and 6 heads in a hidden_size of 48; only .* \(8\) is known"),
+        ({"kv_channels": None}, r"kv_channels left out \(128, then\) and 6 heads in a hidden_size of 48"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\}; only none"),
+    ],
+)
+def test_what_is_not_known_of_qwen_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in (QWEN | change).items() if value is not None}
+    assert re.search(said, refused(config, tmp_path))
+
+
+@pytest.mark.parametrize("config", [INTERNLM2, BAICHUAN | ROTARY, BAICHUAN | ALIBI])
+def test_quantised_weights_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    assert "quantization_config" in refused(config | {"quantization_config": {"bits": 8}}, tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    weights = publish("qwen", tmp_path, pickled=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    names = list(weights)
+    files = {name: f"pytorch_model-0000{1 + n % 3}-of-00003.bin" for n, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: weights[name] for name in names if files[name] == file}, tmp_path / file)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    ids = packed_batch(VOCAB)[0][0]
+    torch.testing.assert_close(chained_logits(tmp_path, ids, [0, 3]), qwen(weights, ids), atol=2e-5, rtol=1e-4)
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(UserError, match=r"index\.json names 3 files, of which 1 are missing \(pytorch_model-00002-of"):
+        load_chain(tmp_path, [0, 3])
+    index.write_text("[]")
+    with pytest.raises(UserError, match="not a weight index"):
+        load_chain(tmp_path, [0, 3])
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Llama with ALiBi in place of rotary positions: what Baichuan 13B is.
 
 transformers has no such class. This one is its Llama with two parts exchanged: the rotary table turns nothing, and the
-attention adds to each head's scores a slope times the key's position. Only differences of positions within a document
-count, so packed rows need nothing more. Stages, checkpoints and the packed block mask are Llama's own.
+attention adds to each head's scores a slope times the key's distance from the query. Distances within a document are
+those within its row, so packed rows need nothing more. Stages, checkpoints and the packed block mask are Llama's own.
+
+Costs: each layer makes one mask of heads x S x S in the dtype of the scores, and keeps it for the backward pass.
 """
 
 import math
@@ -75,17 +77,28 @@ def alibi_attention(
     attention_mask: Tensor | None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA with the bias added to the scores. A row's constant does not matter to its softmax, so the key's position
-    in the row does for its distance."""
-    steps = torch.arange(key.shape[2], device=query.device, dtype=torch.float32)
-    slope = torch.tensor(slopes(query.shape[1]), device=query.device)
-    # Distances to the last key, as published: the largest bias is 0, and far keys lose precision, not near ones.
-    bias = (slope[:, None, None] * (steps - (key.shape[2] - 1))).to(query.dtype)[None]
-    attended: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, position_bias=bias, **arguments
-    )
+    """SDPA with the bias added to the scores, where `attention_mask` [B, 1, queries, keys] is true."""
+    assert attention_mask is not None, "ALiBi's mask is always made"
+    assert attention_mask.dtype == torch.bool, "ALiBi takes masks that say which keys are seen"
+    batch, heads, length, size = *query.shape[:3], key.shape[2]
+    steps = torch.arange(size, device=query.device, dtype=torch.float32)
+    distance = steps - steps[size - length :, None]
+    slope = torch.tensor(slopes(heads), device=query.device)[:, None, None]
+    # A softmax takes the distance to any fixed key. From the query's own, what rounding to half precision takes grows
+    # with the distance and vanishes with the weight: keys that count are told apart, wherever in a row they are.
+    bias = torch.empty(batch, heads, length, size, dtype=query.dtype, device=query.device)
+    torch.mul(slope, distance.expand(batch, 1, -1, -1), out=bias)
+    bias.masked_fill_(~attention_mask, torch.finfo(bias.dtype).min)
+    attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, bias, **arguments)
     return attended
 
 
+def alibi_mask(**arguments: Any) -> Tensor:
+    """SDPA's mask, also where plain causality needs none: the bias is merged into a mask of that size anyway."""
+    mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    assert isinstance(mask, Tensor)
+    return mask
+
+
 AttentionInterface.register(ALIBI, alibi_attention)
-AttentionMaskInterface.register(ALIBI, sdpa_mask)
+AttentionMaskInterface.register(ALIBI, alibi_mask)

@@ -13,6 +13,7 @@ Nothing published is run: no remote code, only tensors and config.json. What a c
 known here is refused.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def _refuse(layout: str, key: str, value: object, allowed: str) -> UserError:
     )
 
 
-def _shared(raw: dict[str, Any]) -> dict[str, Any]:
+def _shared(layout: str, raw: dict[str, Any]) -> dict[str, Any]:
     """Fields that go by one name everywhere; ids of special tokens are those of the file, absent ones absent."""
+    if quantised := raw.get("quantization_config"):
+        raise _refuse(layout, "quantization_config", quantised, "none (plain weights)")
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
     kept: dict[str, Any] = {key: raw[key] for key in sizes if key in raw}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -88,16 +91,36 @@ def _shared(raw: dict[str, Any]) -> dict[str, Any]:
 # Qwen-1
 
 
+# What the published code would do otherwise than Qwen2 → the value with which it does the same.
+_QWEN_ONLY: dict[str, object] = {
+    "rotary_pct": 1.0,
+    "no_bias": True,
+    "scale_attn_weights": True,
+    "apply_residual_connection_post_layernorm": False,
+    "emb_dropout_prob": 0.0,
+}
+
+
 def _qwen_config(raw: dict[str, Any]) -> PretrainedConfig:
-    if raw.get("rotary_pct", 1.0) != 1.0:
-        raise _refuse("Qwen", "rotary_pct", raw["rotary_pct"], "1.0")
-    if not raw.get("no_bias", True):
-        raise _refuse("Qwen", "no_bias", raw["no_bias"], "true")
-    width = raw.get("kv_channels", 128) * raw["num_attention_heads"]
-    if width != raw["hidden_size"]:
-        raise _refuse("Qwen", "kv_channels", raw["kv_channels"], "hidden_size / num_attention_heads")
+    for key, known in _QWEN_ONLY.items():
+        if raw.get(key, known) != known:
+            raise _refuse("Qwen", key, raw[key], json.dumps(known))
+    for key in ("visual", "audio"):
+        if raw.get(key) is not None:
+            raise UserError(
+                f"config.json of this Qwen checkpoint has a part {key!r} (Qwen-VL, Qwen-Audio); only "
+                "the language model alone is known here: give a checkpoint of that"
+            )
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    size = raw.get("kv_channels") or 128  # the default of the published code
+    if size * heads != width:
+        given = repr(size) if raw.get("kv_channels") else f"left out ({size}, then)"
+        raise UserError(
+            f"config.json of this Qwen model has kv_channels {given} and {heads} heads in a hidden_size of {width}; "
+            f"only hidden_size / num_attention_heads ({width / heads:g}) is known here: give the published file"
+        )
     return Qwen2Config(
-        **_shared(raw),
+        **_shared("Qwen", raw),
         num_key_value_heads=raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"] // 2,  # published: both halves of the gated layer together
         rms_norm_eps=raw.get("layer_norm_epsilon", 1e-6),
@@ -141,7 +164,7 @@ def _internlm2_config(raw: dict[str, Any]) -> PretrainedConfig:
             raise _refuse("InternLM2", "rope_scaling", kind, "dynamic or linear")
         rope |= {"rope_type": kind, "factor": scaling["factor"]}
     return LlamaConfig(
-        **_shared(raw),
+        **_shared("InternLM2", raw),
         num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
@@ -196,7 +219,7 @@ def _baichuan_config(raw: dict[str, Any]) -> PretrainedConfig:
     # The 13B models have no table of positions, and say only how long they were trained on.
     has_rotary = "max_position_embeddings" in raw
     fields = {
-        **_shared(raw),
+        **_shared("Baichuan", raw),
         "num_key_value_heads": raw["num_attention_heads"],
         "intermediate_size": raw["intermediate_size"],
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),

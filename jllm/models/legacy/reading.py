@@ -25,7 +25,7 @@ def read_tensors(
     """The tensors among `wanted` (our names) in `dtype`, in memory of their own.
 
     Raises:
-        UserError: there are no weights, or a file of them is broken.
+        UserError: there are no weights, or a file of them is broken, or one that the index names is not there.
     """
     found: dict[str, Tensor] = {}
     for file, names in _files(folder):
@@ -52,6 +52,21 @@ class _Pickled:
         return self.tensors[name]
 
 
+def _check_complete(folder: Path) -> None:
+    """That every pickled file is there which the index, if there is one, names."""
+    index = folder / "pytorch_model.bin.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a weight index ({error}); download it again") from None
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
+        )
+
+
 def _files(folder: Path) -> Iterator[tuple[Any, list[str]]]:
     safe = sorted(folder.glob("*.safetensors"))
     for path in safe:
@@ -59,6 +74,7 @@ def _files(folder: Path) -> Iterator[tuple[Any, list[str]]]:
             yield file, list(file.keys())
     if safe:
         return
+    _check_complete(folder)
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if not pickled:
         raise UserError(f"model folder {str(folder)!r} has no weights; download them")
