@@ -48,6 +48,8 @@ class Anatomy:
     `INDEXED` where the family's loop takes entries of a tuple by number."""
     parameters: tuple[str, ...]
     """Every parameter of the whole model; a tied head is not among them."""
+    stored: frozenset[str]
+    """Every tensor that has a place in files of the whole model; both names of a tied pair."""
     routers: tuple[str, ...]
     """Routers of mixture-of-experts layers, those of other stages included."""
     needs_ids: bool
@@ -135,6 +137,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         tied=tuple(sorted(model.all_tied_weights_keys.items())),
         returned=_returned_by_layers(model.get_submodule(layers.rpartition(".")[0]), path[-1]),
         parameters=_whole_names(model),
+        stored=frozenset(model.state_dict()),
         routers=tuple(find_routers(model)),
         needs_ids="input_ids" in inspect.signature(type(model.get_submodule(layers + ".0")).forward).parameters,
     )
@@ -154,6 +157,7 @@ def whole_anatomy(model: PreTrainedModel) -> Anatomy:
             tied=tuple(sorted(model.all_tied_weights_keys.items())),
             returned=0,
             parameters=_whole_names(model),
+            stored=frozenset(model.state_dict()),
             routers=tuple(find_routers(model)),
             needs_ids=False,
         )
@@ -173,7 +177,8 @@ def find_routers(model: PreTrainedModel) -> dict[str, int]:
         for name, module in model.named_modules():
             if wanted is not None and isinstance(module, wanted) and (within is None or within in name):
                 found[name] = 0 if isinstance(recorder, type) else recorder.index
-    return found
+    # JetMoe declares the router of its attention and the attention around it, which hands the same logits on.
+    return {name: index for name, index in found.items() if not any(other.startswith(name + ".") for other in found)}
 
 
 def _returned_by_layers(container: nn.Module, name: str) -> int:

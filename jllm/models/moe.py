@@ -2,7 +2,8 @@
 
 The balance loss of one layer is that of the Switch Transformer paper, `experts · Σ_e share of tokens(e) · mean
 probability(e)`; the model's is the mean over its routed layers. transformers multiplies sums over all layers instead,
-which no single stage can compute; the two are equal for a model of one routed layer.
+which no single stage can compute; the two are equal for a model of one routed layer. The shares are of the experts
+that the router chose, where it says so (a bias or groups may decide), else of those with the largest logits.
 
 Each router's layer adds its own part of the gradient where its output is used, so stages need not talk to each other:
 the loss never travels, and the value is only for the log. Works under activation checkpointing. Padding at the end of
@@ -37,7 +38,8 @@ class RouterBalance:
     """Watches the routers of a stage in training mode, adds the balance loss's gradient, and keeps count of loads.
 
     `scale` is what the gradient of the training loss is multiplied with before it reaches this stage's parameters:
-    1 / gradient accumulation steps under DeepSpeed (times the loss scale in fp16). The owner may change it any time.
+    1 / gradient accumulation steps under DeepSpeed, times the loss scale in fp16. That one changes between steps: the
+    owner sets `scale` anew before each.
     """
 
     def __init__(self, model: PreTrainedModel, coefficient: float, *, scale: float = 1.0) -> None:
@@ -56,7 +58,7 @@ class RouterBalance:
             if not module.training:  # an evaluation between two steps is not part of either
                 return None
             logits = output[index] if isinstance(output, tuple) else output
-            loss, counts = balance_loss(logits, self._chosen)
+            loss, counts = balance_loss(logits, self._chosen, _chosen_experts(output, logits, self._chosen))
             self._note(name, loss.detach(), counts)
             if not (self.coefficient and torch.is_grad_enabled() and loss.requires_grad):
                 return None
@@ -113,16 +115,31 @@ def experts_per_token(config: PretrainedConfig) -> int:
     raise UserError(f"model type {config.model_type!r} does not say how many experts a token goes to")
 
 
-def balance_loss(logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """(loss of one layer, tokens per expert [experts]) from router logits [..., experts]."""
+def balance_loss(logits: Tensor, chosen: int, picked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(loss of one layer, tokens per expert [experts]) from router logits [..., experts].
+
+    `picked` [tokens, chosen] are the experts that the router chose; without it they are those of the largest logits.
+    """
     logits = logits.flatten(0, -2).float()
     tokens, experts = logits.shape
     probabilities = logits.softmax(-1)
-    picked = probabilities.topk(chosen, dim=-1).indices
+    if picked is None:
+        picked = probabilities.topk(chosen, dim=-1).indices
     counts = torch.zeros(experts, device=logits.device).scatter_add_(
         0, picked.flatten(), torch.ones(picked.numel(), device=logits.device)
     )
     return experts * (counts / tokens * probabilities.mean(0)).sum(), counts
+
+
+def _chosen_experts(output: Any, logits: Tensor, chosen: int) -> Tensor | None:
+    """The experts [tokens, chosen] that a router says it chose: by a bias, within groups, or by a table."""
+    size = logits.numel() // logits.shape[-1] * chosen
+    for value in output if isinstance(output, tuple) else ():
+        if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+            continue
+        if value.ndim > 1 and value.shape[-1] == chosen and value.numel() == size:
+            return value.long()
+    return None
 
 
 def _is_trained(value: Any) -> bool:

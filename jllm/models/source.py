@@ -152,14 +152,20 @@ def _whole_header(path: str | Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """The floating dtype that holds most bytes of the stored weights; None without safetensors files."""
+def stored_dtypes(folder: str | Path) -> dict[torch.dtype, int]:
+    """The floating dtypes of the stored weights, with the bytes that each holds; empty without safetensors files."""
     held: dict[torch.dtype, int] = {}
     for path in weight_files(folder):
         for entry in read_header(path).values():
             if (dtype := _DTYPES.get(entry["dtype"])) is not None:
                 start, end = entry["data_offsets"]
                 held[dtype] = held.get(dtype, 0) + end - start
+    return held
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The floating dtype that holds most bytes of the stored weights; None without safetensors files."""
+    held = stored_dtypes(folder)
     return max(held, key=lambda dtype: held[dtype]) if held else None
 
 

@@ -148,14 +148,12 @@ def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrain
         "__module__": family.__module__,
         "__qualname__": family.__qualname__,
         "__doc__": family.__doc__,
-        # The other stages' tensors have no place here, and that is no reason for a warning.
-        "_keys_to_ignore_on_load_unexpected": [r".*"] if span.count > 1 else family._keys_to_ignore_on_load_unexpected,
     }
     return type(family.__name__, (family,), namespace)
 
 
 def carve(model: PreTrainedModel, span: StageSpan) -> None:
-    """Replace in place what `span` does not own. A tied head's original stays on the last stage until `seal`.
+    """Replace in place what `span` does not own. A tied head and its embedding stay together until `seal`.
 
     Raises:
         UserError: the model cannot be cut this way, and why.
@@ -165,37 +163,38 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
     model.__dict__["_jllm_anatomy"] = anatomy
     if span.count == 1:
         return
+    # transformers ties whichever of the two is stored to the other, and sees where both are and differ.
+    pairs = anatomy.tied if span.is_first or span.is_last else ()
+    together = [name for pair in pairs for name in pair]
     layers = model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
     assert 0 <= span.first_layer < span.end_layer <= anatomy.num_layers
     for index, layer in enumerate(layers):
         if not span.first_layer <= index < span.end_layer:
             layers[index] = AbsentLayer(layer, anatomy.returned)
-    if not span.is_first:
-        needed_by_head = [original for _, original in anatomy.tied] if span.is_last else []
-        for name in anatomy.before:
-            if not any(original.startswith(name + ".") for original in needed_by_head):
-                _replace(model, name)
+    for name in (*(() if span.is_first else anatomy.before), *(() if span.is_last else anatomy.after)):
+        if not any(one.startswith(name + ".") for one in together):
+            _replace(model, name)
     if not span.is_last:
         leave = layers[span.end_layer]
         assert isinstance(leave, AbsentLayer)
         leave.is_exit = True
-        for name in anatomy.after:
-            _replace(model, name)
         # What a family initialises from the top is the head, which is elsewhere.
         model._is_hf_initialized = True
-        # Not a tie inside this process any more: the head is on another stage.
+    if not together:
         model.all_tied_weights_keys = {}
 
 
 def seal(model: PreTrainedModel, span: StageSpan) -> None:
-    """After the weights are in: the last stage of a tied model keeps the head and lets go of the embedding."""
-    if span.is_last and not span.is_first:
-        anatomy = anatomy_of(model)
-        for name in anatomy.before:
-            if any(True for _ in model.get_submodule(name).parameters()):
-                _replace(model, name)
-        model.all_tied_weights_keys = {}
+    """After the weights are in: of a tied pair the first stage keeps the embedding and the last one the head."""
+    if span.is_first == span.is_last:
+        return
+    anatomy = anatomy_of(model)
+    for name in anatomy.after if span.is_first else anatomy.before:
+        if any(True for _ in model.get_submodule(name).parameters()):
+            _replace(model, name)
+    # Not a tie inside this process any more: the other one is on another stage.
+    model.all_tied_weights_keys = {}
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -249,6 +248,9 @@ class PipelineStage(nn.Module):
         base = model.get_submodule(self._base_name)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = accepted_arguments(model if span.is_last else base, base)
+        # The configuration may ask for a balance loss, which a stage cannot compute; see `jllm.models.moe`.
+        asked = getattr(model.config, "output_router_logits", False)
+        self._unwanted = {"output_router_logits": False} if asked else {}
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
@@ -258,7 +260,7 @@ class PipelineStage(nn.Module):
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
-        arguments |= packing(self.model, positions)
+        arguments |= packing(self.model, positions) | self._unwanted
         if self.span.is_first:
             if self._anatomy.needs_ids and not self.span.is_last:
                 integers = torch.cat([integers, received[None]])

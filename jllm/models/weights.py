@@ -11,29 +11,44 @@ mapped files one tensor at a time, so that these may be replaced while the model
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import logging as transformers_logging
 
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.anatomy import count_layers
+from jllm.models.initial import initialise
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, read_tensors, to_published
-from jllm.models.source import INDEX_NAME, SINGLE_NAME, causal_class, read_config, read_header, weight_files
+from jllm.models.source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    causal_class,
+    read_config,
+    read_header,
+    stored_dtypes,
+    weight_files,
+)
 from jllm.models.stage import (
     AbsentEmbedding,
     AbsentLayer,
@@ -93,8 +108,7 @@ def load_stage(
             )
     except SafetensorError as error:
         raise UserError(f"the weights in {str(folder)!r} cannot be read ({error}); download them again") from None
-    tied_copies = {duplicate for duplicate, _ in anatomy_of(model).tied}
-    if missing := sorted(set(report["missing_keys"]) - tied_copies):
+    if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{len(missing)} tensors of {family.__name__} are missing in {str(folder)!r} ({missing[0]}); "
             "give the folder of the whole model, as it was published"
@@ -105,9 +119,13 @@ def load_stage(
             f"{len(mismatched)} tensors in {str(folder)!r} do not fit its config.json: {name} is {list(stored)}, "
             f"the configuration says {list(wanted)}; give the config.json that was published with the weights"
         )
+    if span.is_first or span.is_last:
+        _check_ties(model, folder)
+    if span.is_first and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        _name_unused(model, report["unexpected_keys"], folder)
     seal(model, span)
     if device.type == "cpu" and layout is None:
-        _own_memory(model)
+        _own_memory(model, stored_dtypes(folder))
     model.train()
     return model
 
@@ -125,8 +143,9 @@ def init_stage(
     """Random weights for this stage, by the family's own initialisation.
 
     Every module draws from a generator seeded by (seed, its name in the whole model): the same seed gives the same
-    weights for any number of stages, on the same kind of device. `family` is for classes that transformers does not
-    carry (`--trust_remote_code`).
+    weights for any number of stages, on the same kind of device. What the family's `_init_weights` does not reach has
+    the value that its constructor gives it. `family` is for classes that transformers does not carry
+    (`--trust_remote_code`).
 
     Raises:
         UserError: the model cannot be split this way.
@@ -134,12 +153,16 @@ def init_stage(
     _check_span(config, span)
     derived = stage_class(family or causal_class(config), span)
     keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"):
-        model: PreTrainedModel = derived._from_config(copy.deepcopy(config), dtype=dtype, **keywords)
-    device = torch.device(device)
-    model.to_empty(device=device)
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _initialise(model, model, "", seed)
+
+    def construct() -> PreTrainedModel:
+        with torch.device("meta"):
+            built: PreTrainedModel = derived._from_config(copy.deepcopy(config), dtype=dtype, **keywords)
+        if not span.is_last:  # the last stage needs a tied embedding, to copy it
+            seal(built, span)
+        return built
+
+    model = construct()
+    initialise(model, construct, seed=seed, device=torch.device(device), skipped=_STAND_INS)
     for duplicate, original in anatomy_of(model).tied if span.is_last else ():
         owner, _, leaf = duplicate.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(original))
@@ -253,14 +276,53 @@ def write_companions(
         model.generation_config.save_pretrained(folder)
 
 
-def _own_memory(model: PreTrainedModel) -> None:
+def _check_ties(model: PreTrainedModel, folder: str | Path) -> None:
+    """transformers unties what is stored twice and differs, which the stages could not agree on.
+
+    Raises:
+        UserError: config.json ties two such tensors.
+    """
+    for copied, original in anatomy_of(model).tied:
+        if copied not in model.all_tied_weights_keys:
+            holders = [path for path in weight_files(folder) if copied in read_header(path)]
+            raise UserError(
+                f"{holders[0] if holders else folder} holds a {copied} that differs from {original}, but config.json "
+                "says tie_word_embeddings true; say false there to have both, or remove the tensor from the file"
+            )
+
+
+def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: str | Path) -> None:
+    """One line on stderr where files hold tensors that the whole model has no place for.
+
+    `unexpected` is what transformers found no place for in this stage, less what the family ignores by design.
+    """
+    stored, prefix = anatomy_of(model).stored, model.base_model_prefix + "."
+    # A base model's file has names without the prefix, which are only found where their place is.
+    unused = {name for name in unexpected if not stored & {name, prefix + name, name.removeprefix(prefix)}}
+    if unused:
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        unused -= {rename_source_key(name, renamings, converters)[0] for name in stored}
+    if unused:
+        names = sorted(unused, key=dot_natural_key)
+        print(
+            f"warning: {len(names)} tensors in {str(folder)!r} have no place in the model that config.json describes"
+            f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); they are neither trained nor exported",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _own_memory(model: PreTrainedModel, stored: Collection[torch.dtype]) -> None:
     """Copy weights out of the mapped files, one at a time.
 
-    On CPU, tensors whose dtype is the stored one are still the file: overwriting it (an export into the same folder)
-    would change them or kill the process.
+    On CPU, tensors whose dtype is one of the `stored` ones may still be the file: overwriting it (an export into the
+    same folder) would change them or kill the process. Others were copied when they were converted.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+        if tensor.dtype in stored or not tensor.is_floating_point() or not stored:
+            tensor.data = tensor.data.clone()
 
 
 def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
@@ -270,18 +332,6 @@ def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
             f"stage {span.index} would own layers {span.first_layer} to {span.end_layer} of a model with {layers}; "
             "every stage needs at least one layer: use fewer stages or other boundaries"
         )
-
-
-def _initialise(model: nn.Module, submodel: PreTrainedModel, prefix: str, seed: int) -> None:
-    """Initialise `model` (children first, as transformers does), each module from its own seed."""
-    for name, child in model.named_children():
-        if not isinstance(child, _STAND_INS):
-            owner = child if isinstance(child, PreTrainedModel) else submodel
-            _initialise(child, owner, f"{prefix}.{name}" if prefix else name, seed)
-    digest = hashlib.blake2b(f"{seed}/{prefix}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-    if not getattr(model, "_is_hf_initialized", False):
-        submodel._init_weights(model)
 
 
 def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ What depends on this process alone (a file that appeared, a signal, the clock) i
 exchange at each step, so that they act together or not at all. The rest is a function of the step.
 """
 
+import datetime
 import enum
 import math
 import os
@@ -13,16 +14,13 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from jllm.errors import UserError
 from jllm.train.batching import EpochSteps
 from jllm.train.config import TrainConfig, parse_epochs
-
-SIGTERM_SECONDS = 5.0
-"""How long a process that was asked to end waits for all others to be asked too."""
+from jllm.train.processes import SIGTERM_SECONDS, asked_to_end
 
 SIGTERM_EXIT_CODE = 143
 
@@ -125,7 +123,8 @@ class Requests:
 
     A SIGTERM (SLURM's notice, sent to every process) leads to a checkpoint and an orderly end when all processes get
     one within `SIGTERM_SECONDS` of each other; a process that got it alone ends at once after that, because then
-    another one has failed and the launcher is ending the rest.
+    another one has failed and the launcher is ending the rest. Where the launcher got it too and is gone, the ranks
+    save all the same (`jllm.train.processes`).
     """
 
     def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
@@ -133,23 +132,34 @@ class Requests:
         self._minutes = config.minutes_per_checkpoint if rank == 0 else 0.0
         self._saved_at = time.monotonic()
         self._world_size = world_size
-        self._terminated = threading.Event()
         self._agreed = threading.Event()
 
     def listen(self) -> None:
-        """Take SIGTERM from now on."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+        """Take SIGTERM from now on, in a thread: the main one may be inside a collective operation for long."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        received, sent = os.pipe()
+        os.set_blocking(sent, False)
+        signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # what is told to the thread, at once
+        threading.Thread(target=self._await_sigterm, args=(received,), name="sigterm", daemon=True).start()
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        if not self._terminated.is_set():
-            self._terminated.set()
-            threading.Thread(target=self._agree_to_end, name="sigterm", daemon=True).start()
+    def _await_sigterm(self, received: int) -> None:
+        while os.read(received, 1) != bytes([signal.SIGTERM]):
+            pass
+        asked_to_end.set()
+        self._agree_to_end()
 
     def _agree_to_end(self) -> None:
         deadline = time.monotonic() + SIGTERM_SECONDS
         try:
-            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            # The first process has the store; where it is gone, there is nobody to agree with.
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=datetime.timedelta(seconds=SIGTERM_SECONDS),
+            )
             count = store.add("jllm/sigterm", 1)
             while count < self._world_size and time.monotonic() < deadline:
                 time.sleep(0.1)

@@ -208,6 +208,10 @@ class CheckpointReader:
         entry = self._index["tensors"].get(f"{kind}/{name}")
         return None if entry is None else tuple(entry["shape"])
 
+    def names(self, kind: str) -> set[str]:
+        """The parameters of which the checkpoint has this kind."""
+        return {key.removeprefix(f"{kind}/") for key in self._index["tensors"] if key.startswith(f"{kind}/")}
+
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
         """Elements [start, stop) of the flattened tensor; None where the checkpoint has none of that kind."""
         key = f"{kind}/{name}"

@@ -1,8 +1,10 @@
 """Every option of the trainer, once: flags, TOML keys and `--help` come from these fields (see `jllm.options`)."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 from jllm.errors import UserError
 from jllm.options import option
@@ -142,7 +144,9 @@ class TrainConfig:
         None, help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
     )
     dry_run: bool = option(False, help="print the options, the stages, steps and estimates, and end without training")
-    config: Path | None = option(None, help="TOML file of options; flags win")
+    config: Path | None = option(
+        None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
+    )
     local_rank: int = option(-1, help="set by the launcher", hidden=True)
 
     def __post_init__(self) -> None:
@@ -224,19 +228,20 @@ class TrainConfig:
         base = self.checkpoint or self.output_dir
         return base / "log" if base is not None else None
 
+    @property
+    def resolved_zero_stage(self) -> int:
+        """`--zero_stage`, or what the precision needs."""
+        return self.zero_stage if self.zero_stage is not None else int(self.precision != "fp32")
+
 
 def _check_folders(config: TrainConfig) -> None:
     """Raises:
-    UserError: a run would write over its own model, or over what it writes elsewhere.
+    UserError: a run would write over its own model.
     """
     for name in ("checkpoint", "output_dir", "log_dir"):
         folder = getattr(config, name)
         if folder is not None and config.model is not None and folder.resolve() == config.model.resolve():
-            raise UserError(f"--{name} {folder} is the folder of --model, whose files it would replace; give another")
-    if config.log_dir and config.output_dir and config.log_dir.resolve() == config.output_dir.resolve():
-        raise UserError(
-            f"--log_dir and --output_dir are both {config.log_dir}, and both hold a config.json; give two folders"
-        )
+            raise UserError(f"--{name} {folder} is the folder of --model, which a run leaves as it is; give another")
 
 
 def skipped_steps(config: TrainConfig) -> frozenset[int]:
@@ -362,3 +367,35 @@ def resolve_layout(config: TrainConfig, world_size: int) -> Layout:
                 f" {micro_batch} x {data} data-parallel pipelines = {micro_batch * data}; give a multiple of it"
             )
     return Layout(world_size=world_size, pipe=pipe, data=data, micro_batch=micro_batch, accumulation=accumulation)
+
+
+def resolved_options(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON values."""
+    values = dataclasses.asdict(config)
+    values.pop("local_rank")
+    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
+
+
+def automatic_options(config: TrainConfig, layout: Layout) -> dict[str, Any]:
+    """The values, as JSON has them, that options get which are not given and follow from the others."""
+    by_rows = config.batch_size_tokens is None
+    log_dir = config.resolved_log_dir
+    values = {
+        "zero_stage": config.resolved_zero_stage,
+        "gradient_accumulation_steps": layout.accumulation,
+        "global_batch_size": layout.global_batch if by_rows else None,
+        "log_dir": None if log_dir is None else str(log_dir),
+    }
+    return {name: value for name, value in values.items() if getattr(config, name) is None and value is not None}
+
+
+def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:
+    """Raises:
+    UserError: a run that goes on from a checkpoint after `step` would have nothing to do.
+    """
+    only_export = config.resume_ckpt == "auto" and config.output_dir is not None
+    if step > total_steps or (step == total_steps and not only_export):
+        raise UserError(
+            f"{checkpoint} is after step {step} of {total_steps}: nothing is left to train;"
+            " raise --max_steps or --num_train_epochs"
+        )

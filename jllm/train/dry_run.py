@@ -1,26 +1,72 @@
 """`--dry_run`: what a run would be, without starting it.
 
-Prints the resolved options, the stage table with estimated memory, the pipeline's bubble, steps and tokens, and a
-guess of the time where the device is known. Needs no launcher: without one, a run of one pipeline is assumed.
+Prints the options with the values that are set automatically, the stage table with estimated memory, the pipeline's
+bubble, steps and tokens, and a guess of the time where the device is known. Needs no launcher: without one, a run of
+one pipeline is assumed.
+
+What a run refuses before its first step is refused here, by the same functions: data, evaluation sets, checkpoints,
+and on stages without weights what is chosen of the model. Left out is what would write, or needs the other processes:
+text is not converted, `--clean` is not checked, weights of `--model` are not read beyond their headers, and the other
+nodes are not asked whether they see the same. Cost: opening the data, and reading the weights of `--from_ckpt` once.
 """
 
+import copy
 import dataclasses
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from jllm.models.activation_checkpointing import checkpoint_activations
+from jllm.models.families import check_block_mask
+from jllm.models.moe import attach_router_balance
+from jllm.models.selection import Selection, select_trainable
+from jllm.models.source import ModelInfo
+from jllm.models.stage import PipelineStage, spans_of, stage_class
 from jllm.train import processes, setup
-from jllm.train.batching import Parts
-from jllm.train.config import TrainConfig, resolve_layout, weighted_folders
-from jllm.train.data import epoch_steps, open_sets, share_of
+from jllm.train.agreement import Agreement
+from jllm.train.checkpoint import CheckpointReader
+from jllm.train.config import (
+    Layout,
+    TrainConfig,
+    automatic_options,
+    check_steps_left,
+    named_folders,
+    resolve_layout,
+    resolved_options,
+    weighted_folders,
+)
+from jllm.train.data import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
+from jllm.train.engine import check_precision, deepspeed_settings
+from jllm.train.evaluate import open_evaluation_sets
+from jllm.train.loss import TokenLoss
 from jllm.train.metrics import clock
 from jllm.train.optim import warmup_steps
+from jllm.train.resume import check_same_run, check_weights, find_resume_point, load_weights_only, record_of_run
 from jllm.train.throughput import peak_flops
 
 TYPICAL_UTILISATION = 0.4
 """The share of the device's peak that the time guess assumes."""
+
+Fact = TypeVar("Fact")
+
+
+class Alone(Agreement):
+    """The readers of a run as this process imagines them: all of them see what it sees."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.rank = 0
+
+    def from_first_reader(self, find: Callable[[], Fact]) -> Fact:
+        return find()
+
+    def gather(self, value: Fact) -> list[Fact]:
+        return [value] * self._layout.data
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -31,31 +77,161 @@ def dry_run(config: TrainConfig) -> None:
     """
     if processes.rank() != 0:
         return
-    world_size = max(processes.world_size(), config.pipe_parallel_size)
+    world_size = processes.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
     layout = resolve_layout(config, world_size)
+    model = setup.read_model_info(config)
+    check_precision(config)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The threads that a process of the run would have: `--partition_method profile` times layers with them.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    model = setup.read_model_info(config)
-    plan = setup.plan_stages(config, layout, setup.find_family(config))
-    index, facts = open_sets(weighted_folders(config), config)
-    share = share_of(config, layout, model, data_rank=0, data_size=layout.data)
-    epochs = epoch_steps(config, index, share, Parts(rows=(facts.num_rows,), batch=(layout.global_batch,)))
-    total_steps = config.max_steps or epochs.total(config.num_train_epochs)
-    steps_per_epoch = epochs.counts[0]
-    tokens = int((facts.tokens or 0) * total_steps / steps_per_epoch)
-    rows_of_a_step = str(layout.global_batch) if share.budget is None else f"{facts.num_rows / steps_per_epoch:.1f}"
-    print(json.dumps(dataclasses.asdict(config), indent=1, default=str))
+    agreement = Alone(layout)
+    steps = _Steps(config, layout, agreement, model) if config.num_train_epochs > 0 else None
+    family = setup.find_family(config)
+    if config.block_mask:
+        check_block_mask(family.config)
+    plan = setup.plan_stages(config, layout, family)
+    stage = _whole_stage(config, layout, family, plan)
+    if config.from_ckpt is not None:
+        load_weights_only(stage, config, agreement)
+    if steps is not None and steps.resumed is not None:
+        check_weights(steps.resumed, stage, agreement)
+    deepspeed_settings(config, layout)
+
+    automatic = automatic_options(config, layout)
+    if config.attn_implementation == "auto":
+        automatic["attn_implementation"] = family.attention
+    automatic |= steps.automatic if steps is not None else {}
+    print(json.dumps({**resolved_options(config), **automatic}, indent=1))
+    print(f"set automatically: {', '.join(automatic)}")
     print(plan.table)
-    print(
-        f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes; {facts.num_rows:,} rows,"
-        f" {rows_of_a_step} a step, {steps_per_epoch:,} steps an epoch, {total_steps:,} steps"
-        f" ({warmup_steps(config, total_steps)} of warm-up)"
-    )
-    print(f"about {tokens:,} tokens" if tokens else "the data set has no manifest: tokens unknown")
+    print(f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes")
+    if steps is None:
+        print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
+        return
+    steps.describe()
     peak = peak_flops()
-    if peak is None or not tokens:
-        print("time: unknown on this device")
+    if peak is None or not steps.tokens:
+        print("time: unknown on this device" if peak is None else "time: unknown")
     else:
-        seconds = tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
+        seconds = steps.tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
         print(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
+
+
+class _Steps:
+    """The data of a run and the steps they make.
+
+    Attributes:
+        tokens: that the run trains on; None where that is not known.
+        resumed: the checkpoint that the run goes on from.
+        automatic: options whose values come from the data and from checkpoints.
+
+    Raises:
+        UserError: as a run does.
+    """
+
+    def __init__(self, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> None:
+        self._config, self._layout = config, layout
+        self.tokens: int | None = None
+        self.automatic: dict[str, Any] = {}
+        self._lines: list[str] = []
+        training = [each.folder for each in weighted_folders(config)]
+        evaluation = [named_folders((item,)).popitem()[1] for item in config.eval_data]
+        self._texts = [path for path in (*training, *evaluation) if _is_text(path)]
+        data = self._open(config, layout, agreement, model, training)
+        shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
+        if shards:
+            open_evaluation_sets(dataclasses.replace(config, eval_data=shards), layout, agreement, model)
+        resumed = find_resume_point(config, agreement)
+        self.resumed = CheckpointReader(Path(resumed.folder)) if resumed is not None else None
+        if config.resume_ckpt is not None:
+            self._lines.append(
+                f"goes on from {resumed.folder}" if resumed is not None else "no checkpoint: starts afresh"
+            )
+        if data is not None:
+            self._count(data)
+
+    def _open(
+        self, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo, folders: list[Path]
+    ) -> Data | None:
+        """The training data; None where some of them are text, which has no rows yet."""
+        shards = tuple(item for item, path in zip(config.train_data, folders, strict=True) if not _is_text(path))
+        if not shards:
+            return None
+        data = open_training_data(dataclasses.replace(config, train_data=shards), layout, agreement, model)
+        return data if len(shards) == len(folders) else None
+
+    def _count(self, data: Data) -> None:
+        config, facts = self._config, data.facts
+        epochs = epoch_steps(config, data.index, data.share, data.parts)
+        total, per_epoch = config.max_steps or epochs.total(config.num_train_epochs), epochs.counts[0]
+        warmup = warmup_steps(config, total)
+        if self.resumed is not None:
+            self._check_resumed(self.resumed, data, total)
+        budget = config.batch_size_tokens is not None
+        rows_of_a_step = f"{facts.num_rows / per_epoch:.1f}" if budget else str(self._layout.global_batch)
+        self._lines.append(
+            f"{facts.num_rows:,} rows, {rows_of_a_step} a step, {per_epoch:,} steps an epoch, {total:,} steps"
+            f" ({warmup} of warm-up)"
+        )
+        if facts.tokens is not None:
+            self.tokens = int(facts.tokens * total / per_epoch)
+        self._lines.append(
+            f"about {self.tokens:,} tokens" if self.tokens else "the data set has no manifest: tokens unknown"
+        )
+        if config.seq_len is None and facts.longest_row is not None:
+            self.automatic["seq_len"] = facts.longest_row - 1
+        if config.max_steps is None:
+            self.automatic["max_steps"] = total
+        if warmup != config.num_warmup_steps:
+            self.automatic["num_warmup_steps"] = warmup
+
+    def _check_resumed(self, reader: CheckpointReader, data: Data, total_steps: int) -> None:
+        saved, record = reader.state, record_of_run(self._config, self._layout, total_steps)
+        now = dataclasses.replace(saved, fingerprint=data.facts.fingerprint, config=record)
+        check_same_run(saved, now, forced=self._config.force_resume)
+        check_steps_left(self._config, str(reader.folder), step=saved.step, total_steps=total_steps)
+
+    def describe(self) -> None:
+        """Print them."""
+        for path in self._texts:
+            print(f"{path} would be converted to shards first")
+        if any(_is_text(each.folder) for each in weighted_folders(self._config)):
+            print("rows, steps and tokens are known when that is done")
+        for line in self._lines:
+            print(line)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a run would convert this first."""
+    return path.is_file() and any(suffix in TEXT_SUFFIXES for suffix in path.suffixes)
+
+
+def _whole_stage(config: TrainConfig, layout: Layout, family: setup.Family, plan: setup.Plan) -> PipelineStage:
+    """All layers as `setup.build_stage` makes those of a stage, without memory for their weights.
+
+    Raises:
+        UserError: what the options choose of the model is not there.
+    """
+    [span] = spans_of([0, plan.boundaries[-1]])
+    with torch.device("meta"):
+        model = stage_class(family.model_class, span)._from_config(
+            copy.deepcopy(family.config),
+            dtype=setup.DTYPES[config.precision],
+            attn_implementation=family.attention,
+        )
+    selection = Selection(
+        target_modules=config.target_modules,
+        frozen_modules=config.frozen_modules,
+        layers_to_transform=config.layers_to_transform,
+    )
+    select_trainable(model, span, selection)
+    if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
+        checkpoint_activations(
+            model,
+            span,
+            interval=config.checkpoint_grad_interval or 1,
+            attention_only=config.checkpoint_grad_attention,
+        )
+    if config.router_aux_loss_coef is not None:
+        attach_router_balance(model, span, config.router_aux_loss_coef, scale=1 / layout.accumulation)
+    return PipelineStage(model, span, TokenLoss())

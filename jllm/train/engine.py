@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -120,6 +121,12 @@ class Engine(PipelineEngine):
         """The norm of the last step's gradients over all stages, before clipping."""
         return float("nan") if self._global_grad_norm is None else float(self._global_grad_norm)
 
+    @property
+    def gradient_scale(self) -> float:
+        """What DeepSpeed multiplies a micro-batch's loss with in the next step, with the loss scale of fp16."""
+        scale: float = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
+        return float(scale / self.gradient_accumulation_steps())
+
     def _new_length(self, length: int) -> None:
         # The stages tell each other a micro-batch's shape once; a new length makes them do so again.
         if self._length not in (None, length):
@@ -148,14 +155,27 @@ class Engine(PipelineEngine):
         return itertools.repeat((None, None)) if self.is_last_stage() else None
 
 
+def check_precision(config: TrainConfig) -> None:
+    """Raises:
+    UserError: the device does not work with `--precision`.
+    """
+    accelerator = get_accelerator()
+    works = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
+    if not works[config.precision]():
+        others = " or ".join(name for name in works if name != config.precision and works[name]())
+        raise UserError(
+            f"--precision {config.precision}: the device of this run ({accelerator.device_name()}) does not work with"
+            f" it; give {others}"
+        )
+
+
 def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
     """The DeepSpeed configuration: what the options say, then `--ds_config`, which may add but not contradict."""
-    zero_stage = config.zero_stage if config.zero_stage is not None else int(config.precision != "fp32")
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": config.resolved_zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
         "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},

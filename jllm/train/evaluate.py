@@ -1,15 +1,19 @@
 """Evaluation: every row of a data set once, loss and accuracy averaged exactly over its trained tokens.
 
-Rows are dealt to the pipelines as in training; the last, short batch is filled with fully masked rows. Cost: one
-forward pass over the set.
+Rows are dealt to the pipelines as in training; the last, short batch is filled with fully masked rows. A set has at
+least one trained token: without any, every model would have the same loss. Cost: one forward pass over the set.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
+from jllm.errors import UserError
+from jllm.models.source import ModelInfo
 from jllm.train.agreement import Agreement
-from jllm.train.data import Data
+from jllm.train.config import Layout, TrainConfig, named_folders
+from jllm.train.data import Data, open_evaluation_data
 from jllm.train.engine import Engine
 from jllm.train.loss import TokenLoss
 from jllm.train.stream import eval_micro_batches, eval_steps
@@ -34,7 +38,33 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """The share of trained tokens that had the highest logit."""
-        return self.correct / max(self.tokens, 1)
+        return self.correct / self.tokens
+
+
+def open_evaluation_sets(
+    config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo
+) -> dict[str, Data]:
+    """The sets of `--eval_data` by name.
+
+    Raises:
+        UserError: on every process: as for training data, or a set has nothing to evaluate.
+    """
+    found = {}
+    for name, folder in named_folders(config.eval_data).items():
+        data = found[name] = open_evaluation_data(folder, config, layout, agreement, model)
+        if not agreement.from_first_reader(functools.partial(_has_targets, data)):
+            raise UserError(
+                f"--eval_data {name}: no token of {folder} is a target (labels mask them all, or rows have one token);"
+                " give a set with something to predict"
+            )
+    return found
+
+
+def _has_targets(data: Data) -> bool:
+    """Whether any row has a trained token; reads up to the first that has."""
+    assert data.index is not None
+    one_row = dataclasses.replace(data.share, micro_batch=1, accumulation=1, data_rank=0, data_size=1)
+    return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
 def evaluate(engine: Engine, loss: TokenLoss, agreement: Agreement, data: Data) -> Evaluation:
@@ -49,10 +79,10 @@ def evaluate(engine: Engine, loss: TokenLoss, agreement: Agreement, data: Data) 
         step, facts = agreement.step(steps)
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
-    return Evaluation(loss=total / max(tokens, 1), tokens=tokens, correct=agreement.total(loss.correct))
+    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(loss.correct))
 
 
 def mean_loss(evaluations: Iterable[Evaluation]) -> float:
     """The loss over all sets' tokens together."""
     found = list(evaluations)
-    return sum(each.loss * each.tokens for each in found) / max(sum(each.tokens for each in found), 1)
+    return sum(each.loss * each.tokens for each in found) / sum(each.tokens for each in found)

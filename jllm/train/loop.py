@@ -1,7 +1,5 @@
 """A training run, top to bottom."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +8,32 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.source import ModelInfo
 from jllm.train import checkpoint, processes, setup
 from jllm.train.agreement import Agreement, StepFacts
 from jllm.train.cadence import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
 from jllm.train.clean import remove_earlier_runs
-from jllm.train.config import Layout, TrainConfig, named_folders, resolve_layout, skipped_steps
-from jllm.train.data import epoch_steps, open_evaluation_data, open_training_data
+from jllm.train.config import Layout, TrainConfig, check_steps_left, resolve_layout, skipped_steps
+from jllm.train.data import epoch_steps, open_training_data
 from jllm.train.dry_run import dry_run
-from jllm.train.engine import build_engine
-from jllm.train.evaluate import Evaluation, evaluate, mean_loss
+from jllm.train.engine import build_engine, check_precision
+from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets
 from jllm.train.export import export
 from jllm.train.loss import TokenLoss
 from jllm.train.metrics import Recorder
 from jllm.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
-from jllm.train.resume import Resumed, check_same_run, find_resume_point, load_weights_only
+from jllm.train.options_record import record_options
+from jllm.train.resume import (
+    Resumed,
+    check_same_run,
+    check_weights,
+    find_resume_point,
+    is_exported,
+    load_weights_only,
+    optimizer_starts_afresh,
+    record_of_run,
+)
 from jllm.train.saving import CheckpointSaver
 from jllm.train.state import TrainingState
 from jllm.train.stream import Cursor, ReadAhead, Step, train_steps
@@ -48,6 +55,7 @@ def run(config: TrainConfig) -> None:
     layout = resolve_layout(config, processes.world_size())
     model_info = setup.read_model_info(config)
     processes.join(config.timeout, deterministic=config.deterministic)
+    check_precision(config)
     agreement = Agreement(layout)
     if config.num_train_epochs == 0:
         convert(config, layout, agreement, model_info)
@@ -60,7 +68,7 @@ def convert(config: TrainConfig, layout: Layout, agreement: Agreement, model_inf
     assert config.output_dir is not None
     assert config.model is not None
     stage = setup.build_stage(config, layout, agreement, TokenLoss()).stage
-    load_weights_only(stage, config)
+    load_weights_only(stage, config, agreement)
     export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
     if agreement.rank == 0:
         print(f"wrote {config.output_dir}", flush=True)
@@ -74,10 +82,7 @@ class Run:
         if config.clean:
             remove_earlier_runs(config, agreement)
         self.data = open_training_data(config, layout, agreement, model_info)
-        self.eval_data = {
-            name: open_evaluation_data(folder, config, layout, agreement, model_info)
-            for name, folder in named_folders(config.eval_data).items()
-        }
+        self.eval_data = open_evaluation_sets(config, layout, agreement, model_info)
         self.epochs = agreement.from_first_reader(
             lambda: epoch_steps(config, self.data.index, self.data.share, self.data.parts)
         )
@@ -90,15 +95,18 @@ class Run:
         self.built = setup.build_stage(config, layout, agreement, self.loss)
         self.stage, self.plan = self.built.stage, self.built.plan
         if config.from_ckpt is not None:
-            load_weights_only(self.stage, config)
+            load_weights_only(self.stage, config, agreement)
         self.engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, layout)
         self.state = TrainingState(self.engine, self.stage)
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
         self.eval_loss: float | None = None
         self.early_stop = EarlyStop(config.early_stop)
+        self.record = record_of_run(config, layout, self.total_steps)
+        self.fresh_optimizer = False
         if self.resumed is not None:
             self._resume(self.resumed)
+        self.had_ended = self.step == self.total_steps
         self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
         self.requests = Requests(config, rank=agreement.rank, world_size=layout.world_size)
         self.nan_guard, self.spike_watch = NanGuard(config.on_nan), SpikeWatch()
@@ -137,7 +145,7 @@ class Run:
         self.requests.listen()
         if self.step == 0:
             self._evaluate()
-        steps = self._read_steps()
+        steps = self._read_steps() if not self.had_ended else None
         try:
             while self.step < self.total_steps:
                 request = self._train_step(steps)
@@ -155,12 +163,20 @@ class Run:
         if self.saver is not None:
             self.saver.wait()
         if self.config.output_dir is not None and not self.requests.ending:
-            assert self.config.model is not None
-            dtype = self.model_info.dtype
-            export(self.stage, self.agreement, self.config.output_dir, source=self.config.model, dtype=dtype)
-            self.recorder.say(f"wrote {self.config.output_dir}")
+            self._export(self.config.output_dir)
         self.agreement.barrier()
         self.recorder.close()
+
+    def _export(self, folder: Path) -> None:
+        """Write the Hugging Face folder, unless the run had ended, with its export, before it was resumed."""
+        if self.had_ended and self.resumed is not None:
+            last = Path(self.resumed.folder)
+            if self.agreement.from_first_reader(lambda: is_exported(folder, last)):
+                self.recorder.say(f"{folder} is complete already: nothing is left to do")
+                return
+        assert self.config.model is not None
+        export(self.stage, self.agreement, folder, source=self.config.model, dtype=self.model_info.dtype)
+        self.recorder.say(f"wrote {folder}")
 
     def _introduce(self) -> None:
         layout, facts = self.layout, self.data.facts
@@ -179,9 +195,11 @@ class Run:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
             self.recorder.say(f"going on from {self.resumed.folder} after step {self.step}")
+            if self.fresh_optimizer:
+                self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
         log_dir = self.config.resolved_log_dir
         if self.agreement.rank == 0 and log_dir is not None:
-            atomic.write_json(log_dir / "config.json", resolved_options(self.config))
+            record_options(log_dir, self.config, self.layout, first_step=self.step + 1)
 
     def _micro_batch(self, length: int | None = None) -> str:
         """The size of a micro-batch, for people."""
@@ -232,17 +250,14 @@ class Run:
                 micro_batches=self.layout.accumulation,
                 data_parallel_size=self.layout.data,
             )
+            if self.built.routers is not None:
+                self.built.routers.scale = self.engine.gradient_scale
             try:
                 loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")
                 raise
             norm = self.engine.gradient_norm
-            # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
-            warning = self.nan_guard.check(number, loss, norm if self.config.precision != "fp16" else 0.0)
-            spike = self.spike_watch.check(number, loss)
-            if warning or spike:
-                self.recorder.say(warning or spike or "")
         self._advance(facts)
         seconds = time.perf_counter() - started
         speed = facts.tokens / seconds
@@ -265,6 +280,12 @@ class Run:
                 "consumed_rows": self.consumed_rows,
             }
         )
+        if loss is not None and norm is not None:  # after the record, which is the last one where the guard stops
+            # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
+            warning = self.nan_guard.check(self.step, loss, norm if self.config.precision != "fp16" else 0.0)
+            spike = self.spike_watch.check(self.step, loss)
+            if warning or spike:
+                self.recorder.say(warning or spike or "")
         return facts.request
 
     def _router_record(self) -> dict[str, Any]:
@@ -329,31 +350,23 @@ class Run:
             consumed_rows=self.consumed_rows,
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
-            config={**resolved_options(self.config), "global_batch": self.layout.global_batch},
+            config=self.record,
         )
 
     def _resume(self, resumed: Resumed) -> None:
         reader = checkpoint.CheckpointReader(Path(resumed.folder))
         saved = reader.state
         check_same_run(saved, self._run_state(), forced=self.config.force_resume)
-        if saved.step >= self.total_steps:
-            raise UserError(
-                f"{resumed.folder} is after step {saved.step} of {self.total_steps}: nothing is left to train;"
-                " raise --max_steps or --num_train_epochs"
-            )
-        self.state.load(reader, saved.optimizer_steps)
+        check_steps_left(self.config, resumed.folder, step=saved.step, total_steps=self.total_steps)
+        check_weights(reader, self.stage, self.agreement)
+        forced = self.config.force_resume
+        self.fresh_optimizer = optimizer_starts_afresh(reader, self.state, self.agreement, forced=forced)
+        self.state.load(reader, saved.optimizer_steps, fresh_optimizer=self.fresh_optimizer)
         self.step, self.cursor = saved.step, saved.cursor
         self.consumed_tokens, self.consumed_rows = saved.consumed_tokens, saved.consumed_rows
         self.eval_loss = self.early_stop.last = saved.eval_loss
         self.early_stop.rebounds = saved.rebounds
         restore_rng(reader.rng(self.agreement.rank))
-
-
-def resolved_options(config: TrainConfig) -> dict[str, Any]:
-    """The options as JSON values."""
-    values = dataclasses.asdict(config)
-    values.pop("local_rank")
-    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
 
 
 def rng_states() -> dict[str, torch.Tensor]:

@@ -6,7 +6,8 @@ is not known), `memory_mib` (peak of each stage, the largest over its pipelines)
 in which the reader was waited for), `seconds`, `consumed_tokens` and `consumed_rows`; a step of `--skip_train_steps`
 has no loss. Evaluation records have `step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`,
 `perplexity`, `accuracy` and `seconds`. A resumed run goes on in the same file, after the lines of steps it is about to
-repeat are dropped.
+repeat are dropped. A step that ends the run because its loss or gradient is not finite is recorded too; NaN and
+infinity are text.
 
 Only the first process records; on the others every method does nothing.
 """
@@ -21,6 +22,8 @@ from jllm import atomic
 from jllm.train.display import Display
 
 METRICS_NAME = "metrics.jsonl"
+ESTIMATE_STEPS = 5
+"""After so many steps the run says how long it takes; the first one, in which things are set up, does not count."""
 
 
 class Recorder:
@@ -42,6 +45,7 @@ class Recorder:
         self._started = time.monotonic()
         self._display = Display(total_steps=total_steps, first_step=first_step) if enabled else None
         self._first_step = first_step
+        self._timed_from = self._started
         self._file: Any = None
         self._board: Any = None
         if enabled and folder is not None:
@@ -66,12 +70,17 @@ class Recorder:
         self._display.step(step, facts[0])
         if step % self._steps_per_print == 0 or step == self._total_steps:
             self._display.say("  ".join((f"step {step}/{self._total_steps}", *facts)))
+        if step == self._first_step + ESTIMATE_STEPS - 1 and step < self._total_steps:
+            left = clock(self._left(step, record["seconds"]))
+            self._display.say(
+                f"about {left} to go for the other {self._total_steps - step:,} steps, at the pace so far"
+            )
+        if self._board is not None and not all(map(_is_finite, record.values())):
+            self._board.flush()  # the run may end here, by an error
 
     def _facts(self, record: dict[str, Any]) -> list[str]:
         """What the console says of a step, the loss first."""
-        step = record["step"]
         elapsed = time.monotonic() - self._started
-        left = elapsed / (step - self._first_step + 1) * (self._total_steps - step)
         skipped = record["loss"] is None
         parts = [
             "skipped" if skipped else f"loss {record['loss']:.4f}",
@@ -83,9 +92,20 @@ class Recorder:
             f"data wait {100 * record['data_wait']:.1f}%",
             f"memory {max(record['memory_mib']) / 1024:.1f} GiB",
             f"elapsed {clock(elapsed)}",
-            f"left {clock(left)}",
+            f"left {clock(self._left(record['step'], record['seconds']))}",
         ]
         return [part for part in parts if part]
+
+    def _left(self, step: int, seconds: float) -> float:
+        """The seconds from `step`, which took `seconds`, to the last one, at the pace since the end of the first step.
+
+        Evaluations and checkpoints between steps count, what came before the first step and that step do not.
+        """
+        now = time.monotonic()
+        if step == self._first_step:
+            self._timed_from = now
+            return seconds * (self._total_steps - step)
+        return (now - self._timed_from) / (step - self._first_step) * (self._total_steps - step)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation."""
@@ -127,9 +147,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN: such a value is written as text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return value if _is_finite(value) else str(value)
 
 
 def _drop_from_step(path: Path, first_step: int) -> None:

@@ -2,7 +2,8 @@
 
 The `deepspeed` launcher ends every rank of a node as soon as one rank ends with a non-zero code, so a rank that fails
 must end at once, whatever its peers are waiting in: `run_rank` reports the failure and leaves without tearing down the
-process groups. It also ends the rank when the launcher is gone, so that nothing outlives a launcher that was killed.
+process groups. It also ends the rank when the launcher is gone, so that nothing outlives a launcher that was killed,
+unless the rank was sent SIGTERM too: then every process of the job was asked to end, and the ranks save before.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ from jllm.errors import EXIT_CODE, UserError, report
 
 LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 1.0
+SIGTERM_SECONDS = 5.0
+"""How long a process that was asked to end waits for all others to be asked too."""
 LOST_RANK_SECONDS = 8.0
 SIGNS_OF_A_LOST_RANK = (
     "Connection reset by peer",
@@ -219,8 +222,8 @@ def out_of_memory_advice(error: BaseException) -> str:
     shape = "; ".join(getattr(error, "__notes__", []))
     return (
         f"{shape + ': ' if shape else ''}{reason[0][:160] if reason else 'no reason given'}; give"
-        " --checkpoint_grad_interval 1, a smaller --per_device_train_batch_size or --seq_len, more"
-        " --pipe_parallel_size, or --partition_method mem"
+        " --checkpoint_grad_interval 1, a smaller --per_device_train_batch_size (or --batch_size_tokens) or --seq_len,"
+        " more --pipe_parallel_size, or --partition_method mem"
     )
 
 
@@ -232,8 +235,15 @@ def _parent_of(process: int) -> int | None:
     return int(fields[1])
 
 
+asked_to_end = threading.Event()
+"""Set by whoever takes SIGTERM to save: the rank then ends by itself, launcher or not."""
+
+
 def _watch_launcher() -> None:
-    """End this rank when the launcher that started it, or the command that started the launcher, is gone."""
+    """End this rank when the launcher that started it, or the command that started the launcher, is gone.
+
+    Both die at once of the SIGTERM that every process of a job gets, maybe before this rank has seen its own.
+    """
     launcher = os.getppid()
     try:
         command = Path(f"/proc/{launcher}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -246,6 +256,7 @@ def _watch_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher and _parent_of(launcher) == starter:
             time.sleep(LAUNCHER_POLL_SECONDS)
-        os._exit(130)
+        if not asked_to_end.wait(SIGTERM_SECONDS):
+            os._exit(130)
 
     threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

@@ -5,8 +5,9 @@ child then sees them as they were, writes them and ends, while the parent goes o
 processes' parts, writes the index, and removes what is no longer kept. `thread` does the same in a thread, on a
 copy; `none` writes before training goes on. One checkpoint is written at a time: a second one waits for the first.
 
-A child dies with its parent, so a killed run leaves nothing behind that still writes. A failed child ends the run
-at the next checkpoint or at the end, whichever comes first.
+A child dies with its parent, and of nothing else that a run is asked to end by: SIGTERM to every process (SLURM's
+notice) lets it finish, while its parent saves and ends. So a killed run leaves nothing behind that still writes. A
+failed child ends the run at the next checkpoint or at the end, whichever comes first.
 
 Cost of the pause: the copy from the device to host memory; on CPU, a fork (about 10 ms for each GiB).
 """
@@ -185,15 +186,19 @@ class CheckpointSaver:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        # A signal between the fork and the child's own settings would run the parent's handler in the child.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         child = os.fork()
         if child:
             self._child = child
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             return
         # From here on: no tensor operations (their threads do not exist here), no imports, and no return.
         code = 1
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             if self._prctl is not None:
                 self._prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
             if os.getppid() == parent:
@@ -215,19 +220,22 @@ def _mark(folder: Path, rank: int) -> Path:
 def retain(root: Path, *, max_num: int, best_of: int, model_only: bool = False) -> None:
     """Remove checkpoints that are neither among the newest `max_num` nor among the best `best_of` by evaluation loss.
 
-    With both 0 all stay. A checkpoint without an evaluation counts as the worst. `model_only`: the checkpoints are
-    those of `--only_ckpt_model`.
+    The newest one always stays: it may be what somebody has just asked for. With both 0 all stay. A checkpoint between
+    two evaluations carries the loss of the one before; of those that carry the same loss the first is the one that was
+    evaluated, or the nearest to it, and the others count only where too few remain. A checkpoint without an evaluation
+    counts as the worst. `model_only`: the checkpoints are those of `--only_ckpt_model`.
     """
     found = checkpoint.list_checkpoints(root, marker=checkpoint.MODEL_MARKER if model_only else checkpoint.INDEX_NAME)
     if not max_num and not best_of:
         return
-    kept = set(found[-max_num:]) if max_num else set()
+    kept = set(found[-max(max_num, 1) :])
     if best_of:
         evaluated = checkpoint.EVALUATION_NAME if model_only else checkpoint.INDEX_NAME
-        losses = {path: json.loads((path / evaluated).read_text(encoding="utf-8"))["eval_loss"] for path in found}
+        losses = [_or_worst(json.loads((path / evaluated).read_text(encoding="utf-8"))["eval_loss"]) for path in found]
+        carried = [loss in losses[:place] for place, loss in enumerate(losses)]
         # Among equals the newer one.
-        ranked = sorted(found, key=lambda path: (_or_worst(losses[path]), -checkpoint.step_of_folder(path)))
-        kept |= set(ranked[:best_of])
+        ranked = sorted(range(len(found)), key=lambda place: (carried[place], losses[place], -place))
+        kept |= {found[place] for place in ranked[:best_of]}
     for path in found:
         if path not in kept:
             checkpoint.remove_checkpoint(path)

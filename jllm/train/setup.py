@@ -207,7 +207,7 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
         )
     routers = None
     if config.router_aux_loss_coef is not None:
-        routers = attach_router_balance(model, span, config.router_aux_loss_coef, scale=1 / layout.accumulation)
+        routers = attach_router_balance(model, span, config.router_aux_loss_coef)
     stage = PipelineStage(model, span, loss)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, dtype, device)

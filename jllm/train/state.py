@@ -20,12 +20,16 @@ from jllm.train.engine import Engine
 WEIGHT = "weight"
 MASTER = "master"
 STEP = "step"
+ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 ReadPiece = Callable[[str, str, int, int], Tensor | None]
 """(kind, parameter name, start, stop) → flat elements, or None where there are none of that kind."""
 
 
 class PieceReader(Protocol):
     """What a checkpoint offers."""
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        """The whole parameter's shape, or None where there is no such tensor."""
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
         """Elements [start, stop) of a parameter's flattened tensor, or None where there are none of that kind."""
@@ -99,14 +103,31 @@ class TrainingState:
         counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
         return max(counts, default=0)
 
-    def load(self, reader: "PieceReader", optimizer_steps: int) -> None:
-        """Take everything from a checkpoint: weights, masters, optimizer state."""
+    def missing_state(self, reader: "PieceReader") -> str | None:
+        """The first state that this process's optimizer goes on from and the checkpoint does not have, or None."""
+        kinds = ADAMW_STATES if isinstance(self._inner, torch.optim.AdamW) else ()
+        for name, parameter in self._parameters.items():
+            # ZeRO gives a parameter no mapping where this rank owns none of it.
+            if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
+                for kind in kinds:
+                    if reader.shape(kind, name) is None:
+                        return f"{kind} of {name}"
+        return None
+
+    def load(self, reader: "PieceReader", optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
+        """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
+
+        A checkpoint of the same model, and without `fresh_optimizer` one that has no `missing_state` on any process.
+        """
         self._load_weights(reader.read)
         # ZeRO gathers the weights anew from every rank's masters.
         refresh = getattr(self._engine.optimizer, "update_lp_params", None)
         if refresh is not None:
             refresh()
-        self._load_optimizer(reader.read, optimizer_steps)
+        if fresh_optimizer:
+            self._make_optimizer_state(0)
+        else:
+            self._load_optimizer(reader.read, optimizer_steps)
 
     def _load_weights(self, read: ReadPiece) -> None:
         """Take the weights, and the master weights where there are any (else they start from the weights)."""
@@ -149,8 +170,7 @@ class TrainingState:
                 place = parameter.device if group["fused"] else "cpu"  # as torch itself makes it
                 self._inner.state[parameter] = {
                     STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32, device=place),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    **{kind: torch.zeros_like(parameter) for kind in ADAMW_STATES},
                 }
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:

@@ -96,19 +96,27 @@ def test_mistake_is_one_line_and_exit_code_2(folder: Path) -> None:
     assert rank_processes(str(run.pid)) == []
 
 
-@pytest.mark.parametrize("whom", ["everyone", "the launcher alone"])
-def test_interrupt_ends_every_rank(folder: Path, whom: str) -> None:
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [
+        ("everyone", signal.SIGINT),
+        ("the launcher alone", signal.SIGINT),
+        ("the launcher alone", signal.SIGTERM),
+        ("the launcher alone", signal.SIGKILL),
+    ],
+)
+def test_interrupt_ends_every_rank(folder: Path, whom: str, number: signal.Signals) -> None:
     """Ctrl-C reaches every process of a terminal; a signal to the first process must end the others too."""
-    log = folder / f"log-{whom.replace(' ', '-')}"
+    log = folder / f"log-{whom.replace(' ', '-')}-{number.name}"
     run = launch(folder, "--model", "model", "--train_data", "data", "--max_steps", "1000000", "--log_dir", str(log))
     try:
         metrics = log / "metrics.jsonl"
         assert wait_until(lambda: metrics.exists() and len(records(log)) > 2, 120)
         assert len(rank_processes(str(log))) >= 2
         if whom == "everyone":
-            os.killpg(run.pid, signal.SIGINT)
+            os.killpg(run.pid, number)
         else:
-            run.send_signal(signal.SIGINT)
+            run.send_signal(number)
         assert wait_until(lambda: not rank_processes(str(log)), GONE_SECONDS)
         assert run.wait(timeout=GONE_SECONDS) != 0
     finally:
@@ -153,18 +161,38 @@ def test_damage_in_the_middle_is_named_and_checkpoints_stay(folder: Path, tmp_pa
     assert len(list(checkpoints.glob("step-*/index.json"))) > 1
 
 
-def test_sigterm_to_all_saves_and_ends(folder: Path) -> None:
-    """SLURM's notice: every process gets it, the run writes a checkpoint and ends in order."""
-    log, checkpoints = folder / "log-sigterm", folder / "ckpt-sigterm"
-    arguments = ["--max_steps", "1000000", "--steps_per_checkpoint", "1000000", "--checkpoint", str(checkpoints)]
+@pytest.mark.parametrize(
+    ("whom", "every"),
+    [("the ranks", 1000000), ("every process", 1000000), ("every process", 1), ("the launchers first", 1000000)],
+)
+def test_sigterm_to_all_saves_and_ends(folder: Path, whom: str, every: int) -> None:
+    """SLURM's notice: every process gets it, the run writes a checkpoint and ends in order.
+
+    The launcher's own processes may get it too, and before the ranks; with a checkpoint after every step, those that
+    write one get it as well.
+    """
+    name = f"sigterm-{whom.replace(' ', '-')}-{every}"
+    log, checkpoints = folder / f"log-{name}", folder / f"ckpt-{name}"
+    arguments = ["--max_steps", "1000000", "--steps_per_checkpoint", str(every), "--checkpoint", str(checkpoints)]
+    arguments += ["--max_num_checkpoints", "2"]
     run = launch(folder, "--model", "model", "--train_data", "data", "--log_dir", str(log), *arguments)
     try:
         assert wait_until(lambda: (log / "metrics.jsonl").exists() and len(records(log)) > 2, 120)
-        for process in rank_processes(str(log)):
-            if not is_launcher(process) and process != run.pid:
+        if whom == "every process":
+            os.killpg(run.pid, signal.SIGTERM)
+        else:
+            ranks = [process for process in rank_processes(str(log)) if not is_launcher(process) and process != run.pid]
+            if whom == "the launchers first":
+                run.send_signal(signal.SIGTERM)
+                time.sleep(2)  # longer than a rank takes to see that they are gone
+            for process in ranks:
                 os.kill(process, signal.SIGTERM)
-        assert run.wait(timeout=30) == 0
-        assert len(list(checkpoints.glob("step-*/index.json"))) == 1
+        code = run.wait(timeout=30)
+        assert code == (0 if whom == "the ranks" else -signal.SIGTERM)
+        assert wait_until(lambda: not rank_processes(str(log)), 30)
+        saved = sorted(checkpoints.glob("step-*/index.json"))
+        assert len(saved) == (1 if every > 1 else 2)
+        assert saved[-1].parent.name == f"step-{records(log)[-1]['step']:08d}"
     finally:
         end_group(run)
 

@@ -88,6 +88,47 @@ def test_balance_loss_of_a_mixture_of_experts(ranks: Callable[[int], Ranks], tmp
     assert not torch.allclose(trained[0.0][gate], trained[0.5][gate])
 
 
+def train_in_fp16(options: dict[str, Any]) -> tuple[str | None, list[float]]:
+    """A rank's answer, and what its part of the balance loss was multiplied with in each step, on any CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    from jllm.train.engine import Engine
+
+    get_accelerator().is_fp16_supported = lambda: True  # to be slow is not to be unable
+    scales = []
+    real = Engine.gradient_scale
+    Engine.gradient_scale = property(lambda engine: scales.append(real.fget(engine)) or scales[-1])
+    return train_rank(options), scales
+
+
+def test_balance_loss_in_fp16(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """It is scaled as the training loss is, also after the loss scale has changed."""
+    from tests.models.family_check import make_folder
+    from tests.models.tiny import tiny_config
+
+    make_folder(tiny_config("mixtral"), tmp_path / "model")
+    data = write_rows(tmp_path / "data", full_rows(12))
+    settings = tmp_path / "ds.json"
+    settings.write_text('{"fp16": {"initial_scale_power": 6, "loss_scale_window": 1}}')
+    trained = {}
+    for precision, coefficient in (("fp32", 0.0), ("fp32", 5.0), ("fp16", 5.0)):
+        out = tmp_path / f"{precision}-{coefficient}"
+        more = {"optimizer": "sgd", "learning_rate": 0.1, "gradient_clipping": 0.0, "output_dir": out}
+        more |= {"precision": precision, "router_aux_loss_coef": coefficient}
+        more |= {"ds_config": settings} if precision == "fp16" else {}
+        answers = ranks(2).run(train_in_fp16, options_of(tmp_path / "model", data, out / "log", **more))
+        assert answers == [(None, [32.0, 32.0, 64.0] if precision == "fp16" else [0.5] * 3)] * 2
+        trained[precision, coefficient] = weights_of(out)
+    without, with_loss, found = (trained[key] for key in (("fp32", 0.0), ("fp32", 5.0), ("fp16", 5.0)))
+    for name in (name for name in found if name.endswith("mlp.gate.weight")):
+        effect = with_loss[name] - without[name]
+        assert effect.norm() > 1e-2, name
+        # Not 1: rounding sends some tokens elsewhere, and DeepSpeed divides a step that doubles its scale by the
+        # new scale. Without the loss scale it is below 0.1.
+        share = ((found[name] - without[name]) * effect).sum() / effect.square().sum()
+        assert 0.5 < share < 1.5, (name, share)
+
+
 def train_and_count(options: dict[str, Any]) -> tuple[str | None, list[tuple[int, int, int]]]:
     """A rank's answer, and (units, recomputed, offloaded bytes) of its activation checkpointing."""
     from jllm.train import setup

@@ -80,6 +80,47 @@ def test_an_evaluation_is_not_reported(tmp_path: Path) -> None:
     assert len(watcher.take().load) == 4
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2", "ernie4_5_moe", "lfm2_moe", "nemotron_h"])
+def test_load_is_of_the_experts_that_a_bias_chose(family: str, tmp_path: Path) -> None:
+    """The bias sends every token to the last two experts, whatever its logits are."""
+    config = tiny_config(family)
+    make_folder(config, tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    for name, tensor in stage.model.named_buffers():
+        if "bias" in name and tensor.shape[-1] == 4:
+            tensor.copy_(torch.linspace(-5, 5, 4).expand_as(tensor))
+    for name, tensor in stage.model.named_parameters():
+        if "correction_bias" in name:
+            tensor.data.copy_(torch.linspace(-5, 5, 4).expand_as(tensor))
+    watcher = attach_router_balance(stage.model, stage.span, COEFFICIENT)
+    stage(packed_batch(config.vocab_size, packed=False))
+    load = watcher.take().load
+    assert load
+    assert all(shares == [0.0, 0.0, 0.5, 0.5] for shares in load.values()), load
+
+
+def test_each_router_is_watched_once(tmp_path: Path) -> None:
+    """JetMoe has two of them a layer, one in its attention, whose logits two modules hand on."""
+    make_folder(tiny_config("jetmoe"), tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    watcher = attach_router_balance(stage.model, stage.span, COEFFICIENT)
+    stage(packed_batch(96, packed=False))
+    kinds = ("mlp.router", "self_attention.experts.router")
+    assert sorted(watcher.take().load) == sorted(f"model.layers.{index}.{kind}" for index in range(4) for kind in kinds)
+
+
+def test_a_configuration_that_asks_for_transformers_balance_loss(tmp_path: Path) -> None:
+    """The last stage has no routed layer, of which transformers' own function would make an IndexError."""
+    config = tiny_config("qwen2_moe", mlp_only_layers=[3], output_router_logits=True)
+    make_folder(config, tmp_path)
+    batch = packed_batch(config.vocab_size, packed=False)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    expected = token_loss(whole(input_ids=batch[0]).logits, batch[1][0])
+    stages = load_chain(tmp_path, [0, 3, 4])
+    torch.testing.assert_close(chained_loss_and_gradients(stages, *batch)[0], expected.detach(), atol=1e-5, rtol=0)
+    assert stages[-1].model.config.output_router_logits  # what is exported says what was given
+
+
 def test_dense_models_are_refused(tmp_path: Path) -> None:
     make_folder(tiny_config("llama"), tmp_path)
     stage = load_chain(tmp_path, [0, 4])[0]

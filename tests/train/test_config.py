@@ -15,7 +15,6 @@ from jllm.train.config import TrainConfig
         ({"log_dir": Path("x/../model")}, "--log_dir x/../model is the folder of --model"),
         ({"output_dir": Path("model")}, "--output_dir model is the folder of --model"),
         ({"checkpoint": Path("model")}, "--checkpoint model is the folder of --model"),
-        ({"log_dir": Path("out"), "output_dir": Path("out")}, "--log_dir and --output_dir are both out"),
     ],
 )
 def test_a_run_does_not_write_over_its_model(more: dict[str, Any], message: str) -> None:

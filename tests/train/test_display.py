@@ -13,7 +13,7 @@ recorder = Recorder(None, enabled=True, total_steps=4, first_step=2, steps_per_p
 recorder.say("going on")
 for step in (2, 3, 4):
     recorder.train(dict(step=step, epoch=step / 4, loss=1 / step, lr=1e-3, grad_norm=0.5, tokens_per_second=100.0,
-                        mfu=None, data_wait=0.0, memory_mib=[100]))
+                        mfu=None, data_wait=0.0, memory_mib=[100], seconds=1.0))
 recorder.evaluation(dict(step=4, name="held-out", eval_loss=2.0, perplexity=7.4, accuracy=0.5, eval_tokens=10,
                          seconds=1))
 recorder.close()

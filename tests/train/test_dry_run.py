@@ -1,0 +1,126 @@
+"""`--dry_run` says no to what a run refuses, with the run's own line, and yes to what works, without doing it."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.runs import train_rank
+from tests.fixtures import random_rows, tiny_llama, write_rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, models, and a run that has ended after step 2 of 2."""
+    folder = tmp_path_factory.mktemp("dry")
+    tiny_llama(folder / "model", tied=True)
+    tiny_llama(folder / "deep", tied=True, layers=5)
+    write_rows(folder / "data", random_rows(24), files=2)
+    write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
+    (folder / "text.jsonl").write_text('{"text": "one"}\n')
+    (folder / "picture.png").touch()
+    (folder / "other.json").write_text('{"gradient_clipping": 3}')
+    assert Ranks(1).run(train_rank, options_of(folder, checkpoint=folder / "run", max_steps=2)) == [None]
+    return folder
+
+
+def options_of(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"model": folder / "model", "train_data": (str(folder / "data"),), "precision": "fp32", **more}
+
+
+MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "no such folder": lambda folder: {"eval_data": (str(folder / "nothere"),)},
+    "no token of": lambda folder: {"eval_data": (f"m={folder / 'masked'}",)},
+    "no complete checkpoint": lambda folder: {"resume_ckpt": str(folder / "nope")},
+    "--train_data has changed": lambda folder: {
+        "resume_ckpt": str(folder / "run"),
+        "max_steps": 2,
+        "train_data": (str(folder / "masked"),),
+    },
+    "nothing is left to train": lambda folder: {"resume_ckpt": str(folder / "run"), "max_steps": 2},
+    "give the same model": lambda folder: {
+        "from_ckpt": folder / "run",
+        "model": folder / "deep",
+        "num_train_epochs": 0,
+        "output_dir": folder / "out",
+    },
+    "does not divide the 1 processes": lambda folder: {"pipe_parallel_size": 2},
+    "give a folder of shards, or a file that ends in": lambda folder: {"train_data": (str(folder / "picture.png"),)},
+    "--precision fp16": lambda folder: {"precision": "fp16"},
+    "--num_warmup_steps 99": lambda folder: {"num_warmup_steps": 99.0},
+    "--seq_len 8": lambda folder: {"seq_len": 8},
+    "matches no module": lambda folder: {"target_modules": "no_such_module"},
+    "has no routers": lambda folder: {"router_aux_loss_coef": 0.1},
+    "contradicts the options": lambda folder: {"ds_config": folder / "other.json"},
+}
+
+
+def answers(runs: list[dict[str, Any]]) -> list[str | None]:
+    with contextlib.redirect_stdout(None):
+        return [train_rank({**options, "dry_run": True}) for options in runs]
+
+
+def test_it_refuses_what_a_run_refuses(folder: Path) -> None:
+    runs = [options_of(folder, **make(folder)) for make in MISTAKES.values()]
+    [said] = Ranks(1).run(answers, runs)
+    for (words, _), options, answer in zip(MISTAKES.items(), runs, said, strict=True):
+        assert answer is not None, words
+        assert words in answer
+        assert Ranks(1).run(train_rank, options) == [answer]
+
+
+def shown(options: dict[str, Any], console: Path) -> tuple[str | None, dict[str, Any], list[str]]:
+    """The answer of a dry run, the options that it prints, and its other lines."""
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        answer = train_rank({**options, "dry_run": True})
+    text = console.read_text()
+    end = text.index("\n}\n") + 3
+    return answer, json.loads(text[text.index("{\n") : end]), text[end:].splitlines()
+
+
+def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None:
+    more = {"global_batch_size": 8, "output_dir": tmp_path / "out", "num_warmup_steps": 0.5, "num_train_epochs": 2}
+    [(answer, options, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+    assert answer is None
+    expected = {
+        "zero_stage": 0,
+        "gradient_accumulation_steps": 8,
+        "log_dir": str(tmp_path / "out/log"),
+        "attn_implementation": "sdpa",
+        "seq_len": max(len(row["input_ids"]) for row in random_rows(24)) - 1,
+        "max_steps": 6,
+        "num_warmup_steps": 3,
+    }
+    assert {name: options[name] for name in expected} == expected
+    assert lines[0] == f"set automatically: {', '.join(expected)}"
+    assert (options["global_batch_size"], options["optimizer"], options["tag"]) == (8, "adamw", None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:
+    """Text is not converted, and a checkpoint neither resumed nor converted; all of which a run would do."""
+    text = tmp_path / "text.jsonl"
+    shutil.copyfile(folder / "text.jsonl", text)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"train_data": (str(text),), "eval_data": (str(text),)}, f"{text} would be converted to shards first"),
+        (
+            {"train_data": (), "num_train_epochs": 0, "from_ckpt": folder / "run", "output_dir": tmp_path / "out"},
+            f"no training: {tmp_path / 'out'} gets the weights of {folder / 'run'}",
+        ),
+        (
+            {"resume_ckpt": str(folder / "run"), "tag": "step-00000002", "max_steps": 4, "force_resume": True},
+            f"goes on from {folder / 'run/step-00000002'}",
+        ),
+        ({"resume_ckpt": "auto", "checkpoint": tmp_path / "none"}, "no checkpoint: starts afresh"),
+    ]
+    for more, line in cases:
+        [(answer, _, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+        assert answer is None
+        assert line in lines
+        assert any(each.startswith("time: ") for each in lines) or "num_train_epochs" in more
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["console", "text.jsonl"]
