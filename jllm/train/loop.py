@@ -32,6 +32,7 @@ from jllm.train.resume import (
     is_exported,
     load_weights_only,
     optimizer_starts_afresh,
+    other_length,
     record_of_run,
 )
 from jllm.train.saving import CheckpointSaver
@@ -104,6 +105,7 @@ class Run:
         self.early_stop = EarlyStop(config.early_stop)
         self.record = record_of_run(config, layout, self.total_steps)
         self.fresh_optimizer = False
+        self.other_length: str | None = None
         if self.resumed is not None:
             self._resume(self.resumed)
         self.had_ended = self.step == self.total_steps
@@ -195,6 +197,8 @@ class Run:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
             self.recorder.say(f"going on from {self.resumed.folder} after step {self.step}")
+            if self.other_length is not None:
+                self.recorder.say(self.other_length)
             if self.fresh_optimizer:
                 self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
         log_dir = self.config.resolved_log_dir
@@ -357,6 +361,7 @@ class Run:
         reader = checkpoint.CheckpointReader(Path(resumed.folder))
         saved = reader.state
         check_same_run(saved, self._run_state(), forced=self.config.force_resume)
+        self.other_length = other_length(saved, self._run_state())
         check_steps_left(self.config, resumed.folder, step=saved.step, total_steps=self.total_steps)
         check_weights(reader, self.stage, self.agreement)
         forced = self.config.force_resume

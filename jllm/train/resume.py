@@ -119,7 +119,7 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
     """Refuse, by name, what differs between the checkpoint's run and this one, unless `--force_resume` is given.
 
     Raises:
-        UserError: the model, the data set, a binding option, or a length that the learning rates depend on is another.
+        UserError: the model, the data set or a binding option is another.
     """
     if forced:
         return
@@ -136,14 +136,17 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
             raise UserError(
                 f"{shown} was {then} in the checkpoint's run and is {given} now; give {then}, or --force_resume"
             )
+
+
+def other_length(saved: RunState, now: RunState) -> str | None:
+    """A warning where the run has another number of steps than the checkpoint's, and its rates depend on that."""
     then, given = saved.config.get(TOTAL_STEPS), now.config[TOTAL_STEPS]
-    if then is not None and then != given and _rates_depend_on_length(now.config):
-        shown = "--num_train_epochs" if now.config["max_steps"] is None else "--max_steps"
-        raise UserError(
-            f"{shown}: the checkpoint's run had {then} steps, this one has {given}, and the learning rates of"
-            f" --lr_scheduler_type {now.config['lr_scheduler_type']} depend on it; give --max_steps {then},"
-            " --force_constant_lr, or --force_resume"
-        )
+    if then is None or then == given or not _rates_depend_on_length(now.config):
+        return None
+    return (
+        f"warning: the checkpoint's run had {then} steps and this one has {given}, on which the learning rates of"
+        f" --lr_scheduler_type {now.config['lr_scheduler_type']} depend: from here on they are not those of either"
+    )
 
 
 def record_of_run(config: TrainConfig, layout: Layout, total_steps: int) -> dict[str, Any]:
