@@ -24,7 +24,7 @@ def record_run(folder: Path, steps: int = 40, *, slope: float = 0.05) -> Path:
             loss: Any = None if step == 7 else float("nan") if step == 8 else 5 - slope * step
             recorder.train(
                 {"step": step, "epoch": step / steps, "loss": loss, "lr": 1e-4 / step, "grad_norm": 1.0 + step % 3}
-                | {"tokens_per_second": 1e6, "mfu": None, "data_wait": 0.0, "memory_mib": [1]}
+                | {"tokens_per_second": 1e6, "seconds": 0.1, "mfu": None, "data_wait": 0.0, "memory_mib": [1]}
             )
         if step % 20 == 0:
             for name in ("web", "code"):

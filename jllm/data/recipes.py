@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from jllm.data.best_fit import BestFitPacker
 from jllm.data.blocks import read_blocks
-from jllm.data.chat import ChatEncoder
+from jllm.data.chat import ChatEncoder, TokenLengths
 from jllm.data.chat_packing import ConversationPacker, split_long
 from jllm.data.conversations import QUESTION_ANSWER, READERS, format_of
 from jllm.data.convert import Encoder
@@ -52,7 +52,8 @@ def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEn
 
     Args:
         engine: opened with `inert=True` for chat.
-        chat: `forms` of the sources, `plan`, token `lengths` and a `pool` of workers; only for chat.
+        chat: `forms` of the sources, `plan`, a `pool` of workers, and the token `lengths` where they are known already;
+            only for chat.
     """
     if config.type == "pretrain":
         prefix, suffix = affixes_of(config, facts, engine)
@@ -66,7 +67,7 @@ def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEn
         )
     return ChatEncoder(
         engine=engine,
-        lengths=chat["lengths"],
+        lengths=chat.get("lengths") or TokenLengths(facts),
         plan=chat["plan"],
         forms=chat["forms"],
         fields=field_map(config),
