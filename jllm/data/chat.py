@@ -31,6 +31,13 @@ from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 
 
+def _bytes_of(token: str) -> int:
+    """The bytes of text that a token of a tokenizer without byte-level letters stands for."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.replace("▁", " ").encode())
+
+
 class TokenLengths:
     """How many bytes of text each token stands for, from the vocabulary of the serialised backend."""
 
@@ -42,14 +49,8 @@ class TokenLengths:
         outside = {key: part for key, part in value.items() if key not in ("model", "added_tokens")}
         byte_level = "ByteLevel" in json.dumps(outside)
         self.lengths = np.zeros(max([facts.vocab_size, *(index + 1 for index in vocabulary.values())]), dtype=np.int64)
-        for token, index in vocabulary.items():
-            if byte_level:
-                size = len(token)
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                size = 1
-            else:
-                size = len(token.replace("▁", " ").encode())
-            self.lengths[index] = size
+        sizes = map(len if byte_level else _bytes_of, vocabulary)
+        self.lengths[list(vocabulary.values())] = list(sizes)
         self._unchanged = unchanged(value)
         self.marks_words = not byte_level
         """Whether the tokenizer puts a "▁" before a text that does not start with one."""

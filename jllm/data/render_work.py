@@ -6,10 +6,12 @@ A worker imports neither Arrow nor an engine, so that it starts fast and stays s
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import multiprocessing
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,20 @@ class Rendered:
     bad: list[BadRecord]
     records: int
     sample: tuple[int, str] | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On the way to another process the texts are one: pickling many small ones takes longer than all else here."""
+        joined = "".join(self.texts)
+        if not joined.isascii():  # slices of other texts are looked through for their widest letter
+            return self.__dict__
+        return {**self.__dict__, "texts": (joined, np.array([0, *itertools.accumulate(map(len, self.texts))]))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["texts"], tuple):
+            joined, ends = state["texts"]
+            cuts = ends.tolist()
+            state = {**state, "texts": [joined[begin:end] for begin, end in itertools.pairwise(cuts)]}
+        self.__dict__.update(state)
 
 
 @contextlib.contextmanager
