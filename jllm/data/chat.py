@@ -68,13 +68,19 @@ class TokenLengths:
         np.cumsum(self.lengths[ids], out=ends[1:])
         number, start, end = spans.T
         base, limit = ends[offsets[number]], ends[offsets[number + 1]]
-        unique = np.unique(number)
-        size = np.array([len(texts[i]) if texts[i].isascii() else len(texts[i].encode()) for i in unique.tolist()])
+        unique = number[np.flatnonzero(np.diff(number, prepend=-1))]  # spans are in the order of their texts
+        found = [texts[i] for i in unique.tolist()]
+        is_ascii = [text.isascii() for text in found]
+        size = np.array(
+            [len(text) if alone else len(text.encode()) for text, alone in zip(found, is_ascii, strict=True)]
+        )
         extra = (ends[offsets[unique + 1]] - ends[offsets[unique]]) - size
         allowed = np.zeros(len(unique), dtype=np.int64)
         if self.marks_words:
-            allowed = np.array([not texts[i].startswith((" ", "▁")) for i in unique.tolist()], dtype=np.int64)
-        plain = np.array([self._unchanged(texts[i]) for i in unique.tolist()], dtype=bool)
+            allowed = np.array([not text.startswith((" ", "▁")) for text in found], dtype=np.int64)
+        plain = np.zeros(len(found), dtype=bool)
+        if self._unchanged is not None:
+            plain[:] = [alone or self._unchanged(text) for text, alone in zip(found, is_ascii, strict=True)]
         fits = plain & ((extra == 0) | (extra == allowed))
         where = np.searchsorted(unique, number)
         shift = extra[where]

@@ -8,24 +8,24 @@ _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _SPLITTERS = ("ByteLevel", "Digits", "Punctuation", "Metaspace", "UnicodeScripts", "Split", "Sequence")
 
 
-def unchanged(backend: dict[str, Any]) -> Callable[[str], bool]:
+def unchanged(backend: dict[str, Any]) -> Callable[[str], bool] | None:
     """A test of texts: whether the tokens of a text, end to end, are its bytes, but for a "▁" in place of a space and
-    one more of them in front.
+    one more of them in front. Those of ASCII texts are; None where those of no text can be relied on.
 
     Args:
-        backend: the parsed backend of a tokenizer. Of what it does not know the answer is always no.
+        backend: the parsed backend of a tokenizer; None is the answer to what is not known.
     """
     model = backend["model"]
     pieces = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("type") not in ("BPE", "Unigram", None) or pieces or not _keeps_text(backend.get("pre_tokenizer")):
-        return lambda text: False
+        return None
     forms: set[str] = set()
     for step in _steps(backend.get("normalizer"), "normalizers"):
         if step["type"] in _FORMS:
             forms.add(step["type"])
         elif not _marks_words(step):
-            return lambda text: False
-    return lambda text: text.isascii() or all(unicodedata.is_normalized(form, text) for form in forms)  # type: ignore[arg-type]
+            return None
+    return lambda text: all(unicodedata.is_normalized(form, text) for form in forms)  # type: ignore[arg-type]
 
 
 def _steps(value: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
