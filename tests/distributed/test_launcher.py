@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +23,39 @@ GONE_SECONDS = 30
 """A third of it on an idle machine; what is shown is that they end, not how busy the machine is."""
 
 
-def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+class Run(subprocess.Popen[bytes]):
+    """A command in a session of its own, its output in a file: a pipe that nobody reads would stop it when full."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+        super().__init__(
+            command,
+            cwd=folder,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell starts background jobs with SIGINT ignored, and what is ignored stays so in all their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def output(self, timeout: float) -> str:
+        """All it wrote, once it has ended."""
+        self.wait(timeout)
+        self._output.seek(0)
+        return self._output.read().decode()
+
+
+def launch(folder: Path, *arguments: str) -> Run:
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "jllm.train_pipe"]
-    return subprocess.Popen(
-        [*command, "--pipe_parallel_size", "2", "--precision", "fp32", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell starts background jobs with SIGINT ignored, and what is ignored stays so in all their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    return Run([*command, "--pipe_parallel_size", "2", "--precision", "fp32", *arguments], folder)
 
 
-def end_group(run: "subprocess.Popen[str]") -> None:
+def end_group(run: Run) -> None:
     """Whatever a run that did not end in time has started, compilers included."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
@@ -88,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mistake_is_one_line_and_exit_code_2(folder: Path) -> None:
     run = launch(folder, "--model", "model", "--train_data", "nowhere")
     try:
-        output, _ = run.communicate(timeout=240)
+        output = run.output(timeout=240)
     finally:
         end_group(run)
     assert run.returncode == 2, output
@@ -149,7 +166,7 @@ def test_damage_in_the_middle_is_named_and_checkpoints_stay(folder: Path, tmp_pa
         with shard.open("r+b") as file:
             file.seek(40)
             file.write(bytes(10))
-        output, _ = run.communicate(timeout=60)
+        output = run.output(timeout=60)
     finally:
         end_group(run)
     assert run.returncode == 2, output
@@ -211,21 +228,10 @@ def test_two_nodes_with_disks_of_their_own(folder: Path) -> None:
             command += [f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}", "--module"]
             command += ["jllm.train_pipe", "--pipe_parallel_size", "2", "--precision", "bf16", "--model", "../model"]
             command += ["--train_data", "../data", "--checkpoint", "ckpt", "--steps_per_checkpoint", "2", *arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            runs.append(
-                subprocess.Popen(
-                    command,
-                    cwd=place,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    start_new_session=True,
-                )
-            )
+            runs.append(Run(command, place))
         try:
             for run in runs:
-                output, _ = run.communicate(timeout=200)
+                output = run.output(timeout=200)
                 assert run.returncode == 0, output
         finally:
             for run in runs:
