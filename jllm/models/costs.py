@@ -18,12 +18,58 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
+from jllm.models.selection import Selection, choose
 from jllm.models.source import causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
 _TRAINING, _RECOMPUTED = 3.0, 4.0
-# Bytes per parameter: bf16 weight and gradient, fp32 gradient, fp32 master and two moments; or all of it in fp32.
-MIXED_BYTES, FP32_BYTES = 20.0, 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes of one parameter on its device, with all that training keeps for it."""
+
+    trained: float
+    frozen: float
+
+
+def state_bytes(dtype: torch.dtype, *, moments: int = 2, sharded_over: int | None = None) -> StateBytes:
+    """Weight, gradient and optimizer state of a parameter, as DeepSpeed's optimizers keep them.
+
+    bf16: weight 2, gradient 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
+    fp16: no sum of gradients, but an fp32 copy of the rank's own share of the gradient. fp32: weight, gradient and
+    moments; a master weight only where they are shared.
+
+    Args:
+        dtype: of the weights.
+        moments: fp32 numbers that the optimizer keeps per parameter: 2 for AdamW.
+        sharded_over: data-parallel ranks that share the optimizer's state (ZeRO 1); None where each keeps it all.
+    """
+    size = float(dtype.itemsize)
+    gradient = size + (4.0 if dtype == torch.bfloat16 else 0.0)
+    shared = 4.0 * moments
+    if dtype != torch.float32 or sharded_over is not None:
+        shared += 4.0
+    if dtype == torch.float16:
+        shared += 4.0
+    return StateBytes(trained=size + gradient + shared / (sharded_over or 1), frozen=size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """How many parameters, and how many of them train."""
+
+    total: int
+    trained: int
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(total=self.total + other.total, trained=self.trained + other.trained)
+
+    def __sub__(self, other: "Parameters") -> "Parameters":
+        return Parameters(total=self.total - other.total, trained=self.trained - other.trained)
+
+
+NO_PARAMETERS = Parameters(total=0, trained=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +78,7 @@ class LayerCost:
 
     kind: str
     """Class name, and the layer's type where the configuration gives one; `type:regex` matches on it."""
-    parameters: int
+    parameters: Parameters
     time: float
     """Forward and backward pass, in operations or (when measured) in seconds."""
     activation_bytes: float
@@ -48,8 +94,8 @@ class Costs:
     """
 
     layers: tuple[LayerCost, ...]
-    embedding_parameters: int
-    head_parameters: int
+    embedding_parameters: Parameters
+    head_parameters: Parameters
     """Final norm and head; a tied head counts, because a last stage holds a copy."""
     embedding_time: float
     head_time: float
@@ -60,18 +106,19 @@ class Costs:
     """The hidden state that a stage receives and keeps per micro-batch in flight."""
     transient_bytes: float
     """Activations that exist only while checkpointed layers are recomputed."""
-    bytes_per_parameter: float
+    state: StateBytes
     tied: bool
     is_measured: bool = False
 
-    def parameters(self, first: int, end: int) -> int:
+    def parameters(self, first: int, end: int) -> Parameters:
         """Parameters of a stage that owns layers [first, end)."""
-        count = sum(layer.parameters for layer in self.layers[first:end])
+        count = sum((layer.parameters for layer in self.layers[first:end]), NO_PARAMETERS)
         if first == 0:
             count += self.embedding_parameters
         if end == len(self.layers):
-            alone = first == 0
-            count += self.head_parameters - (self._tied_parameters if alone else 0)
+            count += self.head_parameters
+            if first == 0 and self.tied:
+                count -= self.embedding_parameters
         return count
 
     def time(self, first: int, end: int) -> float:
@@ -84,12 +131,10 @@ class Costs:
         """Estimated peak bytes of a stage that keeps `in_flight` micro-batches between forward and backward."""
         kept = sum(layer.activation_bytes for layer in self.layers[first:end])
         kept += self.embedding_activation_bytes if first == 0 else self.boundary_bytes
-        total = self.bytes_per_parameter * self.parameters(first, end) + in_flight * kept + self.transient_bytes
+        parameters = self.parameters(first, end)
+        total = self.state.trained * parameters.trained + self.state.frozen * (parameters.total - parameters.trained)
+        total += in_flight * kept + self.transient_bytes
         return total + (self.head_activation_bytes if end == len(self.layers) else 0.0)
-
-    @property
-    def _tied_parameters(self) -> int:
-        return self.embedding_parameters if self.tied else 0
 
 
 def estimate_costs(
@@ -99,16 +144,29 @@ def estimate_costs(
     micro_batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     checkpoint_interval: int = 0,
+    checkpoint_offload: bool = False,
+    state: StateBytes | None = None,
+    selection: Selection | None = None,
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
-    `checkpoint_interval` k: every k layers are recomputed. `is_whole`: for one stage, where a model of any shape will
-    do; one without a list of layers then counts as a single layer.
+    Args:
+        config: of the model.
+        sequence_length: tokens of a row.
+        micro_batch_size: rows of a micro-batch.
+        dtype: of weights and activations.
+        checkpoint_interval: every so many layers are recomputed; 0 for none.
+        checkpoint_offload: what these keep is in host memory.
+        state: bytes per parameter; None for `state_bytes(dtype)`.
+        selection: which parameters train; None for all.
+        family: the model's class; None for the one that transformers has for `config`.
+        is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
+            single layer.
 
     Raises:
-        UserError: the model has no list of layers that could be split.
+        UserError: the model has no list of layers that could be split, or not what `selection` names.
     """
     with torch.device("meta"):
         model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
@@ -119,15 +177,30 @@ def estimate_costs(
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
     full = [tokens * _activation_bytes_per_token(layer, text, dtype.itemsize) for layer in layers]
-    kept = [hidden_bytes / checkpoint_interval] * len(full) if checkpoint_interval else full
-    head_parameters = sum(_count(model.get_submodule(name)) for name in anatomy.after)
+    kept = full
+    if checkpoint_interval:
+        kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
+    chosen = (
+        set(choose(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+        if selection is not None
+        else set(anatomy.parameters)
+    )
+    trained = {id(parameter) for name, parameter in model.named_parameters() if name in chosen}
+
+    def count(modules: Sequence[nn.Module]) -> Parameters:
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return Parameters(
+            total=sum(each.numel() for each in parameters),
+            trained=sum(each.numel() for each in parameters if id(each) in trained),
+        )
+
     head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
     types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=f"{type(layer).__name__} {types[index]}".rstrip(),
-                parameters=_count(layer),
+                parameters=count([layer]),
                 time=passes
                 * tokens
                 * (2.0 * _weights_used(layer, text) + _attention_operations(text, types[index], sequence_length)),
@@ -135,8 +208,8 @@ def estimate_costs(
             )
             for index, layer in enumerate(layers)
         ),
-        embedding_parameters=sum(_count(model.get_submodule(name)) for name in anatomy.before),
-        head_parameters=head_parameters,
+        embedding_parameters=count([model.get_submodule(name) for name in anatomy.before]),
+        head_parameters=count([model.get_submodule(name) for name in anatomy.after]),
         embedding_time=0.0,
         head_time=_TRAINING * tokens * 2.0 * head_products,
         embedding_activation_bytes=8.0 * tokens,
@@ -144,7 +217,7 @@ def estimate_costs(
         head_activation_bytes=float(tokens * text.vocab_size * (dtype.itemsize + 8)),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
-        bytes_per_parameter=FP32_BYTES if dtype == torch.float32 else MIXED_BYTES,
+        state=state or state_bytes(dtype),
         tied=bool(anatomy.tied),
     )
 
@@ -160,10 +233,6 @@ def _layers(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """The decoder layers, or the model itself where it has no list of them."""
     listed = model.get_submodule(anatomy.layers)
     return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _weights_used(module: nn.Module, config: PretrainedConfig) -> float:

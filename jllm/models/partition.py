@@ -78,7 +78,7 @@ def partition(
     if method == "profile" and not costs.is_measured:
         raise UserError("--partition_method profile needs measured layer times; give fast where nothing was measured")
     if method == "parameters":
-        return split(lambda first, end, _: float(costs.parameters(first, end)))
+        return split(lambda first, end, _: float(costs.parameters(first, end).total))
     if method == "mem":
         return split(
             lambda first, end, stage: costs.memory(
@@ -131,10 +131,13 @@ def stage_table(
         first, end = boundaries[stage], boundaries[stage + 1]
         in_flight = micro_batches_in_flight(stage, count, micro_batches)
         memory = costs.memory(first, end, in_flight=in_flight)
+        parameters = costs.parameters(first, end)
         extras = [name for name, has in (("embedding", stage == 0), ("head", stage == count - 1)) if has]
+        if parameters.trained < parameters.total:
+            extras.append(f"{_si(parameters.trained)} train")
         warning = "  over the device's memory" if memory_limit is not None and memory > memory_limit else ""
         lines.append(
-            f"{stage:>5}  {f'{first}-{end - 1} ({end - first})':>11}  {_si(costs.parameters(first, end)):>10}  "
+            f"{stage:>5}  {f'{first}-{end - 1} ({end - first})':>11}  {_si(parameters.total):>10}  "
             f"{memory / 2**30:>5.1f} GiB  {100 * times[stage] / whole:>5.1f}%  {' + '.join(extras)}{warning}".rstrip()
         )
     imbalance = max(times) * count / whole

@@ -128,7 +128,7 @@ def measure_costs(
 
 def _measure(costs: Costs, seconds: Callable[[StageSpan], float]) -> dict[str, Any]:
     """Seconds of every layer, of the embedding and of the head; `seconds` times one span, the first one first."""
-    kinds = [(layer.kind, layer.parameters) for layer in costs.layers]
+    kinds = [(layer.kind, layer.parameters.total) for layer in costs.layers]
     last = len(kinds) - 1
     beginning = seconds(StageSpan(index=0, count=2, first_layer=0, end_layer=1))
     by_kind: dict[tuple[str, int], float] = {}

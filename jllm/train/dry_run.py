@@ -21,10 +21,6 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm.models.activation_checkpointing import checkpoint_activations
-from jllm.models.families import check_block_mask
-from jllm.models.moe import attach_router_balance
-from jllm.models.selection import Selection, select_trainable
 from jllm.models.source import ModelInfo
 from jllm.models.stage import PipelineStage, spans_of, stage_class
 from jllm.train import processes, setup
@@ -87,10 +83,8 @@ def dry_run(config: TrainConfig) -> None:
     agreement = Alone(layout)
     steps = _Steps(config, layout, agreement, model) if config.num_train_epochs > 0 else None
     family = setup.find_family(config)
-    if config.block_mask:
-        check_block_mask(family.config)
     plan = setup.plan_stages(config, layout, family)
-    stage = _whole_stage(config, layout, family, plan)
+    stage = _whole_stage(config, family, plan)
     if config.from_ckpt is not None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
@@ -206,7 +200,7 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and any(suffix in TEXT_SUFFIXES for suffix in path.suffixes)
 
 
-def _whole_stage(config: TrainConfig, layout: Layout, family: setup.Family, plan: setup.Plan) -> PipelineStage:
+def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) -> PipelineStage:
     """All layers as `setup.build_stage` makes those of a stage, without memory for their weights.
 
     Raises:
@@ -219,19 +213,5 @@ def _whole_stage(config: TrainConfig, layout: Layout, family: setup.Family, plan
             dtype=setup.DTYPES[config.precision],
             attn_implementation=family.attention,
         )
-    selection = Selection(
-        target_modules=config.target_modules,
-        frozen_modules=config.frozen_modules,
-        layers_to_transform=config.layers_to_transform,
-    )
-    select_trainable(model, span, selection)
-    if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
-        checkpoint_activations(
-            model,
-            span,
-            interval=config.checkpoint_grad_interval or 1,
-            attention_only=config.checkpoint_grad_attention,
-        )
-    if config.router_aux_loss_coef is not None:
-        attach_router_balance(model, span, config.router_aux_loss_coef, scale=1 / layout.accumulation)
+    setup.attach(model, span, config)
     return PipelineStage(model, span, TokenLoss())

@@ -13,6 +13,9 @@ from torch import nn
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig
 
+MOMENTS = {"adamw": 2, "sgd": 0}
+"""Numbers that each optimizer keeps per parameter, by the name `--optimizer` has for it."""
+
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over the trainable parameters; matrices alone (two or more axes) are decayed."""

@@ -9,18 +9,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
-from jllm.models.costs import Costs, estimate_costs
+from jllm.models.costs import Costs, estimate_costs, state_bytes
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.moe import RouterBalance, attach_router_balance
 from jllm.models.partition import partition, stage_table
 from jllm.models.profiling import default_cache, measure_costs
 from jllm.models.selection import Selection, select_trainable
 from jllm.models.source import ModelInfo, causal_class, model_info, read_config
-from jllm.models.stage import PipelineStage, spans_of
+from jllm.models.stage import PipelineStage, StageSpan, spans_of
 from jllm.models.weights import init_stage, load_stage
 from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig
 from jllm.train.loss import TokenLoss
+from jllm.train.optim import MOMENTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
@@ -53,9 +54,15 @@ class Family:
 
 
 def find_family(config: TrainConfig) -> Family:
-    """The family of `--model`, and the attention it gets on this process's device."""
+    """The family of `--model`, and the attention it gets on this process's device.
+
+    Raises:
+        UserError: there is no such family, or it does not work with what the options ask for.
+    """
     assert config.model is not None
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    if config.block_mask:
+        check_block_mask(model_config)
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     attention = choose_attention(
         model_class,
@@ -92,13 +99,25 @@ def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: 
         UserError: the model cannot be split, or not there.
     """
     length = config.seq_len or ASSUMED_LENGTH
+    rows = layout.micro_batch
+    if config.batch_size_tokens is not None:
+        rows = max(1, config.batch_size_tokens // length)
+    dtype = DTYPES[config.precision]
     costs, plain = (
         estimate_costs(
             family.config,
             sequence_length=length,
-            micro_batch_size=layout.micro_batch,
-            dtype=DTYPES[config.precision],
-            checkpoint_interval=interval,
+            micro_batch_size=rows,
+            dtype=dtype,
+            # What attention alone keeps is not estimated: the table then says what the layers need without it.
+            checkpoint_interval=0 if config.checkpoint_grad_attention else interval,
+            checkpoint_offload=config.checkpoint_grad_offload,
+            state=state_bytes(
+                dtype,
+                moments=MOMENTS[config.optimizer],
+                sharded_over=layout.data if config.resolved_zero_stage else None,
+            ),
+            selection=chosen_parameters(config),
             family=family.model_class,
             is_whole=layout.pipe == 1,
         )
@@ -111,8 +130,8 @@ def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: 
                 family.config,
                 costs,
                 sequence_length=length,
-                micro_batch_size=layout.micro_batch,
-                dtype=DTYPES[config.precision],
+                micro_batch_size=rows,
+                dtype=dtype,
                 device=get_accelerator().current_device_name(),
                 attn_implementation=family.attention,
                 checkpoint_interval=config.checkpoint_grad_interval,
@@ -135,7 +154,7 @@ def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: 
     return Plan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=layout.accumulation, memory_limit=_device_memory()),
-        flops_per_token=plain.time(0, len(plain.layers)) / (length * layout.micro_batch),
+        flops_per_token=plain.time(0, len(plain.layers)) / (length * rows),
     )
 
 
@@ -166,8 +185,6 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
     """This process's stage of the model, on its device, with what the options ask for."""
     assert config.model is not None
     family = find_family(config)
-    if config.block_mask:
-        check_block_mask(family.config)
     plan = plan_stages(config, layout, family, agreement)
     span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
@@ -190,12 +207,22 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
         )
-    selection = Selection(
-        target_modules=config.target_modules,
-        frozen_modules=config.frozen_modules,
-        layers_to_transform=config.layers_to_transform,
-    )
-    select_trainable(model, span, selection)
+    checkpointing, routers = attach(model, span, config)
+    stage = PipelineStage(model, span, loss)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        _add_placeholder(stage, dtype, device)
+    return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)
+
+
+def attach(
+    model: PreTrainedModel, span: StageSpan, config: TrainConfig
+) -> tuple[Checkpointing | None, RouterBalance | None]:
+    """Give a stage what the options ask of its model: which parameters train, recomputation, balanced routers.
+
+    Raises:
+        UserError: what the options choose is not in the model.
+    """
+    select_trainable(model, span, chosen_parameters(config))
     checkpointing = None
     if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
         checkpointing = checkpoint_activations(
@@ -208,10 +235,16 @@ def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss:
     routers = None
     if config.router_aux_loss_coef is not None:
         routers = attach_router_balance(model, span, config.router_aux_loss_coef)
-    stage = PipelineStage(model, span, loss)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        _add_placeholder(stage, dtype, device)
-    return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)
+    return checkpointing, routers
+
+
+def chosen_parameters(config: TrainConfig) -> Selection:
+    """What the options say about which parameters train."""
+    return Selection(
+        target_modules=config.target_modules,
+        frozen_modules=config.frozen_modules,
+        layers_to_transform=config.layers_to_transform,
+    )
 
 
 def _add_placeholder(stage: PipelineStage, dtype: torch.dtype, device: str) -> None:

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from jllm.errors import UserError
-from jllm.models.costs import Costs, LayerCost, estimate_costs, with_timings
+from jllm.models.costs import Costs, LayerCost, Parameters, StateBytes, estimate_costs, state_bytes, with_timings
 from jllm.models.families import check_split
 from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
+from jllm.models.selection import Selection
 from jllm.models.stage import spans_of
 from jllm.train.config import TrainConfig
 from tests.models.tiny import tiny_config
@@ -24,20 +26,25 @@ def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
     )
 
 
+def all_of(count: int) -> Parameters:
+    return Parameters(total=count, trained=count)
+
+
 def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, tied: bool = False) -> Costs:
     return Costs(
         layers=tuple(
-            LayerCost(kind="Layer", parameters=int(10 * t), time=t, activation_bytes=activation * t) for t in times
+            LayerCost(kind="Layer", parameters=all_of(int(10 * t)), time=t, activation_bytes=activation * t)
+            for t in times
         ),
-        embedding_parameters=7,
-        head_parameters=7,
+        embedding_parameters=all_of(7),
+        head_parameters=all_of(7),
         embedding_time=0.0,
         head_time=head,
         embedding_activation_bytes=0.0,
         head_activation_bytes=head,
         boundary_bytes=1.0,
         transient_bytes=0.0,
-        bytes_per_parameter=1.0,
+        state=StateBytes(trained=1.0, frozen=0.25),
         tied=tied,
     )
 
@@ -146,7 +153,8 @@ def test_type_balances_matching_layers() -> None:
 def test_estimates_know_the_head_and_the_flight() -> None:
     config = config_of(12, vocab=20_000)
     costs = estimate_costs(config, sequence_length=32)
-    assert costs.parameters(0, 12) == sum(costs.parameters(a, b) for a, b in [(0, 4), (4, 9), (9, 12)])
+    stages = [costs.parameters(a, b) for a, b in [(0, 4), (4, 9), (9, 12)]]
+    assert costs.parameters(0, 12) == all_of(sum(stage.total for stage in stages))
     fast = partition("fast", config=config, num_stages=3, costs=costs)
     assert fast[3] - fast[2] < fast[1] - fast[0]
     assert partition("mem", config=config, num_stages=3, micro_batches=8, costs=costs)[-1] == 12
@@ -171,6 +179,29 @@ def test_table_marks_stages_that_do_not_fit() -> None:
     limit = costs.memory(3, 6, in_flight=1) + 1
     lines = stage_table(costs, [0, 3, 6], micro_batches=2, memory_limit=limit).splitlines()
     assert ["over the device's memory" in line for line in lines] == [False, True, False, False]
+
+
+def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
+    """Bytes a parameter: weight, gradient and its sum, and a rank's share of master weight and moments."""
+    assert state_bytes(torch.bfloat16, sharded_over=1) == StateBytes(trained=2 + 2 + 4 + 4 + 8, frozen=2)
+    assert state_bytes(torch.bfloat16, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 12 / 4, frozen=2)
+    assert state_bytes(torch.bfloat16, moments=0, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 4 / 4, frozen=2)
+    assert state_bytes(torch.float32) == StateBytes(trained=4 + 4 + 8, frozen=4)
+    config = config_of(4)
+    state = StateBytes(trained=100.0, frozen=1.0)
+    whole = estimate_costs(config, state=state, sequence_length=1)
+    some = estimate_costs(
+        config, state=state, sequence_length=1, selection=Selection(frozen_modules="mlp,embed_tokens")
+    )
+    mlp = 3 * 16 * 32
+    assert whole.parameters(0, 2) == all_of(some.parameters(0, 2).total)
+    assert some.parameters(0, 2).trained == whole.parameters(0, 2).total - 2 * mlp - 64 * 16
+    assert whole.memory(0, 2, in_flight=1) - some.memory(0, 2, in_flight=1) == 99 * (2 * mlp + 64 * 16)
+    assert "train" in stage_table(some, [0, 2, 4]).splitlines()[1]
+    kept = estimate_costs(config, checkpoint_interval=1)
+    offloaded = estimate_costs(config, checkpoint_interval=1, checkpoint_offload=True)
+    saved = kept.memory(0, 2, in_flight=3) - offloaded.memory(0, 2, in_flight=3)
+    assert saved == 3 * 2 * 2048 * 16 * 2  # in flight, layers, tokens, hidden size, bf16
 
 
 def test_best_split_prefers_even_among_equals() -> None:
