@@ -29,16 +29,6 @@ from jllm.errors import UserError  # noqa: E402
 from jllm.models.families import CATALOGUE, NAMED, REFUSED, Family, catalogue  # noqa: E402
 
 TIMEOUT = 300
-# What a tiny configuration needs besides, to be one that transformers itself can load and run.
-SOUND: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-            for kind in ("full_attention", "sliding_attention")
-        }
-    },
-    "dbrx": {"d_model": 32, "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
-}
 
 
 def walk_one(model_type: str) -> Family:
@@ -67,7 +57,7 @@ def walk_one(model_type: str) -> Family:
     try:
         if model_type in REFUSED:
             return result("refused", REFUSED[model_type])
-        config = tiny_config(model_type, **SOUND.get(model_type, {}))
+        config = tiny_config(model_type)
         # Asked before the model is built: what is refused by its configuration may be too large to build.
         check_split(config, StageSpan(index=0, count=2, first_layer=0, end_layer=1))
         with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +69,7 @@ def walk_one(model_type: str) -> Family:
                 return result("failed", f"differs from the whole model: {difference}")
             isolates = isolates_documents(model)
             # Rows of the others are whole documents, for which SDPA is as good.
-            by_lengths = kernels_by_lengths(model_type, **SOUND.get(model_type, {})) if isolates else "none"
+            by_lengths = kernels_by_lengths(model_type) if isolates else "none"
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
     except Exception as error:

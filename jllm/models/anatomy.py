@@ -13,6 +13,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -168,8 +169,11 @@ def find_routers(model: PreTrainedModel) -> dict[str, int]:
 
     Empty for families without routers, and for those that do not declare them.
     """
-    recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
-    recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders] if recorders else []
+    # Some families declare it at the whole model, some at the decoder inside.
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    declarations = ((getattr(part, "_can_record_outputs", None) or {}).get("router_logits") for part in parts)
+    declared: Any = next(filter(None, declarations), None)
+    recorders = declared if isinstance(declared, (list, tuple)) else [declared] if declared else []
     found: dict[str, int] = {}
     for recorder in recorders:
         wanted = recorder if isinstance(recorder, type) else recorder.target_class

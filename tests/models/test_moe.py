@@ -18,7 +18,7 @@ COEFFICIENT = 0.3
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["plain", "recomputed"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "qwen4_exp_text"])
 def test_gradient_of_the_balance_loss(family: str, is_recomputed: bool, tmp_path: Path) -> None:
     config = tiny_config(family)
     make_folder(config, tmp_path)
@@ -107,6 +107,17 @@ def test_each_router_is_watched_once(tmp_path: Path) -> None:
     stage(packed_batch(96, packed=False))
     kinds = ("mlp.router", "self_attention.experts.router")
     assert sorted(watcher.take().load) == sorted(f"model.layers.{index}.{kind}" for index in range(4) for kind in kinds)
+
+
+def test_routers_that_the_decoder_inside_declares(tmp_path: Path) -> None:
+    """Llama 4's decoder says which its routers are, the model around it does not; sigmoid of one expert a token."""
+    make_folder(tiny_config("llama4_text"), tmp_path)
+    stage = load_chain(tmp_path, [0, 4])[0]
+    watcher = attach_router_balance(stage.model, stage.span, COEFFICIENT)
+    stage(packed_batch(96, packed=False))
+    load = watcher.take().load
+    assert sorted(load) == [f"model.layers.{index}.feed_forward.router" for index in range(4)]
+    assert all(len(shares) == 4 and sum(shares) == pytest.approx(1) for shares in load.values())
 
 
 def test_a_configuration_that_asks_for_transformers_balance_loss(tmp_path: Path) -> None:
