@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jllm.data.blocks import Block
+from jllm.data.blocks import Block, line_ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,18 @@ def parse_block(block: Block, kind: str) -> Records:
         from jllm.data.tables import parse_table
 
         return parse_table(block)
-    if isinstance(block.data, list):
-        return _parse_json(block.data, [block.line + i for i in range(len(block.data))])
-    lines = block.data.split(b"\n")
-    return _parse_json(lines, range(block.line, block.line + len(lines)))
+    rows = block.data if isinstance(block.data, list) else _lines(block.data)
+    return _parse_json(rows, range(block.line, block.line + len(rows)))
 
 
-def _parse_json(rows: Sequence[bytes], numbers: Sequence[int]) -> Records:
+def _lines(data: bytes) -> list[memoryview]:
+    """The lines of `data`, without copies and without what splits them: half the time of `bytes.split`."""
+    whole, ends = memoryview(data), line_ends(data).tolist()
+    starts = [0, *(end + 1 for end in ends)]
+    return [whole[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)]
+
+
+def _parse_json(rows: Sequence[bytes | memoryview], numbers: Sequence[int]) -> Records:
     import orjson
 
     values: list[Any] = []
@@ -56,12 +61,13 @@ def _parse_json(rows: Sequence[bytes], numbers: Sequence[int]) -> Records:
     bad: list[BadRecord] = []
     loads = orjson.loads
     for row, number in zip(rows, numbers, strict=True):
-        if not row or row.isspace():
-            continue
         try:
             value = loads(row)
         except orjson.JSONDecodeError as error:
-            value = _tolerant(row, number, str(error), bad)
+            text = bytes(row)
+            if not text or text.isspace():
+                continue
+            value = _tolerant(text, number, str(error), bad)
             if value is None:
                 continue
         values.append(value)
