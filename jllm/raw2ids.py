@@ -1,8 +1,10 @@
 """`python -m jllm.raw2ids`: text and chat files to token-id shards."""
 
 import dataclasses
+import os
 from pathlib import Path
 
+from jllm.data.machine import collect_rarely
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -138,6 +140,9 @@ def main(config: Raw2IdsConfig) -> None:
     The result depends on the input, the tokenizer and the options alone, not on --cores. A killed run is finished by
     running it again; a finished one is left as it is.
     """
+    # No matrix is multiplied here, and numpy's threads for that cost every process of the run 0.1 s to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    collect_rarely()
     from jllm.data.prepare import prepare
 
     prepare(config)

@@ -48,7 +48,7 @@ class TokenLengths:
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         outside = {key: part for key, part in value.items() if key not in ("model", "added_tokens")}
         byte_level = "ByteLevel" in json.dumps(outside)
-        self.lengths = np.zeros(max([facts.vocab_size, *(index + 1 for index in vocabulary.values())]), dtype=np.int64)
+        self.lengths = np.zeros(max([facts.vocab_size, *(index + 1 for index in vocabulary.values())]), dtype=np.int32)
         sizes = map(len if byte_level else _bytes_of, vocabulary)
         self.lengths[list(vocabulary.values())] = list(sizes)
         self._unchanged = unchanged(value)
@@ -65,7 +65,7 @@ class TokenLengths:
         if len(spans) == 0:
             return chosen[:-1].astype(bool)
         ends = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(self.lengths[ids], out=ends[1:])
+        np.cumsum(self.lengths.take(ids), out=ends[1:], dtype=np.int64)
         number, start, end = spans.T
         base, limit = ends[offsets[number]], ends[offsets[number + 1]]
         unique = number[np.flatnonzero(np.diff(number, prepend=-1))]  # spans are in the order of their texts

@@ -6,7 +6,6 @@ See `jllm.data.rendering` for what is plain and how the short cut is checked.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from jllm.data.marks import FIRST_STAND_IN, PRIVATE
 from jllm.data.pieces import Flat, Piece, flatten
@@ -22,55 +21,71 @@ class Form:
     """A conversation with gaps.
 
     Attributes:
-        texts: each text: the template's own, and in turn with it numbers of messages; it begins and ends with a text.
+        texts: the texts that are the template's own; empty ones stand for the others.
+        single: texts with one message in them: number of the text, what is before the message, its number, what is
+            behind it.
+        several: the other ones: number of the text, and the template's parts in turn with numbers of messages.
         controls, trained: as in `Flat`; shared by all conversations, never changed.
-        spans: number of the text, and both ends of a trained part.
-        sized: the messages whose sizes these ends depend on.
+        answers: trained parts, if each begins at a fixed byte and ends behind one message: number of the text, first
+            byte, end byte without the message, its number.
+        spans: else the trained parts: number of the text, and both ends.
     """
 
-    texts: tuple[tuple[str | int, ...], ...]
+    texts: list[str]
+    single: tuple[tuple[int, str, int, str], ...]
+    several: tuple[tuple[int, tuple[str | int, ...]], ...]
     controls: list[int]
     trained: list[bool]
+    answers: tuple[tuple[int, int, int, int], ...]
     spans: tuple[tuple[int, Place, Place], ...]
-    sized: tuple[int, ...]
 
     def filled(self, messages: Sequence[str]) -> Flat:
         """The conversation with these texts in its gaps."""
-        texts = [_joined(parts, messages) for parts in self.texts]
-        sizes = {}
-        for number in self.sized:
-            message = messages[number]
-            sizes[number] = len(message) if message.isascii() else len(message.encode())
+        texts = self.texts.copy()
+        for index, before, number, behind in self.single:
+            texts[index] = f"{before}{messages[number]}{behind}"
+        for index, parts in self.several:
+            texts[index] = "".join([part if isinstance(part, str) else messages[part] for part in parts])
         spans = [
-            (number, start + sum([sizes[i] for i in before]), end + sum([sizes[i] for i in within]))
-            for number, (start, before), (end, within) in self.spans
+            (index, start, end + (len(text) if (text := messages[number]).isascii() else len(text.encode())))
+            for index, start, end, number in self.answers
         ]
+        if self.spans:
+            sizes = [len(text.encode()) for text in messages]
+            spans = [
+                (index, start + sum([sizes[i] for i in before]), end + sum([sizes[i] for i in within]))
+                for index, (start, before), (end, within) in self.spans
+            ]
         return Flat(texts, self.controls, self.trained, spans)
-
-
-def _joined(parts: tuple[Any, ...], messages: Sequence[str]) -> str:
-    if len(parts) == 1:
-        own: str = parts[0]
-        return own
-    if len(parts) == 3:
-        before, number, behind = parts
-        return f"{before}{messages[number]}{behind}"
-    return "".join([messages[part] if type(part) is int else part for part in parts])
 
 
 def form_of(pieces: Sequence[Piece]) -> Form:
     """The form that a conversation has whose messages are gaps."""
     flat = flatten(pieces)
-    texts: list[tuple[str | int, ...]] = []
+    texts: list[str] = []
+    single: list[tuple[int, str, int, str]] = []
+    several: list[tuple[int, tuple[str | int, ...]]] = []
     spans: list[tuple[int, Place, Place]] = []
     for piece in pieces:
         if piece.control >= 0:
             continue
-        spans += [(len(texts), _place(piece.text, start), _place(piece.text, end)) for start, end in piece.spans]
-        texts.append(tuple(_number(part) if index % 2 else part for index, part in enumerate(GAP.split(piece.text))))
-    sized = {number for _, start, end in spans for number in (*start[1], *end[1])}
+        index, parts = len(texts), GAP.split(piece.text)
+        spans += [(index, _place(piece.text, start), _place(piece.text, end)) for start, end in piece.spans]
+        texts.append(parts[0] if len(parts) == 1 else "")
+        if len(parts) == 3:
+            single.append((index, parts[0], _number(parts[1]), parts[2]))
+        elif len(parts) > 3:
+            several.append((index, tuple(_number(part) if at % 2 else part for at, part in enumerate(parts))))
+    answers = [(index, start, end, *of) for index, (start, before), (end, of) in spans if not before and len(of) == 1]
+    is_simple = len(answers) == len(spans)
     return Form(
-        texts=tuple(texts), controls=flat.controls, trained=flat.trained, spans=tuple(spans), sized=tuple(sorted(sized))
+        texts=texts,
+        single=tuple(single),
+        several=tuple(several),
+        controls=flat.controls,
+        trained=flat.trained,
+        answers=tuple(answers) if is_simple else (),
+        spans=() if is_simple else tuple(spans),
     )
 
 

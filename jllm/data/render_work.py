@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from jllm.data.blocks import Block
 from jllm.data.conversations import BadRecordError, read_conversation
+from jllm.data.machine import collect_rarely
 from jllm.data.pieces import Flat
 from jllm.data.records import BadRecord, parse_block
 from jllm.data.rendering import Renderer, RenderPlan
@@ -71,7 +72,8 @@ def workers(count: int) -> Iterator[Executor | None]:
     if count == 1:
         yield None
         return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=collect_rarely) as pool:
         for _ in range(count):
             pool.submit(importlib.import_module, "jinja2")  # a process is started when there is work for it
         try:

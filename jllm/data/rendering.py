@@ -80,10 +80,6 @@ class RenderPlan:
     short_cut: bool = True
 
 
-_NO_FORM = Form(texts=(), controls=[], trained=[], spans=(), sized=())
-"""Of roles whose texts a template does not show as they are."""
-
-
 class ShortCutError(Exception):
     """A template treats texts differently in a way that the short cut for plain conversations does not know."""
 
@@ -95,7 +91,8 @@ class Renderer:
         self.plan = plan
         self._template: Any = None
         self._count = 0
-        self._forms: dict[tuple[Any, ...], Form] = {}
+        # None where the template does not show texts as they are.
+        self._forms: dict[tuple[Any, ...], Form | None] = {}
         self._shown: dict[frozenset[tuple[str, bool]], bool] = {}
         added = [token for token in plan.added if token["content"]]
         self.markup = Markup(
@@ -267,15 +264,13 @@ class Renderer:
 
     def _filled(self, conversation: Conversation, trained: list[bool]) -> tuple[Flat, str | None]:
         key = (*trained, *[message["role"] for message in conversation.messages])
-        form = self._forms.get(key)
-        if form is None:
+        if key not in self._forms:
             if len(self._forms) > _FORMS_KEPT:
                 self._forms.clear()
-            form = self._form_of(conversation, trained)
-            if not self._shows_texts(conversation, trained, form):
-                form = _NO_FORM
-            self._forms[key] = form
-        if form is _NO_FORM:
+            learned = self._form_of(conversation, trained)
+            self._forms[key] = learned if self._shows_texts(conversation, trained, learned) else None
+        form = self._forms[key]
+        if form is None:
             return self._rendered(conversation, trained)
         flat = form.filled([message["content"] for message in conversation.messages])
         whole = None
