@@ -3,6 +3,7 @@
 See `jllm.data.rendering` for what is plain and how the short cut is checked.
 """
 
+import array
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ class Form:
     texts: list[str]
     single: tuple[tuple[int, str, int, str], ...]
     several: tuple[tuple[int, tuple[str | int, ...]], ...]
-    controls: list[int]
-    trained: list[bool]
+    controls: "array.array[int]"
+    trained: bytearray
     answers: tuple[tuple[int, int, int, int], ...]
     spans: tuple[tuple[int, Place, Place], ...]
 

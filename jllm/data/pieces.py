@@ -4,6 +4,7 @@ Guarantees: nothing is cut but at control tokens, so the ids are those of the wh
 Cost: one pass over the text.
 """
 
+import array
 import dataclasses
 import itertools
 import re
@@ -35,20 +36,20 @@ class Flat(NamedTuple):
 
     Attributes:
         texts: its texts.
-        controls: for each piece a control token's id, or -1 for the next text.
-        trained: for each piece, whether it is a control token that is trained on.
+        controls: for each piece a control token's id, or -1 for the next text; int32.
+        trained: for each piece, whether it is a control token that is trained on: a byte, 0 or 1.
         spans: trained parts of texts: number of the text, first byte, end byte.
     """
 
     texts: list[str]
-    controls: list[int]
-    trained: list[bool]
+    controls: "array.array[int]"
+    trained: bytearray
     spans: list[tuple[int, int, int]]
 
 
 def flatten(pieces: Iterable[Piece]) -> Flat:
     """Pieces in the form in which they are handed on."""
-    flat = Flat([], [], [], [])
+    flat = Flat([], array.array("i"), bytearray(), [])
     for piece in pieces:
         flat.controls.append(piece.control)
         flat.trained.append(piece.trained)

@@ -3,6 +3,7 @@
 A worker imports neither Arrow nor an engine, so that it starts fast and stays small (about 60 MB).
 """
 
+import array
 import contextlib
 import dataclasses
 import importlib
@@ -99,7 +100,7 @@ def render_block(block: Block, kind: str, form: str, fields: dict[str, str], pla
     renderer = renderer_of(plan)
     renderer.begin_block()
     records = parse_block(block, kind)
-    texts, sequence, trained, spans = Flat([], [], [], [])
+    texts, sequence, trained, spans = Flat([], array.array("i"), bytearray(), [])
     offsets = [0]
     lines: list[int] = []
     bad = list(records.bad)
@@ -116,7 +117,7 @@ def render_block(block: Block, kind: str, form: str, fields: dict[str, str], pla
             sample = (len(offsets) - 1, whole)
         before = len(texts)
         texts += found.texts
-        sequence += found.controls
+        sequence.extend(found.controls)
         trained += found.trained
         spans += [(before + number, start, end) for number, start, end in found.spans]
         offsets.append(len(sequence))
@@ -124,8 +125,8 @@ def render_block(block: Block, kind: str, form: str, fields: dict[str, str], pla
     bad.sort(key=lambda item: item.line)
     return Rendered(
         texts=texts,
-        sequence=np.array(sequence, dtype=np.int32),
-        trained=np.array(trained, dtype=bool),
+        sequence=np.frombuffer(sequence, dtype=np.int32),
+        trained=np.frombuffer(trained, dtype=bool),
         offsets=np.array(offsets, dtype=np.int64),
         spans=np.array(spans, dtype=np.int64).reshape(-1, 3),
         lines=lines,
