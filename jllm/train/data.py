@@ -17,7 +17,7 @@ from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.source import ModelInfo
 from jllm.train.agreement import Agreement
-from jllm.train.batching import EpochSteps, Parts, TokenBudget
+from jllm.train.batching import EpochSteps, Parts, TokenBudget, padded_length
 from jllm.train.config import Layout, TrainConfig, WeightedFolder, weighted_folders
 from jllm.train.rows import ShardIndex, row_lengths
 from jllm.train.stream import Share
@@ -87,7 +87,8 @@ def open_training_data(config: TrainConfig, layout: Layout, agreement: Agreement
             nodes that have different data.
     """
     given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
-    return _open(given, config, layout, agreement, model, distributed=config.dist_data)
+    data = _open(given, config, layout, agreement, model, distributed=config.dist_data)
+    return _with_first_step_largest(data)
 
 
 def open_evaluation_data(
@@ -118,6 +119,12 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
         raise UserError(
             f"--seq_len {config.seq_len}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens;"
             f" give --seq_len {max(known) - 1}, or make shards with --max_len {config.seq_len + 1}"
+        )
+    budget = config.batch_size_tokens
+    if budget is not None and known and (needed := padded_length(max(known) - 1, config.seq_len)) > budget:
+        raise UserError(
+            f"--batch_size_tokens {budget}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens,"
+            f" which are {needed} with their padding; give at least that"
         )
     tokens = [data_set.manifest.total("tokens") for data_set in sets]
     facts = DataFacts(
@@ -178,6 +185,13 @@ def _open(
         mine=list(views).index(mine) if mine in views else 0,
     )
     return Data(facts=_together([view for _, view in views.values()]), index=index, share=share, parts=parts)
+
+
+def _with_first_step_largest(data: Data) -> Data:
+    """The data, its first step padded to the longest row of all parts, or to `--seq_len` where that is not known."""
+    longest = data.facts.longest_row
+    inputs = longest - 1 if longest is not None else data.share.seq_len
+    return dataclasses.replace(data, share=dataclasses.replace(data.share, longest=inputs))
 
 
 def _together(parts: list[DataFacts]) -> DataFacts:

@@ -5,6 +5,9 @@ global batch are fixed by that order alone, then dealt to the data-parallel pipe
 rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained twice, none is
 dropped.
 
+The first step of a run is padded to the largest micro-batch that its data can make, so that memory that does not
+suffice fails there, and not hours later.
+
 Cost: the windows of `jllm.train.rows` and the micro-batches of two steps.
 """
 
@@ -19,7 +22,7 @@ import numpy as np
 
 from jllm.data.shards import IGNORE_INDEX
 from jllm.errors import UserError
-from jllm.train.batching import Parts, TokenBudget, padded_length
+from jllm.train.batching import LENGTH_MULTIPLE, Parts, TokenBudget, padded_length
 from jllm.train.collate import MicroBatch, collate
 from jllm.train.rows import Row, ShardIndex, read_rows
 
@@ -73,6 +76,7 @@ class Share:
         block_mask: position ids restart at each document.
         vocab_size: ids must be below.
         budget: makes micro-batches by tokens instead of by rows.
+        longest: inputs of the longest row there is, which the first step is padded to; None: it is not.
     """
 
     micro_batch: int
@@ -83,6 +87,7 @@ class Share:
     block_mask: bool
     vocab_size: int
     budget: TokenBudget | None = None
+    longest: int | None = None
 
     @property
     def global_batch(self) -> int:
@@ -117,21 +122,24 @@ class Share:
         """
         needed = max((len(row.ids) for row in rows), default=2) - 1
         self._check_lengths(rows, needed)
+        largest = self.longest if start == Cursor() else None
         if self.budget is None:
             size = self.micro_batch * self.accumulation
             mine = range(self.data_rank * size, min((self.data_rank + 1) * size, len(rows)))
             filled: list[Row | None] = [rows[place] for place in mine]
             filled += [None] * (size - len(filled))
-            length = padded_length(needed, self.seq_len)
+            length = padded_length(max(needed, largest or 0), self.seq_len)
             micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
             places: Sequence[int] = mine
         else:
             groups = self.budget.groups(np.array([len(row.ids) for row in rows], dtype=np.int32))
             dealt = [group.tolist() for group in groups[self.data_rank :: self.data_size]]
             places = [place for group in dealt for place in group]
-            micro_batches = [self._collate_group([rows[place] for place in group]) for group in dealt]
-            while len(micro_batches) < self.accumulation:
-                micro_batches.append(self._collate_group([None]))
+            groups_of_rows: list[list[Row | None]] = [[rows[place] for place in group] for group in dealt]
+            groups_of_rows += [[None] for _ in range(self.accumulation - len(dealt))]
+            micro_batches = [
+                self._collate_group(group, largest, is_first=number == 0) for number, group in enumerate(groups_of_rows)
+            ]
         self._check_ids(rows, places)
         return Step(
             micro_batches=micro_batches,
@@ -144,9 +152,23 @@ class Share:
             start=start,
         )
 
-    def _collate_group(self, rows: Sequence[Row | None]) -> MicroBatch:
+    def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_first: bool) -> MicroBatch:
+        """One micro-batch; with `largest`, filled up to what rows of at most so many inputs could make of the budget:
+        the first one as long as they are, the others as many tokens as fit."""
         needed = max((len(row.ids) - 1 for row in rows if row is not None), default=1)
         length = padded_length(needed, self.seq_len)
+        if largest is not None:
+            assert self.budget is not None
+            budget = self.budget.tokens
+            most = min(largest, budget // len(rows) // LENGTH_MULTIPLE * LENGTH_MULTIPLE)
+            lengths = [
+                length,
+                *(padded_length(each, self.seq_len) for each in range(length, most + 1, LENGTH_MULTIPLE)),
+            ]
+            if padded_length(most, self.seq_len) * len(rows) <= budget:
+                lengths.append(padded_length(most, self.seq_len))
+            length = max(lengths, key=lambda each: (0 if is_first else budget // each * each, each))
+            rows = rows + [None] * (budget // length - len(rows))
         return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask)[0]
 
     def _check_lengths(self, rows: Sequence[Row], needed: int) -> None:

@@ -1,6 +1,7 @@
 """Runs of the trainer inside a test's process group."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ def train_rank(options: dict[str, Any]) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def options_of(folder: Path, settings: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Options of a short run on two stages, of the model and the data in `folder`; `more` has the last word."""
+    return {
+        "model": folder / "model",
+        "train_data": (str(folder / "data"),),
+        "precision": "fp32",
+        "pipe_parallel_size": 2,
+        **(settings or {}),
+        **more,
+    }
+
+
+def logged_options(folder: Path, name: Path, **more: Any) -> dict[str, Any]:
+    """The same with 4 micro-batches a step, and records below `name`."""
+    settings = {"gradient_accumulation_steps": 4, "learning_rate": 1e-3, "log_dir": name / "log"}
+    return options_of(folder, settings, **more)
 
 
 def records(folder: Path, key: str = "loss", *, ignore_broken: bool = False) -> list[dict[str, Any]]:

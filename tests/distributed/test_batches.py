@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.data.manifest import open_data_set
+from jllm.data.manifest import MANIFEST_NAME, open_data_set
 from jllm.train.rows import ShardIndex, read_rows
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.distributed.ranks import Ranks
@@ -109,6 +110,13 @@ def test_token_budget(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Pat
 
 def test_token_budget_smaller_than_a_row(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     more = {"batch_size_tokens": 64, "max_steps": 9}
+    [answer] = ranks(1).run(train_rank, options_of(folder, tmp_path, **more))
+    assert answer is not None
+    assert answer.startswith(f"--batch_size_tokens 64: {folder / 'data'} has rows of ")
+    # Without a manifest nothing is known of it beforehand.
+    shutil.copytree(folder / "data", tmp_path / "bare")
+    (tmp_path / "bare" / MANIFEST_NAME).unlink()
+    more["train_data"] = (str(tmp_path / "bare"),)
     [answer] = ranks(1).run(train_rank, options_of(folder, tmp_path, **more))
     assert answer is not None
     assert "--batch_size_tokens 64: a row has" in answer

@@ -8,8 +8,10 @@ import pytest
 
 from jllm.data.manifest import Manifest, Tokenizer, read_manifest, write_manifest
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import options_of, records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
+
+BRIEF = {"gradient_accumulation_steps": 2, "max_steps": 2}
 
 
 def train_rank_with_data_on_readers_only(options: dict[str, Any], pipe: int) -> str | None:
@@ -30,22 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options_of(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": folder / "model",
-        "train_data": (str(folder / "data"),),
-        "precision": "fp32",
-        "pipe_parallel_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        **more,
-    }
-
-
 @pytest.mark.parametrize(("world_size", "pipe"), [(2, 2), (3, 3), (4, 2)])
 def test_only_first_stages_read(ranks: Callable[[int], Ranks], folder: Path, world_size: int, pipe: int) -> None:
     log = folder / f"log-{world_size}-{pipe}"
-    options = options_of(folder, pipe_parallel_size=pipe, eval_data=(str(folder / "eval"),), log_dir=log)
+    options = options_of(folder, BRIEF, pipe_parallel_size=pipe, eval_data=(str(folder / "eval"),), log_dir=log)
     assert ranks(world_size).run(train_rank_with_data_on_readers_only, options, pipe) == [None] * world_size
     assert len(records(log)) == 2
     assert len(records(log, "eval_loss")) == 2
@@ -69,7 +59,7 @@ def test_only_first_stages_read(ranks: Callable[[int], Ranks], folder: Path, wor
 def test_mistakes_are_one_line_on_every_rank(
     ranks: Callable[[int], Ranks], folder: Path, more: dict[str, Any], said: str
 ) -> None:
-    for answer in ranks(2).run(train_rank, options_of(folder, **more)):
+    for answer in ranks(2).run(train_rank, options_of(folder, BRIEF, **more)):
         assert answer is not None
         assert said in answer
         assert "\n" not in answer
@@ -83,14 +73,16 @@ def test_empty_folder_and_model_without_weights(ranks: Callable[[int], Ranks], f
         ({"train_data": (str(tmp_path / "empty"),)}, "no Parquet shards"),
         ({"model": tmp_path / "bare"}, "has no weights"),
     ):
-        answers = ranks(2).run(train_rank, options_of(folder, **more))
+        answers = ranks(2).run(train_rank, options_of(folder, BRIEF, **more))
         assert all(answer is not None and said in answer for answer in answers)
 
 
 def test_token_beyond_the_vocabulary(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "data", [{"input_ids": [1, 2, VOCABULARY, 3]}, {"input_ids": [1, 2, 3]}])
     # One process: the reader alone meets it, and here nobody ends the ranks that wait for it.
-    [answer] = ranks(1).run(train_rank, options_of(folder, train_data=(str(tmp_path / "data"),), pipe_parallel_size=1))
+    [answer] = ranks(1).run(
+        train_rank, options_of(folder, BRIEF, train_data=(str(tmp_path / "data"),), pipe_parallel_size=1)
+    )
     assert answer is not None
     assert f"token id {VOCABULARY}" in answer
 
@@ -109,7 +101,7 @@ def test_shards_of_another_tokenizer(ranks: Callable[[int], Ranks], folder: Path
     other = Tokenizer(name="other", vocab_size=VOCABULARY, sha256="0" * 64)
     write_manifest(tmp_path / "data", Manifest(command="test", options={}, files=manifest.files, tokenizer=other))
     answers = ranks(2).run(
-        train_rank, options_of(folder, model=tmp_path / "model", train_data=(str(tmp_path / "data"),))
+        train_rank, options_of(folder, BRIEF, model=tmp_path / "model", train_data=(str(tmp_path / "data"),))
     )
     assert all(answer is not None and "made with the tokenizer other" in answer for answer in answers)
 
@@ -122,7 +114,7 @@ def test_exported_folder(ranks: Callable[[int], Ranks], folder: Path, tmp_path: 
     source = tiny_llama(tmp_path / "source", tied=True, dtype="bfloat16")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (source / name).write_text("{}")
-    options = options_of(folder, model=source, output_dir=tmp_path / "out", checkpoint=tmp_path / "ckpt")
+    options = options_of(folder, BRIEF, model=source, output_dir=tmp_path / "out", checkpoint=tmp_path / "ckpt")
     # Files of the tokenizer are only copied here, so the shards' tokenizer is not compared.
     assert ranks(2).run(train_rank, options) == [None] * 2
     assert {path.name for path in source.iterdir() if path.suffix != ".safetensors"} <= {

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import options_of, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
+
+PROFILED = {"partition_method": "profile", "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -18,18 +20,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "model", tied=True)
     write_rows(folder / "data", random_rows(8))
     return folder
-
-
-def options_of(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": folder / "model",
-        "train_data": (str(folder / "data"),),
-        "precision": "fp32",
-        "pipe_parallel_size": 2,
-        "partition_method": "profile",
-        "max_steps": 2,
-        **more,
-    }
 
 
 def with_cache(cache: Path, function: Callable[[], Any]) -> Any:
@@ -71,7 +61,7 @@ def plan_rank(options: dict[str, Any], cache: Path) -> list[int]:
 
 def test_one_process_measures_and_all_split_alike(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, second = ranks(2).run(plan_rank, options_of(folder), cache)
+    first, second = ranks(2).run(plan_rank, options_of(folder, PROFILED), cache)
     assert first == second
     assert first[0] == 0
     assert first[-1] == 4
@@ -80,9 +70,9 @@ def test_one_process_measures_and_all_split_alike(ranks: Callable[[int], Ranks],
     for costly, boundaries in ((0, [0, 1, 4]), (3, [0, 3, 4])):
         layers = [100.0 if index == costly else 1.0 for index in range(4)]
         stored.write_text(json.dumps({**times, "layers": layers, "embedding": 0.0, "head": 0.0}))
-        assert ranks(2).run(plan_rank, options_of(folder), cache) == [boundaries] * 2
+        assert ranks(2).run(plan_rank, options_of(folder, PROFILED), cache) == [boundaries] * 2
     stored.write_text("{")
-    first, second = ranks(2).run(plan_rank, options_of(folder), cache)
+    first, second = ranks(2).run(plan_rank, options_of(folder, PROFILED), cache)
     assert first == second
 
 
@@ -90,7 +80,7 @@ def test_a_run_trains_on_measured_stages(ranks: Callable[[int], Ranks], folder: 
     losses = {}
     for method in ("profile", "uniform"):
         log = tmp_path / method
-        options = options_of(folder, partition_method=method, log_dir=log)
+        options = options_of(folder, PROFILED, partition_method=method, log_dir=log)
         assert ranks(2).run(train_with_cache, options, tmp_path / "cache") == [None] * 2
         losses[method] = [record["loss"] for record in records(log)]
     assert losses["profile"] == pytest.approx(losses["uniform"], abs=1e-6)
@@ -104,7 +94,7 @@ def test_dry_run_shows_the_measured_split(
     from jllm.train.dry_run import dry_run
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # dry_run would set this process's threads otherwise
-    config = TrainConfig(**options_of(folder))
+    config = TrainConfig(**options_of(folder, PROFILED))
     with_cache(tmp_path, lambda: dry_run(config))
     assert "time measured" in capsys.readouterr().out
     [stored] = tmp_path.iterdir()
@@ -118,6 +108,6 @@ def test_one_stage_measures_nothing(folder: Path, tmp_path: Path, capsys: pytest
     from jllm.train.config import TrainConfig
     from jllm.train.dry_run import dry_run
 
-    with_cache(tmp_path, lambda: dry_run(TrainConfig(**options_of(folder, pipe_parallel_size=1))))
+    with_cache(tmp_path, lambda: dry_run(TrainConfig(**options_of(folder, PROFILED, pipe_parallel_size=1))))
     assert "0-3 (4)" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

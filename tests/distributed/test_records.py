@@ -17,7 +17,7 @@ import pytest
 from jllm.plot import plot
 from jllm.train.config import TrainConfig
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
 from tests.train.test_metrics import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
 from tests.train.test_options_record import parse
@@ -32,19 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
     write_rows(folder / "short", [{"input_ids": [1]}] * 3)
     return folder
-
-
-def options_of(folder: Path, name: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": folder / "model",
-        "train_data": (str(folder / "data"),),
-        "precision": "fp32",
-        "pipe_parallel_size": 2,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 1e-3,
-        "log_dir": name / "log",
-        **more,
-    }
 
 
 @pytest.mark.parametrize(
@@ -72,7 +59,7 @@ def test_learning_rates(
     from tests.distributed.reference import batches_in_order, targets_of
 
     more = {**more, "max_steps": 8, "optimizer": "sgd", "gradient_clipping": 0.0, "output_dir": tmp_path / "out"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     rates = [record["lr"] for record in records(tmp_path / "log")]
     assert rates == pytest.approx([1e-3 * rate(number) for number in range(1, 9)])
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -104,7 +91,7 @@ def test_tensorboard_has_every_step_once(ranks: Callable[[int], Ranks], folder: 
     for start in range(2):
         if start:
             shutil.rmtree(tmp_path / "ckpt/step-00000006")
-        assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
         log = tmp_path / "log"
         losses = [(record["step"], record["loss"]) for record in records(log)]
         evaluations = [(record["step"], record["eval_loss"]) for record in records(log, "eval_loss")]
@@ -120,7 +107,7 @@ def test_tensorboard_has_every_step_once(ranks: Callable[[int], Ranks], folder: 
 def test_the_recorded_options_make_the_same_run(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     more = {"max_steps": 6, "lr_scheduler_type": "polynomial", "num_warmup_steps": 0.3, "seed": 7}
     more |= {"eval_data": (str(folder / "eval"),), "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 4}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     recorded = tmp_path / "log/config.toml"
     first = recorded.read_text()
     others = ["--log_dir", str(tmp_path / "again"), "--checkpoint", str(tmp_path / "other")]
@@ -132,7 +119,7 @@ def test_the_recorded_options_make_the_same_run(ranks: Callable[[int], Ranks], f
         assert runs[0] == runs[1]
     shutil.rmtree(tmp_path / "ckpt/step-00000006")
     more |= {"resume_ckpt": "auto", "steps_per_print": 3}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     assert recorded.read_text() == first
     assert "steps_per_print = 3\n" in (tmp_path / "log/config-from-step-00000005.toml").read_text()
 
@@ -146,7 +133,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
     ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
 ) -> None:
     more = {"max_steps": 8, "steps_per_eval": 4.0, "eval_data": (str(folder / "eval"),), "skip_train_steps": "3"}
-    assert ranks(2).run(train_rank_into, options_of(folder, tmp_path, **more), tmp_path / "console") == [None] * 2
+    assert ranks(2).run(train_rank_into, logged_options(folder, tmp_path, **more), tmp_path / "console") == [None] * 2
     lines = (tmp_path / "console").read_text().splitlines()
     for form, start, count in (
         (STEP_LINE, "step ", 8),
@@ -180,7 +167,7 @@ def test_checkpoints_by_minutes(ranks: Callable[[int], Ranks], folder: Path, tmp
     more = {"max_steps": 10, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 9}
     for minutes, expected in ((0.0, [9, 10]), (1.0, [4, 8, 9, 10]), (60.0, [9, 10])):
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
-        options = options_of(folder, tmp_path, **more, minutes_per_checkpoint=minutes)
+        options = logged_options(folder, tmp_path, **more, minutes_per_checkpoint=minutes)
         assert ranks(2).run(train_rank_20_s_a_step, options) == [None] * 2
         found = sorted(path.name for path in (tmp_path / "ckpt").glob("step-*"))
         assert found == [f"step-{step:08d}" for step in expected], minutes
@@ -192,7 +179,7 @@ def test_a_step_that_is_not_finite_is_recorded(
 ) -> None:
     """Also the one that ends the run: the records and the plot go up to it."""
     more = {"max_steps": 4, "learning_rate": 1e30, "gradient_clipping": 0.0, "on_nan": policy, "optimizer": "sgd"}
-    answers = ranks(2).run(train_rank, options_of(folder, tmp_path, **more))
+    answers = ranks(2).run(train_rank, logged_options(folder, tmp_path, **more))
     lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
     bad = next(line for line in lines if isinstance(line["loss"], str) or isinstance(line["grad_norm"], str))
     assert {bad["loss"], bad["grad_norm"]} & {"nan", "inf"}
@@ -211,7 +198,7 @@ def test_an_evaluation_set_without_targets_is_refused(
     ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, name: str
 ) -> None:
     more = {"eval_data": (str(folder / "eval"), f"m={folder / name}"), "max_steps": 1}
-    for answer in ranks(2).run(train_rank, options_of(folder, tmp_path, **more)):
+    for answer in ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)):
         assert answer is not None
         assert answer.startswith(f"--eval_data m: no token of {folder / name} is a target")
     assert not (tmp_path / "log/metrics.jsonl").exists()
@@ -219,6 +206,6 @@ def test_an_evaluation_set_without_targets_is_refused(
 
 def test_fp16_without_a_device_for_it_is_a_mistake(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     """Before any data is opened."""
-    options = options_of(folder, tmp_path, train_data=("nowhere",), precision="fp16", max_steps=1)
+    options = logged_options(folder, tmp_path, train_data=("nowhere",), precision="fp16", max_steps=1)
     for answer in ranks(2).run(train_rank, options):
         assert answer == "--precision fp16: the device of this run (cpu) does not work with it; give bf16 or fp32"

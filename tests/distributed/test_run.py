@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 
@@ -23,19 +23,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "eval", random_rows(7, seed=1))
     write_rows(folder / "one-row", random_rows(1, seed=2))
     return folder
-
-
-def options_of(folder: Path, name: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": folder / "model",
-        "train_data": (str(folder / "data"),),
-        "precision": "fp32",
-        "pipe_parallel_size": 2,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 1e-3,
-        "log_dir": name / "log",
-        **more,
-    }
 
 
 def names(folder: Path) -> list[str]:
@@ -54,7 +41,7 @@ def test_evaluation_is_exact_and_complete(ranks: Callable[[int], Ranks], folder:
         "max_steps": 2,
         "steps_per_eval": 1.0,
     }
-    assert ranks(4).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 4
+    assert ranks(4).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 4
     found = records(tmp_path / "log", "eval_loss")
     assert [(record["step"], record["name"]) for record in found] == [
         (step, name) for step in range(3) for name in ("eval", "tiny")
@@ -94,14 +81,14 @@ def test_retention_and_cadence(ranks: Callable[[int], Ranks], folder: Path, tmp_
         ({"steps_per_checkpoint": 5}, [5, 10, 12]),
     )[:: 1 if executor == "process" else 3]:
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
-        assert ranks(2).run(train_rank, options_of(folder, tmp_path, **{**more, **change})) == [None] * 2
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **{**more, **change})) == [None] * 2
         assert names(tmp_path / "ckpt") == [f"step-{step:08d}" for step in expected], change
 
 
 def test_best_of_keeps_the_best(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     more = {"max_steps": 8, "steps_per_checkpoint": 1, "steps_per_eval": 1.0, "best_of": 2, "learning_rate": 3e-2}
     more |= {"checkpoint": tmp_path / "ckpt", "eval_data": (str(folder / "eval"),)}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     losses = {r["step"]: r["eval_loss"] for r in records(tmp_path / "log", "eval_loss") if r["step"]}
     best = sorted(losses, key=lambda step: losses[step])[:2]
     assert max(best) < 8, "the newest is among the best, which shows nothing"
@@ -112,7 +99,7 @@ def test_early_stop(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path)
     """Training on one set hurts on random other text sooner or later; the run stops after two rebounds in a row."""
     more = {"max_steps": 200, "steps_per_eval": 1.0, "early_stop": 2, "learning_rate": 5e-2}
     more |= {"eval_data": (str(folder / "eval"),)}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     losses = [record["eval_loss"] for record in records(tmp_path / "log", "eval_loss")]
     assert len(losses) < 200
     rises = [later > earlier for earlier, later in itertools.pairwise(losses)]
@@ -124,12 +111,12 @@ def test_save_and_save_quit_files(ranks: Callable[[int], Ranks], folder: Path, t
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/save_quit").touch()
     more = {"max_steps": 50, "checkpoint": tmp_path / "ckpt"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     assert names(tmp_path / "ckpt") == ["step-00000001"]
     assert not (tmp_path / "ckpt/save_quit").exists()
     (tmp_path / "ckpt/save").touch()
     more = {**more, "max_steps": 50, "resume_ckpt": "auto", "ckpt_step_gt": 49}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     assert names(tmp_path / "ckpt") == ["step-00000001", "step-00000002", "step-00000050"]
 
 
@@ -143,7 +130,7 @@ def test_model_only_checkpoints_load(
 
     more = {"max_steps": 4, "steps_per_checkpoint": 2, "only_ckpt_model": True, "checkpoint": tmp_path / "ckpt"}
     more |= {"background_executor": executor, "output_dir": tmp_path / "out", "gradient_accumulation_steps": 2}
-    assert ranks(4).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 4
+    assert ranks(4).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 4
     assert names(tmp_path / "ckpt") == ["step-00000002", "step-00000004"]
     assert not list((tmp_path / "ckpt").rglob(".*"))
     folders = [*sorted((tmp_path / "ckpt").glob("step-*")), tmp_path / "out"]
@@ -156,12 +143,12 @@ def test_skipped_steps_leave_the_weights(ranks: Callable[[int], Ranks], folder: 
     from safetensors.torch import load_file
 
     more = {"max_steps": 4, "skip_train_steps": "3,4", "output_dir": tmp_path / "out", "lr_scheduler_type": "constant"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     [*_trained, third, fourth] = records(tmp_path / "log")
     assert [record["loss"] for record in (third, fourth)] == [None, None]
     assert fourth["consumed_rows"] == 16
     shorter = {**more, "max_steps": 2, "output_dir": tmp_path / "short", "log_dir": tmp_path / "short-log"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **shorter)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **shorter)) == [None] * 2
     for path in (tmp_path / "out").glob("*.safetensors"):
         other = load_file(tmp_path / "short" / path.name)
         assert all((tensor == other[name]).all() for name, tensor in load_file(path).items())
@@ -180,10 +167,10 @@ def test_nan_never_reaches_the_weights(
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     more = {"model": tmp_path / "model", "max_steps": 2, "precision": precision}
-    answers = ranks(2).run(train_rank, options_of(folder, tmp_path, **more))
+    answers = ranks(2).run(train_rank, logged_options(folder, tmp_path, **more))
     assert all(answer is not None and answer.startswith("step 1: loss") for answer in answers)
     more |= {"on_nan": "skip", "output_dir": tmp_path / "out"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     for path in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             expected = weights[name].bfloat16().float() if precision == "bf16" else weights[name]
@@ -199,7 +186,7 @@ def test_stage_without_anything_to_train(ranks: Callable[[int], Ranks], folder: 
         out = tmp_path / precision
         more = {"max_steps": 2, "output_dir": out, "target_modules": "layers.3", "precision": precision}
         more |= {"learning_rate": 1.0, "gradient_clipping": 0.0, "optimizer": "sgd"}  # every weight moves, in bf16 too
-        assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
         after: dict[str, Any] = {}
         for path in out.glob("*.safetensors"):
             after |= load_file(path)
@@ -232,13 +219,13 @@ def test_early_stop_counts_on_after_a_resume(ranks: Callable[[int], Ranks], fold
     rising = {**data, "steps_per_eval": 1.0, "learning_rate": 0.05, "early_stop": 2}
     more = {**rising, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 1, "resume_ckpt": "auto"}
     straight = {**rising, "max_steps": 9, "lr_scheduler_type": "constant", "log_dir": tmp_path / "straight"}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **straight)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **straight)) == [None] * 2
     ended = records(tmp_path / "straight")[-1]["step"]
     losses = [record["eval_loss"] for record in records(tmp_path / "straight", "eval_loss")]
     assert losses[-1] > losses[-2] > losses[-3]
     for last in (ended - 1, 9):
         given = {**more, "max_steps": last, "lr_scheduler_type": "constant"}
-        assert ranks(2).run(train_rank, options_of(folder, tmp_path, **given)) == [None] * 2
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **given)) == [None] * 2
     assert records(tmp_path / "log")[-1]["step"] == ended
 
 
@@ -248,13 +235,15 @@ def test_clean_starts_over(ranks: Callable[[int], Ranks], folder: Path, tmp_path
         each.mkdir()
         (each / "marker").touch()
     more = {"output_dir": out, "checkpoint": ckpt, "max_steps": 1}
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     assert (out / "marker").exists()
-    assert ranks(2).run(train_rank, options_of(folder, tmp_path, **more, clean=True)) == [None] * 2
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more, clean=True)) == [None] * 2
     assert not (out / "marker").exists()
     assert not (ckpt / "marker").exists()
     assert (out / "config.json").exists()
-    for answer in ranks(2).run(train_rank, options_of(folder, tmp_path, **{**more, "output_dir": folder}, clean=True)):
+    for answer in ranks(2).run(
+        train_rank, logged_options(folder, tmp_path, **{**more, "output_dir": folder}, clean=True)
+    ):
         assert answer is not None
         assert answer.startswith(f"--clean would remove {folder}, which holds {folder / 'data'}")
     assert (folder / "data/_manifest.json").exists()
@@ -268,7 +257,7 @@ def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
 def test_large_evaluations_are_announced(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     more = {"eval_data": (str(folder / "eval"),), "max_steps": 30, "pipe_parallel_size": 1}
     for steps_per_eval, announced in ((1.0, True), (30.0, False)):
-        options = options_of(folder, tmp_path, **more, steps_per_eval=steps_per_eval)
+        options = logged_options(folder, tmp_path, **more, steps_per_eval=steps_per_eval)
         assert ranks(1).run(train_rank_into, options, tmp_path / "console") == [None]
         # An evaluation of 7 rows costs a third of training on them; a step is 4 rows.
         assert ("warning: evaluation takes about" in (tmp_path / "console").read_text()) == announced

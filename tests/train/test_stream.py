@@ -19,8 +19,9 @@ from jllm.data import shards
 from jllm.data.manifest import open_data_set
 from jllm.errors import UserError
 from jllm.train import rows as rows_module
+from jllm.train.batching import TokenBudget, padded_length
 from jllm.train.collate import MicroBatch, collate
-from jllm.train.rows import Row, ShardIndex
+from jllm.train.rows import Row, ShardIndex, read_rows
 from jllm.train.stream import (
     Cursor,
     ReadAhead,
@@ -105,6 +106,54 @@ def test_goes_on_from_any_cursor(index: ShardIndex, at: int, seed: int, shuffle:
         index, SHARE, 36 - at, whole[at].start if at < 36 else Cursor(), seed=seed, shuffle=shuffle, ahead=ahead
     )
     assert all(same(one, other) for one, other in zip(whole[at:], rest, strict=True))
+
+
+def mixed(folder: Path) -> ShardIndex:
+    """Rows of 2 to 400 tokens; the longest is far from the beginning of any order."""
+    return ShardIndex(open_data_set(write_rows(folder / "mixed", random_rows(200, longest=400), files=3)))
+
+
+def shapes(step: Step) -> list[tuple[int, int]]:
+    return [tuple(batch.input_ids.shape) for batch in step.micro_batches]
+
+
+def tokens_of(step: Step) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of every row that is not all padding, without what is masked behind them."""
+    found = []
+    for batch in step.micro_batches:
+        for ids, targets in zip(batch.input_ids.tolist(), batch.integers[0].tolist(), strict=True):
+            if any(ids):
+                end = max(place for place, token in enumerate(ids) if token) + 1
+                assert set(targets[end:]) <= {-100}
+                found.append((ids[:end], targets[:end]))
+    return found
+
+
+@pytest.mark.parametrize("data_size", [1, 2])
+def test_the_first_step_is_the_largest(tmp_path: Path, data_size: int) -> None:
+    """Memory that does not suffice fails there. The rows are those that the step has anyway, in every pipeline."""
+    index = mixed(tmp_path)
+    longest = max(len(row.ids) for row in read_rows(index, index.order(seed=5, epoch=0, shuffle=True), 0, ahead=False))
+    budget = TokenBudget(tokens=1024, micro_batches=3 * data_size, seq_len=None)
+    for rank, chosen in itertools.product(range(data_size), (None, budget)):
+        plain = dataclasses.replace(SHARE, accumulation=3, data_rank=rank, data_size=data_size, budget=chosen)
+        share = dataclasses.replace(plain, longest=longest - 1)
+        steps, as_they_are = take(index, share, 30), take(index, plain, 30)
+        first, *others = steps
+        assert tokens_of(first) == tokens_of(as_they_are[0])
+        assert first.trained_tokens == as_they_are[0].trained_tokens
+        assert first.length == padded_length(longest - 1, None) == max(step.length for step in steps)
+        assert all(same(one, other) for one, other in zip(others, as_they_are[1:], strict=True))
+        slots = [[rows * length for rows, length in shapes(step)] for step in steps]
+        if chosen is None:
+            assert max(map(max, slots)) == max(slots[0])
+        else:
+            assert all(count <= budget.tokens for step in slots for count in step)
+            # As much as whole rows can fill of the budget, in every micro-batch.
+            assert min(slots[0]) > budget.tokens - first.length
+            assert sum(slots[0]) > 0.9 * max(map(sum, slots))
+        [resumed] = take(index, share, 1, others[0].start)
+        assert same(resumed, others[0])
 
 
 def test_goes_on_from_the_very_end_of_an_epoch(index: ShardIndex) -> None:
