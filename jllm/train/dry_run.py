@@ -83,7 +83,7 @@ def dry_run(config: TrainConfig) -> None:
     agreement = Alone(layout)
     steps = _Steps(config, layout, agreement, model) if config.num_train_epochs > 0 else None
     family = setup.find_family(config)
-    plan = setup.plan_stages(config, layout, family)
+    plan = setup.plan_stages(config, layout, family, longest_row=steps.longest_row if steps is not None else None)
     stage = _whole_stage(config, family, plan)
     if config.from_ckpt is not None:
         load_weights_only(stage, config, agreement)
@@ -116,6 +116,7 @@ class _Steps:
 
     Attributes:
         tokens: that the run trains on; None where that is not known.
+        longest_row: in tokens; None where that is not known.
         resumed: the checkpoint that the run goes on from.
         automatic: options whose values come from the data and from checkpoints.
 
@@ -126,6 +127,7 @@ class _Steps:
     def __init__(self, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> None:
         self._config, self._layout = config, layout
         self.tokens: int | None = None
+        self.longest_row: int | None = None
         self.automatic: dict[str, Any] = {}
         self._lines: list[str] = []
         training = [each.folder for each in weighted_folders(config)]
@@ -156,6 +158,7 @@ class _Steps:
 
     def _count(self, data: Data) -> None:
         config, facts = self._config, data.facts
+        self.longest_row = facts.longest_row
         epochs = epoch_steps(config, data.index, data.share, data.parts)
         total, per_epoch = config.max_steps or epochs.total(config.num_train_epochs), epochs.counts[0]
         warmup = warmup_steps(config, total)

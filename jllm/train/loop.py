@@ -93,7 +93,7 @@ class Run:
         self.resumed = find_resume_point(config, agreement)
         self._check_model_folders()
         self.loss = TokenLoss()
-        self.built = setup.build_stage(config, layout, agreement, self.loss)
+        self.built = setup.build_stage(config, layout, agreement, self.loss, longest_row=self.data.facts.longest_row)
         self.stage, self.plan = self.built.stage, self.built.plan
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)

@@ -25,7 +25,7 @@ from jllm.train.optim import MOMENTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
-"""The sequence length of cost estimates where `--seq_len` is not given."""
+"""The sequence length of cost estimates where neither `--seq_len` nor the data say one."""
 
 
 def read_model_info(config: TrainConfig) -> ModelInfo:
@@ -89,16 +89,26 @@ class Plan:
     flops_per_token: float
 
 
-def plan_stages(config: TrainConfig, layout: Layout, family: Family, agreement: Agreement | None = None) -> Plan:
+def plan_stages(
+    config: TrainConfig,
+    layout: Layout,
+    family: Family,
+    agreement: Agreement | None = None,
+    *,
+    longest_row: int | None = None,
+) -> Plan:
     """Split the model by `--partition_method`.
 
     With `profile` the first process times layers, or reads the times that it kept, and tells the others, so that all
     of them split alike. Without `agreement` this process does it for itself.
 
+    Args:
+        longest_row: tokens of the data's longest row, where that is known.
+
     Raises:
         UserError: the model cannot be split, or not there.
     """
-    length = config.seq_len or ASSUMED_LENGTH
+    length = config.seq_len or (longest_row - 1 if longest_row is not None and longest_row > 1 else ASSUMED_LENGTH)
     rows = layout.micro_batch
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
@@ -181,11 +191,14 @@ class Built:
     routers: RouterBalance | None
 
 
-def build_stage(config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss) -> Built:
-    """This process's stage of the model, on its device, with what the options ask for."""
+def build_stage(
+    config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss, *, longest_row: int | None = None
+) -> Built:
+    """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
+    `plan_stages`."""
     assert config.model is not None
     family = find_family(config)
-    plan = plan_stages(config, layout, family, agreement)
+    plan = plan_stages(config, layout, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     if config.init or config.from_ckpt is not None:

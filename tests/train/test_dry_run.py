@@ -102,6 +102,17 @@ def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None:
+    """The stage table is that of rows as long as the data's, whether `--seq_len` says so or not."""
+    longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1
+    tables = []
+    for more in ({}, {"seq_len": longest}, {"seq_len": 1 << 18}):
+        [(_, _, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+        tables.append(next(line for line in lines if " GiB" in line))
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2]
+
+
 def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:
     """Text is not converted, and a checkpoint neither resumed nor converted; all of which a run would do."""
     text = tmp_path / "text.jsonl"
