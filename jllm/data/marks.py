@@ -68,8 +68,8 @@ def with_marks(message: dict[str, Any]) -> dict[str, Any]:
 
 def _around(text: str, start: str, end: str) -> str:
     inner = text.strip()
-    if not inner:
-        return text
+    if not inner:  # an answer without a text has an end all the same
+        return f"{text}{start}{end}" if start == START and end else text
     before = len(text) - len(text.lstrip())
     return f"{text[:before]}{start}{inner}{end}{text[before + len(inner) :]}"
 

@@ -21,6 +21,7 @@ Cost: about 20 MB/s of JSON on one core for plain conversations; 5 to 10 MB/s wh
 import dataclasses
 import datetime
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,6 +136,32 @@ class Renderer:
         Raises:
             BadRecordError: the template refuses them.
         """
+        if any(message.get("tool_calls") for message in messages) and self._takes_arguments_as_text:
+            messages = [_with_arguments_as_text(message) for message in messages]
+        return self._render(messages, tools)
+
+    @functools.cached_property
+    def _takes_arguments_as_text(self) -> bool:
+        """Whether the template shows a tool call only if its arguments are JSON text, as OpenAI has them (DeepSeek's),
+        and not as the object that most templates write as JSON themselves."""
+        function = {"name": "name_of_tool", "arguments": {"argument": "its_value"}}
+        call = {"id": "call_0001", "type": "function", "function": function}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rest = [
+            {"role": "tool", "content": "result", "tool_call_id": "call_0001"},
+            {"role": "assistant", "content": "b"},
+        ]
+
+        def shows(answer: Mapping[str, Any]) -> bool:
+            try:
+                text = self._render([{"role": "user", "content": "question"}, answer, *rest], None)
+            except BadRecordError:
+                return False
+            return "name_of_tool" in text and "its_value" in text
+
+        return not shows(answer) and shows(_with_arguments_as_text(answer))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
         try:
             text: str = template.render(
@@ -359,3 +386,13 @@ class Renderer:
         pieces = [Piece(control=index) for index in self.plan.prefix]
         pieces.append(Piece(text=text, spans=[(start, len(text))]))
         return [*pieces, Piece(control=self.plan.eos_id, trained=True)]
+
+
+def _with_arguments_as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}

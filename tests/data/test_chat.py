@@ -171,6 +171,14 @@ def test_thinking(facts: TokenizerFacts, engine: CheckedEngine) -> None:
     assert ids[0].count(control["</think>"]) == 1
 
 
+@pytest.mark.parametrize("template", [PLAIN, THINKING, TEMPLATES["chatml"]], ids=["plain", "thinking", "marked"])
+def test_an_answer_without_a_text_still_ends(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
+    chat = Chat(facts, engine, template)
+    assert chat.trained([user("q"), assistant("")]) == "<|im_end|>"
+    assert chat.trained([user("q"), assistant(""), user("r"), assistant("one")]) == "<|im_end|>one<|im_end|>"
+    assert chat.trained([user("q"), assistant("one"), user("r"), assistant("")]) == "one<|im_end|><|im_end|>"
+
+
 def test_tool_calls_are_trained(facts: TokenizerFacts, engine: CheckedEngine) -> None:
     chat = Chat(facts, engine, THINKING)
     call = {"function": {"name": "f", "arguments": '{"x": 1}'}}

@@ -114,3 +114,22 @@ def test_tool_calls_that_a_template_leaves_out(tmp_path: Path) -> None:
     messages = [user("q"), assistant("", tool_calls=[call]), {"role": "tool", "content": "1"}, assistant("one")]
     _, _, bad = chat.encode([{"messages": messages}])
     assert [record.kind for record in bad] == ["tool call not found"]
+
+
+def test_templates_that_take_tool_arguments_as_text(tmp_path: Path) -> None:
+    """DeepSeek's joins them to its own text, which an object cannot be; most others write the object as JSON."""
+    calls = (
+        "{%- for call in message.tool_calls or [] %}"
+        "{{- '<call>' + call.function.name + '\\n' + call.function.arguments + '</call>' }}{%- endfor %}"
+    )
+    chat = chat_of(tmp_path, TURNS + "{{- message.content or '' }}" + calls + END)
+    said = '<call>weather\n{"city": "Zürich", "days": [1, 2]}</call><|im_end|>'
+    for arguments in ({"city": "Zürich", "days": [1, 2]}, '{"city": "Z\\u00fcrich", "days": [1, 2]}'):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [
+            user("Look it up."),
+            assistant("", tool_calls=[call]),
+            {"role": "tool", "content": "sun"},
+            assistant("Sun."),
+        ]
+        assert chat.trained(messages) == said + "Sun.<|im_end|>"
