@@ -21,7 +21,7 @@ Cost: about 20 MB/s of JSON on one core for plain conversations; 5 to 10 MB/s wh
 import dataclasses
 import datetime
 import functools
-import json
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +47,7 @@ from jllm.data.marks import (
 from jllm.data.pieces import Builder, Flat, Markup, Piece, drop_spans, flatten
 from jllm.data.probing import probes_of
 from jllm.data.templating import compile_template
+from jllm.data.tool_calls import WITH_A_CALL, calls_as
 from jllm.errors import UserError
 
 _VERIFY_EVERY = 128
@@ -136,14 +137,13 @@ class Renderer:
         Raises:
             BadRecordError: the template refuses them.
         """
-        if any(message.get("tool_calls") for message in messages) and self._takes_arguments_as_text:
-            messages = [_with_arguments_as_text(message) for message in messages]
+        if any(message.get("tool_calls") for message in messages):
+            messages = [calls_as(message, **self._form_of_calls) for message in messages]
         return self._render(messages, tools)
 
     @functools.cached_property
-    def _takes_arguments_as_text(self) -> bool:
-        """Whether the template shows a tool call only if its arguments are JSON text, as OpenAI has them (DeepSeek's),
-        and not as the object that most templates write as JSON themselves."""
+    def _form_of_calls(self) -> dict[str, bool]:
+        """How the template wants tool calls, for `calls_as`: the first way in which it shows one."""
         function = {"name": "name_of_tool", "arguments": {"argument": "its_value"}}
         call = {"id": "call_0001", "type": "function", "function": function}
         answer = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -151,15 +151,24 @@ class Renderer:
             {"role": "tool", "content": "result", "tool_call_id": "call_0001"},
             {"role": "assistant", "content": "b"},
         ]
-
-        def shows(answer: Mapping[str, Any]) -> bool:
+        for as_text, without_content in itertools.product((False, True), repeat=2):
+            form = {"as_text": as_text, "without_content": without_content}
             try:
-                text = self._render([{"role": "user", "content": "question"}, answer, *rest], None)
+                text = self._render([{"role": "user", "content": "a"}, calls_as(answer, **form), *rest], None)
             except BadRecordError:
-                return False
-            return "name_of_tool" in text and "its_value" in text
+                continue
+            if "name_of_tool" in text and "its_value" in text:
+                return form
+        return {"as_text": False, "without_content": False}
 
-        return not shows(answer) and shows(_with_arguments_as_text(answer))
+    @functools.cached_property
+    def _ends_calls(self) -> bool:
+        """Whether an answer with a tool call ends before the tool answers. DeepSeek's template forgets the end where
+        there is one call, and the tool's words would be trained on."""
+        messages = [with_marks(each) if each["role"] == "assistant" else each for each in WITH_A_CALL]
+        builder = Builder(self.markup, StandIns(), self.plan.train_on_prompt)
+        pieces = builder.build(self.render(messages, None))
+        return not any("result_of_tool" in piece.text[start:end] for piece in pieces for start, end in piece.spans)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
@@ -352,6 +361,8 @@ class Renderer:
         )
         if text.count(CALL) < calls:
             raise BadRecordError("tool call not found", "the template does not show a tool call of an answer")
+        if calls and not self._ends_calls:
+            raise BadRecordError("template error", "the template does not end an answer that calls a tool")
         if not careful:
             return text
         bare = self.render(messages, tools)
@@ -386,13 +397,3 @@ class Renderer:
         pieces = [Piece(control=index) for index in self.plan.prefix]
         pieces.append(Piece(text=text, spans=[(start, len(text))]))
         return [*pieces, Piece(control=self.plan.eos_id, trained=True)]
-
-
-def _with_arguments_as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}

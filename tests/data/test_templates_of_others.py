@@ -116,20 +116,43 @@ def test_tool_calls_that_a_template_leaves_out(tmp_path: Path) -> None:
     assert [record.kind for record in bad] == ["tool call not found"]
 
 
-def test_templates_that_take_tool_arguments_as_text(tmp_path: Path) -> None:
-    """DeepSeek's joins them to its own text, which an object cannot be; most others write the object as JSON."""
-    calls = (
-        "{%- for call in message.tool_calls or [] %}"
-        "{{- '<call>' + call.function.name + '\\n' + call.function.arguments + '</call>' }}{%- endfor %}"
-    )
-    chat = chat_of(tmp_path, TURNS + "{{- message.content or '' }}" + calls + END)
+ARGUMENTS_JOINED = """{%- for call in message.tool_calls or [] %}
+{{- '<call>' + call.function.name + '\\n' + call.function.arguments + '</call>' }}{%- endfor %}"""
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{- message.content }}" + ARGUMENTS_JOINED,
+        "{%- if message.content is none %}" + ARGUMENTS_JOINED + "{%- else %}{{- message.content }}{%- endif %}",
+        "{%- if message.content is none %}" + ARGUMENTS_JOINED.replace("arguments", "arguments | tojson")
+        + "{%- else %}{{- message.content }}{%- endif %}",
+    ],
+    ids=["text", "text and null", "object and null"],
+)  # fmt: skip
+def test_templates_with_tool_calls_of_their_own_form(tmp_path: Path, shown: str) -> None:
+    """DeepSeek's joins arguments to its own text, which an object cannot be, and shows calls where content is null."""
+    chat = chat_of(tmp_path, TURNS + shown + END)
     said = '<call>weather\n{"city": "Zürich", "days": [1, 2]}</call><|im_end|>'
     for arguments in ({"city": "Zürich", "days": [1, 2]}, '{"city": "Z\\u00fcrich", "days": [1, 2]}'):
         call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-        messages = [
-            user("Look it up."),
-            assistant("", tool_calls=[call]),
-            {"role": "tool", "content": "sun"},
-            assistant("Sun."),
-        ]
-        assert chat.trained(messages) == said + "Sun.<|im_end|>"
+        for content in ("", None):
+            messages = [
+                user("Look it up."),
+                {"role": "assistant", "content": content, "tool_calls": [call]},
+                {"role": "tool", "content": "sun"},
+                assistant("Sun."),
+            ]
+            assert chat.trained(messages) == said + "Sun.<|im_end|>"
+
+
+def test_a_template_that_does_not_end_a_tool_call(tmp_path: Path) -> None:
+    """What the tool says would be trained on; such records are refused by name, others are not."""
+    end = "{%- if not message.tool_calls %}{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    chat = chat_of(tmp_path, TURNS + "{{- message.content }}" + ARGUMENTS_JOINED + end)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    asked = [user("?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "sun"}, assistant("Sun.")]
+    ids, _, [bad] = chat.encode([{"messages": asked}, {"messages": [user("?"), assistant("!")]}])
+    assert len(ids) == 1
+    assert (bad.kind, bad.line) == ("template error", 1)
+    assert "does not end an answer that calls a tool" in bad.detail
