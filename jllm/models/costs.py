@@ -10,7 +10,7 @@ Costs: building the model on the meta device, some milliseconds per layer.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,7 +107,8 @@ class Costs:
     transient_bytes: float
     """Activations that exist only while checkpointed layers are recomputed."""
     state: StateBytes
-    tied: bool
+    tied_parameters: Parameters
+    """Of the embedding and of the head: one stage that has both holds them once."""
     is_measured: bool = False
 
     def parameters(self, first: int, end: int) -> Parameters:
@@ -117,8 +118,8 @@ class Costs:
             count += self.embedding_parameters
         if end == len(self.layers):
             count += self.head_parameters
-            if first == 0 and self.tied:
-                count -= self.embedding_parameters
+            if first == 0:
+                count -= self.tied_parameters
         return count
 
     def time(self, first: int, end: int) -> float:
@@ -176,7 +177,13 @@ def estimate_costs(
     tokens = sequence_length * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
-    full = [tokens * _activation_bytes_per_token(layer, text, dtype.itemsize) for layer in layers]
+    # Layers that differ in shape have configurations of their own (Gemma 4).
+    by_layer = anatomy.layers and getattr(text, "is_heterogeneous", False)
+    configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
+    full = [
+        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize)
+        for layer, own in zip(layers, configs, strict=True)
+    ]
     kept = full
     if checkpoint_interval:
         kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
@@ -185,31 +192,35 @@ def estimate_costs(
         if selection is not None
         else set(anatomy.parameters)
     )
-    trained = {id(parameter) for name, parameter in model.named_parameters() if name in chosen}
+    # In the order of the model's parameters, a tied one under the name that it is published by.
+    names = zip(model.parameters(), anatomy.parameters, strict=True)
+    trained = {id(parameter) for parameter, name in names if name in chosen}
 
-    def count(modules: Sequence[nn.Module]) -> Parameters:
-        parameters = [parameter for module in modules for parameter in module.parameters()]
+    def count(parameters: Iterable[nn.Parameter]) -> Parameters:
+        known = list(parameters)
         return Parameters(
-            total=sum(each.numel() for each in parameters),
-            trained=sum(each.numel() for each in parameters if id(each) in trained),
+            total=sum(each.numel() for each in known),
+            trained=sum(each.numel() for each in known if id(each) in trained),
         )
 
+    before, after = ([*_parameters(model, names)] for names in (anatomy.before, anatomy.after))
+    in_both = {id(each) for each in before} & {id(each) for each in after}
     head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
     types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=f"{type(layer).__name__} {types[index]}".rstrip(),
-                parameters=count([layer]),
+                parameters=count(layer.parameters()),
                 time=passes
                 * tokens
-                * (2.0 * _weights_used(layer, text) + _attention_operations(text, types[index], sequence_length)),
+                * (2.0 * _weights_used(layer, own) + _attention_operations(own, types[index], sequence_length)),
                 activation_bytes=kept[index],
             )
-            for index, layer in enumerate(layers)
+            for index, (layer, own) in enumerate(zip(layers, configs, strict=True))
         ),
-        embedding_parameters=count([model.get_submodule(name) for name in anatomy.before]),
-        head_parameters=count([model.get_submodule(name) for name in anatomy.after]),
+        embedding_parameters=count(before),
+        head_parameters=count(after),
         embedding_time=0.0,
         head_time=_TRAINING * tokens * 2.0 * head_products,
         embedding_activation_bytes=8.0 * tokens,
@@ -218,7 +229,7 @@ def estimate_costs(
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),
-        tied=bool(anatomy.tied),
+        tied_parameters=count(each for each in before if id(each) in in_both),
     )
 
 
@@ -227,6 +238,12 @@ def with_timings(costs: Costs, *, layers: Sequence[float], embedding: float, hea
     assert len(layers) == len(costs.layers)
     timed = tuple(replace(layer, time=seconds) for layer, seconds in zip(costs.layers, layers, strict=True))
     return replace(costs, layers=timed, embedding_time=embedding, head_time=head, is_measured=True)
+
+
+def _parameters(model: PreTrainedModel, names: Iterable[str]) -> Iterator[nn.Parameter]:
+    """Each parameter of these modules once."""
+    modules = nn.ModuleList(model.get_submodule(name) for name in names)
+    return modules.parameters()
 
 
 def _layers(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:

@@ -25,6 +25,9 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_BY_LENGTH = {"dynamic", "longrope"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What the trainer asks of a model folder before it starts."""
@@ -37,6 +40,8 @@ class ModelInfo:
     """The dtype that most of the stored weights have; from the configuration where there are no safetensors files."""
     tied: bool
     """Whether the head is the embedding."""
+    positions_depend_on_length: bool
+    """Whether the length that a row is padded to changes its position embeddings (dynamic and longrope scaling)."""
 
 
 def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -183,4 +188,13 @@ def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weig
         num_layers=count_layers(config),
         dtype=dtype,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        positions_depend_on_length=not _rope_types(getattr(text, "rope_parameters", None)).isdisjoint(_BY_LENGTH),
     )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The kinds of rotary embeddings in a configuration, of all its kinds of layers."""
+    if not isinstance(parameters, dict):
+        return set()
+    own = {kind for kind in [parameters.get("rope_type")] if isinstance(kind, str)}
+    return own.union(*(_rope_types(value) for value in parameters.values()))

@@ -88,7 +88,7 @@ def open_training_data(config: TrainConfig, layout: Layout, agreement: Agreement
     """
     given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
     data = _open(given, config, layout, agreement, model, distributed=config.dist_data)
-    return _with_first_step_largest(data)
+    return _with_first_step_largest(data, config, model)
 
 
 def open_evaluation_data(
@@ -187,11 +187,16 @@ def _open(
     return Data(facts=_together([view for _, view in views.values()]), index=index, share=share, parts=parts)
 
 
-def _with_first_step_largest(data: Data) -> Data:
-    """The data, its first step padded to the longest row of all parts, or to `--seq_len` where that is not known."""
+def _with_first_step_largest(data: Data, config: TrainConfig, model: ModelInfo) -> Data:
+    """The data, its first step padded to the longest row of all parts.
+
+    Not where that is unknown, nor where padding has a part in what is computed: in the balance loss of routers, and in
+    rotary embeddings that depend on the length.
+    """
     longest = data.facts.longest_row
-    inputs = longest - 1 if longest is not None else data.share.seq_len
-    return dataclasses.replace(data, share=dataclasses.replace(data.share, longest=inputs))
+    if longest is None or config.router_aux_loss_coef or model.positions_depend_on_length:
+        return data
+    return dataclasses.replace(data, share=dataclasses.replace(data.share, longest=longest - 1))
 
 
 def _together(parts: list[DataFacts]) -> DataFacts:

@@ -108,7 +108,8 @@ def plan_stages(
     Raises:
         UserError: the model cannot be split, or not there.
     """
-    length = config.seq_len or (longest_row - 1 if longest_row is not None and longest_row > 1 else ASSUMED_LENGTH)
+    known = [config.seq_len, longest_row - 1 if longest_row is not None else None]
+    length = max(1, min((each for each in known if each is not None), default=ASSUMED_LENGTH))
     rows = layout.micro_batch
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)

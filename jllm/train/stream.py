@@ -137,8 +137,11 @@ class Share:
             places = [place for group in dealt for place in group]
             groups_of_rows: list[list[Row | None]] = [[rows[place] for place in group] for group in dealt]
             groups_of_rows += [[None] for _ in range(self.accumulation - len(dealt))]
+            # The one with the fewest rows has the most room for long ones.
+            fewest = min(range(len(groups_of_rows)), key=lambda number: len(groups_of_rows[number]))
             micro_batches = [
-                self._collate_group(group, largest, is_first=number == 0) for number, group in enumerate(groups_of_rows)
+                self._collate_group(group, largest, is_longest=number == fewest)
+                for number, group in enumerate(groups_of_rows)
             ]
         self._check_ids(rows, places)
         return Step(
@@ -152,22 +155,20 @@ class Share:
             start=start,
         )
 
-    def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_first: bool) -> MicroBatch:
+    def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_longest: bool) -> MicroBatch:
         """One micro-batch; with `largest`, filled up to what rows of at most so many inputs could make of the budget:
-        the first one as long as they are, the others as many tokens as fit."""
+        `is_longest` as long as they are, the others as many tokens as fit."""
         needed = max((len(row.ids) - 1 for row in rows if row is not None), default=1)
         length = padded_length(needed, self.seq_len)
         if largest is not None:
             assert self.budget is not None
             budget = self.budget.tokens
-            most = min(largest, budget // len(rows) // LENGTH_MULTIPLE * LENGTH_MULTIPLE)
-            lengths = [
-                length,
-                *(padded_length(each, self.seq_len) for each in range(length, most + 1, LENGTH_MULTIPLE)),
-            ]
-            if padded_length(most, self.seq_len) * len(rows) <= budget:
-                lengths.append(padded_length(most, self.seq_len))
-            length = max(lengths, key=lambda each: (0 if is_first else budget // each * each, each))
+            longer = (
+                padded_length(min(each, largest), self.seq_len)
+                for each in range(length, largest + LENGTH_MULTIPLE, LENGTH_MULTIPLE)
+            )
+            lengths = [length, *(each for each in longer if length < each <= budget // len(rows))]
+            length = max(lengths, key=lambda each: (0 if is_longest else budget // each * each, each))
             rows = rows + [None] * (budget // length - len(rows))
         return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask)[0]
 

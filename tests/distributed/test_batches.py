@@ -108,6 +108,42 @@ def test_token_budget(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Pat
     assert found[-1]["epoch"] == 2
 
 
+def longest_of_first_steps(runs: list[dict[str, Any]]) -> list[int | None]:
+    """What the first step of each of these runs is padded to."""
+    from jllm.train import setup
+    from jllm.train.config import TrainConfig, resolve_layout
+    from jllm.train.data import open_training_data
+    from jllm.train.dry_run import Alone
+
+    found = []
+    for config in (TrainConfig(**options) for options in runs):
+        layout = resolve_layout(config, 1)
+        data = open_training_data(config, layout, Alone(layout), setup.read_model_info(config))
+        found.append(data.share.longest)
+    return found
+
+
+def test_which_first_steps_are_the_largest(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """All by the manifest, but where there is none, or where padding has a part in what is computed."""
+    shutil.copytree(folder / "data", tmp_path / "bare")
+    (tmp_path / "bare" / MANIFEST_NAME).unlink()
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    cases: list[dict[str, Any]] = [
+        {},
+        {"seq_len": 500},
+        {"train_data": (str(tmp_path / "bare"),)},
+        {"router_aux_loss_coef": 0.1},
+        {"model": tmp_path / "model"},
+    ]
+    [found] = ranks(1).run(longest_of_first_steps, [options_of(folder, tmp_path / "log", **more) for more in cases])
+    longest = open_data_set(folder / "data").manifest.longest_row
+    assert longest is not None
+    assert found == [longest - 1, longest - 1, None, None, None]
+
+
 def test_token_budget_smaller_than_a_row(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     more = {"batch_size_tokens": 64, "max_steps": 9}
     [answer] = ranks(1).run(train_rank, options_of(folder, tmp_path, **more))

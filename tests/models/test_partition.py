@@ -1,5 +1,6 @@
 """Partitions: boundaries are sound for any request, the searched ones are the best there are, mistakes are one line."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from jllm.errors import UserError
 from jllm.models.costs import Costs, LayerCost, Parameters, StateBytes, estimate_costs, state_bytes, with_timings
 from jllm.models.families import check_split
 from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
-from jllm.models.selection import Selection
-from jllm.models.stage import spans_of
+from jllm.models.selection import Selection, select_trainable
+from jllm.models.source import causal_class
+from jllm.models.stage import spans_of, stage_class
 from jllm.train.config import TrainConfig
 from tests.models.tiny import tiny_config
 
@@ -24,6 +26,9 @@ def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2
     )
+
+
+EMBEDDINGS = {"gpt2": "wte", "camembert": "word_embeddings"}
 
 
 def all_of(count: int) -> Parameters:
@@ -45,7 +50,7 @@ def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, 
         boundary_bytes=1.0,
         transient_bytes=0.0,
         state=StateBytes(trained=1.0, frozen=0.25),
-        tied=tied,
+        tied_parameters=all_of(7 if tied else 0),
     )
 
 
@@ -202,6 +207,22 @@ def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
     offloaded = estimate_costs(config, checkpoint_interval=1, checkpoint_offload=True)
     saved = kept.memory(0, 2, in_flight=3) - offloaded.memory(0, 2, in_flight=3)
     assert saved == 3 * 2 * 2048 * 16 * 2  # in flight, layers, tokens, hidden size, bf16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "camembert", "gemma4_text", "llama"])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_parameters_are_those_of_the_stages(family: str, is_frozen: bool) -> None:
+    """Learned positions beside a tied embedding, heads that are registered first, layers with own configurations."""
+    config = tiny_config(family)
+    selection = Selection(frozen_modules=EMBEDDINGS.get(family, "embed_tokens") if is_frozen else None)
+    for boundaries in ([0, 4], [0, 2, 4]) if family != "camembert" else ([0, 4],):
+        costs = estimate_costs(config, sequence_length=16, selection=selection)
+        for span in spans_of(boundaries):
+            with torch.device("meta"):
+                model = stage_class(causal_class(config), span)._from_config(copy.deepcopy(config))
+            selected = select_trainable(model, span, selection)
+            found = costs.parameters(span.first_layer, span.end_layer)
+            assert found == Parameters(total=selected.total, trained=selected.trainable), boundaries
 
 
 def test_best_split_prefers_even_among_equals() -> None:

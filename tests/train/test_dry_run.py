@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "model", tied=True)
     tiny_llama(folder / "deep", tied=True, layers=5)
     write_rows(folder / "data", random_rows(24), files=2)
+    write_rows(folder / "bare", random_rows(24), manifest=False)
     write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
     (folder / "text.jsonl").write_text('{"text": "one"}\n')
     (folder / "picture.png").touch()
@@ -103,14 +104,15 @@ def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None
 
 
 def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None:
-    """The stage table is that of rows as long as the data's, whether `--seq_len` says so or not."""
+    """The stage table is that of rows as long as the data's, by the manifest, whatever `--seq_len` allows."""
     longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1
     tables = []
-    for more in ({}, {"seq_len": longest}, {"seq_len": 1 << 18}):
-        [(_, _, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+    for more in ({}, {"seq_len": longest}, {"seq_len": 2048}, {"train_data": (str(folder / "bare"),)}):
+        options = options_of(folder, per_device_train_batch_size=8192, **more)
+        [(_, _, lines)] = Ranks(1).run(shown, options, tmp_path / "console")
         tables.append(next(line for line in lines if " GiB" in line))
-    assert tables[0] == tables[1]
-    assert tables[0] != tables[2]
+    assert tables[0] == tables[1] == tables[2]
+    assert float(tables[3].split(" GiB")[0].split()[-1]) > 10 * float(tables[0].split(" GiB")[0].split()[-1])
 
 
 def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:

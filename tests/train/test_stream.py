@@ -140,20 +140,49 @@ def test_the_first_step_is_the_largest(tmp_path: Path, data_size: int) -> None:
         share = dataclasses.replace(plain, longest=longest - 1)
         steps, as_they_are = take(index, share, 30), take(index, plain, 30)
         first, *others = steps
-        assert tokens_of(first) == tokens_of(as_they_are[0])
-        assert first.trained_tokens == as_they_are[0].trained_tokens
         assert first.length == padded_length(longest - 1, None) == max(step.length for step in steps)
         assert all(same(one, other) for one, other in zip(others, as_they_are[1:], strict=True))
         slots = [[rows * length for rows, length in shapes(step)] for step in steps]
         if chosen is None:
             assert max(map(max, slots)) == max(slots[0])
         else:
-            assert all(count <= budget.tokens for step in slots for count in step)
             # As much as whole rows can fill of the budget, in every micro-batch.
             assert min(slots[0]) > budget.tokens - first.length
             assert sum(slots[0]) > 0.9 * max(map(sum, slots))
         [resumed] = take(index, share, 1, others[0].start)
         assert same(resumed, others[0])
+
+
+@settings(max_examples=4 * EXAMPLES, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=12),
+    seq_len=st.sampled_from([None, 100, 256, 299]),
+    longest=st.integers(0, 320),
+    budget=st.sampled_from([None, 320, 600, 1024]),
+)
+def test_the_first_step_has_its_own_rows(
+    lengths: list[int], seq_len: int | None, longest: int, budget: int | None
+) -> None:
+    """Whatever it is padded to: also where the manifest is wrong about the longest row."""
+    most = 300 if seq_len is None else seq_len + 1
+    rows = [
+        Row(ids=np.arange(1, min(length, most) + 1, dtype=np.int32), labels=None, boundaries=None) for length in lengths
+    ]
+    chosen = None if budget is None else TokenBudget(tokens=budget, micro_batches=4, seq_len=seq_len)
+    plain = dataclasses.replace(SHARE, vocab_size=1000, micro_batch=3, accumulation=4, seq_len=seq_len, budget=chosen)
+    batch = next(plain.batches(iter(rows)))
+    as_it_is = plain.step_of(batch, Cursor())
+    first = dataclasses.replace(plain, longest=longest).step_of(batch, Cursor())
+    assert tokens_of(first) == tokens_of(as_it_is)
+    assert (first.rows, first.tokens, first.trained_tokens) == (as_it_is.rows, as_it_is.tokens, as_it_is.trained_tokens)
+    assert first.length >= as_it_is.length
+    longest_shape = padded_length(longest, seq_len)
+    if budget is None:
+        assert first.length == max(as_it_is.length, longest_shape)
+    else:
+        assert all(count * length <= budget for count, length in shapes(first))
+        if min(count for count, _ in shapes(as_it_is)) * longest_shape <= budget:
+            assert first.length >= longest_shape
 
 
 def test_goes_on_from_the_very_end_of_an_epoch(index: ShardIndex) -> None:
