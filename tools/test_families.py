@@ -36,6 +36,7 @@ def walk_one(model_type: str) -> Family:
     import torch
     from transformers.utils import logging
 
+    from jllm.models.costs import estimate_costs
     from jllm.models.families import check_split
     from jllm.models.stage import StageSpan
     from tests.models.family_check import (
@@ -65,6 +66,7 @@ def walk_one(model_type: str) -> Family:
             make_folder(config, whole)
             model = load_whole(whole)
             difference = compare_family(model, whole, saved)
+            estimate_costs(config, sequence_length=16)  # the stage table of a run
             if not difference.is_equal:
                 return result("failed", f"differs from the whole model: {difference}")
             isolates = isolates_documents(model)

@@ -197,12 +197,12 @@ class Renderer:
                 " {% generation %} ... {% endgeneration %}"
             )
         ends = set()
-        for behind in text.split(END)[1:]:
+        for behind in map(_without_marks, text.split(END)[1:]):
             following = self.markup.control.match(behind, len(behind) - len(behind.lstrip()))
             if following:
                 ends.add(self.markup.id_of(following.group()))
         self.markup.ends_of_turn = frozenset(ends)
-        header = text[asked + 1 : start]
+        header = _without_marks(text[asked + 1 : start])
         last = max(self.markup.control.finditer(header), key=lambda match: match.start(), default=None)
         self.markup.header = (
             (self.markup.id_of(last.group()), header[last.end() :]) if last is not None else (None, header)
@@ -253,7 +253,7 @@ class Renderer:
         else:
             text = self._render_with_marks(hidden, trained, tools)
         pieces = self._built(text, stand_ins, hidden, trained)
-        return flatten(pieces), None if stand_ins.used else MARKS.sub("", text)
+        return flatten(pieces), None if stand_ins.used else _without_marks(text)
 
     def _built(
         self, text: str, stand_ins: "StandIns", messages: list[dict[str, Any]], trained: list[bool]
@@ -366,7 +366,7 @@ class Renderer:
         if not careful:
             return text
         bare = self.render(messages, tools)
-        return text if MARKS.sub("", text) == bare else self._looked_up(bare, messages, trained)
+        return text if _without_marks(text) == bare else self._looked_up(bare, messages, trained)
 
     def _looked_up(self, text: str, messages: list[dict[str, Any]], trained: list[bool]) -> str:
         """Marks put where the answers are found in a text that was rendered without marks."""
@@ -397,3 +397,7 @@ class Renderer:
         pieces = [Piece(control=index) for index in self.plan.prefix]
         pieces.append(Piece(text=text, spans=[(start, len(text))]))
         return [*pieces, Piece(control=self.plan.eos_id, trained=True)]
+
+
+def _without_marks(text: str) -> str:
+    return MARKS.sub("", text)

@@ -156,3 +156,10 @@ def test_a_template_that_does_not_end_a_tool_call(tmp_path: Path) -> None:
     assert len(ids) == 1
     assert (bad.kind, bad.line) == ("template error", 1)
     assert "does not end an answer that calls a tool" in bad.detail
+
+
+def test_a_template_that_shows_messages_twice(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path, TURNS + "{{- message.content + ' ' + message.content }}" + END)
+    ids, _, bad = chat.encode([{"messages": [user("q"), assistant("yes")]}])
+    assert not bad
+    assert whole(chat, ids[0], rendered([user("q q"), assistant("yes yes")]))
