@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from jllm.data.machine import collect_rarely
+from jllm.data.machine import collect_rarely, leave_at_once
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -150,3 +150,4 @@ def main(config: Raw2IdsConfig) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_at_once()

@@ -3,11 +3,14 @@
 Limits of the container (control groups) count as well as those of the machine.
 """
 
+import contextlib
 import gc
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from jllm.errors import UserError
 
@@ -20,6 +23,14 @@ def collect_rarely() -> None:
     """Look for cycles of garbage after 50,000 new objects rather than 700: reading JSON makes many objects and no
     cycles, and each look goes through all that are alive (4 % of a worker's time, and 0.1 s of a start)."""
     gc.set_threshold(50_000)
+
+
+def leave_at_once() -> NoReturn:
+    """End a process that has done its work, without taking apart what it holds: 0.15 s for two engines."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has seen enough
+            stream.flush()
+    os._exit(0)
 
 
 def usable_cores(wanted: int = -1) -> int:
