@@ -37,12 +37,13 @@ def parse_block(block: Block, kind: str) -> Records:
     Runs on any thread; nothing but the block is looked at.
     """
     if kind == "text":
-        return _parse_text(block)
+        return _parse_text(block.content, block.line)
     if kind == "parquet":
         from jllm.data.tables import parse_table
 
         return parse_table(block)
-    rows = block.data if isinstance(block.data, list) else _lines(block.data)
+    content = block.content
+    rows = content if isinstance(content, list) else _lines(content)
     return _parse_json(rows, range(block.line, block.line + len(rows)))
 
 
@@ -100,18 +101,18 @@ _BETWEEN_DOCUMENTS = re.compile(r"\n(?:[^\S\n]*\n)+")
 _LEADING_BLANK = re.compile(r"(?:[^\S\n]*\n)+")
 
 
-def _parse_text(block: Block) -> Records:
+def _parse_text(data: bytes, line: int) -> Records:
     """Documents of a text block: what stands between blank lines, without the line ends around it."""
     try:
-        text, clean = block.data.decode(), True
+        text, clean = data.decode(), True
     except UnicodeDecodeError:
-        text, clean = block.data.decode(errors="surrogateescape"), False
+        text, clean = data.decode(errors="surrogateescape"), False
     leading = _LEADING_BLANK.match(text)
     start = leading.end() if leading else 0
     documents: list[str] = []
     lines: list[int] = []
     bad: list[BadRecord] = []
-    line, counted = block.line, 0
+    counted = 0
     pieces: list[tuple[int, int]] = []
     for separator in _BETWEEN_DOCUMENTS.finditer(text, start):
         pieces.append((start, separator.start()))

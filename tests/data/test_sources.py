@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,27 @@ def test_a_list_that_does_not_end_well_is_told(tmp_path: Path, text: str, bad: i
     assert sum(len(record.bad) for record in records) == bad
     end = blocks[-1]
     assert not list(read_blocks(source, 0, start=end.end, line=end.end_line, index=1))  # nothing is left to go on with
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.json"])
+def test_blocks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A block of a plain local file is sent without its bytes, and read again there."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr("jllm.data.tables.BLOCK_BYTES", 200)
+    lines = [json.dumps({"text": f"document {number} é"}) for number in range(60)]
+    data = (f"[{','.join(lines)}]" if name == "a.json" else "".join(f"{line}\n" for line in lines)).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else b"\xef\xbb\xbf" + data if "bom" in name else data)
+    [source] = resolve([str(path)])
+    found = list(read_blocks(source, 0))
+    assert len(found) > 3
+    sent = [pickle.dumps(block) for block in found]
+    assert [pickle.loads(each).content for each in sent] == [block.data for block in found]
+    if name.endswith(".jsonl"):
+        assert all(len(each) < 400 for each in sent)
+        path.write_bytes(data[:300])
+        with pytest.raises(UserError, match="became shorter"):
+            pickle.loads(sent[-1]).content  # noqa: B018 - reading it is the test
+        path.unlink()
+        with pytest.raises(UserError, match="cannot be read"):
+            pickle.loads(sent[-1]).content  # noqa: B018
