@@ -33,8 +33,8 @@ class Block:
         data: the bytes, a list of JSON elements' bytes, or an Arrow table.
         end: where the next block starts: decompressed bytes, or rows.
         end_line: line number there.
-        file: a local file in which the bytes stand before `end`: another process reads them there, which takes a third
-            of the time that sending them takes. None: they are sent.
+        file: a local file in which the bytes stand before `end`: another process reads them there, which costs
+            less than sending them. None: they are sent.
     """
 
     source: int
