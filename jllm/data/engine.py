@@ -150,7 +150,7 @@ class FastEngine:
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
         changes = [as_inert, for_fastokens] if inert else [for_fastokens]
-        self._tokenizer = native.Tokenizer.from_json_str(rewritten(backend, *changes))
+        self._tokenizer = native.Tokenizer.from_json_str(with_short_merges(rewritten(backend, *changes)))
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
@@ -181,6 +181,24 @@ def rewritten(backend: str, *changes: Callable[[dict[str, Any]], dict[str, Any]]
     for change in changes:
         value = change(value)
     return backend[: head.end()] + fast_json.dumps(value["added_tokens"]) + backend[end:]
+
+
+_MERGES = re.compile(r'"merges":\s*(?=\[\s*\[)')
+
+
+def with_short_merges(backend: str) -> str:
+    """A serialised backend whose merges are written as "a b" where they were ["a", "b"], if no token has a blank:
+    fastokens reads them 0.4 s faster (Qwen3), and rewriting takes 0.1 s."""
+    found = _MERGES.match(backend, backend.rfind('"merges":'))
+    if found is None:
+        return backend
+    start, end = found.end(), backend.rfind("]") + 1
+    try:
+        merges = fast_json.loads(backend[start:end])
+        short = fast_json.dumps([" ".join(merge) for merge in merges if isinstance(merge, list)])
+    except (ValueError, TypeError):  # something stands behind the merges, or in them: the engine will say what
+        return backend
+    return backend[:start] + short + backend[end:] if merges and short.count(" ") == len(merges) else backend
 
 
 def for_fastokens(value: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,14 @@ import pytest
 
 from jllm.data import engine as engines
 from jllm.data.early_engines import encoding_of
-from jllm.data.engine import CheckedEngine, EngineMismatchError, FastEngine, open_engine, sample_of
+from jllm.data.engine import (
+    CheckedEngine,
+    EngineMismatchError,
+    FastEngine,
+    open_engine,
+    sample_of,
+    with_short_merges,
+)
 from jllm.data.manifest import read_manifest
 from jllm.data.prepare import prepare
 from jllm.data.tokenizer import PROBES, load_tokenizer
@@ -173,3 +180,29 @@ def test_spellings_of_one_backend_mean_the_same(byte_tokenizer: Path) -> None:
     assert encoding_of(json.dumps(file)) == encoding_of(facts.backend)
     file["normalizer"] = None
     assert encoding_of(json.dumps(file)) != encoding_of(facts.backend)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("odd", [",", '","', "],[", '"', "\\", "merges", '"merges":[[', "é"])
+def test_short_merges_are_the_same_merges(byte_tokenizer: Path, odd: str, indent: int | None) -> None:
+    facts = load_tokenizer(str(byte_tokenizer))
+    assert facts.backend is not None
+    value = json.loads(facts.backend)
+    value["model"]["vocab"][odd] = len(value["model"]["vocab"])
+    value["model"]["merges"] += [[odd, odd], [odd, "a"], ["a", odd]]
+    short = json.loads(with_short_merges(json.dumps(value, indent=indent, ensure_ascii=indent is None)))
+    assert all(isinstance(merge, str) for merge in short["model"]["merges"])
+    short["model"]["merges"] = [merge.split(" ") for merge in short["model"]["merges"]]
+    assert short == value
+
+
+def test_merges_that_cannot_be_short_stay(byte_tokenizer: Path) -> None:
+    facts = load_tokenizer(str(byte_tokenizer))
+    assert facts.backend is not None
+    value = json.loads(facts.backend)
+    for last in (["a b", "c"], ["", "a b"], ["a"], "a b"):
+        text = json.dumps({**value, "model": {**value["model"], "merges": [["a", "b"], last]}})
+        assert with_short_merges(text) == text
+    behind = json.dumps({"model": value["model"], "behind": [1]})
+    assert with_short_merges(behind) == behind
+    assert with_short_merges(json.dumps(value["added_tokens"])) == json.dumps(value["added_tokens"])
