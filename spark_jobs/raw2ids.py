@@ -109,6 +109,7 @@ _opened: dict[str, Any] = {}
 
 def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """The encoder of this Python worker, which several tasks use one after the other."""
+    from jllm.data.chat import Assembler, TokenLengths
     from jllm.data.engine import open_engine, use_cores
 
     key = f"{facts.sha256} {config} {chat.get('plan')}"
@@ -119,7 +120,11 @@ def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, 
         )
         prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
         _opened.clear()
-        _opened[key] = recipes.encoder_of(config, facts, engine, **chat), prefix
+        if config.type == "pretrain":
+            _opened[key] = recipes.pretrain_encoder(config, facts, engine), prefix
+        else:
+            assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
+            _opened[key] = recipes.chat_encoder(config, lambda: assembler, **chat), prefix
     encoder: tuple[Any, tuple[int, ...]] = _opened[key]
     return encoder
 

@@ -12,7 +12,8 @@ Cost: about 20 MB/s of JSON on one core, and as much more for each further core;
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -112,52 +113,60 @@ def _first_marked(rendered: Rendered) -> Rendered:
     return dataclasses.replace(rendered, texts=texts, spans=spans)
 
 
-def assemble(
-    rendered: Rendered, engine: CheckedEngine, lengths: TokenLengths, *, block: int = 0
-) -> tuple[Documents, int]:
-    """Encode the texts of rendered conversations and put the ids together; also the number of checks made.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembler:
+    """Encodes the texts of rendered conversations and puts the ids together."""
 
-    Args:
-        block: number of their block in its source.
+    engine: CheckedEngine
+    lengths: TokenLengths
 
-    Raises:
-        EngineMismatchError: a whole conversation, encoded by the reference in one go, has other ids.
-    """
-    if lengths.marks_first:
-        rendered = _first_marked(rendered)
-    ids, offsets = engine.encode(rendered.texts)
-    mask = lengths.tokens_of_spans(engine, rendered.texts, ids, offsets, rendered.spans)
-    is_text = rendered.sequence < 0
-    sizes = np.ones(len(rendered.sequence), dtype=np.int64)
-    sizes[is_text] = np.diff(offsets)
-    starts = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    result = np.empty(starts[-1], dtype=np.int32)
-    trained = np.empty(starts[-1], dtype=bool)
-    from_text = np.repeat(is_text, sizes)
-    result[from_text], trained[from_text] = ids, mask
-    result[starts[:-1][~is_text]] = rendered.sequence[~is_text]
-    trained[starts[:-1][~is_text]] = rendered.trained[~is_text]
-    documents = Documents(
-        ids=result,
-        offsets=starts[rendered.offsets],
-        labels=np.where(trained, result, np.int32(IGNORE_INDEX)),
-    )
-    checks = 0
-    if rendered.sample is not None:
-        number, text = rendered.sample
-        wanted = engine.reference_ids(text, block=block)
-        if wanted is not None:
-            checks = 1
-            given = result[documents.offsets[number] : documents.offsets[number + 1]]
-            if not np.array_equal(given, wanted) and engine.name == "hf":
-                raise UserError(
-                    f"this tokenizer encodes a conversation differently in pieces than as a whole ({text[:40]!r}); use"
-                    " another tokenizer, or another --chat_template"
-                )
-            if not np.array_equal(given, wanted):
-                raise EngineMismatchError(f"{engine.name} {engine.version} differs on the conversation {text[:40]!r}")
-    return documents, checks
+    def __call__(self, rendered: Rendered, *, block: int = 0) -> tuple[Documents, int]:
+        """The conversations, and the number of checks made.
+
+        Args:
+            block: number of their block in its source.
+
+        Raises:
+            EngineMismatchError: a whole conversation, encoded by the reference in one go, has other ids.
+        """
+        if self.lengths.marks_first:
+            rendered = _first_marked(rendered)
+        ids, offsets = self.engine.encode(rendered.texts)
+        mask = self.lengths.tokens_of_spans(self.engine, rendered.texts, ids, offsets, rendered.spans)
+        is_text = rendered.sequence < 0
+        sizes = np.ones(len(rendered.sequence), dtype=np.int64)
+        sizes[is_text] = np.diff(offsets)
+        starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=starts[1:])
+        result = np.empty(starts[-1], dtype=np.int32)
+        trained = np.empty(starts[-1], dtype=bool)
+        from_text = np.repeat(is_text, sizes)
+        result[from_text], trained[from_text] = ids, mask
+        result[starts[:-1][~is_text]] = rendered.sequence[~is_text]
+        trained[starts[:-1][~is_text]] = rendered.trained[~is_text]
+        documents = Documents(
+            ids=result,
+            offsets=starts[rendered.offsets],
+            labels=np.where(trained, result, np.int32(IGNORE_INDEX)),
+        )
+        checks = 0
+        if rendered.sample is not None:
+            number, text = rendered.sample
+            wanted = self.engine.reference_ids(text, block=block)
+            if wanted is not None:
+                checks = 1
+                given = result[documents.offsets[number] : documents.offsets[number + 1]]
+                engine = self.engine
+                if not np.array_equal(given, wanted) and engine.name == "hf":
+                    raise UserError(
+                        f"this tokenizer encodes a conversation differently in pieces than as a whole ({text[:40]!r});"
+                        " use another tokenizer, or another --chat_template"
+                    )
+                if not np.array_equal(given, wanted):
+                    raise EngineMismatchError(
+                        f"{engine.name} {engine.version} differs on the conversation {text[:40]!r}"
+                    )
+        return documents, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,29 +174,33 @@ class ChatEncoder:
     """Chat records to conversations of ids: the encoder of `-t ft`.
 
     Attributes:
-        engine: opened for chat, so that it treats every added token in a text as ordinary.
+        assembler: waits for the engine, opened for chat, so that it treats every added token in a text as ordinary.
         forms: format of each source, by its index.
         fields: role → field, for the format `fields`.
         pool: worker processes (or threads) that render, or None to render in the calling thread.
         longest, refuse_longer: drop conversations of more tokens, or refuse them; None keeps all.
     """
 
-    engine: CheckedEngine
-    lengths: TokenLengths
+    assembler: Callable[[], Assembler]
     plan: RenderPlan
     forms: tuple[str, ...]
     fields: dict[str, str]
-    pool: Any = None
+    pool: Executor | None = None
     longest: int | None = None
     refuse_longer: bool = False
 
-    def __call__(self, block: Block, kind: str) -> Encoded:
-        arguments = (block, kind, self.forms[block.source], self.fields, self.plan)
+    def begin(self, block: Block, kind: str) -> Future[Rendered] | None:
+        """Begin to render a block in a worker process; None where there is none."""
         if self.pool is None:
-            rendered = render_block(*arguments)
-        else:
-            rendered = self.pool.submit(render_block, *arguments).result()
-        documents, checks = assemble(rendered, self.engine, self.lengths, block=block.index)
+            return None
+        return self.pool.submit(render_block, *self._work(block, kind))
+
+    def _work(self, block: Block, kind: str) -> tuple[Any, ...]:
+        return block, kind, self.forms[block.source], self.fields, self.plan
+
+    def __call__(self, block: Block, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
+        rendered = render_block(*self._work(block, kind)) if begun is None else begun.result()
+        documents, checks = self.assembler()(rendered, block=block.index)
         counts = {"records": rendered.records, "checks": checks}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest

@@ -30,7 +30,7 @@ from jllm.data.sink import Checkpoint, Sink
 from jllm.data.sources import STDIN, Source
 from jllm.errors import UserError
 
-IN_FLIGHT_BYTES = 48 << 20
+IN_FLIGHT_BYTES, IN_FLIGHT_BLOCKS = 48 << 20, 24
 MAX_EXAMPLES = 5
 BAD_SHARE, BAD_LEAST = 0.01, 10
 
@@ -38,7 +38,11 @@ BAD_SHARE, BAD_LEAST = 0.01, 10
 class Encoder(Protocol):
     """The work for one block."""
 
-    def __call__(self, block: Block, kind: str) -> Encoded: ...
+    def begin(self, block: Block, kind: str) -> Future[Any] | None:
+        """Begin the part that other processes do; None where they do nothing."""
+        ...
+
+    def __call__(self, block: Block, kind: str, begun: Future[Any] | None = None) -> Encoded: ...
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -275,14 +279,18 @@ def _in_order(
     What an earlier run saved is taken from disk as far as it goes without a gap; from there on a source is read.
     """
     waiting: collections.deque[tuple[int, Future[tuple[Encoded, bool]], int]] = collections.deque()
-    weight = 0
+    weight, most = 0, max(IN_FLIGHT_BLOCKS, 2 * run.workers + 2)  # small files make small blocks
 
-    def work(block: Block) -> tuple[Encoded, bool]:
+    def begin(block: Block) -> Future[Any] | None:
+        known = block_path(run.work, block.source, block.index).exists()
+        return None if known else run.encoder.begin(block, run.sources[block.source].kind)
+
+    def work(block: Block, begun: Future[Any] | None) -> tuple[Encoded, bool]:
         path = block_path(run.work, block.source, block.index)
         known = encode.load(path)
         if known is not None:
             return known, False
-        encoded = run.encoder(block, run.sources[block.source].kind)
+        encoded = run.encoder(block, run.sources[block.source].kind, begun)
         encode.save(path, encoded, run.vocab_size, wide=run.from_disk)
         if run.from_disk:
             encoded = encode.load(path, check=False) or encoded
@@ -302,12 +310,12 @@ def _in_order(
                 failure = error
                 break
             size = len(item.data) if isinstance(item, Block) and isinstance(item.data, bytes) else BLOCK_BYTES
-            while waiting and (len(waiting) >= 2 * run.workers + 2 or weight + size > IN_FLIGHT_BYTES):
+            while waiting and (len(waiting) >= most or weight + size > IN_FLIGHT_BYTES or waiting[0][1].done()):
                 number, future, done = waiting.popleft()
                 weight -= done
                 yield number, *future.result()
             if isinstance(item, Block):
-                future = pool.submit(work, item)
+                future = pool.submit(work, item, begin(item))
             else:
                 future = Future()
                 future.set_result((item, False))

@@ -10,6 +10,7 @@ Cost: dominated by the engine; the rest is numpy over whole blocks.
 import dataclasses
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ class PretrainEncoder:
     parse_special: bool = False
     masked_ids: frozenset[int] = frozenset()
 
-    def __call__(self, block: Block, kind: str) -> Encoded:
+    def begin(self, block: Block, kind: str) -> None:
+        """See `convert.Encoder`: all is done in this process."""
+
+    def __call__(self, block: Block, kind: str, begun: Future[Any] | None = None) -> Encoded:
         records = texts_of(parse_block(block, kind), kind, self.field)
         checks = self.engine.check(records.values, parse_special=self.parse_special, block=block.index)
         documents = self.documents(records.values)

@@ -134,7 +134,10 @@ class SlowEngine:
 
 
 class FastEngine:
-    """fastokens, built from the serialised backend; see `for_fastokens` for what is rewritten and why.
+    """fastokens.
+
+    Args:
+        source: what `source_for_fastokens` made of the serialised backend.
 
     Raises:
         ValueError: fastokens cannot run this tokenizer; the message says why.
@@ -142,21 +145,30 @@ class FastEngine:
 
     name = "fastokens"
 
-    def __init__(self, backend: str, *, inert: bool = False) -> None:
+    def __init__(self, source: str) -> None:
         import importlib.metadata
 
         import fastokens
 
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
-        changes = [as_inert, for_fastokens] if inert else [for_fastokens]
-        self._tokenizer = native.Tokenizer.from_json_str(with_short_merges(rewritten(backend, *changes)))
+        self._tokenizer = native.Tokenizer.from_json_str(source)
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
             texts, add_special_tokens=False, split_special_tokens=not parse_special
         )
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)
+
+
+def source_for_fastokens(backend: str, *, inert: bool = False) -> str:
+    """A serialised backend in the form that fastokens reads, and reads fast.
+
+    Raises:
+        ValueError: there is no such form; the message says why.
+    """
+    changes = [as_inert, for_fastokens] if inert else [for_fastokens]
+    return with_short_merges(rewritten(backend, *changes))
 
 
 _HEAD = re.compile(
@@ -235,7 +247,7 @@ def as_inert(value: dict[str, Any]) -> dict[str, Any]:
         token["special"] = True
     if marks_first_piece(
         value["pre_tokenizer"]
-    ):  # the pieces of a conversation are encoded apart; `chat.assemble` marks the first one
+    ):  # the pieces of a conversation are encoded apart; `chat.Assembler` marks the first one
         value["pre_tokenizer"]["prepend_scheme"] = "never"
     return value
 
@@ -375,7 +387,7 @@ def open_engine(
     if choice == "hf":
         return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
     try:
-        fast = found[0] or FastEngine(facts.backend, inert=inert)
+        fast = found[0] or FastEngine(source_for_fastokens(facts.backend, inert=inert))
         proven = _proven(fast, facts, inert, False)
     except (ValueError, EngineMismatchError) as error:
         if choice == "fastokens":

@@ -1,7 +1,8 @@
 """`raw2ids` from its options to its manifest: what to read, with which engine, into which folder, and the report.
 
-The order of things: resolve the input, load the tokenizer (in a child process, while the engine's packages are
-imported), hold the output folder, convert, write the manifest, remove the work folder. When a fast path turns out to
+The order of things: resolve the input, start the processes that render conversations, load the tokenizer (in a child
+process, while the engines are built), hold the output folder, convert, write the manifest, remove the work folder.
+Conversations are rendered ahead of the engine, which is there after a second. When a fast path turns out to
 differ from the reference in the middle of a run (`EngineMismatchError`, `ShortCutError`), the run says so and starts
 over without it.
 """
@@ -11,12 +12,14 @@ import errno
 import hashlib
 import math
 import sys
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jllm.data import holdout, pretokenized, recipes, render_work
-from jllm.data.chat import TokenLengths
+from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.early_engines import EarlyEngines
 from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
@@ -27,7 +30,7 @@ from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_opt
 from jllm.data.progress import Progress, summary
 from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
-from jllm.data.sources import Source, resolve, without_password
+from jllm.data.sources import resolve, without_password
 from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading
 from jllm.data.workplace import modified_at
 from jllm.errors import UserError
@@ -48,17 +51,20 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     cores = usable_cores(config.cores)
     use_cores(cores)
     parts = parts_of(config, output)
+    given = pretokenized.recognised(config, sources)
+    chat = config.type == "ft" and not given.all
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
-        early = None
-        if config.engine != "hf":
-            early = EarlyEngines(config.tokenizer, inert=config.type == "ft", known=loading.known)
-        facts = loading.result()
         with contextlib.ExitStack() as held:
+            renderers = held.enter_context(render_work.workers(cores if chat and not config.threads else 1))
+            early = None
+            if config.engine != "hf":
+                early = EarlyEngines(config.tokenizer, inert=chat, known=loading.known)
+            facts = loading.result()
             for part in parts:
                 held.enter_context(part.place.locked())
             # Before anything is removed, the run finds out what is wrong with its options.
-            run = _Run(config, sources, facts, parts, cores, progress, early)
+            run = _Run(config, given, facts, parts, cores, progress, early, renderers)
             if config.clean:
                 run.clean()
             try:
@@ -85,29 +91,32 @@ class _Run:
     def __init__(
         self,
         config: "Raw2IdsConfig",
-        sources: list[Source],
+        given: pretokenized.Input,
         facts: TokenizerFacts,
         parts: list[Part],
         cores: int,
         progress: Progress,
         early: EarlyEngines | None,
+        renderers: Executor | None,
     ) -> None:
         self.config = config
-        self.given = pretokenized.recognised(config, sources)
-        self.sources = self.given.sources
+        self.given = given
+        self.sources = given.sources
         self.facts = facts
         self.parts = parts
         self.place = parts[0].place
         self.cores = cores
         self.progress = progress
         self.early = early
-        self.chat = config.type == "ft" and not self.given.all
+        self.renderers = renderers
+        self.chat = config.type == "ft" and not given.all
+        self.warnings: list[str] = []
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
             "sources": [
                 {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
-                for source in sources
+                for source in given.sources
             ],
         }
         if self.chat:
@@ -134,11 +143,6 @@ class _Run:
                 rows, tokens = manifest.rows, manifest.total("tokens")
                 print(f"{part.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
             return found[0]
-        with render_work.workers(self.cores if self.chat and not self.config.threads else 1) as self.renderers:
-            return self._made()
-
-    def _made(self) -> Manifest:
-        """The data set, made; also where a fast path turns out to be wrong on the way."""
         while True:
             for part in self.parts:
                 part.place.discard_temporaries()
@@ -155,29 +159,33 @@ class _Run:
                 self.place.note(what, str(error))
 
     def _attempt(self) -> Manifest:
-        config, place = self.config, self.place
-        mismatch = place.noted("hf engine")
-        choice = "hf" if mismatch and config.engine == "auto" else config.engine
-        early = self.early if self.chat == (config.type == "ft") else None
-        lengths = TokenLengths(self.facts) if self.chat else None  # while the early engines are being built
-        engine = open_engine(
-            self.facts, choice, inert=self.chat, trust_remote_code=config.trust_remote_code, early=early
-        )
-        reason = mismatch or engine.reason
-        if config.engine == "auto" and reason:
-            print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
-        plan = self._render_plan() if self.chat else None
-        self.warnings = recipes.template_warnings(plan) if plan else []
-        for warning in self.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        encoder = self._encoder(engine, plan, lengths)
-        entries, totals = self._convert(engine, encoder)
+        config = self.config
+        plan: RenderPlan | None = None
+        encoder: Encoder | None = None
+        prefix: tuple[int, ...] = ()
+        if self.chat:  # conversations are rendered while the engine is being opened
+            plan = self._render_plan()
+            opening = ThreadPoolExecutor(1, thread_name_prefix="engine")
+            assembler = opening.submit(self._open_assembler)
+            opening.shutdown(wait=False)
+            encoder = self._chat_encoder(plan, assembler.result)
+        else:
+            engine = self._open_engine()
+            prefix = self._sequence_prefix(engine)
+            if not self.given.all:
+                encoder = recipes.pretrain_encoder(config, self.facts, engine)
+        if self.given.some:
+            encoder = pretokenized.encoder_of(config, self.facts, self.given, encoder)
+        assert encoder is not None
+        entries, totals = self._convert(encoder, prefix)
+        if self.chat:
+            engine = assembler.result().engine
         if config.on_error == "auto":
             check_bad_share(totals)
         self._refuse_nothing(entries, totals)
         sets = []
         for index, part in enumerate(self.parts):
-            manifest = self._manifest(engine, reason, plan, index, entries[index], totals)
+            manifest = self._manifest(engine, plan, index, entries[index], totals)
             sets.append((part.place.folder, manifest))
         for folder, manifest in reversed(sets):  # the data set that was asked for is finished last
             write_manifest(folder, manifest)
@@ -186,6 +194,21 @@ class _Run:
         self.progress.end()
         print(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
         return sets[0][1]
+
+    def _open_engine(self) -> CheckedEngine:
+        mismatch = self.place.noted("hf engine")
+        choice = "hf" if mismatch and self.config.engine == "auto" else self.config.engine
+        engine = open_engine(
+            self.facts, choice, inert=self.chat, trust_remote_code=self.config.trust_remote_code, early=self.early
+        )
+        reason = mismatch or engine.reason
+        if self.config.engine == "auto" and reason:
+            print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
+        return engine
+
+    def _open_assembler(self) -> Assembler:
+        lengths = TokenLengths(self.facts)  # while the early engines are being built
+        return Assembler(engine=self._open_engine(), lengths=lengths)
 
     def _refuse_nothing(self, entries: list[list[FileEntry]], totals: Totals) -> None:
         """Raises:
@@ -222,7 +245,6 @@ class _Run:
     def _manifest(
         self,
         engine: CheckedEngine,
-        reason: str,
         plan: RenderPlan | None,
         part: int,
         entries: list[FileEntry],
@@ -238,7 +260,7 @@ class _Run:
             "engine": {
                 "name": engine.name,
                 "version": engine.version,
-                "reason": reason,
+                "reason": self.place.noted("hf engine") or engine.reason,
                 "probes": engine.probes,
                 "checks": totals.counts.get("checks", 0),
             },
@@ -264,12 +286,15 @@ class _Run:
             extra=extra,
         )
 
-    def _convert(self, engine: CheckedEngine, encoder: Encoder) -> tuple[list[list[FileEntry]], Totals]:
+    def _sequence_prefix(self, engine: CheckedEngine) -> tuple[int, ...]:
+        prefix = recipes.ids_of(self.config.sequence_prefix or "", "sequence_prefix", engine, self.facts)
+        if len(prefix) > self.config.max_len - 2:
+            raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {self.config.max_len}")
+        return prefix
+
+    def _convert(self, encoder: Encoder, prefix: tuple[int, ...]) -> tuple[list[list[FileEntry]], Totals]:
         """Make the files of all parts."""
-        config, place, facts = self.config, self.place, self.facts
-        prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
-        if len(prefix) > config.max_len - 2:
-            raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {config.max_len}")
+        config, place = self.config, self.place
         sinks: list[Sink] = []
 
         def committed() -> None:
@@ -289,7 +314,7 @@ class _Run:
                 encoder=encoder,
                 work=place.work,
                 workers=self.cores,
-                vocab_size=facts.vocab_size,
+                vocab_size=self.facts.vocab_size,
                 columns=None if self.chat else [config.text_field.split(".")[0]],
                 stop_at_first_bad=config.on_error == "stop",
                 max_tokens=config.max_tokens,
@@ -312,18 +337,11 @@ class _Run:
             threads=self.cores,
         )
 
-    def _encoder(self, engine: CheckedEngine, plan: RenderPlan | None, lengths: TokenLengths | None) -> Encoder:
-        """What encodes a block, whatever its source holds."""
-        others: Encoder | None = None
-        if plan is not None:
-            self.forms = recipes.forms_of(self.config, self.sources)
-            if self.config.format == "auto":
-                print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
-            chat = {"plan": plan, "forms": self.forms, "lengths": lengths, "pool": self.renderers}
-            others = recipes.encoder_of(self.config, self.facts, engine, **chat)
-        elif not self.given.all:
-            others = recipes.encoder_of(self.config, self.facts, engine)
-        if self.given.some:
-            return pretokenized.encoder_of(self.config, self.facts, self.given, others)
-        assert others is not None
-        return others
+    def _chat_encoder(self, plan: RenderPlan, assembler: Callable[[], Assembler]) -> ChatEncoder:
+        self.warnings = recipes.template_warnings(plan)
+        for warning in self.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        self.forms = recipes.forms_of(self.config, self.sources)
+        if self.config.format == "auto":
+            print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
+        return recipes.chat_encoder(self.config, assembler, plan=plan, forms=self.forms, pool=self.renderers)

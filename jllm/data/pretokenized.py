@@ -9,6 +9,7 @@ Cost: numpy over whole blocks, no Python object for a token or a row.
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,9 +114,14 @@ class IdsEncoder:
     masked_ids: frozenset[int]
     others: Any
 
-    def __call__(self, block: Block, kind: str) -> Encoded:
+    def begin(self, block: Block, kind: str) -> Future[Any] | None:
+        """See `convert.Encoder`."""
+        begun: Future[Any] | None = self.others.begin(block, kind) if kind != KIND else None
+        return begun
+
+    def __call__(self, block: Block, kind: str, begun: Future[Any] | None = None) -> Encoded:
         if kind != KIND:
-            encoded: Encoded = self.others(block, kind)
+            encoded: Encoded = self.others(block, kind, begun)
             return encoded
         documents, bad = self._documents(block.data, block.line, f"-i {self.names[block.source]}")
         return Encoded(

@@ -1,22 +1,23 @@
 """The options of `raw2ids` turned into what does the work: engine mode, encoder, packer.
 
 Everything here depends on the options and the tokenizer only, so that a Spark job or a test can ask for the same
-encoder and packer that the command uses (`encoder_of`, `packer_of`) and feed them records of its own (`rows_of_texts`).
+encoder and packer that the command uses (`pretrain_encoder`, `chat_encoder`, `packer_of`) and feed them records of its
+own (`rows_of_texts`).
 """
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from jllm.data.best_fit import BestFitPacker
 from jllm.data.blocks import read_blocks
-from jllm.data.chat import ChatEncoder, TokenLengths
+from jllm.data.chat import Assembler, ChatEncoder
 from jllm.data.chat_packing import ConversationPacker, split_long
 from jllm.data.conversations import QUESTION_ANSWER, READERS, format_of
-from jllm.data.convert import Encoder
 from jllm.data.encode import PretrainEncoder, pretrain_affixes
 from jllm.data.engine import CheckedEngine
 from jllm.data.packing import Packer, StackPacker, WindowPacker
@@ -47,31 +48,39 @@ def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts
     return tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
 
 
-def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine, **chat: Any) -> Encoder:
-    """What encodes a block of records.
+def pretrain_encoder(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
+    """What encodes a block of documents."""
+    prefix, suffix = affixes_of(config, facts, engine)
+    return PretrainEncoder(
+        engine=engine,
+        prefix=prefix,
+        suffix=suffix,
+        field=config.text_field,
+        parse_special=config.parse_special,
+        masked_ids=facts.special_ids if config.mask_tokens else frozenset(),
+    )
+
+
+def chat_encoder(
+    config: "Raw2IdsConfig",
+    assembler: Callable[[], Assembler],
+    *,
+    plan: RenderPlan,
+    forms: tuple[str, ...],
+    pool: Executor | None,
+) -> ChatEncoder:
+    """What encodes a block of conversations.
 
     Args:
-        engine: opened with `inert=True` for chat.
-        chat: `forms` of the sources, `plan`, a `pool` of workers, and the token `lengths` where they are known already;
-            only for chat.
+        assembler: waits for the engine, opened with `inert=True`.
+        plan, forms, pool: how, what, and where conversations are rendered; see `ChatEncoder`.
     """
-    if config.type == "pretrain":
-        prefix, suffix = affixes_of(config, facts, engine)
-        return PretrainEncoder(
-            engine=engine,
-            prefix=prefix,
-            suffix=suffix,
-            field=config.text_field,
-            parse_special=config.parse_special,
-            masked_ids=facts.special_ids if config.mask_tokens else frozenset(),
-        )
     return ChatEncoder(
-        engine=engine,
-        lengths=chat.get("lengths") or TokenLengths(facts),
-        plan=chat["plan"],
-        forms=chat["forms"],
+        assembler=assembler,
+        plan=plan,
+        forms=forms,
         fields=field_map(config),
-        pool=chat["pool"],
+        pool=pool,
         longest=None if config.overlong == "split" else config.max_len,
         refuse_longer=config.overlong == "error",
     )

@@ -76,12 +76,17 @@ def workers(count: int) -> Iterator[Executor | None]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=spawn, initializer=collect_rarely) as pool:
         for _ in range(count):
-            pool.submit(importlib.import_module, "jinja2")  # a process is started when there is work for it
+            pool.submit(get_ready)  # a process is started when there is work for it
         try:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def get_ready() -> None:
+    """Import what rendering needs: this module, with what it imports, and Jinja."""
+    importlib.import_module("jinja2")
 
 
 def renderer_of(plan: RenderPlan) -> Renderer:

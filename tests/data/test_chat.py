@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jllm.data.blocks import Block
-from jllm.data.chat import ChatEncoder, TokenLengths
+from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat_packing import continued_rows, joined, split_long
 from jllm.data.conversations import BadRecordError, format_of, read_conversation
 from jllm.data.engine import CheckedEngine, open_engine
@@ -54,9 +54,8 @@ class Chat:
             template=template, special_tokens=facts.special_tokens, added=facts.added, date="2026-01-31",
             prefix=facts.prefix, eos_id=facts.eos_id, **plan,
         )  # fmt: skip
-        self.encoder = ChatEncoder(
-            engine=engine, lengths=TokenLengths(facts), plan=self.plan, forms=("messages",), fields={}
-        )
+        assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
+        self.encoder = ChatEncoder(assembler=lambda: assembler, plan=self.plan, forms=("messages",), fields={})
 
     def encode(self, records: list[Any], form: str = "messages") -> tuple[list[list[int]], list[list[int]], list[Any]]:
         data = "".join(json.dumps(record) + "\n" for record in records).encode()

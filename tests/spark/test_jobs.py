@@ -140,7 +140,7 @@ def test_packed_rows_of_each_partition(spark: Any, tokenizer: Path, tmp_path: Pa
     plain = Raw2IdsConfig(
         input=("-",), tokenizer=str(tokenizer), type="pretrain", max_len=50, stack=True, text_field="body"
     )
-    encoder = recipes.encoder_of(plain, facts, open_engine(facts))
+    encoder = recipes.pretrain_encoder(plain, facts, open_engine(facts))
     frame = spark.read.parquet(str(tmp_path / "in")).select("body")
     partitions = frame.rdd.glom().map(lambda rows: [row.body for row in rows]).collect()
     expected = Counter[str]()
