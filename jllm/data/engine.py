@@ -371,13 +371,9 @@ def open_engine(
     Raises:
         UserError: the engine asked for cannot run this tokenizer or fails its proof.
     """
+    if inert:
+        check_for_chat(facts)
     if facts.backend is None:
-        if inert:
-            raise UserError(
-                f"--tokenizer {facts.name}: is Python code without a fast backend, which says what part of a"
-                " conversation a token stands for; for -t ft use a tokenizer that has, or can be saved with, a"
-                " tokenizer.json"
-            )
         if choice == "fastokens":
             raise UserError(f"--engine fastokens: {facts.name} has no fast backend; use --engine hf or auto")
         slow = SlowEngine(facts, trust_remote_code=trust_remote_code)
@@ -399,6 +395,17 @@ def open_engine(
     except EngineMismatchError:
         return CheckedEngine(fast, reference, reason="", probes=proven, for_special=reference)
     return CheckedEngine(fast, reference, reason="", probes=proven)
+
+
+def check_for_chat(facts: TokenizerFacts) -> None:
+    """Raises:
+    UserError: this tokenizer cannot encode conversations.
+    """
+    if facts.backend is None:
+        raise UserError(
+            f"--tokenizer {facts.name}: is Python code without a fast backend, which says what part of a conversation a"
+            " token stands for; for -t ft use a tokenizer that has, or can be saved with, a tokenizer.json"
+        )
 
 
 def _proven(engine: Engine, facts: TokenizerFacts, inert: bool, parse_special: bool) -> int:

@@ -22,7 +22,7 @@ from jllm.data import holdout, pretokenized, recipes, render_work
 from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.early_engines import EarlyEngines
-from jllm.data.engine import CheckedEngine, EngineMismatchError, open_engine, use_cores
+from jllm.data.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
 from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
@@ -53,12 +53,14 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     parts = parts_of(config, output)
     given = pretokenized.recognised(config, sources)
     chat = config.type == "ft" and not given.all
+    is_done = not config.clean and all(part.place.holds_a_data_set for part in parts)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         with contextlib.ExitStack() as held:
-            renderers = held.enter_context(render_work.workers(cores if chat and not config.threads else 1))
+            renders = chat and not config.threads and not is_done
+            renderers = held.enter_context(render_work.workers(cores if renders else 1))
             early = None
-            if config.engine != "hf":
+            if config.engine != "hf" and not is_done:
                 early = EarlyEngines(config.tokenizer, inert=chat, known=loading.known)
             facts = loading.result()
             for part in parts:
@@ -120,6 +122,7 @@ class _Run:
             ],
         }
         if self.chat:
+            check_for_chat(facts)
             template, _ = recipes.template_of(config, facts)
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)

@@ -120,6 +120,11 @@ class Workplace:
             options = manifest.options if manifest else options
         return options
 
+    @property
+    def holds_a_data_set(self) -> bool:
+        """Whether some run was finished here, and nothing is left to do or may be done."""
+        return (self.folder / MANIFEST_NAME).is_file()
+
     def finished(self, identity: dict[str, Any]) -> Manifest | None:
         """The manifest of a run that is finished and is this very run; None where there is work to do.
 

@@ -11,6 +11,7 @@ import pytest
 
 from jllm.data import recipes
 from jllm.data.ahead import ITEMS, SOURCES, in_order
+from jllm.data.encode import Encoded, PretrainEncoder
 from jllm.data.prepare import prepare
 from jllm.errors import UserError
 from jllm.raw2ids import Raw2IdsConfig
@@ -66,18 +67,13 @@ def test_small_files_are_encoded_at_the_same_time(
         record = {"text": text}
         (tmp_path / "in" / f"{number}.{kind}").write_text(json.dumps([record] if kind == "json" else record))
     together = threading.Barrier(2, timeout=20)
-    make = recipes.encoder_of
 
-    def slow(*arguments: Any, **named: Any) -> Any:
-        encoder = make(*arguments, **named)
-
-        def encode(*block: Any) -> Any:
+    class Slow(PretrainEncoder):
+        def __call__(self, *arguments: Any) -> Encoded:
             together.wait()
-            return encoder(*block)
+            return super().__call__(*arguments)
 
-        return encode
-
-    monkeypatch.setattr(recipes, "encoder_of", slow)
+    monkeypatch.setattr(recipes, "PretrainEncoder", Slow)
     config = Raw2IdsConfig(
         input=(str(tmp_path / "in"),), tokenizer=str(byte_tokenizer), type="pretrain", cores=2, quiet=True,
         output=tmp_path / "out",

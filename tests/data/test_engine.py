@@ -152,6 +152,29 @@ def test_a_difference_found_on_the_way_starts_over(
         prepare(Raw2IdsConfig(**values, output=tmp_path / "forced", engine="fastokens"))
 
 
+def test_a_difference_found_in_a_conversation_starts_over(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [[{"user": text[:90]}, {"assistant": text[-90:]}] for text in documents(400)]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {"input": (str(source),), "tokenizer": str(byte_tokenizer), "chat_template": "chatml"}
+    prepare(Raw2IdsConfig(**values, output=tmp_path / "wanted", engine="hf"))
+    encode = FastEngine.encode
+
+    def lie(self: FastEngine, texts: list[str], *, parse_special: bool = False) -> Any:
+        ids, offsets = encode(self, texts, parse_special=parse_special)
+        return (ids ^ 1 if len(texts) > 500 else ids), offsets  # right in its proof, wrong in a block
+
+    monkeypatch.setattr(FastEngine, "encode", lie)
+    prepare(Raw2IdsConfig(**values, output=tmp_path / "out"))
+    assert "starting over with the hf engine" in capsys.readouterr().err
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "wanted")
+    with pytest.raises(UserError, match="--engine auto or hf"):
+        prepare(Raw2IdsConfig(**values, output=tmp_path / "forced", engine="fastokens"))
+    assert not list((tmp_path / "forced").glob("*.parquet"))
+
+
 def test_checks_compare_with_the_reference(byte_tokenizer: Path) -> None:
     facts = load_tokenizer(str(byte_tokenizer))
     assert facts.backend is not None
