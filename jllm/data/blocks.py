@@ -1,4 +1,4 @@
-"""A source in blocks: consecutive whole records, about 2 MiB of them, cut without parsing them.
+"""A source in blocks: consecutive whole records, about 4 MiB of them, cut without parsing them.
 
 A record may have any size, a block can be parsed and encoded on any thread, and reading can start again at any block.
 
@@ -18,7 +18,7 @@ from jllm.data.sources import STDIN, Source, safe, without_password
 from jllm.data.streams import open_source, reading_errors
 from jllm.errors import UserError
 
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 4 << 20
 _BLANK = b" \t\r\f\v"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm.data import fast_json
-from jllm.data.engine import FastEngine, ReferenceEngine, source_for_fastokens
+from jllm.data.engine import FastEngine, ReferenceEngine
 from jllm.data.tokenizer import TokenizerFacts
 
 
@@ -52,7 +52,7 @@ class EarlyEngines:
 
     def _build(self) -> None:
         try:
-            self._fast = FastEngine(source_for_fastokens(self._text, inert=self._inert))
+            self._fast = FastEngine(self._text, inert=self._inert)
             if self._backend is None:
                 self._meaning = encoding_of(self._text)
         except Exception:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "fastokens", "hf")
 CHECK_CHARACTERS = 2048
 """This much text of a checked block is encoded by both engines; the reference takes 2 ms for it."""
-CHECK_EVERY = 8
+CHECK_EVERY = 4
 """The first blocks of a source are all checked, later ones every so often: some 30 times in the text of a shard."""
 
 
@@ -134,10 +134,7 @@ class SlowEngine:
 
 
 class FastEngine:
-    """fastokens.
-
-    Args:
-        source: what `source_for_fastokens` made of the serialised backend.
+    """fastokens, built from the serialised backend; see `for_fastokens` for what is rewritten and why.
 
     Raises:
         ValueError: fastokens cannot run this tokenizer; the message says why.
@@ -145,30 +142,21 @@ class FastEngine:
 
     name = "fastokens"
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, backend: str, *, inert: bool = False) -> None:
         import importlib.metadata
 
         import fastokens
 
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
-        self._tokenizer = native.Tokenizer.from_json_str(source)
+        changes = [as_inert, for_fastokens] if inert else [for_fastokens]
+        self._tokenizer = native.Tokenizer.from_json_str(with_short_merges(rewritten(backend, *changes)))
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         ids, offsets = self._tokenizer.encode_batch_flat(
             texts, add_special_tokens=False, split_special_tokens=not parse_special
         )
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)
-
-
-def source_for_fastokens(backend: str, *, inert: bool = False) -> str:
-    """A serialised backend in the form that fastokens reads, and reads fast.
-
-    Raises:
-        ValueError: there is no such form; the message says why.
-    """
-    changes = [as_inert, for_fastokens] if inert else [for_fastokens]
-    return with_short_merges(rewritten(backend, *changes))
 
 
 _HEAD = re.compile(
@@ -383,7 +371,7 @@ def open_engine(
     if choice == "hf":
         return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
     try:
-        fast = found[0] or FastEngine(source_for_fastokens(facts.backend, inert=inert))
+        fast = found[0] or FastEngine(facts.backend, inert=inert)
         proven = _proven(fast, facts, inert, False)
     except (ValueError, EngineMismatchError) as error:
         if choice == "fastokens":

@@ -126,7 +126,7 @@ def count_trained(batch: pa.RecordBatch) -> int:
         real_ends = starts + boundaries[cu_offsets[1:] - 1]
         for start, end in zip(real_ends[real_ends < ends], ends[real_ends < ends], strict=True):
             trained[start:end] = False
-    return int(trained.sum())
+    return int(np.count_nonzero(trained))
 
 
 def conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:

@@ -1,6 +1,6 @@
 """Sources that are not lines of bytes: Parquet files with a text or chat column, and JSON lists.
 
-Parquet is read by row group and handed on in blocks of rows of about 2 MiB; a JSON list is cut into its elements
+Parquet is read by row group and handed on in blocks of rows of about 4 MiB; a JSON list is cut into its elements
 without parsing it as a whole, so that both run in bounded memory and a bad element costs only itself.
 
 Cost: a JSON list is scanned at about 100 MB/s before its elements are parsed; use JSON lines for large data.
