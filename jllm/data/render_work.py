@@ -79,9 +79,8 @@ def workers(count: int) -> Iterator[Executor | None]:
             pool.submit(get_ready)  # a process is started when there is work for it
         try:
             yield pool
-        except BaseException:
+        finally:  # a run that has enough rows does not wait for what was begun ahead
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def get_ready() -> None:
