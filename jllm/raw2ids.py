@@ -149,5 +149,8 @@ def main(config: Raw2IdsConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:  # a mistake need not wait until an engine is built
+        leave_at_once(end.code if isinstance(end.code, int) else 0)
     leave_at_once()

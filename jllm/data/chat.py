@@ -120,7 +120,7 @@ class Assembler:
     engine: CheckedEngine
     lengths: TokenLengths
 
-    def __call__(self, rendered: Rendered, *, block: int = 0) -> tuple[Documents, int]:
+    def assemble(self, rendered: Rendered, *, block: int = 0) -> tuple[Documents, int]:
         """The conversations, and the number of checks made.
 
         Args:
@@ -129,10 +129,11 @@ class Assembler:
         Raises:
             EngineMismatchError: a whole conversation, encoded by the reference in one go, has other ids.
         """
-        if self.lengths.marks_first:
+        engine, lengths = self.engine, self.lengths
+        if lengths.marks_first:
             rendered = _first_marked(rendered)
-        ids, offsets = self.engine.encode(rendered.texts)
-        mask = self.lengths.tokens_of_spans(self.engine, rendered.texts, ids, offsets, rendered.spans)
+        ids, offsets = engine.encode(rendered.texts)
+        mask = lengths.tokens_of_spans(engine, rendered.texts, ids, offsets, rendered.spans)
         is_text = rendered.sequence < 0
         sizes = np.ones(len(rendered.sequence), dtype=np.int64)
         sizes[is_text] = np.diff(offsets)
@@ -152,11 +153,10 @@ class Assembler:
         checks = 0
         if rendered.sample is not None:
             number, text = rendered.sample
-            wanted = self.engine.reference_ids(text, block=block)
+            wanted = engine.reference_ids(text, block=block)
             if wanted is not None:
                 checks = 1
                 given = result[documents.offsets[number] : documents.offsets[number + 1]]
-                engine = self.engine
                 if not np.array_equal(given, wanted) and engine.name == "hf":
                     raise UserError(
                         f"this tokenizer encodes a conversation differently in pieces than as a whole ({text[:40]!r});"
@@ -200,7 +200,7 @@ class ChatEncoder:
 
     def __call__(self, block: Block, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
         rendered = render_block(*self._work(block, kind)) if begun is None else begun.result()
-        documents, checks = self.assembler()(rendered, block=block.index)
+        documents, checks = self.assembler().assemble(rendered, block=block.index)
         counts = {"records": rendered.records, "checks": checks}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest

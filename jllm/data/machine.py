@@ -25,12 +25,12 @@ def collect_rarely() -> None:
     gc.set_threshold(50_000)
 
 
-def leave_at_once() -> NoReturn:
-    """End a process that has done its work, without taking apart what it holds: 0.12 s for two engines."""
+def leave_at_once(code: int = 0) -> NoReturn:
+    """End a process that has done its work or failed, without taking apart what it holds: 0.12 s for two engines."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # whoever read it has seen enough
             stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def usable_cores(wanted: int = -1) -> int:

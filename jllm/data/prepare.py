@@ -52,16 +52,15 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     use_cores(cores)
     parts = parts_of(config, output)
     given = pretokenized.recognised(config, sources)
-    chat = config.type == "ft" and not given.all
     is_done = not config.clean and all(part.place.holds_a_data_set for part in parts)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         with contextlib.ExitStack() as held:
-            renders = chat and not config.threads and not is_done
+            renders = given.chat and not config.threads and not is_done
             renderers = held.enter_context(render_work.workers(cores if renders else 1))
             early = None
             if config.engine != "hf" and not is_done:
-                early = EarlyEngines(config.tokenizer, inert=chat, known=loading.known)
+                early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
             facts = loading.result()
             for part in parts:
                 held.enter_context(part.place.locked())
@@ -111,7 +110,7 @@ class _Run:
         self.progress = progress
         self.early = early
         self.renderers = renderers
-        self.chat = config.type == "ft" and not given.all
+        self.chat = given.chat
         self.warnings: list[str] = []
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),

@@ -37,10 +37,16 @@ _CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "pr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Input:
-    """The sources of a run, those of token ids named `KIND`, and whether some of these have labels."""
+    """The sources of a run, those of token ids named `KIND`.
+
+    Attributes:
+        labels: some of these have labels.
+        chat: there are sources of conversations.
+    """
 
     sources: list[Source]
     labels: bool
+    chat: bool
 
     @property
     def some(self) -> bool:
@@ -71,7 +77,8 @@ def recognised(config: "Raw2IdsConfig", sources: list[Source]) -> Input:
                 source = dataclasses.replace(source, kind=KIND)
                 labels = labels or LABELS in schema.names
         found.append(source)
-    given = Input(sources=found, labels=labels)
+    chat = config.type == "ft" and any(source.kind != KIND for source in found)
+    given = Input(sources=found, labels=labels, chat=chat)
     if given.some and (config.doc_prefix is not None or config.doc_suffix is not None):
         option = "doc_prefix" if config.doc_prefix is not None else "doc_suffix"
         raise UserError(f"--{option}: the input has {INPUT_IDS}, around which nothing is put; leave the option out")

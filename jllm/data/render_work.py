@@ -6,9 +6,9 @@ A worker imports neither Arrow nor an engine, so that it starts fast and stays s
 import array
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -74,18 +74,32 @@ def workers(count: int) -> Iterator[Executor | None]:
         yield None
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=spawn, initializer=collect_rarely) as pool:
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin_worker) as pool:
         for _ in range(count):
             pool.submit(get_ready)  # a process is started when there is work for it
         try:
             yield pool
-        finally:  # a run that has enough rows does not wait for what was begun ahead
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # a run that has enough rows, or failed, needs nothing of what was begun ahead
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    collect_rarely()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process that waits for work does not notice that nobody is left to give it some: a killed command would leave
+    its workers behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def get_ready() -> None:
     """Import what rendering needs: this module, with what it imports, and Jinja."""
-    importlib.import_module("jinja2")
+    import jinja2  # noqa: F401
 
 
 def renderer_of(plan: RenderPlan) -> Renderer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jllm.data.manifest import read_manifest
-from tests.data.test_raw2ids import documents, raw2ids, rows_of, write_jsonl
+from tests.data.test_raw2ids import documents, raw2ids, rows_of, tree, write_jsonl
 from tests.data.tokenizers_for_tests import (
     TIKTOKEN_PATTERN,
     make_sentencepiece_folder,
@@ -74,3 +74,7 @@ def test_a_tokenizer_of_python_code_alone(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "tokenizer.json" in refused.stderr
+    before = tree(tmp_path / "out")
+    refused = raw2ids(*words, "-C", "-o", tmp_path / "out", check=False)
+    assert refused.returncode == 2
+    assert tree(tmp_path / "out") == before  # found out before anything was removed
