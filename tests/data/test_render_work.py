@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,14 @@ def test_conversations_are_rendered_before_the_engine_is_there(
         return begin(self, *arguments)
 
     def late(*arguments: Any, **named: Any) -> Any:
-        ahead.extend(begun.acquire(timeout=30) for _ in range(IN_FLIGHT_BLOCKS))
-        time.sleep(0.1)
-        ahead.append(begun.acquire(timeout=0.1))  # and not without end
+        ahead.append(all(begun.acquire(timeout=20) for _ in range(IN_FLIGHT_BLOCKS)))
+        ahead.append(begun.acquire(timeout=0.2))  # and not without end
         return open_engine(*arguments, **named)
 
     monkeypatch.setattr(ChatEncoder, "begin", counted)
     monkeypatch.setattr(prepare, "open_engine", late)
     prepare.prepare(Raw2IdsConfig(**chat, output=tmp_path / "out", cores=2))
-    assert ahead == [True] * IN_FLIGHT_BLOCKS + [False]
+    assert ahead == [True, False]
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "wanted")
 
 
