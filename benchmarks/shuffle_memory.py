@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jllm.data.machine import parse_memory
+from jllm.machine import parse_memory
 from jllm.options import command, option
 
 ALLOWANCE = 300 << 20

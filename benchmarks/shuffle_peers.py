@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jllm.data.machine import parse_count, parse_memory
+from jllm.machine import parse_count, parse_memory
 from jllm.options import command, option
 
 SEED = 1
@@ -43,9 +43,9 @@ class BenchmarkConfig:
 
 
 def run_jllm(source: Path, target: Path, config: BenchmarkConfig) -> float:
-    from jllm.data.machine import use_thrifty_allocator
     from jllm.data.manifest import open_data_set
     from jllm.data.shuffle import Resources, shuffle_set
+    from jllm.machine import use_thrifty_allocator
 
     use_thrifty_allocator()
     limits = Resources(cores=config.cores, memory=parse_memory("--memory", config.memory))

@@ -4,8 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from jllm.data.machine import collect_rarely, leave_at_once
 from jllm.errors import UserError
+from jllm.machine import collect_rarely, leave_at_once
 from jllm.options import command, option
 
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")

@@ -29,8 +29,8 @@ def main(config: RepartitionConfig) -> None:
 
     Files are renamed, not copied. A killed run loses nothing and is finished by running it again.
     """
-    from jllm.data.machine import parse_count
     from jllm.data.repartition import make_plan, recover, repartition
+    from jllm.machine import parse_count
 
     folder = config.data.resolve()
     recover(folder)

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jllm.data.lists import CU_SEQLENS, INPUT_IDS, Int64
-from jllm.data.machine import parse_count
 from jllm.data.manifest import DataSet
 from jllm.data.shards import ShardReader, real_lengths
 from jllm.errors import UserError, did_you_mean
+from jllm.machine import parse_count
 
 BY = ("rate", "rows", "tokens")
 SOURCE = "source"

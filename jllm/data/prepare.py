@@ -23,7 +23,6 @@ from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.early_engines import EarlyEngines
 from jllm.data.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
-from jllm.data.machine import usable_cores
 from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
 from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
@@ -34,6 +33,7 @@ from jllm.data.sources import resolve, without_password
 from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading
 from jllm.data.workplace import modified_at
 from jllm.errors import UserError
+from jllm.machine import usable_cores
 
 if TYPE_CHECKING:
     from jllm.raw2ids import Raw2IdsConfig

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from jllm.data.blocks import Block
 from jllm.data.conversations import BadRecordError, read_conversation
-from jllm.data.machine import collect_rarely
 from jllm.data.pieces import Flat
 from jllm.data.records import BadRecord, parse_block
 from jllm.data.rendering import Renderer, RenderPlan
+from jllm.machine import collect_rarely
 
 _CHECK_CHARACTERS = 8192
 

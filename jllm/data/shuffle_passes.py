@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from jllm import atomic
 from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
-from jllm.data.machine import require_disk
 from jllm.data.manifest import DataSet, FileEntry, entry_of_written
 from jllm.data.mix import Copies
 from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
@@ -30,6 +29,7 @@ from jllm.data.shards import (
     file_name,
 )
 from jllm.data.shuffle_layout import Layout, Unit, block_edges, destinations, lay_out
+from jllm.machine import require_disk
 
 CODEC = "zstd"
 SCRATCH_NAME = ".scratch"

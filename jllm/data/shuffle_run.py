@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllm.data.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 from jllm.data.manifest import DataSet, data_sets_below, one_tokenizer, open_data_set, write_manifest
 from jllm.data.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
 from jllm.data.shuffle import Outcome, Resources, clean, shuffle_set
 from jllm.errors import UserError
+from jllm.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 
 if TYPE_CHECKING:
     from jllm.shuffle_datasets import ShuffleConfig
