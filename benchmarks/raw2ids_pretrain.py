@@ -126,7 +126,7 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
     import pyarrow as pa
     import tokenizers
 
-    from jllm.data.shards import INPUT_IDS, ShardWriter, schema, to_list_array
+    from jllm.data.dataset.shards import INPUT_IDS, ShardWriter, schema, to_list_array
     from jllm.data.tokenizer import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))

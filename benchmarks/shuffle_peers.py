@@ -43,7 +43,7 @@ class BenchmarkConfig:
 
 
 def run_jllm(source: Path, target: Path, config: BenchmarkConfig) -> float:
-    from jllm.data.manifest import open_data_set
+    from jllm.data.dataset.manifest import open_data_set
     from jllm.data.shuffle import Resources, shuffle_set
     from jllm.machine import use_thrifty_allocator
 

@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.token_sets import VOCABULARY, PhraseTable  # noqa: E402
-from jllm.data.manifest import Manifest, entry_of_written, open_data_set, write_manifest  # noqa: E402
-from jllm.data.shards import (  # noqa: E402
+from jllm.data.dataset.manifest import Manifest, entry_of_written, open_data_set, write_manifest  # noqa: E402
+from jllm.data.dataset.shards import (  # noqa: E402
     CU_SEQLENS,
     INPUT_IDS,
     ShardWriter,

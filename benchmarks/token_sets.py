@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.manifest import Manifest, entry_of_written, write_manifest
-from jllm.data.shards import INPUT_IDS, Int32, ShardWriter, file_name, schema, to_list_array
+from jllm.data.dataset.manifest import Manifest, entry_of_written, write_manifest
+from jllm.data.dataset.shards import INPUT_IDS, Int32, ShardWriter, file_name, schema, to_list_array
 
 VOCABULARY = 151_669
 PHRASES = 300_000

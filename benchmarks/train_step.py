@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.manifest import Manifest, entry_of_written, write_manifest
-from jllm.data.shards import INPUT_IDS, ShardWriter, schema, to_list_array
+from jllm.data.dataset.manifest import Manifest, entry_of_written, write_manifest
+from jllm.data.dataset.shards import INPUT_IDS, ShardWriter, schema, to_list_array
 
 VOCABULARY, LENGTH, WARM_UP = 32_000, 4096, 3
 SHAPE: dict[str, Any] = {

@@ -51,8 +51,8 @@ def describe(folder: Path) -> None:
     """
     import numpy as np
 
-    from jllm.data.manifest import open_data_set
-    from jllm.data.shards import INPUT_IDS, ShardReader, from_list_array
+    from jllm.data.dataset.manifest import open_data_set
+    from jllm.data.dataset.shards import INPUT_IDS, ShardReader, from_list_array
 
     data = open_data_set(folder)
     manifest = data.manifest
@@ -93,8 +93,8 @@ def show_rows(folder: Path, tokenizer: str | None, *, rows: int, start: int = 0,
     Raises:
         UserError: not a data set, or the tokenizer is not the one it was made with.
     """
-    from jllm.data.manifest import open_data_set
-    from jllm.data.shards import ShardReader
+    from jllm.data.dataset.manifest import open_data_set
+    from jllm.data.dataset.shards import ShardReader
 
     data = open_data_set(folder)
     decode = _decoder(tokenizer, data.manifest.tokenizer)
@@ -155,7 +155,7 @@ def _show(number: int, row: dict[str, Any], decode: Any, colored: bool) -> None:
 
 
 def _verify(folder: Path) -> None:
-    from jllm.data.manifest import open_data_set, verify
+    from jllm.data.dataset.manifest import open_data_set, verify
 
     data = open_data_set(folder)
     problems = verify(data)

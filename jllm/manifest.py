@@ -25,8 +25,8 @@ def main(config: ManifestConfig) -> None:
 
     With --verify, read every file and compare it with the manifest instead.
     """
-    from jllm.data.describe import describe, warnings_about
-    from jllm.data.manifest import open_data_set, verify
+    from jllm.data.dataset.describe import describe, warnings_about
+    from jllm.data.dataset.manifest import open_data_set, verify
     from jllm.machine import usable_cores
 
     if config.verify:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data import foreign
-from jllm.data.lists import COLUMNS, CU_SEQLENS, INPUT_IDS, schema
-from jllm.data.manifest import Manifest
-from jllm.data.shards import conform
+from jllm.data.dataset import foreign
+from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, schema
+from jllm.data.dataset.manifest import Manifest
+from jllm.data.dataset.shards import conform
 from jllm.data.shuffle_layout import block_edges, destinations
 from jllm.data.spark import (
     describe_output,

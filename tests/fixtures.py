@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.manifest import Manifest, entry_of_written, write_manifest
-from jllm.data.shards import COLUMNS, ShardWriter, schema, to_list_array
+from jllm.data.dataset.manifest import Manifest, entry_of_written, write_manifest
+from jllm.data.dataset.shards import COLUMNS, ShardWriter, schema, to_list_array
 
 VOCABULARY = 97
 

@@ -45,8 +45,8 @@ def main(config: EvaluateConfig) -> None:
 
 def read_rows(folder: Path) -> Iterator[tuple[list[int], list[int]]]:
     """Each row of a data set without its padding: ids, and targets that line up with them (unshifted)."""
-    from jllm.data.manifest import open_data_set
-    from jllm.data.shards import ShardReader
+    from jllm.data.dataset.manifest import open_data_set
+    from jllm.data.dataset.shards import ShardReader
 
     for path in open_data_set(folder).paths:
         for batch in ShardReader(path):

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from jllm.data import fast_json
 from jllm.data.blocks import Block
+from jllm.data.dataset.shards import IGNORE_INDEX, Int32, Int64
 from jllm.data.encode import Encoded
 from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
 from jllm.data.lengths import unchanged
 from jllm.data.packing import Documents
 from jllm.data.render_work import Rendered, render_block
 from jllm.data.rendering import RenderPlan
-from jllm.data.shards import IGNORE_INDEX, Int32, Int64
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 

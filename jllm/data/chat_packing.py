@@ -11,8 +11,8 @@ Cost: numpy over whole blocks for conversations that fit; a Python loop over row
 import numpy as np
 import pyarrow as pa
 
+from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
 from jllm.data.packing import Documents, WithoutRest
-from jllm.data.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
 
 
 def continued_rows(labels: Int32, length: int) -> list[tuple[int, int, int]]:

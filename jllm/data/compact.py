@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jllm.data.lists import Int32, Int64, from_list_array, schema, to_list_array
+from jllm.data.dataset.columns import Int32, Int64, from_list_array, schema, to_list_array
 from jllm.errors import UserError
 
 Range = tuple[int, int]

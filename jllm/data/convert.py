@@ -22,10 +22,10 @@ import numpy as np
 
 from jllm.data import ahead, encode
 from jllm.data.blocks import BLOCK_BYTES, Block, read_blocks
+from jllm.data.dataset.shards import Int64
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
 from jllm.data.records import BadRecord
-from jllm.data.shards import Int64
 from jllm.data.sink import Checkpoint, Sink
 from jllm.data.sources import STDIN, Source
 from jllm.errors import UserError

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jllm.data import fast_json
-from jllm.data.shards import Int32, Int64
+from jllm.data.dataset.shards import Int32, Int64
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jllm.data.lists import CU_SEQLENS, INPUT_IDS, Int64
-from jllm.data.manifest import DataSet
-from jllm.data.shards import ShardReader, real_lengths
+from jllm.data.dataset.columns import CU_SEQLENS, INPUT_IDS, Int64
+from jllm.data.dataset.manifest import DataSet
+from jllm.data.dataset.shards import ShardReader, real_lengths
 from jllm.errors import UserError, did_you_mean
 from jllm.machine import parse_count
 

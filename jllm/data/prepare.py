@@ -21,9 +21,9 @@ import numpy as np
 from jllm.data import holdout, pretokenized, recipes, render_work
 from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
+from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.early_engines import EarlyEngines
 from jllm.data.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
-from jllm.data.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
 from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.progress import Progress, summary

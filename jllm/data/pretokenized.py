@@ -17,9 +17,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jllm.data.blocks import Block
+from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
+from jllm.data.dataset.foreign import check_type, list_column
 from jllm.data.encode import Encoded
-from jllm.data.foreign import check_type, list_column
-from jllm.data.lists import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
 from jllm.data.packing import Documents
 from jllm.data.records import BadRecord
 from jllm.data.sources import Source

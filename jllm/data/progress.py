@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jllm.data.convert import Totals
-from jllm.data.manifest import Manifest
+from jllm.data.dataset.manifest import Manifest
 from jllm.data.sources import Source
 
 EVERY_SECONDS = 5.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.data.manifest import (
+from jllm.data.dataset.manifest import (
     MANIFEST_NAME,
     DataSet,
     FileEntry,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jllm.data.lists import from_array, to_array
+from jllm.data.dataset.columns import from_array, to_array
 
 POSITION = "_position"
 Positions = NDArray[np.integer]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.data.manifest import MANIFEST_NAME, DataSet, Manifest, open_data_set, read_manifest, write_manifest
+from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_data_set, read_manifest, write_manifest
 from jllm.data.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle_passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle_passes import Resources as Resources

@@ -15,10 +15,8 @@ import pyarrow as pa
 
 from jllm import atomic
 from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
-from jllm.data.manifest import DataSet, FileEntry, entry_of_written
-from jllm.data.mix import Copies
-from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
-from jllm.data.shards import (
+from jllm.data.dataset.manifest import DataSet, FileEntry, entry_of_written
+from jllm.data.dataset.shards import (
     COLUMNS,
     CU_SEQLENS,
     INPUT_IDS,
@@ -28,6 +26,8 @@ from jllm.data.shards import (
     conform,
     file_name,
 )
+from jllm.data.mix import Copies
+from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle_layout import Layout, Unit, block_edges, destinations, lay_out
 from jllm.machine import require_disk
 

@@ -24,9 +24,9 @@ from typing import Any
 import pyarrow as pa
 
 from jllm import atomic
-from jllm.data.manifest import FileEntry, entry_of_written, sha256_of
+from jllm.data.dataset.manifest import FileEntry, entry_of_written, sha256_of
+from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing import Documents, Packer
-from jllm.data.shards import ShardWriter, file_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from jllm.data.describe import describe_file
-from jllm.data.lists import COLUMNS
-from jllm.data.manifest import MANIFEST_NAME, FileEntry, Manifest
-from jllm.data.shards import CONTRACT_KEY, CONTRACT_VERSION
+from jllm.data.dataset.columns import COLUMNS
+from jllm.data.dataset.describe import describe_file
+from jllm.data.dataset.manifest import MANIFEST_NAME, FileEntry, Manifest
+from jllm.data.dataset.shards import CONTRACT_KEY, CONTRACT_VERSION
 from jllm.errors import UserError
 
 if TYPE_CHECKING:

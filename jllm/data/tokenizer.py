@@ -23,7 +23,7 @@ from jllm.data import fast_json, tokenizer_cache
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
-    from jllm.data import manifest
+    from jllm.data.dataset import manifest
 
 HUB_TIMEOUT = 4.0
 
@@ -108,7 +108,9 @@ class TokenizerFacts:
 
     @property
     def for_manifest(self) -> "manifest.Tokenizer":
-        from jllm.data import manifest  # which imports Arrow; the child that loads a tokenizer starts sooner without
+        from jllm.data.dataset import (
+            manifest,  # which imports Arrow; the child that loads a tokenizer starts sooner without
+        )
 
         return manifest.Tokenizer(name=self.name, vocab_size=self.vocab_size, sha256=self.sha256)
 

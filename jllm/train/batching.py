@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jllm.data.shards import Int32, Int64
+from jllm.data.dataset.shards import Int32, Int64
 
 LENGTH_MULTIPLE = 64
 """Micro-batches are padded to a multiple of this (or to `--seq_len`), so that few shapes occur."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jllm.data.shards import IGNORE_INDEX, Int64
+from jllm.data.dataset.shards import IGNORE_INDEX, Int64
 from jllm.train.rows import Row
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jllm.data.manifest import DataSet, open_data_set
+from jllm.data.dataset.manifest import DataSet, open_data_set
 from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.source import ModelInfo

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from jllm.data.shards import IGNORE_INDEX
+from jllm.data.dataset.shards import IGNORE_INDEX
 
 
 class TokenLoss:

@@ -19,10 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.lists import to_array
-from jllm.data.manifest import DataSet
+from jllm.data.dataset.columns import to_array
+from jllm.data.dataset.manifest import DataSet
+from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
 from jllm.data.order import EpochOrder, epoch_order
-from jllm.data.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
 
 WINDOW_BYTES = 32 << 20
 

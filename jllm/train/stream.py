@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jllm.data.shards import IGNORE_INDEX
+from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
 from jllm.train.batching import LENGTH_MULTIPLE, Parts, TokenBudget, padded_length
 from jllm.train.collate import MicroBatch, collate

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.manifest import Manifest, Tokenizer, entry_of_written, write_manifest
-from jllm.data.shards import (
+from jllm.data.dataset.manifest import Manifest, Tokenizer, entry_of_written, write_manifest
+from jllm.data.dataset.shards import (
     CU_SEQLENS,
     INPUT_IDS,
     LABELS,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jllm.data import engine as engines
+from jllm.data.dataset.manifest import read_manifest
 from jllm.data.early_engines import encoding_of
 from jllm.data.engine import (
     CheckedEngine,
@@ -17,7 +18,6 @@ from jllm.data.engine import (
     sample_of,
     with_short_merges,
 )
-from jllm.data.manifest import read_manifest
 from jllm.data.prepare import prepare
 from jllm.data.tokenizer import PROBES, load_tokenizer
 from jllm.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jllm.data.manifest import open_data_set
+from jllm.data.dataset.manifest import open_data_set
 from jllm.data.repartition import make_plan, recover, repartition
 from jllm.data.shuffle import Resources, shuffle_set
 from tests.data.sets import content, make_set

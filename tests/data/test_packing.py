@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from jllm.data.best_fit import BestFitPacker, best_fit
 from jllm.data.chat_packing import ConversationPacker
+from jllm.data.dataset.shards import IGNORE_INDEX, count_trained
 from jllm.data.packing import Documents, StackPacker, WindowPacker
-from jllm.data.shards import IGNORE_INDEX, count_trained
 
 EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 lengths_lists = st.lists(st.integers(1, 25), min_size=1, max_size=30)
@@ -159,7 +159,7 @@ def test_best_fit_rows(lengths: list[int], length: int, pad: int | None) -> None
 
 
 def _typed(batch: pa.RecordBatch) -> pa.RecordBatch:
-    from jllm.data.shards import schema
+    from jllm.data.dataset.shards import schema
 
     wanted = schema(batch.schema.names)
     return pa.RecordBatch.from_arrays(

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jllm.data.manifest import read_manifest
-from jllm.data.shards import CU_SEQLENS, LABELS
+from jllm.data.dataset.manifest import read_manifest
+from jllm.data.dataset.shards import CU_SEQLENS, LABELS
 from tests.data.test_raw2ids import raw2ids, reference_stream, rows_of, tree, write_jsonl
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jllm.data.manifest import open_data_set, read_manifest
-from jllm.data.shards import CU_SEQLENS, INPUT_IDS, ShardReader
+from jllm.data.dataset.manifest import open_data_set, read_manifest
+from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.raw2ids import main
 
 WORDS = ["alpha", "beta", "gamma", "naïve", "日本語", "def f(x):", "  indented", "1234", "don't", "👍🏽"]

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jllm.data import repartition as module
-from jllm.data.manifest import open_data_set, verify
+from jllm.data.dataset.manifest import open_data_set, verify
 from jllm.data.repartition import make_plan, recover, repartition
 from jllm.repartition import main
 from tests.data.sets import content, make_set, row_numbers

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jllm.data import scatter, shuffle, shuffle_passes
-from jllm.data.manifest import open_data_set, read_manifest
+from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.shuffle import Resources, shuffle_set
 from jllm.data.shuffle_layout import block_edges, destinations, lay_out
 from jllm.errors import UserError

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from jllm.data.dataset.shards import ShardReader, list_shards
 from jllm.data.order import epoch_order
-from jllm.data.shards import ShardReader, list_shards
 
 
 def rows_in_order(folder: Path, *, seed: int, epoch: int, shuffle: bool = True) -> list[dict[str, np.ndarray]]:
     """The rows of an epoch, worked out from the files alone."""
-    from jllm.data.manifest import open_data_set
+    from jllm.data.dataset.manifest import open_data_set
 
     groups, sizes = [], []
     for path in list_shards(folder):

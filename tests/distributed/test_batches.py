@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.data.manifest import MANIFEST_NAME, open_data_set
+from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set
 from jllm.train.rows import ShardIndex, read_rows
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.distributed.ranks import Ranks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jllm.data.manifest import Manifest, Tokenizer, read_manifest, write_manifest
+from jllm.data.dataset.manifest import Manifest, Tokenizer, read_manifest, write_manifest
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import options_of, records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from jllm.data import recipes
+from jllm.data.dataset.manifest import open_data_set, verify
+from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.engine import open_engine
-from jllm.data.manifest import open_data_set, verify
-from jllm.data.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.shuffle import Resources, shuffle_set
 from jllm.data.tokenizer import load_tokenizer
 from jllm.errors import UserError

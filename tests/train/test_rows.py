@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jllm.data import shards
-from jllm.data.manifest import DataSet, open_data_set
+from jllm.data.dataset import shards
+from jllm.data.dataset.manifest import DataSet, open_data_set
 from jllm.train import rows as rows_module
 from jllm.train.rows import ShardIndex, read_rows, row_lengths
 from tests.fixtures import write_rows

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data import shards
-from jllm.data.manifest import open_data_set
+from jllm.data.dataset import shards
+from jllm.data.dataset.manifest import open_data_set
 from jllm.errors import UserError
 from jllm.train import rows as rows_module
 from jllm.train.batching import TokenBudget, padded_length

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jllm.data import thrift
-from jllm.data.lists import Int32, Int64, from_list_array, to_list_array
+from jllm.data.dataset import thrift
+from jllm.data.dataset.columns import Int32, Int64, from_list_array, to_list_array
 
 PAGE_BYTES = 1 << 20
 LARGEST_PAGE_BYTES = 1 << 28

@@ -26,19 +26,19 @@ import pyarrow.parquet as pq
 
 import jllm
 from jllm import atomic
-from jllm.data import foreign
-from jllm.data.lists import COLUMNS as COLUMNS
-from jllm.data.lists import CU_SEQLENS as CU_SEQLENS
-from jllm.data.lists import IGNORE_INDEX as IGNORE_INDEX
-from jllm.data.lists import INPUT_IDS as INPUT_IDS
-from jllm.data.lists import LABELS as LABELS
-from jllm.data.lists import LIST_TYPE as LIST_TYPE
-from jllm.data.lists import Int32 as Int32
-from jllm.data.lists import Int64 as Int64
-from jllm.data.lists import from_list_array as from_list_array
-from jllm.data.lists import schema as schema
-from jllm.data.lists import to_list_array as to_list_array
-from jllm.data.parquet_lists import DamagedError, ListFileWriter, read_list
+from jllm.data.dataset import foreign
+from jllm.data.dataset.columns import COLUMNS as COLUMNS
+from jllm.data.dataset.columns import CU_SEQLENS as CU_SEQLENS
+from jllm.data.dataset.columns import IGNORE_INDEX as IGNORE_INDEX
+from jllm.data.dataset.columns import INPUT_IDS as INPUT_IDS
+from jllm.data.dataset.columns import LABELS as LABELS
+from jllm.data.dataset.columns import LIST_TYPE as LIST_TYPE
+from jllm.data.dataset.columns import Int32 as Int32
+from jllm.data.dataset.columns import Int64 as Int64
+from jllm.data.dataset.columns import from_list_array as from_list_array
+from jllm.data.dataset.columns import schema as schema
+from jllm.data.dataset.columns import to_list_array as to_list_array
+from jllm.data.dataset.list_codec import DamagedError, ListFileWriter, read_list
 from jllm.errors import UserError
 
 ROW_GROUP_TOKENS = 1 << 20
@@ -260,7 +260,7 @@ class ShardReader:
     """One shard, read by row group in the contract's schema, whoever wrote it.
 
     Lists of other kinds and integers of other sizes are brought to the contract's type, and document boundaries to its
-    coordinates (see `jllm.data.foreign`); columns that the contract does not know are not read.
+    coordinates (see `jllm.data.dataset.foreign`); columns that the contract does not know are not read.
 
     Raises:
         UserError: not a Parquet file, no `input_ids` lists, nulls, ids beyond int32, document boundaries that make no

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from jllm.data.manifest import open_data_set, read_manifest
-from jllm.data.shards import CU_SEQLENS, INPUT_IDS, LABELS, LIST_TYPE, ShardReader
+from jllm.data.dataset.manifest import open_data_set, read_manifest
+from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, LIST_TYPE, ShardReader
 from jllm.data.shuffle import Resources, shuffle_set
 from jllm.errors import UserError
 from jllm.manifest import main as manifest_command
@@ -119,7 +119,7 @@ def test_row_coordinates_stay(tmp_path: Path) -> None:
 
 
 def test_our_own_padding_is_never_taken_for_shifted_boundaries(tmp_path: Path) -> None:
-    from jllm.data.shards import ShardWriter, schema, to_list_array
+    from jllm.data.dataset.shards import ShardWriter, schema, to_list_array
 
     batch = pa.RecordBatch.from_arrays(
         [
@@ -194,7 +194,7 @@ def test_unfinished_or_versioned_folders_are_refused(tmp_path: Path, name: str) 
 
 
 def test_large_row_groups_are_read_in_pieces(tmp_path: Path) -> None:
-    from jllm.data.shards import ROW_GROUP_TOKENS
+    from jllm.data.dataset.shards import ROW_GROUP_TOKENS
 
     count = 3000
     rows = np.arange(count * 1000, dtype=np.int32) // 1000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jllm.data.lists import INPUT_IDS, from_list_array
-from jllm.data.manifest import (
+from jllm.data.dataset.columns import INPUT_IDS, from_list_array
+from jllm.data.dataset.manifest import (
     FileEntry,
     Manifest,
     Tokenizer,
@@ -20,7 +20,14 @@ from jllm.data.manifest import (
     sha256_of,
     write_manifest,
 )
-from jllm.data.shards import ROW_GROUP_TOKENS, ShardReader, ShardStatistics, count_trained, list_shards, real_lengths
+from jllm.data.dataset.shards import (
+    ROW_GROUP_TOKENS,
+    ShardReader,
+    ShardStatistics,
+    count_trained,
+    list_shards,
+    real_lengths,
+)
 from jllm.errors import UserError
 
 COMMAND = "manifest"

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data import parquet_lists
-from jllm.data.lists import schema, to_list_array
-from jllm.data.parquet_lists import DamagedError, ListFileWriter, read_list
-from jllm.data.shards import CODECS, ShardReader
+from jllm.data.dataset import list_codec as parquet_lists
+from jllm.data.dataset.columns import schema, to_list_array
+from jllm.data.dataset.list_codec import DamagedError, ListFileWriter, read_list
+from jllm.data.dataset.shards import CODECS, ShardReader
 from jllm.errors import UserError
 
 COLUMNS = ("input_ids", "labels")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
-from jllm.data.shards import ShardReader, ShardStatistics, list_shards
+from jllm.data.dataset.shards import ShardReader, ShardStatistics, list_shards
 from jllm.errors import UserError
 
 MANIFEST_NAME = "_manifest.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.lists import LIST_TYPE, from_array, from_list_array, to_list_array
+from jllm.data.dataset.columns import LIST_TYPE, from_array, from_list_array, to_list_array
 from jllm.errors import UserError
 
 
