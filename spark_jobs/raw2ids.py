@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from jllm.data import recipes
-from jllm.data.blocks import Block
 from jllm.data.conversations import READERS, format_of
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.encode import Encoded
-from jllm.data.records import parse_block
+from jllm.data.sources.blocks import Block
+from jllm.data.sources.records import parse_block
 from jllm.data.spark import describe_output, schema_of, session, write_manifest_at, write_shards
 from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError

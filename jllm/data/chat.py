@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data import fast_json
-from jllm.data.blocks import Block
 from jllm.data.dataset.shards import IGNORE_INDEX, Int32, Int64
 from jllm.data.encode import Encoded
 from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
@@ -28,6 +27,7 @@ from jllm.data.lengths import unchanged
 from jllm.data.packing import Documents
 from jllm.data.render_work import Rendered, render_block
 from jllm.data.rendering import RenderPlan
+from jllm.data.sources.blocks import Block
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 

@@ -20,14 +20,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllm.data import ahead, encode
-from jllm.data.blocks import BLOCK_BYTES, Block, read_blocks
+from jllm.data import encode
 from jllm.data.dataset.shards import Int64
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
-from jllm.data.records import BadRecord
 from jllm.data.sink import Checkpoint, Sink
-from jllm.data.sources import STDIN, Source
+from jllm.data.sources import read_ahead as ahead
+from jllm.data.sources.blocks import BLOCK_BYTES, Block, read_blocks
+from jllm.data.sources.inputs import STDIN, Source
+from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES, IN_FLIGHT_BLOCKS = 48 << 20, 24

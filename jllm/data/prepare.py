@@ -29,7 +29,7 @@ from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_opt
 from jllm.data.progress import Progress, summary
 from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
-from jllm.data.sources import resolve, without_password
+from jllm.data.sources.inputs import resolve, without_password
 from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading
 from jllm.data.workplace import modified_at
 from jllm.errors import UserError

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jllm.data.blocks import Block
 from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
 from jllm.data.dataset.foreign import check_type, list_column
 from jllm.data.encode import Encoded
 from jllm.data.packing import Documents
-from jllm.data.records import BadRecord
-from jllm.data.sources import Source
-from jllm.data.tables import open_parquet
+from jllm.data.sources.blocks import Block
+from jllm.data.sources.inputs import Source
+from jllm.data.sources.records import BadRecord
+from jllm.data.sources.tables import open_parquet
 from jllm.data.tokenizer import TokenizerFacts
 from jllm.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jllm.data.convert import Totals
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.sources import Source
+from jllm.data.sources.inputs import Source
 
 EVERY_SECONDS = 5.0
 FIRST_AFTER = 10.0

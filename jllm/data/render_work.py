@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.blocks import Block
 from jllm.data.conversations import BadRecordError, read_conversation
 from jllm.data.pieces import Flat
-from jllm.data.records import BadRecord, parse_block
 from jllm.data.rendering import Renderer, RenderPlan
+from jllm.data.sources.blocks import Block
+from jllm.data.sources.records import BadRecord, parse_block
 from jllm.machine import collect_rarely
 
 _CHECK_CHARACTERS = 8192

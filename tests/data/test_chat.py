@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jllm.data.blocks import Block
 from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat_packing import continued_rows, joined, split_long
 from jllm.data.conversations import BadRecordError, format_of, read_conversation
@@ -20,6 +19,7 @@ from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.data.engine import CheckedEngine, open_engine
 from jllm.data.recipes import template_warnings
 from jllm.data.rendering import Renderer, RenderPlan
+from jllm.data.sources.blocks import Block
 from jllm.data.templates import TEMPLATES
 from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError

@@ -134,7 +134,8 @@ def test_stopped_at_every_block(
 ) -> None:
     """A run that is stopped after each block in turn, and while it writes the manifests, leaves what a whole one
     leaves."""
-    from jllm.data import blocks, prepare
+    from jllm.data import prepare
+    from jllm.data.sources import blocks
     from jllm.raw2ids import Raw2IdsConfig
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)

@@ -86,8 +86,9 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data import blocks, convert
+    from jllm.data import convert
     from jllm.data.prepare import prepare
+    from jllm.data.sources import blocks
     from jllm.raw2ids import Raw2IdsConfig
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from jllm.data import blocks, prepare, render_work
+from jllm.data import prepare, render_work
 from jllm.data.chat import ChatEncoder
 from jllm.data.convert import IN_FLIGHT_BLOCKS
+from jllm.data.sources import blocks
 from jllm.raw2ids import Raw2IdsConfig
 from tests.data.test_raw2ids import documents, rows_of
 

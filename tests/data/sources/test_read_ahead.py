@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from jllm.data import recipes
-from jllm.data.ahead import ITEMS, SOURCES, in_order
 from jllm.data.encode import Encoded, PretrainEncoder
 from jllm.data.prepare import prepare
+from jllm.data.sources.read_ahead import ITEMS, SOURCES, in_order
 from jllm.errors import UserError
 from jllm.raw2ids import Raw2IdsConfig
 from tests.data.test_raw2ids import documents, reference_stream, rows_of

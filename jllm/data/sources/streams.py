@@ -12,7 +12,7 @@ import sys
 import zlib
 from typing import IO, Any
 
-from jllm.data.sources import STDIN, Source, without_password
+from jllm.data.sources.inputs import STDIN, Source, without_password
 from jllm.errors import UserError
 
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from jllm.data.blocks import BLOCK_BYTES, Block
-from jllm.data.records import Records
-from jllm.data.sources import Source
+from jllm.data.sources.blocks import BLOCK_BYTES, Block
+from jllm.data.sources.inputs import Source
+from jllm.data.sources.records import Records
 from jllm.errors import UserError
 
 # Runs of plain characters are taken whole and never given back (`*+`): 6 times faster than character by character.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jllm.data.blocks import Block, line_ends
+from jllm.data.sources.blocks import Block, line_ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def parse_block(block: Block, kind: str) -> Records:
     if kind == "text":
         return _parse_text(block.content, block.line)
     if kind == "parquet":
-        from jllm.data.tables import parse_table
+        from jllm.data.sources.tables import parse_table
 
         return parse_table(block)
     content = block.content

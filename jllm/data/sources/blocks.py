@@ -14,8 +14,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.sources import STDIN, Source, safe, without_password
-from jllm.data.streams import open_source, reading_errors
+from jllm.data.sources.inputs import STDIN, Source, safe, without_password
+from jllm.data.sources.streams import open_source, reading_errors
 from jllm.errors import UserError
 
 BLOCK_BYTES = 4 << 20
@@ -84,7 +84,7 @@ def read_blocks(
     """
     try:
         if source.kind in ("parquet", "ids"):
-            from jllm.data.tables import parquet_blocks
+            from jllm.data.sources.tables import parquet_blocks
 
             columns = ("input_ids", "labels", "attention_mask") if source.kind == "ids" else columns
             yield from parquet_blocks(source, number, start, index, columns)
@@ -117,7 +117,7 @@ def _byte_blocks(source: Source, number: int, start: int, line: int, index: int)
             if held.startswith(b"\xef\xbb\xbf"):  # a byte order mark is no text
                 held, position = held[3:], 3
         if kind == "json":
-            from jllm.data.tables import json_list_blocks
+            from jllm.data.sources.tables import json_list_blocks
 
             if start or held.lstrip()[:1] == b"[":
                 yield from json_list_blocks(stream, held, number, position, line, index)

@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data import blocks
-from jllm.data.blocks import read_blocks
-from jllm.data.records import Records, parse_block, texts_of
-from jllm.data.sources import resolve
+from jllm.data.sources import blocks
+from jllm.data.sources.blocks import read_blocks
+from jllm.data.sources.inputs import resolve
+from jllm.data.sources.records import Records, parse_block, texts_of
 from jllm.errors import UserError
 
 TEXTS = ["first\nline two", "second  ", "naïve 日本", 'fourth, with "quotes", [brackets] and {braces}, \\ too', "5"]
@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_texts(
     tmp_path: Path, kind: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
-    monkeypatch.setattr("jllm.data.tables.BLOCK_BYTES", size)
+    monkeypatch.setattr("jllm.data.sources.tables.BLOCK_BYTES", size)
     path = write(tmp_path, kind, TEXTS)
     assert read(path).values == TEXTS
     if kind == "parquet":
@@ -95,7 +95,7 @@ def test_blocks_do_not_show(tmp_path_factory: pytest.TempPathFactory, texts: lis
     whole = read(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_BYTES", size)
-        patch.setattr("jllm.data.tables.BLOCK_BYTES", size)
+        patch.setattr("jllm.data.sources.tables.BLOCK_BYTES", size)
         assert read(path) == whole
         cut = list(read_blocks(source, 0))
         for i, block in enumerate(cut):
@@ -211,7 +211,7 @@ def test_a_list_that_does_not_end_well_is_told(tmp_path: Path, text: str, bad: i
 def test_blocks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A block of a plain local file is sent without its bytes, and read again there."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr("jllm.data.tables.BLOCK_BYTES", 200)
+    monkeypatch.setattr("jllm.data.sources.tables.BLOCK_BYTES", 200)
     lines = [json.dumps({"text": f"document {number} é"}) for number in range(60)]
     data = (f"[{','.join(lines)}]" if name == "a.json" else "".join(f"{line}\n" for line in lines)).encode()
     path = tmp_path / name
