@@ -127,7 +127,7 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
     import tokenizers
 
     from jllm.data.dataset.shards import INPUT_IDS, ShardWriter, schema, to_list_array
-    from jllm.data.tokenizer import load_tokenizer
+    from jllm.data.tokenizer.facts import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))
     assert facts.backend is not None
@@ -164,8 +164,8 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
 
 def run_engine(tokenizer: Path, data: Path) -> tuple[float, float]:
     """fastokens alone: the second pass over texts that are in memory."""
-    from jllm.data.engine import FastEngine
-    from jllm.data.tokenizer import load_tokenizer
+    from jllm.data.tokenizer.engine import FastEngine
+    from jllm.data.tokenizer.facts import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))
     assert facts.backend is not None

@@ -114,7 +114,7 @@ def show_rows(folder: Path, tokenizer: str | None, *, rows: int, start: int = 0,
 def _decoder(name: str | None, made_with: Any) -> Any:
     if name is None:
         return lambda ids: " ".join(map(str, ids)) + " "
-    from jllm.data.tokenizer import load_tokenizer
+    from jllm.data.tokenizer.facts import load_tokenizer
 
     facts = load_tokenizer(name)
     if made_with is not None and made_with.sha256 != facts.sha256:

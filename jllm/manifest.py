@@ -37,7 +37,7 @@ def main(config: ManifestConfig) -> None:
         return
     tokenizer = None
     if config.tokenizer:
-        from jllm.data.tokenizer import load_tokenizer
+        from jllm.data.tokenizer.facts import load_tokenizer
 
         tokenizer = load_tokenizer(config.tokenizer).for_manifest
     manifest = describe(config.folder, cores=usable_cores(config.cores), tokenizer=tokenizer)

@@ -25,7 +25,7 @@ from jllm.data.encode import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import parse_block
 from jllm.data.spark import describe_output, schema_of, session, write_manifest_at, write_shards
-from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
+from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError
 from jllm.options import command, option
 from jllm.raw2ids import Raw2IdsConfig
@@ -110,7 +110,7 @@ _opened: dict[str, Any] = {}
 def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """The encoder of this Python worker, which several tasks use one after the other."""
     from jllm.data.chat import Assembler, TokenLengths
-    from jllm.data.engine import open_engine, use_cores
+    from jllm.data.tokenizer.engine import open_engine, use_cores
 
     key = f"{facts.sha256} {config} {chat.get('plan')}"
     if key not in _opened:

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data import fast_json
 from jllm.data.dataset.shards import IGNORE_INDEX, Int32, Int64
 from jllm.data.encode import Encoded
-from jllm.data.engine import CheckedEngine, EngineMismatchError, marks_first_piece
-from jllm.data.lengths import unchanged
 from jllm.data.packing import Documents
 from jllm.data.render_work import Rendered, render_block
 from jllm.data.rendering import RenderPlan
 from jllm.data.sources.blocks import Block
-from jllm.data.tokenizer import TokenizerFacts
+from jllm.data.tokenizer import fast_json
+from jllm.data.tokenizer.engine import CheckedEngine, EngineMismatchError, marks_first_piece
+from jllm.data.tokenizer.facts import TokenizerFacts
+from jllm.data.tokenizer.lengths import unchanged
 from jllm.errors import UserError
 
 

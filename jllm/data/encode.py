@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.dataset.shards import IGNORE_INDEX, Int32
-from jllm.data.engine import CheckedEngine
 from jllm.data.packing import Documents, Stored, with_affixes
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import BadRecord, parse_block, texts_of
-from jllm.data.tokenizer import TokenizerFacts
+from jllm.data.tokenizer.engine import CheckedEngine
+from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 

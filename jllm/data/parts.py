@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jllm.data import holdout
 from jllm.data.sources.inputs import STDIN, Source
-from jllm.data.tokenizer import base_name
+from jllm.data.tokenizer.facts import base_name
 from jllm.data.workplace import Workplace
 from jllm.errors import UserError
 

@@ -22,15 +22,15 @@ from jllm.data import holdout, pretokenized, recipes, render_work
 from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
-from jllm.data.early_engines import EarlyEngines
-from jllm.data.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
 from jllm.data.packing import Documents
 from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.progress import Progress, summary
 from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
 from jllm.data.sources.inputs import resolve, without_password
-from jllm.data.tokenizer import TokenizerFacts, TokenizerLoading
+from jllm.data.tokenizer.early import EarlyEngines
+from jllm.data.tokenizer.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
+from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
 from jllm.data.workplace import modified_at
 from jllm.errors import UserError
 from jllm.machine import usable_cores

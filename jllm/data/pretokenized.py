@@ -24,7 +24,7 @@ from jllm.data.sources.blocks import Block
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import BadRecord
 from jllm.data.sources.tables import open_parquet
-from jllm.data.tokenizer import TokenizerFacts
+from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from jllm.data.dataset.manifest import DataSet, open_data_set
-from jllm.data.tokenizer import load_tokenizer
+from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.source import ModelInfo
 from jllm.train.agreement import Agreement

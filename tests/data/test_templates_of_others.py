@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from jllm.data.engine import open_engine
-from jllm.data.tokenizer import load_tokenizer
+from jllm.data.tokenizer.engine import open_engine
+from jllm.data.tokenizer.facts import load_tokenizer
 from tests.data.test_chat import Chat, assistant, user
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 

@@ -12,9 +12,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from jllm.data import fast_json
-from jllm.data.engine import FastEngine, ReferenceEngine
-from jllm.data.tokenizer import TokenizerFacts
+from jllm.data.tokenizer import fast_json
+from jllm.data.tokenizer.engine import FastEngine, ReferenceEngine
+from jllm.data.tokenizer.facts import TokenizerFacts
 
 
 class EarlyEngines:

@@ -1,6 +1,6 @@
 """Text to ids: a fast engine, proven equal to the reference engine, or the reference engine itself.
 
-The reference is Hugging Face `tokenizers` running the backend that AutoTokenizer made (`jllm.data.tokenizer`). The fast
+The reference is Hugging Face `tokenizers` running the backend that AutoTokenizer made (`jllm.data.tokenizer.facts`). The fast
 engine, fastokens, gives the same ids 10 to 60 times faster and as flat buffers; it must prove that on this tokenizer:
 on difficult strings whose ids came from AutoTokenizer itself, then on a sample of the text of every block it encodes.
 A difference makes `check` raise `EngineMismatchError`; whoever runs the engine then starts over with the reference.
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jllm.data import fast_json
 from jllm.data.dataset.shards import Int32, Int64
-from jllm.data.tokenizer import TokenizerFacts
+from jllm.data.tokenizer import fast_json
+from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
-    from jllm.data.early_engines import EarlyEngines
+    from jllm.data.tokenizer.early import EarlyEngines
 
 ENGINES = ("auto", "fastokens", "hf")
 CHECK_CHARACTERS = 2048

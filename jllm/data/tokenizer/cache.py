@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import __version__
-from jllm.data import fast_json
+from jllm.data.tokenizer import fast_json
 
 MOST_ENTRIES = 16
 LARGEST_FILE = 64 << 20

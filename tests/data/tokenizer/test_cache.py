@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jllm.data import tokenizer, tokenizer_cache
-from jllm.data.tokenizer import TokenizerFacts, load_tokenizer
+from jllm.data.tokenizer import cache as tokenizer_cache
+from jllm.data.tokenizer import facts as tokenizer
+from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 
 
 @pytest.fixture

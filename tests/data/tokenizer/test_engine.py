@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.data import engine as engines
 from jllm.data.dataset.manifest import read_manifest
-from jllm.data.early_engines import encoding_of
-from jllm.data.engine import (
+from jllm.data.prepare import prepare
+from jllm.data.tokenizer import engine as engines
+from jllm.data.tokenizer.early import encoding_of
+from jllm.data.tokenizer.engine import (
     CheckedEngine,
     EngineMismatchError,
     FastEngine,
@@ -18,8 +19,7 @@ from jllm.data.engine import (
     sample_of,
     with_short_merges,
 )
-from jllm.data.prepare import prepare
-from jllm.data.tokenizer import PROBES, load_tokenizer
+from jllm.data.tokenizer.facts import PROBES, load_tokenizer
 from jllm.errors import UserError
 from jllm.raw2ids import Raw2IdsConfig
 from tests.data.test_raw2ids import documents, reference_stream, rows_of, stacked, write_jsonl
