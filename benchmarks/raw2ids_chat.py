@@ -106,7 +106,7 @@ def run_loop(tokenizer: Path, data: Path, template: str) -> tuple[float, float, 
     """transformers' loop: wall seconds, processor seconds, megabytes; loading is not counted."""
     import transformers
 
-    from jllm.data.templates import TEMPLATES
+    from jllm.data.chat.builtin_templates import TEMPLATES
 
     loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     lines = data.read_text(encoding="utf-8").splitlines()[:LOOP_CONVERSATIONS]

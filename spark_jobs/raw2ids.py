@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from jllm.data import recipes
-from jllm.data.conversations import READERS, format_of
+from jllm.data.chat.formats import READERS, format_of
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.encode import Encoded
 from jllm.data.sources.blocks import Block
@@ -109,7 +109,7 @@ _opened: dict[str, Any] = {}
 
 def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """The encoder of this Python worker, which several tasks use one after the other."""
-    from jllm.data.chat import Assembler, TokenLengths
+    from jllm.data.chat.encoder import Assembler, TokenLengths
     from jllm.data.tokenizer.engine import open_engine, use_cores
 
     key = f"{facts.sha256} {config} {chat.get('plan')}"

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jllm.data import holdout, pretokenized, recipes, render_work
-from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
+from jllm.data import holdout, pretokenized, recipes
+from jllm.data.chat import render_workers as render_work
+from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
+from jllm.data.chat.rendering import RenderPlan, ShortCutError
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing import Documents
 from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.progress import Progress, summary
-from jllm.data.rendering import RenderPlan, ShortCutError
 from jllm.data.sink import Sink, SinkPlan
 from jllm.data.sources.inputs import resolve, without_password
 from jllm.data.tokenizer.early import EarlyEngines

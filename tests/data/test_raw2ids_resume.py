@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.test_chat import END_OUTSIDE
+from tests.data.chat.test_chat import END_OUTSIDE
 from tests.data.test_raw2ids import documents, raw2ids, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))

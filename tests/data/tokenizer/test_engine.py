@@ -78,7 +78,7 @@ def test_metaspace_is_rewritten_exactly(tmp_path: Path, scheme: str) -> None:
 @pytest.mark.parametrize("choice", ["auto", "hf"])
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_conversations_of_sentencepiece_like_tokenizers(tmp_path: Path, scheme: str, choice: str) -> None:
-    from tests.data.test_chat import CONVERSATIONS, Chat
+    from tests.data.chat.test_chat import CONVERSATIONS, Chat
 
     facts = load_tokenizer(str(sentencepiece_like(tmp_path / "tokenizer", scheme)))
     template = "{%- for m in messages %}{{- m.role + ': ' + m.content + eos_token + '\\n' }}{%- endfor %}"

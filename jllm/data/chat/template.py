@@ -11,7 +11,7 @@ import datetime
 import json
 from typing import Any
 
-from jllm.data.marks import CLOSE, OPEN
+from jllm.data.chat.marks import CLOSE, OPEN
 from jllm.errors import UserError
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))

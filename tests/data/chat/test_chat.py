@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jllm.data.chat import Assembler, ChatEncoder, TokenLengths
+from jllm.data.chat.builtin_templates import TEMPLATES
+from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
+from jllm.data.chat.formats import BadRecordError, format_of, read_conversation
+from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.chat_packing import continued_rows, joined, split_long
-from jllm.data.conversations import BadRecordError, format_of, read_conversation
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.data.recipes import template_warnings
-from jllm.data.rendering import Renderer, RenderPlan
 from jllm.data.sources.blocks import Block
-from jllm.data.templates import TEMPLATES
 from jllm.data.tokenizer.engine import CheckedEngine, open_engine
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError

@@ -1,6 +1,6 @@
 """The forms in which chat templates want tool calls.
 
-Records have their arguments as an object (`jllm.data.conversations`). Most templates write that as JSON themselves;
+Records have their arguments as an object (`jllm.data.chat.formats`). Most templates write that as JSON themselves;
 some join text to their own, or look whether the content is null.
 """
 

@@ -1,6 +1,6 @@
 """The short cut for plain conversations: what a template made of their roles once, with gaps for their texts.
 
-See `jllm.data.rendering` for what is plain and how the short cut is checked.
+See `jllm.data.chat.rendering` for what is plain and how the short cut is checked.
 """
 
 import array
@@ -8,8 +8,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from jllm.data.marks import FIRST_STAND_IN, PRIVATE
-from jllm.data.pieces import Flat, Piece, flatten
+from jllm.data.chat.marks import FIRST_STAND_IN, PRIVATE
+from jllm.data.chat.segments import Flat, Piece, flatten
 
 GAP = re.compile(f"a([{PRIVATE}])a")
 """The text that stands for a message while a form is learned: its stand-in between two letters."""

@@ -10,7 +10,7 @@ faster than to alternatives.
 import re
 from typing import Any
 
-from jllm.data.conversations import BadRecordError
+from jllm.data.chat.formats import BadRecordError
 
 START, END, REASONING, CALL, OPEN, CLOSE = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 MARKS = re.compile("[\ue000-\ue005]")

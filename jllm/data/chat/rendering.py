@@ -26,9 +26,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jllm.data.conversations import BadRecordError, Conversation
-from jllm.data.forms import Form, form_of
-from jllm.data.marks import (
+from jllm.data.chat.formats import BadRecordError, Conversation
+from jllm.data.chat.marks import (
     CALL,
     CLOSE,
     END,
@@ -44,10 +43,11 @@ from jllm.data.marks import (
     token_pattern,
     with_marks,
 )
-from jllm.data.pieces import Builder, Flat, Markup, Piece, drop_spans, flatten
-from jllm.data.probing import probes_of
-from jllm.data.templating import compile_template
-from jllm.data.tool_calls import WITH_A_CALL, calls_as
+from jllm.data.chat.probes import probes_of
+from jllm.data.chat.segments import Builder, Flat, Markup, Piece, drop_spans, flatten
+from jllm.data.chat.short_cut import Form, form_of
+from jllm.data.chat.template import compile_template
+from jllm.data.chat.tool_calls import WITH_A_CALL, calls_as
 from jllm.errors import UserError
 
 _VERIFY_EVERY = 128

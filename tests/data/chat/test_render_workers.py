@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from jllm.data import prepare, render_work
-from jllm.data.chat import ChatEncoder
+from jllm.data import prepare
+from jllm.data.chat import render_workers as render_work
+from jllm.data.chat.encoder import ChatEncoder
 from jllm.data.convert import IN_FLIGHT_BLOCKS
 from jllm.data.sources import blocks
 from jllm.raw2ids import Raw2IdsConfig

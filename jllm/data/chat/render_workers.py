@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.conversations import BadRecordError, read_conversation
-from jllm.data.pieces import Flat
-from jllm.data.rendering import Renderer, RenderPlan
+from jllm.data.chat.formats import BadRecordError, read_conversation
+from jllm.data.chat.rendering import Renderer, RenderPlan
+from jllm.data.chat.segments import Flat
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import BadRecord, parse_block
 from jllm.machine import collect_rarely

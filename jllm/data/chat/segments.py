@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from jllm.data.conversations import BadRecordError
-from jllm.data.marks import CALL, CLOSE, END, MARKS, OPEN, REASONING, START, StandIns
+from jllm.data.chat.formats import BadRecordError
+from jllm.data.chat.marks import CALL, CLOSE, END, MARKS, OPEN, REASONING, START, StandIns
 
 _TEXT, _TOKEN, _MARK = 0, 1, 2
 _CLOSING = (END, CLOSE)

@@ -1,0 +1,3 @@
+"""Chat records to ids and labels: formats, templates, rendered segments.
+
+Imports `sources`, `tokenizer`, `packing`, `dataset` and the ground."""
