@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.dataset.shards import IGNORE_INDEX, Int32
-from jllm.data.packing import Documents, Stored, with_affixes
+from jllm.data.packing.packers import Documents, Stored, with_affixes
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import BadRecord, parse_block, texts_of
 from jllm.data.tokenizer.engine import CheckedEngine

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.packing import Documents
+from jllm.data.packing.packers import Documents
 
 FOLDER = "_eval"
 _CHUNK = 1 << 15  # small enough to stay in the cache

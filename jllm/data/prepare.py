@@ -24,7 +24,7 @@ from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat.rendering import RenderPlan, ShortCutError
 from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
-from jllm.data.packing import Documents
+from jllm.data.packing.packers import Documents
 from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.progress import Progress, summary
 from jllm.data.sink import Sink, SinkPlan

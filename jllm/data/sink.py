@@ -26,7 +26,7 @@ import pyarrow as pa
 from jllm import atomic
 from jllm.data.dataset.manifest import FileEntry, entry_of_written, sha256_of
 from jllm.data.dataset.shards import ShardWriter, file_name
-from jllm.data.packing import Documents, Packer
+from jllm.data.packing.packers import Documents, Packer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

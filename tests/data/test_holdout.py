@@ -16,7 +16,7 @@ from jllm.data import holdout
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.holdout import held_out
-from jllm.data.packing import Documents
+from jllm.data.packing.packers import Documents
 from tests.data.test_raw2ids import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
 
 EXAMPLES = 50 * int(os.environ.get("JLLM_TEST_SIZE", "1"))

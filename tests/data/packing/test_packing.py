@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.best_fit import BestFitPacker, best_fit
-from jllm.data.chat_packing import ConversationPacker
 from jllm.data.dataset.shards import IGNORE_INDEX, count_trained
-from jllm.data.packing import Documents, StackPacker, WindowPacker
+from jllm.data.packing.best_fit import BestFitPacker, best_fit
+from jllm.data.packing.conversations import ConversationPacker
+from jllm.data.packing.packers import Documents, StackPacker, WindowPacker
 
 EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 lengths_lists = st.lists(st.integers(1, 25), min_size=1, max_size=30)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.chat_packing import padded_rows
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
-from jllm.data.packing import Documents
+from jllm.data.packing.conversations import padded_rows
+from jllm.data.packing.packers import Documents
 
 BATCH_TOKENS = 1 << 19
 

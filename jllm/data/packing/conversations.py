@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
-from jllm.data.packing import Documents, WithoutRest
+from jllm.data.packing.packers import Documents, WithoutRest
 
 
 def continued_rows(labels: Int32, length: int) -> list[tuple[int, int, int]]:

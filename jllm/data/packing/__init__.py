@@ -1,0 +1,3 @@
+"""Documents to rows.
+
+Imports `dataset` and the ground."""
