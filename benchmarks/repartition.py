@@ -33,7 +33,7 @@ def main(config: BenchmarkConfig) -> None:
     """Time repartition, planning and checking of the files included."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from benchmarks.token_sets import write_set
-    from jllm.data.repartition import make_plan, repartition
+    from jllm.data.shuffle.repartition import make_plan, repartition
 
     folder = Path(tempfile.mkdtemp(prefix="repartition-", dir=config.folder))
     seconds = []

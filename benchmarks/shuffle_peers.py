@@ -44,7 +44,7 @@ class BenchmarkConfig:
 
 def run_jllm(source: Path, target: Path, config: BenchmarkConfig) -> float:
     from jllm.data.dataset.manifest import open_data_set
-    from jllm.data.shuffle import Resources, shuffle_set
+    from jllm.data.shuffle.data_set import Resources, shuffle_set
     from jllm.machine import use_thrifty_allocator
 
     use_thrifty_allocator()

@@ -29,7 +29,7 @@ def main(config: RepartitionConfig) -> None:
 
     Files are renamed, not copied. A killed run loses nothing and is finished by running it again.
     """
-    from jllm.data.repartition import make_plan, recover, repartition
+    from jllm.data.shuffle.repartition import make_plan, recover, repartition
     from jllm.machine import parse_count
 
     folder = config.data.resolve()

@@ -55,7 +55,7 @@ def main(config: ShuffleConfig) -> None:
     The result depends on the data and --seed alone, not on --cores or memory. Data larger than the memory cap goes
     through scratch files in the output folder. A killed run is finished by running it again.
     """
-    from jllm.data.shuffle_run import shuffle_folder
+    from jllm.data.shuffle.folder import shuffle_folder
 
     shuffle_folder(config, one_set=False)
 

@@ -10,7 +10,7 @@ def main(config: ShuffleConfig) -> None:
 
     As shuffle_datasets, but the whole folder is one data set: its rows are mixed with one another.
     """
-    from jllm.data.shuffle_run import shuffle_folder
+    from jllm.data.shuffle.folder import shuffle_folder
 
     shuffle_folder(config, one_set=True)
 

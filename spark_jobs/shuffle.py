@@ -21,7 +21,7 @@ from jllm.data.dataset import foreign
 from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, schema
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.dataset.shards import conform
-from jllm.data.shuffle_layout import block_edges, destinations
+from jllm.data.shuffle.layout import block_edges, destinations
 from jllm.data.spark import (
     describe_output,
     qualified,

@@ -10,8 +10,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imports the co
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import jllm.data.repartition
-import jllm.data.shuffle
+import jllm.data.shuffle.data_set
+import jllm.data.shuffle.repartition
 import jllm.train.loop  # noqa: F401
 from jllm.errors import UserError
 from jllm.train import processes

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jllm.data.dataset.manifest import open_data_set
-from jllm.data.repartition import make_plan, recover, repartition
-from jllm.data.shuffle import Resources, shuffle_set
+from jllm.data.shuffle.data_set import Resources, shuffle_set
+from jllm.data.shuffle.repartition import make_plan, recover, repartition
 from tests.data.sets import content, make_set
 from tests.forks import context
 

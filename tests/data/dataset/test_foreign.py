@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, LIST_TYPE, ShardReader
-from jllm.data.shuffle import Resources, shuffle_set
+from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.errors import UserError
 from jllm.manifest import main as manifest_command
 from jllm.shuffle_datasets import main as shuffle_datasets

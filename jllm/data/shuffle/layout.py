@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jllm.data.scatter import Positions
+from jllm.data.shuffle.scatter import Positions
 
 
 def destinations(rows: int, *, fingerprint: str, seed: int) -> Positions:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllm.data.dataset.manifest import DataSet, data_sets_below, one_tokenizer, open_data_set, write_manifest
-from jllm.data.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
-from jllm.data.shuffle import Outcome, Resources, clean, shuffle_set
+from jllm.data.shuffle.data_set import Outcome, Resources, clean, shuffle_set
+from jllm.data.shuffle.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
 from jllm.errors import UserError
 from jllm.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 

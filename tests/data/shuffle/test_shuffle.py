@@ -9,10 +9,12 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jllm.data import scatter, shuffle, shuffle_passes
 from jllm.data.dataset.manifest import open_data_set, read_manifest
-from jllm.data.shuffle import Resources, shuffle_set
-from jllm.data.shuffle_layout import block_edges, destinations, lay_out
+from jllm.data.shuffle import data_set as shuffle
+from jllm.data.shuffle import passes as shuffle_passes
+from jllm.data.shuffle import scatter
+from jllm.data.shuffle.data_set import Resources, shuffle_set
+from jllm.data.shuffle.layout import block_edges, destinations, lay_out
 from jllm.errors import UserError
 from jllm.shuffle_datasets import main as shuffle_datasets
 from jllm.shuffle_partition import main as shuffle_partition

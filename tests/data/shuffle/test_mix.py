@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jllm.data.dataset.manifest import open_data_set, read_manifest
-from jllm.data.mix import Recipe, row_lengths, select_rows
+from jllm.data.shuffle.mix import Recipe, row_lengths, select_rows
 from jllm.shuffle_datasets import main
 from tests.data.sets import content, make_set, row_numbers
 

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from jllm import atomic
-from jllm.data.compact import Compact, CompactColumn, Range, join_ranges
 from jllm.data.dataset.manifest import DataSet, FileEntry, entry_of_written
 from jllm.data.dataset.shards import (
     COLUMNS,
@@ -26,9 +25,10 @@ from jllm.data.dataset.shards import (
     conform,
     file_name,
 )
-from jllm.data.mix import Copies
-from jllm.data.scatter import Bucket, OrderedRows, Positions, Scatter
-from jllm.data.shuffle_layout import Layout, Unit, block_edges, destinations, lay_out
+from jllm.data.shuffle.compact import Compact, CompactColumn, Range, join_ranges
+from jllm.data.shuffle.layout import Layout, Unit, block_edges, destinations, lay_out
+from jllm.data.shuffle.mix import Copies
+from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.machine import require_disk
 
 CODEC = "zstd"

@@ -25,9 +25,9 @@ from typing import Any
 
 from jllm import atomic
 from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_data_set, read_manifest, write_manifest
-from jllm.data.mix import ALL_ONCE, Recipe, select_rows
-from jllm.data.shuffle_passes import SCRATCH_NAME, Passes
-from jllm.data.shuffle_passes import Resources as Resources
+from jllm.data.shuffle.mix import ALL_ONCE, Recipe, select_rows
+from jllm.data.shuffle.passes import SCRATCH_NAME, Passes
+from jllm.data.shuffle.passes import Resources as Resources
 from jllm.errors import UserError
 
 COMMAND = "shuffle_datasets"

@@ -1,0 +1,3 @@
+"""Permutation, passes, mixing and repartition of data sets.
+
+Imports `dataset` and the ground."""
