@@ -143,7 +143,7 @@ def main(config: Raw2IdsConfig) -> None:
     # No matrix is multiplied here, and numpy's threads for that cost every process of the run 0.1 s to start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     collect_rarely()
-    from jllm.data.prepare import prepare
+    from jllm.data.prepare.run import prepare
 
     prepare(config)
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from jllm.data import recipes
 from jllm.data.chat.formats import READERS, format_of
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.encode import Encoded
+from jllm.data.prepare import recipes
+from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import parse_block
 from jllm.data.spark import describe_output, schema_of, session, write_manifest_at, write_shards
@@ -231,7 +231,7 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
 
 
 def _recorded(config: SparkRaw2IdsConfig) -> dict[str, Any]:
-    from jllm.data.parts import recorded_options
+    from jllm.data.prepare.parts import recorded_options
 
     return {key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY}
 

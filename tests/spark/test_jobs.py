@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from jllm.data import recipes
 from jllm.data.dataset.manifest import open_data_set, verify
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
+from jllm.data.prepare import recipes
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.data.tokenizer.engine import open_engine
 from jllm.data.tokenizer.facts import load_tokenizer

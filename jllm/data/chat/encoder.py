@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from jllm.data.chat.render_workers import Rendered, render_block
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.dataset.shards import IGNORE_INDEX, Int32, Int64
-from jllm.data.encode import Encoded
 from jllm.data.packing.packers import Documents
+from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.tokenizer import fast_json
 from jllm.data.tokenizer.engine import CheckedEngine, EngineMismatchError, marks_first_piece

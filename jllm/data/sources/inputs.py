@@ -16,7 +16,7 @@ from pathlib import Path
 from jllm.errors import UserError
 
 KINDS = ("text", "jsonl", "json", "parquet", "ids")
-"""`ids` is Parquet that holds token ids already (see `jllm.data.pretokenized`)."""
+"""`ids` is Parquet that holds token ids already (see `jllm.data.prepare.pretokenized`)."""
 _KIND_OF_SUFFIX = {
     ".txt": "text",
     ".text": "text",

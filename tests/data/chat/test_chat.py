@@ -18,7 +18,7 @@ from jllm.data.chat.formats import BadRecordError, format_of, read_conversation
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.data.packing.conversations import continued_rows, joined, split_long
-from jllm.data.recipes import template_warnings
+from jllm.data.prepare.recipes import template_warnings
 from jllm.data.sources.blocks import Block
 from jllm.data.tokenizer.engine import CheckedEngine, open_engine
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from jllm.data import prepare
 from jllm.data.chat import render_workers as render_work
 from jllm.data.chat.encoder import ChatEncoder
-from jllm.data.convert import IN_FLIGHT_BLOCKS
+from jllm.data.prepare import run as prepare
+from jllm.data.prepare.conversion import IN_FLIGHT_BLOCKS
 from jllm.data.sources import blocks
 from jllm.raw2ids import Raw2IdsConfig
-from tests.data.test_raw2ids import documents, rows_of
+from tests.data.prepare.test_raw2ids import documents, rows_of
 
 
 @pytest.fixture

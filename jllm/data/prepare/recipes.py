@@ -17,10 +17,10 @@ from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.encoder import Assembler, ChatEncoder
 from jllm.data.chat.formats import QUESTION_ANSWER, READERS, format_of
 from jllm.data.chat.rendering import Renderer, RenderPlan
-from jllm.data.encode import PretrainEncoder, pretrain_affixes
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.conversations import ConversationPacker, split_long
 from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
+from jllm.data.prepare.encoding import PretrainEncoder, pretrain_affixes
 from jllm.data.sources.blocks import read_blocks
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import parse_block

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.data.chat.test_chat import END_OUTSIDE
-from tests.data.test_raw2ids import documents, raw2ids, tree, write_jsonl
+from tests.data.prepare.test_raw2ids import documents, raw2ids, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
 KILLS = 2 * SIZE
@@ -86,8 +86,8 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data import convert
-    from jllm.data.prepare import prepare
+    from jllm.data.prepare import conversion as convert
+    from jllm.data.prepare.run import prepare
     from jllm.data.sources import blocks
     from jllm.raw2ids import Raw2IdsConfig
 
@@ -115,7 +115,7 @@ def test_stopped_at_every_block(
         save(path, *arguments, **named)
 
     monkeypatch.setattr(convert.encode, "save", counted)
-    show = "jllm.data.progress.Progress.show"
+    show = "jllm.data.prepare.progress.Progress.show"
     stops = 0
     while True:
         fed = []
@@ -139,8 +139,8 @@ def test_stopped_at_every_block(
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jllm.data import sink
-    from jllm.data.prepare import prepare
+    from jllm.data.prepare import sink
+    from jllm.data.prepare.run import prepare
     from jllm.errors import UserError
     from jllm.raw2ids import Raw2IdsConfig
 
@@ -186,7 +186,7 @@ def test_bad_records_are_counted_and_refused(tmp_path: Path, byte_tokenizer: Pat
 
 
 def test_a_second_run_waits_its_turn(tmp_path: Path, byte_tokenizer: Path) -> None:
-    from jllm.data.workplace import Workplace
+    from jllm.data.prepare.workplace import Workplace
     from jllm.errors import UserError
 
     second = Workplace(tmp_path / "out").locked()

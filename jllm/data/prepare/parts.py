@@ -5,10 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllm.data import holdout
+from jllm.data.prepare import holdout
+from jllm.data.prepare.workplace import Workplace
 from jllm.data.sources.inputs import STDIN, Source
 from jllm.data.tokenizer.facts import base_name
-from jllm.data.workplace import Workplace
 from jllm.errors import UserError
 
 if TYPE_CHECKING:

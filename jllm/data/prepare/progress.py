@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jllm.data.convert import Totals
 from jllm.data.dataset.manifest import Manifest
+from jllm.data.prepare.conversion import Totals
 from jllm.data.sources.inputs import Source
 
 EVERY_SECONDS = 5.0

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
 from jllm.data.dataset.foreign import check_type, list_column
-from jllm.data.encode import Encoded
 from jllm.data.packing.packers import Documents
+from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import BadRecord

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data import holdout
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
-from jllm.data.holdout import held_out
 from jllm.data.packing.packers import Documents
-from tests.data.test_raw2ids import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
+from jllm.data.prepare import holdout
+from jllm.data.prepare.holdout import held_out
+from tests.data.prepare.test_raw2ids import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
 
 EXAMPLES = 50 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 LENGTH = 65
@@ -134,7 +134,7 @@ def test_stopped_at_every_block(
 ) -> None:
     """A run that is stopped after each block in turn, and while it writes the manifests, leaves what a whole one
     leaves."""
-    from jllm.data import prepare
+    from jllm.data.prepare import run as prepare
     from jllm.data.sources import blocks
     from jllm.raw2ids import Raw2IdsConfig
 
@@ -171,7 +171,7 @@ def test_stopped_at_every_block(
             if len(fed) > limit:
                 raise StopError
 
-        monkeypatch.setattr("jllm.data.progress.Progress.show", watch)
+        monkeypatch.setattr("jllm.data.prepare.progress.Progress.show", watch)
         try:
             prepare.prepare(Raw2IdsConfig(**values, output=tmp_path / "stopped" / "x"))
             break

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllm.data import encode
 from jllm.data.dataset.shards import Int64
-from jllm.data.encode import Encoded
 from jllm.data.packing.packers import Documents
-from jllm.data.sink import Checkpoint, Sink
+from jllm.data.prepare import encoding as encode
+from jllm.data.prepare.encoding import Encoded
+from jllm.data.prepare.sink import Checkpoint, Sink
 from jllm.data.sources import read_ahead as ahead
 from jllm.data.sources.blocks import BLOCK_BYTES, Block, read_blocks
 from jllm.data.sources.inputs import STDIN, Source

@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jllm.data import holdout, pretokenized, recipes
 from jllm.data.chat import render_workers as render_work
 from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat.rendering import RenderPlan, ShortCutError
-from jllm.data.convert import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing.packers import Documents
-from jllm.data.parts import Part, beside, clean_held_out, parts_of, recorded_options
-from jllm.data.progress import Progress, summary
-from jllm.data.sink import Sink, SinkPlan
+from jllm.data.prepare import holdout, pretokenized, recipes
+from jllm.data.prepare.conversion import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
+from jllm.data.prepare.parts import Part, beside, clean_held_out, parts_of, recorded_options
+from jllm.data.prepare.progress import Progress, summary
+from jllm.data.prepare.sink import Sink, SinkPlan
+from jllm.data.prepare.workplace import modified_at
 from jllm.data.sources.inputs import resolve, without_password
 from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
-from jllm.data.workplace import modified_at
 from jllm.errors import UserError
 from jllm.machine import usable_cores
 
