@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config  # noqa: E402
 
-from jllm.models.costs import estimate_costs  # noqa: E402
-from jllm.models.partition import best_split  # noqa: E402
+from jllm.models.pipeline.costs import estimate_costs  # noqa: E402
+from jllm.models.pipeline.partition import best_split  # noqa: E402
 
 LENGTH = 4096
 

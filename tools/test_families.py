@@ -36,9 +36,9 @@ def walk_one(model_type: str) -> Family:
     import torch
     from transformers.utils import logging
 
-    from jllm.models.costs import estimate_costs
     from jllm.models.families import check_split
-    from jllm.models.stage import StageSpan
+    from jllm.models.pipeline.costs import estimate_costs
+    from jllm.models.pipeline.stage import StageSpan
     from tests.models.family_check import (
         compare_family,
         isolates_documents,

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.stage import StageSpan, anatomy_of
 
 Forward = Callable[..., Any]
 

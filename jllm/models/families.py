@@ -2,7 +2,7 @@
 
 `check_split` is asked before a stage is built. Most refusals are not about a family but about a configuration: the
 same family without the feature, or cut elsewhere, or on one stage, works. What has no list of decoder layers at all is
-refused by `jllm.models.anatomy`.
+refused by `jllm.models.pipeline.structure`.
 
 The catalogue is written by `tools/test_families.py`, which trains every causal model type of the installed
 transformers, tiny and random, whole and in stages, and compares. Nothing in it is claimed without that run.
@@ -18,7 +18,7 @@ from jllm.errors import UserError
 if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from jllm.models.stage import StageSpan
+    from jllm.models.pipeline.stage import StageSpan
 
 CATALOGUE = Path(__file__).with_name("families.json")
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.source import read_metadata
-from jllm.models.tensor_file import TensorFile, tensor_file
+from jllm.models.weights.source import read_metadata
+from jllm.models.weights.tensor_file import TensorFile, tensor_file
 from jllm.train.state import Piece
 from jllm.train.stream import Cursor
 

@@ -191,7 +191,9 @@ class TrainConfig:
                     f"--{name} {getattr(self, name)}: this version has pipeline and data parallelism; give 1"
                 )
         if self.split_dlayer or self.emb_partitions != 1:
-            from jllm.models.partition import check_cuts  # here: it imports transformers, which a plain --help must not
+            from jllm.models.pipeline.partition import (
+                check_cuts,  # here: it imports transformers, which a plain --help must not
+            )
 
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
         if self.zero_stage not in (None, 0, 1):

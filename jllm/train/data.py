@@ -15,7 +15,7 @@ from pathlib import Path
 from jllm.data.dataset.manifest import DataSet, open_data_set
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
-from jllm.models.source import ModelInfo
+from jllm.models.weights.source import ModelInfo
 from jllm.train.agreement import Agreement
 from jllm.train.batching import EpochSteps, Parts, TokenBudget, padded_length
 from jllm.train.config import Layout, TrainConfig, WeightedFolder, weighted_folders

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm.models.source import ModelInfo
-from jllm.models.stage import PipelineStage, spans_of, stage_class
+from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
+from jllm.models.weights.source import ModelInfo
 from jllm.train import processes, setup
 from jllm.train.agreement import Agreement
 from jllm.train.checkpoint import CheckpointReader

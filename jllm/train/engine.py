@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from jllm.errors import UserError
-from jllm.models.stage import PipelineStage, anatomy_of, tied_parameter
+from jllm.models.pipeline.stage import PipelineStage, anatomy_of, tied_parameter
 from jllm.train import processes
 from jllm.train.collate import MicroBatch
 from jllm.train.config import Layout, TrainConfig

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 
 from jllm.errors import UserError
-from jllm.models.source import ModelInfo
+from jllm.models.weights.source import ModelInfo
 from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig, named_folders
 from jllm.train.data import Data, open_evaluation_data

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from jllm import atomic
-from jllm.models.stage import PipelineStage
-from jllm.models.weights import save_stage, write_companions, write_index
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.weights import save_stage, write_companions, write_index
 from jllm.train.agreement import Agreement
 
 CONFIG_NAME = "config.json"

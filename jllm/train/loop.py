@@ -9,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from jllm.errors import UserError
-from jllm.models.source import ModelInfo
+from jllm.models.weights.source import ModelInfo
 from jllm.train import checkpoint, processes, setup
 from jllm.train.agreement import Agreement, StepFacts
 from jllm.train.cadence import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch

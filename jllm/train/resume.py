@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.source import read_config, weight_files
-from jllm.models.stage import PipelineStage, published_names
+from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.models.weights.source import read_config, weight_files
 from jllm.train.agreement import Agreement
 from jllm.train.checkpoint import (
     INDEX_NAME,

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.stage import PipelineStage
-from jllm.models.tensor_file import tensor_file
-from jllm.models.weights import STAGE_METADATA, stage_files, write_companions, write_index
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.tensor_file import tensor_file
+from jllm.models.weights.weights import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.train import checkpoint
 from jllm.train.checkpoint import RunState
 from jllm.train.config import TrainConfig

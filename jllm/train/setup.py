@@ -9,15 +9,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
-from jllm.models.costs import Costs, estimate_costs, state_bytes
 from jllm.models.families import check_block_mask, check_split
-from jllm.models.moe import RouterBalance, attach_router_balance
-from jllm.models.partition import partition, stage_table
-from jllm.models.profiling import default_cache, measure_costs
-from jllm.models.selection import Selection, select_trainable
-from jllm.models.source import ModelInfo, causal_class, model_info, read_config
-from jllm.models.stage import PipelineStage, StageSpan, spans_of
-from jllm.models.weights import init_stage, load_stage
+from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
+from jllm.models.pipeline.partition import partition, stage_table
+from jllm.models.pipeline.stage import PipelineStage, StageSpan, spans_of
+from jllm.models.pipeline.timing import default_cache, measure_costs
+from jllm.models.router_balance import RouterBalance, attach_router_balance
+from jllm.models.trainable import Selection, select_trainable
+from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
+from jllm.models.weights.weights import init_stage, load_stage
 from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig
 from jllm.train.loss import TokenLoss

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from jllm.models.stage import PipelineStage, published_names
+from jllm.models.pipeline.stage import PipelineStage, published_names
 from jllm.train.engine import Engine
 
 WEIGHT = "weight"

@@ -49,7 +49,7 @@ def test_balance_loss_of_a_mixture_of_experts(ranks: Callable[[int], Ranks], tmp
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jllm.models.moe import balance_loss
+    from jllm.models.router_balance import balance_loss
     from tests.models.family_check import make_folder
     from tests.models.tiny import tiny_config
 
@@ -212,7 +212,7 @@ def test_an_older_checkpoint_trains_as_it_is(ranks: Callable[[int], Ranks], tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.models.test_legacy import VOCAB, publish, qwen
+    from tests.models.legacy.test_legacy import VOCAB, publish, qwen
 
     weights = publish("qwen", tmp_path / "model")
     data = write_rows(tmp_path / "data", full_rows(4, VOCAB))

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jllm.models.attention import packing
-from jllm.models.stage import PipelineStage, accepted_arguments, published_names, spans_of, tied_parameter
-from jllm.models.weights import load_stage
+from jllm.models.pipeline.stage import PipelineStage, accepted_arguments, published_names, spans_of, tied_parameter
+from jllm.models.weights.weights import load_stage
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

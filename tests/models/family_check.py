@@ -17,10 +17,10 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from jllm.errors import UserError
-from jllm.models.anatomy import count_layers
 from jllm.models.attention import VARLEN, packing, varlen_attention
-from jllm.models.stage import PipelineStage
-from jllm.models.weights import save_stage, write_companions, write_index
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.weights import save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

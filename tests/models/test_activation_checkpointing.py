@@ -9,7 +9,7 @@ import torch
 
 from jllm.errors import UserError
 from jllm.models.activation_checkpointing import checkpoint_activations
-from jllm.models.stage import PipelineStage
+from jllm.models.pipeline.stage import PipelineStage
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config

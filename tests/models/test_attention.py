@@ -12,7 +12,7 @@ from jllm.errors import UserError
 from jllm.models.attention import VARLEN, choose_attention, packing, takes_varlen
 from jllm.models.families import shown_by_lengths
 from jllm.models.legacy.alibi import AlibiLlamaForCausalLM
-from jllm.models.source import causal_class
+from jllm.models.weights.source import causal_class
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 from tests.models.family_check import kernels_by_lengths, make_folder, narrow_config
 from tests.models.tiny import tiny_config

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from jllm import list_models
 from jllm.errors import UserError
 from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split
-from jllm.models.stage import StageSpan, carve
+from jllm.models.pipeline.stage import StageSpan, carve
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

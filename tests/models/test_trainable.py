@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jllm.errors import UserError
-from jllm.models.selection import Selection, choose, parse_layers, select_trainable
+from jllm.models.trainable import Selection, choose, parse_layers, select_trainable
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config

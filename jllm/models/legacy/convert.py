@@ -11,13 +11,13 @@ import torch
 
 from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.anatomy import count_layers
 from jllm.models.legacy.alibi import AlibiLlamaConfig
 from jllm.models.legacy.layouts import LAYOUTS, layout_of
 from jllm.models.legacy.reading import read_raw_config
-from jllm.models.source import model_info, read_config
-from jllm.models.stage import spans_of
-from jllm.models.weights import load_stage, save_stage, write_companions, write_index
+from jllm.models.pipeline.stage import spans_of
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.source import model_info, read_config
+from jllm.models.weights.weights import load_stage, save_stage, write_companions, write_index
 
 LAYERS_AT_A_TIME = 4
 

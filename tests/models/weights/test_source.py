@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from jllm.errors import UserError
-from jllm.models import weights
-from jllm.models.source import model_info, read_config
-from jllm.models.stage import StageSpan, spans_of
+from jllm.models.pipeline.stage import StageSpan, spans_of
+from jllm.models.weights import weights
+from jllm.models.weights.source import model_info, read_config
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
 

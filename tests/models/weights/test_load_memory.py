@@ -17,8 +17,8 @@ import json, sys, threading, time
 import torch
 from transformers import LlamaConfig
 from benchmarks.load_memory import memory_bytes
-from jllm.models.stage import spans_of
-from jllm.models.weights import init_stage, load_stage, save_stage, write_companions, write_index
+from jllm.models.pipeline.stage import spans_of
+from jllm.models.weights.weights import init_stage, load_stage, save_stage, write_companions, write_index
 
 torch.set_num_threads(1)
 folder, results = sys.argv[1], []

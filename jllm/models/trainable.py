@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError, did_you_mean
-from jllm.models.stage import StageSpan, anatomy_of, published_names
+from jllm.models.pipeline.stage import StageSpan, anatomy_of, published_names
 
 
 @dataclass(frozen=True, kw_only=True)

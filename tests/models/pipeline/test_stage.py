@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jllm.models.stage import spans_of
-from jllm.models.weights import init_stage, load_stage, save_stage, write_companions, write_index
+from jllm.models.pipeline.stage import spans_of
+from jllm.models.weights.weights import init_stage, load_stage, save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

@@ -35,21 +35,10 @@ from transformers.utils import logging as transformers_logging
 
 from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.anatomy import count_layers
-from jllm.models.initial import initialise
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, read_tensors, to_published
-from jllm.models.source import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    causal_class,
-    read_config,
-    read_header,
-    stored_dtypes,
-    weight_files,
-)
-from jllm.models.stage import (
+from jllm.models.pipeline.stage import (
     AbsentEmbedding,
     AbsentLayer,
     AbsentModule,
@@ -58,7 +47,18 @@ from jllm.models.stage import (
     seal,
     stage_class,
 )
-from jllm.models.tensor_file import tensor_file
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.initial import initialise
+from jllm.models.weights.source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    causal_class,
+    read_config,
+    read_header,
+    stored_dtypes,
+    weight_files,
+)
+from jllm.models.weights.tensor_file import tensor_file
 
 SHARD_BYTES = 4 * 2**30
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.anatomy import find_routers
-from jllm.models.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.structure import find_routers
 
 
 @dataclass(frozen=True, kw_only=True)

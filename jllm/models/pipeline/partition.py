@@ -10,7 +10,7 @@
     0,8,17,26     boundaries: stage k owns layers [b[k], b[k+1])
 
 All but uniform and the last two search all splits (dynamic programming) and give the best one on the cost model of
-`jllm.models.costs`: optimal, not approximate. They cut only where the family can be cut. Every stage owns at least one
+`jllm.models.pipeline.costs`: optimal, not approximate. They cut only where the family can be cut. Every stage owns at least one
 layer.
 """
 
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.anatomy import count_layers
-from jllm.models.costs import Costs, estimate_costs
 from jllm.models.families import possible_starts
+from jllm.models.pipeline.costs import Costs, estimate_costs
+from jllm.models.pipeline.structure import count_layers
 
 METHODS = ("fast", "mem", "uniform", "parameters", "profile")
 

@@ -30,11 +30,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm import atomic
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
-from jllm.models.anatomy import count_layers
-from jllm.models.costs import Costs, with_timings
 from jllm.models.families import check_split
-from jllm.models.stage import PipelineStage, StageSpan, anatomy_of, spans_of
-from jllm.models.weights import init_stage
+from jllm.models.pipeline.costs import Costs, with_timings
+from jllm.models.pipeline.stage import PipelineStage, StageSpan, anatomy_of, spans_of
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.weights import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
 _FORMAT = 2

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
 from jllm.models.attention import packing
 from jllm.models.families import check_split
+from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ class PipelineStage(nn.Module):
         base = model.get_submodule(self._base_name)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = accepted_arguments(model if span.is_last else base, base)
-        # The configuration may ask for a balance loss, which a stage cannot compute; see `jllm.models.moe`.
+        # The configuration may ask for a balance loss, which a stage cannot compute; see `jllm.models.router_balance`.
         asked = getattr(model.config, "output_router_logits", False)
         self._unwanted = {"output_router_logits": False} if asked else {}
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from jllm.errors import UserError
-from jllm.models import profiling
-from jllm.models.costs import Costs, estimate_costs
-from jllm.models.partition import partition
-from jllm.models.stage import StageSpan
+from jllm.models.pipeline import timing as profiling
+from jllm.models.pipeline.costs import Costs, estimate_costs
+from jllm.models.pipeline.partition import partition
+from jllm.models.pipeline.stage import StageSpan
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)

@@ -12,12 +12,27 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from jllm.errors import UserError
-from jllm.models.costs import Costs, LayerCost, Parameters, StateBytes, estimate_costs, state_bytes, with_timings
 from jllm.models.families import check_split
-from jllm.models.partition import best_split, bubble_share, check_cuts, micro_batches_in_flight, partition, stage_table
-from jllm.models.selection import Selection, select_trainable
-from jllm.models.source import causal_class
-from jllm.models.stage import spans_of, stage_class
+from jllm.models.pipeline.costs import (
+    Costs,
+    LayerCost,
+    Parameters,
+    StateBytes,
+    estimate_costs,
+    state_bytes,
+    with_timings,
+)
+from jllm.models.pipeline.partition import (
+    best_split,
+    bubble_share,
+    check_cuts,
+    micro_batches_in_flight,
+    partition,
+    stage_table,
+)
+from jllm.models.pipeline.stage import spans_of, stage_class
+from jllm.models.trainable import Selection, select_trainable
+from jllm.models.weights.source import causal_class
 from jllm.train.config import TrainConfig
 from tests.models.tiny import tiny_config
 

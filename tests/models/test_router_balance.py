@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from jllm.errors import UserError
 from jllm.models.activation_checkpointing import checkpoint_activations
-from jllm.models.moe import attach_router_balance, balance_loss, experts_per_token
+from jllm.models.router_balance import attach_router_balance, balance_loss, experts_per_token
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, token_loss
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config

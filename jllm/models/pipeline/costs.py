@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.anatomy import Anatomy, find_anatomy, whole_anatomy
-from jllm.models.selection import Selection, choose
-from jllm.models.source import causal_class
+from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
+from jllm.models.trainable import Selection, choose
+from jllm.models.weights.source import causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
 _TRAINING, _RECOMPUTED = 3.0, 4.0

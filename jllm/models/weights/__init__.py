@@ -1,0 +1,1 @@
+"""Weights: model folders, loading, saving, random initialisation."""
