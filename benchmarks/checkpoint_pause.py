@@ -40,7 +40,7 @@ class State:
 
     def pieces(self) -> list[Any]:
         """The state as the trainer hands it to a checkpoint."""
-        from jllm.train.state import Piece
+        from jllm.train.checkpoint.state import Piece
 
         return [
             Piece(kind=kind, name=f"layer.{i}", shape=(WIDTH, WIDTH), start=0, stop=WIDTH**2, tensor=tensor.view(-1))
@@ -68,10 +68,10 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
     """Save, make one step meanwhile, wait for the end; seconds of each."""
     import torch
 
-    from jllm.train.checkpoint import CheckpointReader, RunState
+    from jllm.train.checkpoint.format import CheckpointReader, RunState
+    from jllm.train.checkpoint.saver import CheckpointSaver
     from jllm.train.config import TrainConfig
-    from jllm.train.saving import CheckpointSaver
-    from jllm.train.stream import Cursor
+    from jllm.train.data.loader import Cursor
 
     config = TrainConfig(
         model=folder, train_data=(str(folder),), checkpoint=folder / "checkpoints", background_executor=executor

@@ -93,7 +93,7 @@ def packed_rows(rng: np.random.Generator, table: PhraseTable, count: int) -> pa.
 
 def share(*, block_mask: bool) -> Any:
     """One pipeline that takes all of a step: 4 micro-batches of 4 rows."""
-    from jllm.train.stream import Share
+    from jllm.train.data.loader import Share
 
     return Share(
         micro_batch=4,
@@ -120,8 +120,8 @@ def measure_speed(folder: Path, tokens: int) -> dict[str, Any]:
     import pyarrow.parquet as pq
     import torch
 
-    from jllm.train.rows import ShardIndex
-    from jllm.train.stream import Cursor, ReadAhead, train_steps
+    from jllm.train.data.loader import Cursor, ReadAhead, train_steps
+    from jllm.train.data.rows import ShardIndex
 
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
@@ -188,8 +188,8 @@ def private_mib() -> float:
 
 def measure_memory(folder: Path, tokens: int) -> dict[str, Any]:
     """The most that private memory grows over a pass of `tokens` tokens, sampled every 20 ms."""
-    from jllm.train.rows import ShardIndex
-    from jllm.train.stream import Cursor, ReadAhead, train_steps
+    from jllm.train.data.loader import Cursor, ReadAhead, train_steps
+    from jllm.train.data.rows import ShardIndex
 
     before = private_mib()
     peaks = [before]
@@ -232,8 +232,8 @@ def measure_memory(folder: Path, tokens: int) -> dict[str, Any]:
 
 def seek(folder: Path, row: int) -> dict[str, float]:
     """In this fresh process: open the index, then reach `row`."""
-    from jllm.train.rows import ShardIndex
-    from jllm.train.stream import Cursor, train_steps
+    from jllm.train.data.loader import Cursor, train_steps
+    from jllm.train.data.rows import ShardIndex
 
     started = time.perf_counter()
     index = ShardIndex(open_data_set(folder))

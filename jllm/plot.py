@@ -1,6 +1,6 @@
 """`jllm plot RUN`: loss, learning rate, speed and gradient norm of a run, drawn into one file.
 
-Reads the `metrics.jsonl` of one or several runs (see `jllm.train.metrics`) and writes an HTML page that needs nothing
+Reads the `metrics.jsonl` of one or several runs (see `jllm.train.records.metrics`) and writes an HTML page that needs nothing
 else (the default), or a PNG where the file name says so and matplotlib is installed. A point whose value is missing or
 not finite (a skipped step) is left out. The file is there completely or not at all.
 
@@ -81,7 +81,7 @@ def plot(runs: list[Path], output: Path | None = None) -> Path:
         if output.suffix.lower() == ".png":
             _write_png(output, title, panels)
         else:
-            from jllm.svg import page
+            from jllm.train.records.svg import page
 
             atomic.write_text(output, page(title, panels))
     except OSError as error:

@@ -14,8 +14,8 @@ def main(config: TrainConfig) -> None:
     deepspeed --module jllm.train_pipe --model FOLDER --train_data FOLDER \\
         --pipe_parallel_size 4 --output_dir FOLDER
     """
-    from jllm.train.loop import run
-    from jllm.train.processes import run_rank
+    from jllm.train.distributed.launch import run_rank
+    from jllm.train.trainer import run
 
     run_rank(lambda: run(config))
 

@@ -12,9 +12,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import jllm.data.shuffle.data_set
 import jllm.data.shuffle.repartition
-import jllm.train.loop  # noqa: F401
+import jllm.train.trainer  # noqa: F401
 from jllm.errors import UserError
-from jllm.train import processes
+from jllm.train.distributed import launch as processes
 
 torch.set_num_threads(1)
 with contextlib.suppress(UserError):  # the ranks will say it themselves

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from jllm.errors import UserError
-from jllm.train.agreement import Agreement
 from jllm.train.config import TrainConfig, named_folders, weighted_folders
+from jllm.train.distributed.agreement import Agreement
 
 
 def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:

@@ -23,9 +23,15 @@ from deepspeed.accelerator import get_accelerator
 
 from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
 from jllm.models.weights.source import ModelInfo
-from jllm.train import processes, setup
-from jllm.train.agreement import Agreement
-from jllm.train.checkpoint import CheckpointReader
+from jllm.train import setup
+from jllm.train.checkpoint.format import CheckpointReader
+from jllm.train.checkpoint.resume import (
+    check_same_run,
+    check_weights,
+    find_resume_point,
+    load_weights_only,
+    record_of_run,
+)
 from jllm.train.config import (
     Layout,
     TrainConfig,
@@ -36,14 +42,15 @@ from jllm.train.config import (
     resolved_options,
     weighted_folders,
 )
-from jllm.train.data import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
-from jllm.train.engine import check_precision, deepspeed_settings
+from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
+from jllm.train.distributed import launch as processes
+from jllm.train.distributed.agreement import Agreement
+from jllm.train.distributed.engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
-from jllm.train.loss import TokenLoss
-from jllm.train.metrics import clock
-from jllm.train.optim import warmup_steps
-from jllm.train.resume import check_same_run, check_weights, find_resume_point, load_weights_only, record_of_run
-from jllm.train.throughput import peak_flops
+from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.optim.optimizers import warmup_steps
+from jllm.train.records.metrics import clock
+from jllm.train.records.throughput import peak_flops
 
 TYPICAL_UTILISATION = 0.4
 """The share of the device's peak that the time guess assumes."""

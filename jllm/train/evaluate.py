@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
-from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig, named_folders
-from jllm.train.data import Data, open_evaluation_data
-from jllm.train.engine import Engine
-from jllm.train.loss import TokenLoss
-from jllm.train.stream import eval_micro_batches, eval_steps
+from jllm.train.data.loader import eval_micro_batches, eval_steps
+from jllm.train.data.open import Data, open_evaluation_data
+from jllm.train.distributed.agreement import Agreement
+from jllm.train.distributed.engine import Engine
+from jllm.train.objectives.cross_entropy import TokenLoss
 
 MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""

@@ -18,10 +18,10 @@ from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import Selection, select_trainable
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
 from jllm.models.weights.weights import init_stage, load_stage
-from jllm.train.agreement import Agreement
 from jllm.train.config import Layout, TrainConfig
-from jllm.train.loss import TokenLoss
-from jllm.train.optim import MOMENTS
+from jllm.train.distributed.agreement import Agreement
+from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.optim.optimizers import MOMENTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jllm.data.dataset.shards import ShardReader, list_shards
-from jllm.data.order import epoch_order
+from jllm.train.data.order import epoch_order
 
 
 def rows_in_order(folder: Path, *, seed: int, epoch: int, shuffle: bool = True) -> list[dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ def train_rank(options: dict[str, Any]) -> str | None:
     """One rank of a run, in a process group that other runs use too; a user's mistake comes back as its message."""
     from jllm.errors import UserError
     from jllm.train.config import TrainConfig
-    from jllm.train.loop import run
+    from jllm.train.trainer import run
 
     try:
         run(TrainConfig(**options))

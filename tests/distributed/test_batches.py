@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set
-from jllm.train.rows import ShardIndex, read_rows
+from jllm.train.data.rows import ShardIndex, read_rows
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, rows_in_order, train_reference
@@ -112,7 +112,7 @@ def longest_of_first_steps(runs: list[dict[str, Any]]) -> list[int | None]:
     """What the first step of each of these runs is padded to."""
     from jllm.train import setup
     from jllm.train.config import TrainConfig, resolve_layout
-    from jllm.train.data import open_training_data
+    from jllm.train.data.open import open_training_data
     from jllm.train.dry_run import Alone
 
     found = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jllm.train.checkpoint import list_checkpoints, step_of_folder, temporary_folder
+from jllm.train.checkpoint.format import list_checkpoints, step_of_folder, temporary_folder
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -26,7 +26,7 @@ GONE_SECONDS = 0.5
 
 def train_rank_watched(options: dict[str, Any], watched: Path) -> str | None:
     """A run that leaves beside its own records what the first process says, and which samples each reader reads."""
-    import jllm.train.loop as loop
+    import jllm.train.trainer as loop
 
     watched.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ["RANK"])

@@ -40,9 +40,10 @@ def train_with_cache(options: dict[str, Any], cache: Path) -> str | None:
 
 def plan_rank(options: dict[str, Any], cache: Path) -> list[int]:
     """The boundaries of a rank; ranks other than 0 cannot measure."""
-    from jllm.train import processes, setup
-    from jllm.train.agreement import Agreement
+    from jllm.train import setup
     from jllm.train.config import TrainConfig, resolve_layout
+    from jllm.train.distributed import launch as processes
+    from jllm.train.distributed.agreement import Agreement
 
     config = TrainConfig(**options)
     processes.join(config.timeout)

@@ -245,7 +245,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_the_trainers_reader_takes_the_output(spark: Any, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed: pip install .[train]")
-    from jllm.train.rows import ShardIndex, read_rows
+    from jllm.train.data.rows import ShardIndex, read_rows
     from spark_jobs.shuffle import SparkShuffleConfig, run
     from tests.data.sets import make_set
 

@@ -1,0 +1,1 @@
+"""Checkpoints: format, state by name, saving, resuming, export."""

@@ -1,0 +1,287 @@
+"""Going on from a checkpoint: which one, whether it fits this run, and weights alone.
+
+A checkpoint keeps what decides the model's architecture and how long the run was, beside the options, so that another
+model is refused by name even where its tensors would fit. Every shape is checked too, forced or not, and no tensor of
+the checkpoint may be left over: what is then loaded is the whole model of the checkpoint, and nothing else.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from jllm.errors import UserError
+from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.models.weights.source import read_config, weight_files
+from jllm.train.checkpoint.export import CONFIG_NAME
+from jllm.train.checkpoint.format import (
+    INDEX_NAME,
+    CheckpointReader,
+    RunState,
+    find_checkpoint,
+    folder_of_step,
+    list_checkpoints,
+    step_of_folder,
+)
+from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState
+from jllm.train.config import Layout, TrainConfig, resolved_options
+from jllm.train.distributed.agreement import Agreement
+
+BINDING_OPTIONS = (
+    "optimizer",
+    "learning_rate",
+    "lr_min",
+    "lr_scheduler_type",
+    "lr_cycles",
+    "num_warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "gradient_clipping",
+    "precision",
+    "seed",
+    "no_shuf",
+    "block_mask",
+    "seq_len",
+    "global_batch",
+    "batch_size_tokens",
+    "target_modules",
+    "frozen_modules",
+    "layers_to_transform",
+    "router_aux_loss_coef",
+    "skip_train_steps",
+)
+"""Options whose change would make the rest of the run another run."""
+
+ARCHITECTURE = "architecture"
+TOTAL_STEPS = "total_steps"
+
+NO_ARCHITECTURE = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "use_cache",
+    }
+)
+"""What a model's configuration says that changes nothing of what its weights compute; nor does what begins with _."""
+
+_VERSION = "transformers_version"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    folder: str
+
+
+def find_resume_point(config: TrainConfig, agreement: Agreement) -> Resumed | None:
+    """The checkpoint of `--resume_ckpt`, on every process; None to start afresh.
+
+    `auto` takes the newest that is complete on every node. Nodes may have folders of their own.
+    """
+    if config.resume_ckpt is None:
+        return None
+    if config.resume_ckpt == "auto":
+        if config.tag is not None:
+            raise UserError(
+                f"--resume_ckpt auto takes the newest checkpoint, --tag {config.tag} that one; drop --tag, or give"
+                f" --resume_ckpt {config.checkpoint}"
+            )
+        assert config.checkpoint is not None
+        steps = [set(map(step_of_folder, list_checkpoints(config.checkpoint)))]
+        common = set.intersection(*(found for each in agreement.gather(steps) for found in each))
+        return Resumed(folder=str(folder_of_step(config.checkpoint, max(common)))) if common else None
+    given = Path(config.resume_ckpt)
+    name = agreement.from_first_reader(lambda: str(find_checkpoint(given, config.tag, option="--resume_ckpt")))
+    return Resumed(folder=name)
+
+
+def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
+    """Refuse, by name, what differs between the checkpoint's run and this one, unless `--force_resume` is given.
+
+    Raises:
+        UserError: the model, the data set or a binding option is another.
+    """
+    if forced:
+        return
+    _check_architecture(saved, now.config[ARCHITECTURE], "--resume_ckpt")
+    if saved.fingerprint != now.fingerprint:
+        raise UserError(
+            f"--train_data has changed since the checkpoint (fingerprint {saved.fingerprint[:12]} then,"
+            f" {now.fingerprint[:12]} now); train on the same data, or give --force_resume"
+        )
+    for name in BINDING_OPTIONS:
+        then, given = saved.config.get(name), now.config.get(name)
+        if then != given:
+            shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
+            raise UserError(
+                f"{shown} was {then} in the checkpoint's run and is {given} now; give {then}, or --force_resume"
+            )
+
+
+def other_length(saved: RunState, now: RunState) -> str | None:
+    """A warning where the run has another number of steps than the checkpoint's, and its rates depend on that."""
+    then, given = saved.config.get(TOTAL_STEPS), now.config[TOTAL_STEPS]
+    if then is None or then == given or not _rates_depend_on_length(now.config):
+        return None
+    return (
+        f"warning: the checkpoint's run had {then} steps and this one has {given}, on which the learning rates of"
+        f" --lr_scheduler_type {now.config['lr_scheduler_type']} depend: from here on they are not those of either"
+    )
+
+
+def record_of_run(config: TrainConfig, layout: Layout, total_steps: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
+    assert config.model is not None
+    family = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    return {
+        **resolved_options(config),
+        "global_batch": layout.global_batch,
+        TOTAL_STEPS: total_steps,
+        ARCHITECTURE: architecture_of(family),
+    }
+
+
+def _rates_depend_on_length(config: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step depends on how many steps the run has."""
+    if config["force_constant_lr"] is not None or config["lr_scheduler_type"] == "constant":
+        return False
+    return bool(config["lr_scheduler_type"] != "constant_with_warmup" or 0 < config["num_warmup_steps"] < 1)
+
+
+def architecture_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What decides what a model computes, as JSON values: its configuration without dtypes, paths and the like."""
+    kept: dict[str, Any] = json.loads(json.dumps(_without(config.to_dict(), NO_ARCHITECTURE), default=str))
+    return kept
+
+
+def _without(value: Any, left_out: frozenset[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kept = {str(key): item for key, item in value.items() if key not in left_out and not str(key).startswith("_")}
+    return {key: _without(item, left_out) for key, item in kept.items()}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        key: item
+        for part, inside in value.items()
+        for key, item in _flat(inside, f"{name}.{part}" if name else part).items()
+    }
+
+
+def _check_architecture(saved: RunState, now: dict[str, Any], option: str) -> None:
+    """Raises:
+    UserError: the checkpoint is of another architecture than `--model`.
+    """
+    then = _flat(saved.config.get(ARCHITECTURE, {}))
+    given = _flat(now)
+    # Another version of transformers may know more, or fewer, settings of the same model.
+    names = then.keys() | given.keys() if then.get(_VERSION) == given.get(_VERSION) else then.keys() & given.keys()
+    for name in sorted(names - {_VERSION}):
+        if then.get(name) != given.get(name):
+            raise UserError(
+                f"--model has {name} {given.get(name)}, that of {option} had {then.get(name)}; give the same model, or"
+                " --force_resume where the shapes of all weights agree"
+            )
+
+
+def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agreement) -> None:
+    """See to it that the checkpoint has the weights of this model, all of them and no others; every process calls it.
+
+    Raises:
+        UserError: on every process: a shape differs, a weight is missing, or one has no place.
+    """
+    names = published_names(stage.model, stage.span)
+    mistake = None
+    for name, parameter in stage.model.named_parameters():
+        shape, needed = reader.shape(WEIGHT, names[name]), tuple(parameter.shape)
+        if shape != needed:
+            found = "missing" if shape is None else list(shape)
+            mistake = f"{names[name]} is {found}; --model needs {list(needed)}"
+            break
+    told = agreement.gather(set(names.values()) if agreement.data_rank == 0 else set())
+    left_over = reader.names(WEIGHT).difference(*told)  # a node's own folder may have less than the others
+    if mistake is None and left_over:
+        mistake = f"{min(left_over)} has no place in --model"
+    mistakes = [each for each in agreement.gather(mistake) if each is not None]
+    if mistakes:
+        raise UserError(f"{reader.folder}: {mistakes[0]}: give the checkpoint of this model")
+
+
+def optimizer_starts_afresh(
+    reader: CheckpointReader, state: TrainingState, agreement: Agreement, *, forced: bool
+) -> bool:
+    """Whether the checkpoint lacks optimizer state that this run goes on from; every process calls it.
+
+    Then all of it starts afresh, because AdamW counts its steps for all parameters alike. Before the first update there
+    is none, and nothing is lost.
+
+    Raises:
+        UserError: on every process: state is lost, and nobody allowed that.
+    """
+    missing = [each for each in agreement.gather(state.missing_state(reader)) if each is not None]
+    if missing and reader.state.optimizer_steps and not forced:
+        raise UserError(
+            f"{reader.folder} has no {missing[0]}, which --optimizer goes on from: give the options of its run, or"
+            " --force_resume to start the optimizer's state afresh"
+        )
+    return bool(missing)
+
+
+def is_exported(folder: Path, checkpoint: Path) -> bool:
+    """Whether `folder` holds a complete export that was made after `checkpoint`."""
+    config, index = folder / CONFIG_NAME, checkpoint / INDEX_NAME
+    if not config.is_file() or config.stat().st_mtime < index.stat().st_mtime:
+        return False
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
+def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> None:
+    """Take the weights of `--from_ckpt` into a stage: the fp32 masters where the checkpoint has them.
+
+    Raises:
+        UserError: the checkpoint is of another model. `--force_resume` allows one whose weights have the same shapes.
+    """
+    import torch
+
+    assert config.from_ckpt is not None
+    assert config.model is not None
+    reader = CheckpointReader(find_checkpoint(config.from_ckpt, config.tag, option="--from_ckpt"))
+    if not config.force_resume:
+        family = read_config(config.model, trust_remote_code=config.trust_remote_code)
+        _check_architecture(reader.state, architecture_of(family), "--from_ckpt")
+    check_weights(reader, stage, agreement)
+    names = published_names(stage.model, stage.span)
+    with torch.no_grad():
+        for name, parameter in stage.model.named_parameters():
+            published = names[name]
+            kind = MASTER if parameter.dtype == torch.float32 and reader.shape(MASTER, published) else WEIGHT
+            values = reader.read(kind, published, 0, parameter.numel())
+            assert values is not None
+            parameter.copy_(values.view(parameter.shape))

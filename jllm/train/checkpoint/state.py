@@ -1,0 +1,177 @@
+"""Weights, master weights and optimizer state by parameter name, whatever DeepSpeed's optimizer makes of them.
+
+With ZeRO stage 1 each data-parallel rank owns a run of one long flat fp32 tensor; DeepSpeed records on every
+parameter which part of it this rank holds. Without, every rank holds everything, and the ranks of a stage divide the
+parameters among themselves for saving. Either way a `Piece` says: of parameter `name`, elements [start, stop) are here.
+
+Cost: views only; nothing is copied.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.train.distributed.engine import Engine
+
+WEIGHT = "weight"
+MASTER = "master"
+STEP = "step"
+ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+ReadPiece = Callable[[str, str, int, int], Tensor | None]
+"""(kind, parameter name, start, stop) → flat elements, or None where there are none of that kind."""
+
+
+class PieceReader(Protocol):
+    """What a checkpoint offers."""
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        """The whole parameter's shape, or None where there is no such tensor."""
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of a parameter's flattened tensor, or None where there are none of that kind."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements [start, stop) of a parameter's flattened tensor of some kind: weight, master or an optimizer state."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    tensor: Tensor
+
+
+class TrainingState:
+    """The state of this process's stage, as pieces with names that do not depend on the number of stages."""
+
+    def __init__(self, engine: Engine, stage: PipelineStage) -> None:
+        self._engine = engine
+        self._stage = stage
+        names = published_names(stage.model, stage.span)
+        self._parameters = {names[name]: p for name, p in stage.model.named_parameters()}
+        optimizer = engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        assert isinstance(inner, torch.optim.Optimizer)
+        self._inner = inner
+
+    def _copied_from_first_stage(self, parameter: nn.Parameter) -> bool:
+        return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+    def pieces(self, *, alone: bool = False) -> list[Piece]:
+        """What this process has to save: its share of its stage, or, `alone`, all that it needs to go on by itself."""
+        found = []
+        data_rank, data_size = self._engine.grid.data_parallel_id, self._engine.grid.data_parallel_size
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            if self._copied_from_first_stage(parameter) and not alone:
+                continue
+            shape = tuple(parameter.shape)
+            mine = alone or number % data_size == data_rank
+            if mine:
+                whole = parameter.detach().reshape(-1)
+                found.append(Piece(kind=WEIGHT, name=name, shape=shape, start=0, stop=whole.numel(), tensor=whole))
+            if not parameter.requires_grad:
+                continue
+            for kind, start, tensor in self._high_precision(parameter, mine=mine):
+                stop = start + tensor.numel()
+                found.append(Piece(kind=kind, name=name, shape=shape, start=start, stop=stop, tensor=tensor.detach()))
+        return found
+
+    def _high_precision(self, parameter: nn.Parameter, *, mine: bool) -> list[tuple[str, int, Tensor]]:
+        """Master weights and optimizer states of a parameter that are here, as (kind, start, flat tensor)."""
+        if hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return []
+            start = mapping.lp_fragment_address.start
+            states = mapping.optim_fragment or {}
+            return [(MASTER, start, mapping.hp_fragment), *((kind, start, states[kind]) for kind in sorted(states))]
+        states = self._inner.state.get(parameter, {})
+        whole = {
+            kind: value for kind, value in states.items() if torch.is_tensor(value) and value.shape == parameter.shape
+        }
+        return [(kind, 0, whole[kind].reshape(-1)) for kind in sorted(whole)] if mine else []
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many updates the optimizer has made, which AdamW's bias correction depends on."""
+        counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
+        return max(counts, default=0)
+
+    def missing_state(self, reader: "PieceReader") -> str | None:
+        """The first state that this process's optimizer goes on from and the checkpoint does not have, or None."""
+        kinds = ADAMW_STATES if isinstance(self._inner, torch.optim.AdamW) else ()
+        for name, parameter in self._parameters.items():
+            # ZeRO gives a parameter no mapping where this rank owns none of it.
+            if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
+                for kind in kinds:
+                    if reader.shape(kind, name) is None:
+                        return f"{kind} of {name}"
+        return None
+
+    def load(self, reader: "PieceReader", optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
+        """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
+
+        A checkpoint of the same model, and without `fresh_optimizer` one that has no `missing_state` on any process.
+        """
+        self._load_weights(reader.read)
+        # ZeRO gathers the weights anew from every rank's masters.
+        refresh = getattr(self._engine.optimizer, "update_lp_params", None)
+        if refresh is not None:
+            refresh()
+        if fresh_optimizer:
+            self._make_optimizer_state(0)
+        else:
+            self._load_optimizer(reader.read, optimizer_steps)
+
+    def _load_weights(self, read: ReadPiece) -> None:
+        """Take the weights, and the master weights where there are any (else they start from the weights)."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                weight = read(WEIGHT, name, 0, parameter.numel())
+                assert weight is not None, name
+                parameter.copy_(weight.view(parameter.shape))
+                mapping = getattr(parameter, "_hp_mapping", None)
+                if mapping is not None:
+                    start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                    master = read(MASTER, name, start, start + count)
+                    mapping.hp_fragment.copy_(weight[start : start + count] if master is None else master)
+                elif not hasattr(parameter, "_hp_mapping") and parameter.dtype == torch.float32:
+                    # A full-precision weight is its own master.
+                    master = read(MASTER, name, 0, parameter.numel())
+                    if master is not None:
+                        parameter.copy_(master.view(parameter.shape))
+
+    def _load_optimizer(self, read: ReadPiece, optimizer_steps: int) -> None:
+        """Take the optimizer's state."""
+        self._make_optimizer_state(optimizer_steps)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if not parameter.requires_grad:
+                    continue
+                for kind, start, tensor in self._high_precision(parameter, mine=True):
+                    if kind == MASTER:
+                        continue
+                    stored = read(kind, name, start, start + tensor.numel())
+                    assert stored is not None, (kind, name)
+                    tensor.copy_(stored)
+
+    def _make_optimizer_state(self, optimizer_steps: int) -> None:
+        """AdamW makes its state at its first step; a resumed run needs the place for it before."""
+        if not isinstance(self._inner, torch.optim.AdamW):
+            return
+        for group in self._inner.param_groups:
+            for parameter in group["params"]:
+                place = parameter.device if group["fused"] else "cpu"  # as torch itself makes it
+                self._inner.state[parameter] = {
+                    STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32, device=place),
+                    **{kind: torch.zeros_like(parameter) for kind in ADAMW_STATES},
+                }
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()

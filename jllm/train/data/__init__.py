@@ -1,0 +1,1 @@
+"""Shards to steps of micro-batches: opening, order, rows, batching, loading, collation."""

@@ -1,0 +1,80 @@
+"""Rows of a shard → micro-batches: inputs, shifted targets, position ids.
+
+The label shift happens here and nowhere else: a row of n tokens becomes n - 1 inputs and n - 1 targets. The first
+token of a document is never a target, nor is padding.
+
+Cost: numpy's calls are paid once for all micro-batches of one shape.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jllm.data.dataset.shards import IGNORE_INDEX, Int64
+from jllm.train.data.rows import Row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What enters the pipeline at once.
+
+    Attributes:
+        input_ids: [B, S] int64.
+        integers: [2, B, S] int64: targets (shifted, `IGNORE_INDEX` where not trained on), and position ids.
+    """
+
+    input_ids: Tensor
+    integers: Tensor
+
+
+def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_mask: bool) -> list[MicroBatch]:
+    """Rows → micro-batches of inputs [micro_batch, length]; None is a filling row, fully masked.
+
+    All micro-batches of a step are made at once, so that the cost of numpy's calls is paid once for a step.
+    """
+    shape = (len(rows) // micro_batch, micro_batch, length)
+    input_ids = np.empty(shape, dtype=np.int64)
+    integers = np.empty((shape[0], 2, *shape[1:]), dtype=np.int64)
+    for place, row in enumerate(rows):
+        number, within = divmod(place, micro_batch)
+        inputs = trained = 0
+        if row is not None and len(row.ids) > 1:
+            inputs, trained = len(row.ids) - 1, max(row.real_length - 1, 0)
+            input_ids[number, within, :inputs] = row.ids[:-1]
+            integers[number, 0, within, :trained] = (row.ids if row.labels is None else row.labels)[1 : trained + 1]
+        input_ids[number, within, inputs:] = 0
+        integers[number, 0, within, trained:] = IGNORE_INDEX
+    row_of, starts = _document_starts(rows, length)
+    later = starts > 0
+    batch_of, place_of = np.divmod(row_of[later], micro_batch)
+    integers[batch_of, 0, place_of, starts[later] - 1] = IGNORE_INDEX
+    positions = np.arange(input_ids.size).reshape(shape)
+    if block_mask:
+        # Each position less the start of its document; padding continues the last document.
+        edges = np.append(row_of * length + starts, input_ids.size)
+        np.subtract(positions, np.repeat(edges[:-1], edges[1:] - edges[:-1]).reshape(shape), out=integers[:, 1])
+    else:
+        integers[:, 1] = positions[0, 0]
+    return [
+        MicroBatch(input_ids=torch.from_numpy(ids), integers=torch.from_numpy(rest))
+        for ids, rest in zip(input_ids, integers, strict=True)
+    ]
+
+
+def _document_starts(rows: Sequence[Row | None], length: int) -> tuple[Int64, Int64]:
+    """For each document of a batch, in order: its row, and where in the row it starts.
+
+    Every row has a document at 0, also if it is empty. A start at `length`, just beyond the inputs, is there too: the
+    last token of a row as long as it may be is a target and never an input.
+    """
+    one = np.zeros(1, dtype=np.int32)
+    parts = [
+        one if row is None or row.boundaries is None or len(row.boundaries) < 2 else row.boundaries[:-1] for row in rows
+    ]
+    starts = np.concatenate(parts)
+    row_of = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
+    kept = starts <= length  # an empty document at the very end starts beyond
+    return row_of[kept], starts[kept].astype(np.int64)

@@ -1,0 +1,286 @@
+"""Data sets as the processes of a run have them: opened and checked by the readers, known to all.
+
+Every reader opens its data, then all processes hear what every reader found, so that all stop with the same line or
+none. Nodes that have the same data must have the same, by fingerprint; with `--dist_data` each node has a part of its
+own, and the parts together are the data set.
+"""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from jllm.data.dataset.manifest import DataSet, open_data_set
+from jllm.data.tokenizer.facts import load_tokenizer
+from jllm.errors import EXIT_CODE, UserError
+from jllm.models.weights.source import ModelInfo
+from jllm.train.config import Layout, TrainConfig, WeightedFolder, weighted_folders
+from jllm.train.data.batching import EpochSteps, Parts, TokenBudget, padded_length
+from jllm.train.data.loader import Share
+from jllm.train.data.rows import ShardIndex, row_lengths
+from jllm.train.distributed.agreement import Agreement
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
+DEFAULT_ROW = 2049
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What every process needs to know of a data set.
+
+    Attributes:
+        fingerprint: the data set's.
+        num_rows: rows of an epoch.
+        tokens: of an epoch; None where a manifest does not say.
+        longest_row: in tokens; None where a manifest does not say.
+    """
+
+    fingerprint: str
+    num_rows: int
+    tokens: int | None
+    longest_row: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set as this process has it.
+
+    Attributes:
+        facts: of all parts.
+        index: of this node's part; None on processes that do not read.
+        share: what this process's pipeline takes of that part.
+        parts: how the rows lie on the nodes.
+    """
+
+    facts: DataFacts
+    index: ShardIndex | None
+    share: Share
+    parts: Parts
+
+
+def share_of(config: TrainConfig, layout: Layout, model: ModelInfo, *, data_rank: int, data_size: int) -> Share:
+    """What one of `data_size` pipelines takes of a global batch."""
+    budget = None
+    if config.batch_size_tokens is not None:
+        budget = TokenBudget(
+            tokens=config.batch_size_tokens, micro_batches=layout.accumulation * data_size, seq_len=config.seq_len
+        )
+    return Share(
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation,
+        data_rank=data_rank,
+        data_size=data_size,
+        seq_len=config.seq_len,
+        block_mask=config.block_mask,
+        vocab_size=model.vocab_size,
+        budget=budget,
+    )
+
+
+def open_training_data(config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> Data:
+    """Open `--train_data` on the readers, and tell every process about it.
+
+    Raises:
+        UserError: on every process: not a data set, no rows, rows longer than `--seq_len`, or another tokenizer; or
+            nodes that have different data.
+    """
+    given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
+    data = _open(given, config, layout, agreement, model, distributed=config.dist_data)
+    return _with_first_step_largest(data, config, model)
+
+
+def open_evaluation_data(
+    folder: Path, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo
+) -> Data:
+    """Open one set of `--eval_data`, which is the same on all nodes, likewise."""
+    given = agreement.from_first_reader(lambda: [_as_shards(WeightedFolder(folder=folder), config)])
+    by_rows = dataclasses.replace(config, batch_size_tokens=None)
+    return _open(given, by_rows, layout, agreement, model, distributed=False)
+
+
+def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIndex, DataFacts]:
+    """The data sets of these folders as one, and the facts about it.
+
+    Raises:
+        UserError: as in `open_training_data`.
+    """
+    names = ", ".join(str(each.folder) for each in given)
+    sets = [open_data_set(each.folder) for each in given]
+    for data_set in sets:
+        check_tokenizer(data_set, config)
+    index = ShardIndex(*sets, weights=[each.weight for each in given])
+    if index.num_rows == 0:
+        raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
+    longest = [data_set.manifest.longest_row for data_set in sets]
+    known = [length for length in longest if length is not None]
+    if config.seq_len is not None and known and max(known) - 1 > config.seq_len:
+        raise UserError(
+            f"--seq_len {config.seq_len}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens;"
+            f" give --seq_len {max(known) - 1}, or make shards with --max_len {config.seq_len + 1}"
+        )
+    budget = config.batch_size_tokens
+    if budget is not None and known and (needed := padded_length(max(known) - 1, config.seq_len)) > budget:
+        raise UserError(
+            f"--batch_size_tokens {budget}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens,"
+            f" which are {needed} with their padding; give at least that"
+        )
+    tokens = [data_set.manifest.total("tokens") for data_set in sets]
+    facts = DataFacts(
+        fingerprint=index.fingerprint,
+        num_rows=index.num_rows,
+        tokens=sum(int(each.weight * (count or 0)) for each, count in zip(given, tokens, strict=True))
+        if None not in tokens
+        else None,
+        longest_row=max(known) if len(known) == len(longest) else None,
+    )
+    return index, facts
+
+
+def _open(
+    given: list[WeightedFolder],
+    config: TrainConfig,
+    layout: Layout,
+    agreement: Agreement,
+    model: ModelInfo,
+    *,
+    distributed: bool,
+) -> Data:
+    index, facts, mistake = None, None, None
+    if agreement.is_reader:
+        try:
+            index, facts = open_sets(given, config)
+        except UserError as error:
+            mistake = str(error)
+    found = agreement.gather((agreement.node, facts, mistake))
+    for _, _, each in found:
+        if each is not None:
+            raise UserError(each)
+    readers = [(rank, node, facts) for rank, (node, facts, _) in enumerate(found) if facts is not None]
+    nodes: dict[int, list[int]] = {}
+    views: dict[int, tuple[int, DataFacts]] = {}
+    for rank, node, view in readers:
+        place = node if distributed else 0
+        nodes.setdefault(place, []).append(rank)
+        first_rank, first = views.setdefault(place, (rank, view))
+        if view.fingerprint != first.fingerprint:
+            raise UserError(
+                f"data out of sync: {given[0].folder} is another data set on the node of rank {rank}"
+                f" ({view.fingerprint[:12]}) than on that of rank {first_rank} ({first.fingerprint[:12]}); copy it anew"
+                " (or give --dist_data, if each node has a part of its own)"
+            )
+    mine = agreement.node if distributed else 0
+    ranks = nodes.get(mine, [])
+    share = share_of(
+        config,
+        layout,
+        model,
+        data_rank=ranks.index(agreement.rank) if agreement.is_reader else 0,
+        data_size=max(len(ranks), 1),
+    )
+    parts = Parts(
+        rows=tuple(view.num_rows for _, view in views.values()),
+        batch=tuple(layout.micro_batch * layout.accumulation * len(nodes[place]) for place in views),
+        mine=list(views).index(mine) if mine in views else 0,
+    )
+    return Data(facts=_together([view for _, view in views.values()]), index=index, share=share, parts=parts)
+
+
+def _with_first_step_largest(data: Data, config: TrainConfig, model: ModelInfo) -> Data:
+    """The data, its first step padded to the longest row of all parts.
+
+    Not where that is unknown, nor where padding has a part in what is computed: in the balance loss of routers, and in
+    rotary embeddings that depend on the length.
+    """
+    longest = data.facts.longest_row
+    if longest is None or config.router_aux_loss_coef or model.positions_depend_on_length:
+        return data
+    return dataclasses.replace(data, share=dataclasses.replace(data.share, longest=longest - 1))
+
+
+def _together(parts: list[DataFacts]) -> DataFacts:
+    """The facts of the set that the parts make together."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = [part.tokens for part in parts]
+    lengths = [part.longest_row for part in parts]
+    return DataFacts(
+        fingerprint=hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
+        num_rows=sum(part.num_rows for part in parts),
+        tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
+        longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+    )
+
+
+def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: Share, parts: Parts) -> EpochSteps:
+    """The steps of every epoch of the run. With a token budget, reads the length of every row, in the run's order.
+
+    `index` is needed for that only.
+    """
+    if share.budget is None:
+        return EpochSteps(counts=(parts.steps,))
+    assert index is not None
+    counts: list[int] = []
+    while len(counts) < config.num_train_epochs if config.max_steps is None else sum(counts) < config.max_steps:
+        order = index.order(seed=config.seed, epoch=len(counts), shuffle=not config.no_shuf)
+        counts.append(share.budget.count_steps(row_lengths(index, order)))
+    return EpochSteps(counts=tuple(counts))
+
+
+def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
+    """Refuse shards that were made with another tokenizer than the model's, by the hash in the manifest."""
+    made_with = data_set.manifest.tokenizer
+    assert config.model is not None
+    if made_with is None or not any(config.model.glob("tokenizer*")):
+        return
+    of_model = load_tokenizer(str(config.model)).for_manifest
+    if of_model.sha256 != made_with.sha256:
+        raise UserError(
+            f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
+            f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"
+        )
+
+
+def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:
+    """A text or JSON file is converted first, beside itself; a folder stays what it is.
+
+    `raw2ids` finds what an earlier start has converted, and refuses to mix it with other options.
+    """
+    path = given.folder
+    if not path.is_file():
+        return given
+    suffixes = [suffix for suffix in path.suffixes if suffix in TEXT_SUFFIXES]
+    if not suffixes:
+        raise UserError(f"{path}: give a folder of shards, or a file that ends in {', '.join(TEXT_SUFFIXES)}")
+    assert config.model is not None
+    row = DEFAULT_ROW if config.seq_len is None else config.seq_len + 1
+    output = path.with_name(f"{path.name.split('.')[0]}_{config.model.resolve().name}_{row}")
+    kind = ["--type", "pretrain", "--stack"] if _is_text(path) else ["--type", "ft", "--filter"]
+    command = [sys.executable, "-m", "jllm.raw2ids", "--input", str(path), "--output", str(output)]
+    command += ["--tokenizer", str(config.model), "--max_len", str(row), *kind]
+    # The converter is a program of its own, not a rank of this run.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    print(f"converting {path} to {output}", flush=True)
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = lines[-1].removeprefix("error: ") if done.returncode == EXIT_CODE else " | ".join(lines[-3:])
+        raise UserError(f"{path} could not be converted: {reason}")
+    return dataclasses.replace(given, folder=output)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file holds documents; JSON does where its first record has a `text`."""
+    import fsspec
+    import orjson
+
+    if ".txt" in path.suffixes:
+        return True
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        start = file.readline(1 << 24).lstrip(b"\xef\xbb\xbf \t\r\n[").rstrip(b"\r\n,] \t")
+    try:
+        record = orjson.loads(start)
+    except orjson.JSONDecodeError:
+        return False  # a list over several lines, or a broken line, which the converter names
+    return isinstance(record, dict) and isinstance(record.get("text"), str)

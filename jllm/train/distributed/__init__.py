@@ -1,0 +1,1 @@
+"""The processes of a run: launch, agreement, the DeepSpeed engine."""

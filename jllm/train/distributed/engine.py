@@ -1,0 +1,225 @@
+"""DeepSpeed set-up: the pipeline module, its engine, and the settings they get.
+
+One DeepSpeed layer is one stage. What differs from DeepSpeed's own classes:
+
+* tied embeddings are one parameter of the first stage and one of the last, kept equal by summing their gradients;
+* the fp32 gradient norm counts a tied parameter once, and covers all stages;
+* nothing of the set-up is printed.
+
+Cost of bf16: 2 bytes a parameter for the weight, 2 for its gradient, 4 for the fp32 sum of gradients, and 12 for master
+weight and AdamW's two moments, these divided by the data-parallel size.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor, nn
+
+from jllm.errors import UserError
+from jllm.models.pipeline.stage import PipelineStage, anatomy_of, tied_parameter
+from jllm.train.config import Layout, TrainConfig
+from jllm.train.data.collate import MicroBatch
+from jllm.train.distributed import launch as processes
+
+
+class Pipeline(PipelineModule):
+    """The stages of one model over the processes of a run; this process builds its own.
+
+    Ranks are numbered with the stage fastest: ranks 0..P-1 are the first pipeline. Where the micro-batches of a step
+    differ in shape, the stages tell each other every one's.
+    """
+
+    def __init__(self, stage: PipelineStage, layout: Layout, *, shapes_vary: bool) -> None:
+        with processes.quiet():
+            super().__init__(
+                layers=[stage] * layout.pipe,  # of which this process keeps the one at its own place
+                topology=ProcessTopology(axes=["data", "pipe"], dims=[layout.data, layout.pipe]),
+                partition_method="uniform",
+                loss_fn=None,
+                dynamic_shape=shapes_vary,
+            )
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """DeepSpeed's record of tied weights, for the embedding on the first stage and the head on the last."""
+        stage = self.forward_funcs[0]
+        span = stage.span
+        if span.count == 1 or not anatomy_of(stage.model).tied:
+            return {}
+        found: dict[str, Any] = {}
+        for data_rank in range(self._grid.data_parallel_size):
+            ranks = [self._grid.stage_to_global(owner, data=data_rank) for owner in (0, span.count - 1)]
+            group = dist.new_group(ranks=ranks)  # every process takes part in making every group
+            if self.global_rank in ranks:
+                tied = tied_parameter(stage.model, span)
+                assert tied is not None
+                holder = nn.Module()
+                holder.weight = tied[1]
+                found[tied[0]] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": holder}
+                tied[1].ds_pipe_replicated = not span.is_first  # type: ignore[attr-defined]
+        return found
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
+
+
+class Engine(PipelineEngine):
+    """DeepSpeed's pipeline engine, with exact gradient norms and micro-batches of a new shape at any step."""
+
+    _length: int | None = None
+    _global_grad_norm: Tensor | None = None
+
+    def clip_fp32_gradients(self) -> None:
+        """Scale the gradients of all stages so that their joint norm is at most the limit."""
+        limit = self.gradient_clipping()
+        assert self._global_grad_norm is not None
+        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+
+    def _fp32_gradient_norm(self) -> Tensor:
+        counted = [
+            p.grad
+            for p in self.module.parameters()
+            if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)
+        ]
+        total = torch.zeros((), device=self.device)
+        if counted:
+            total = torch.stack(torch._foreach_norm(counted)).square().sum()
+        dist.all_reduce(total, group=self.grid.get_pipe_parallel_group())
+        return total.sqrt()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        if not self.zero_optimization():
+            self._global_grad_norm = self._fp32_gradient_norm()
+            if not torch.isfinite(self._global_grad_norm):
+                # ZeRO's optimizers make no step then; nor does this one, so that the weights stay good.
+                self.zero_grad()
+                return
+        super()._exec_optimizer_step(lr_kwargs)
+
+    # DeepSpeed finds the methods of its instructions in this table, not by name.
+    _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        next(i for i, m in PipelineEngine._INSTRUCTION_MAP.items() if m.__name__ == "_exec_optimizer_step"): (
+            _exec_optimizer_step
+        ),
+    }
+
+    @property
+    def gradient_norm(self) -> float:
+        """The norm of the last step's gradients over all stages, before clipping."""
+        return float("nan") if self._global_grad_norm is None else float(self._global_grad_norm)
+
+    @property
+    def gradient_scale(self) -> float:
+        """What DeepSpeed multiplies a micro-batch's loss with in the next step, with the loss scale of fp16."""
+        scale: float = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
+        return float(scale / self.gradient_accumulation_steps())
+
+    def _new_length(self, length: int) -> None:
+        # The stages tell each other a micro-batch's shape once; a new length makes them do so again.
+        if self._length not in (None, length):
+            self.reset_activation_shape()
+        self._length = length
+
+    def train_step(self, micro_batches: Sequence[MicroBatch] | None, length: int) -> float:
+        """One optimizer step; `micro_batches` on the first stage only. The loss, as `TokenLoss` defines it."""
+        self._new_length(length)
+        return float(self.train_batch(data_iter=self._iterator(micro_batches)))
+
+    def eval_step(self, micro_batches: Sequence[MicroBatch] | None, length: int, count: int) -> float:
+        """`count` micro-batches forward; the sum of what the last stages return, over all pipelines."""
+        self._new_length(length)
+        # A stage's receive buffer belongs to its mode: a training buffer asks for gradients.
+        self.reset_activation_shape()
+        mean = self.eval_batch(data_iter=self._iterator(micro_batches), num_micro_batches=count)
+        self.reset_activation_shape()
+        total: float = float(mean) * count * self.grid.data_parallel_size
+        return total
+
+    def _iterator(self, micro_batches: Sequence[MicroBatch] | None) -> Iterator[Any] | None:
+        if self.is_first_stage():
+            assert micro_batches is not None
+            return iter([((batch.input_ids, batch.integers), None) for batch in micro_batches])
+        return itertools.repeat((None, None)) if self.is_last_stage() else None
+
+
+def check_precision(config: TrainConfig) -> None:
+    """Raises:
+    UserError: the device does not work with `--precision`.
+    """
+    accelerator = get_accelerator()
+    works = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
+    if not works[config.precision]():
+        others = " or ".join(name for name in works if name != config.precision and works[name]())
+        raise UserError(
+            f"--precision {config.precision}: the device of this run ({accelerator.device_name()}) does not work with"
+            f" it; give {others}"
+        )
+
+
+def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
+    """The DeepSpeed configuration: what the options say, then `--ds_config`, which may add but not contradict."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {"stage": config.resolved_zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.precision != "fp16":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.ds_config is None:
+        return settings
+    try:
+        given = json.loads(config.ds_config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ds_config {config.ds_config}: {error.strerror}; give a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--ds_config {config.ds_config}: not valid JSON: {error}") from None
+    for key, value in given.items():
+        if key in settings and isinstance(value, dict) and isinstance(settings[key], dict):
+            settings[key] = {**value, **settings[key]}
+        elif key in settings and value not in ("auto", settings[key]):
+            raise UserError(
+                f"--ds_config: {key} = {value!r} contradicts the options ({settings[key]!r}); remove it there"
+            )
+        else:
+            settings.setdefault(key, value)
+    return settings
+
+
+def build_engine(stage: PipelineStage, optimizer: torch.optim.Optimizer, config: TrainConfig, layout: Layout) -> Engine:
+    """The engine of this process."""
+    module = Pipeline(stage, layout, shapes_vary=config.batch_size_tokens is not None)
+    mpu = module.mpu()
+    settings = deepspeed_settings(config, layout)
+    with processes.quiet():
+        return Engine(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            model_parameters=None,
+            training_data=None,
+            lr_scheduler=None,
+            mpu=mpu,
+            dist_init_required=False,
+            collate_fn=None,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, mpu),
+        )

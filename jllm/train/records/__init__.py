@@ -1,0 +1,1 @@
+"""Records of a run: console, metrics, throughput, options, plots."""

@@ -1,0 +1,107 @@
+"""When a run evaluates, saves and stops, which checkpoints it keeps, and what it calls a spike."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jllm.train.checkpoint.format import folder_of_step, step_of_folder
+from jllm.train.checkpoint.saver import retain
+from jllm.train.config import TrainConfig
+from jllm.train.data.batching import EpochSteps
+from jllm.train.optim.optimizers import learning_rate
+from jllm.train.triggers import Cadence, EarlyStop, SpikeWatch
+
+
+def config_of(**more: Any) -> TrainConfig:
+    return TrainConfig(model=Path("model"), train_data=("data",), **more)
+
+
+def steps(kind: str, *, epochs: tuple[int, ...] = (8,), total: int = 20, **more: Any) -> list[int]:
+    cadence = Cadence(config_of(**more), epochs=EpochSteps(counts=epochs), total_steps=total)
+    return [step for step in range(1, total + 1) if getattr(cadence, kind)(step)]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, [8, 16, 20]),  # after each epoch, and after the last step
+        ({"steps_per_eval": 6.0}, [6, 12, 18, 20]),
+        ({"steps_per_eval": 0.25}, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]),  # four in an epoch
+        ({"steps_per_eval": 0.5, "epochs": (5, 9)}, [3, 5, 10, 14, 19, 20]),  # epochs of unequal length
+    ],
+)
+def test_evaluations(more: dict[str, Any], expected: list[int]) -> None:
+    assert steps("evaluates", **more) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, [8, 16, 20]),
+        ({"epochs": (5, 9)}, [5, 14, 20]),
+        ({"steps_per_checkpoint": 6, "ckpt_step_gt": 6}, [12, 18, 20]),
+        ({"steps_per_checkpoint": 3, "ckpt_epoch": "2"}, [9, 12, 15]),
+        ({"steps_per_checkpoint": 3, "skip_epoch": "2"}, [3, 6, 18, 20]),
+    ],
+)
+def test_checkpoints(more: dict[str, Any], expected: list[int]) -> None:
+    assert steps("saves", **more) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "expected"),
+    [
+        ([None, None, None], {}, [1, 2, 3]),
+        ([None, None, None], {"max_num": 2}, [2, 3]),
+        ([1.0, 2.0, 3.0], {"best_of": 1}, [1, 3]),  # the newest stays, however bad it is
+        ([1.0, 2.0, 3.0, 4.0], {"best_of": 1, "max_num": 2}, [1, 3, 4]),
+        ([3.0, 2.0, 1.0], {"best_of": 2}, [2, 3]),
+        ([None, 2.0, float("nan"), None], {"best_of": 1}, [2, 4]),
+        # Evaluated at steps 1, 4 and 6; those between carry the loss of the evaluation before.
+        ([1.0, 1.0, 1.0, 2.0, 2.0, 0.5], {"best_of": 2}, [1, 6]),
+        ([1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0], {"best_of": 2}, [1, 4, 7]),
+        ([1.0, 1.0, 1.0], {"best_of": 2}, [1, 3]),
+    ],
+)
+@pytest.mark.parametrize("model_only", [False, True])
+def test_which_checkpoints_are_kept(
+    tmp_path: Path, losses: list[float | None], more: dict[str, int], expected: list[int], model_only: bool
+) -> None:
+    """Checkpoints after steps 1, 2, ... that carry these losses."""
+    for step, loss in enumerate(losses, 1):
+        place = folder_of_step(tmp_path, step)
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        (place / ("evaluation.json" if model_only else "index.json")).write_text(json.dumps({"eval_loss": loss}))
+        retain(tmp_path, **{"max_num": 0, "best_of": 0, **more}, model_only=model_only)
+        assert folder_of_step(tmp_path, step).is_dir()
+    assert sorted(map(step_of_folder, tmp_path.iterdir())) == expected
+
+
+def test_early_stop_counts_rebounds_in_a_row() -> None:
+    stop = EarlyStop(2)
+    assert [stop.should_stop(loss) for loss in (3.0, 3.1, 3.0, 3.1, 3.2)] == [False, False, False, False, True]
+    assert not any(EarlyStop(0).should_stop(loss) for loss in (1.0, 2.0, 3.0, 4.0))
+
+
+def test_spikes_are_told_from_noise() -> None:
+    rng = random.Random(0)
+    watch = SpikeWatch()
+    noisy = [3 - step / 500 + rng.gauss(0, 0.05) for step in range(300)]
+    assert [watch.check(step, loss) for step, loss in enumerate(noisy)] == [None] * 300
+    warning = watch.check(300, 4.0)
+    assert warning is not None
+    assert warning.startswith("step 300: loss 4.0000 is a spike; the median of the steps before is 2.4")
+    # Neither a spike nor a loss that is no number moves what the next one is measured by.
+    assert watch.check(301, float("nan")) is None
+    assert watch.check(302, 4.0) is not None
+    assert watch.check(303, 2.4) is None
+
+
+def test_a_forced_learning_rate_wins_over_the_schedule() -> None:
+    assert learning_rate(config_of(learning_rate=1e-3), 10, 20) != 2e-5
+    forced = config_of(force_constant_lr=2e-5, num_warmup_steps=5.0)
+    assert {learning_rate(forced, step, 20) for step in (1, 6, 20)} == {2e-5}
