@@ -6,16 +6,16 @@ from jllm import __version__
 from jllm.options import Group
 
 COMMANDS = {
-    "raw2ids": ("jllm.raw2ids:main", "text and chat files to token-id shards"),
-    "shuffle": ("jllm.shuffle_datasets:main", "exact global shuffle of data sets"),
-    "shuffle-partition": ("jllm.shuffle_partition:main", "shuffle the rows across all files of a folder"),
-    "repartition": ("jllm.repartition:main", "deal the files of data sets to equal partitions"),
-    "manifest": ("jllm.manifest:main", "describe a folder of shards that others wrote, or check one"),
-    "inspect": ("jllm.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
-    "plot": ("jllm.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
-    "models": ("jllm.list_models:main", "which model families train in a pipeline, and how that was shown"),
-    "convert": ("jllm.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
-    "train": ("jllm.train_pipe:main", "train (start it through the deepspeed launcher)"),
+    "raw2ids": ("jllm.commands.raw2ids:main", "text and chat files to token-id shards"),
+    "shuffle": ("jllm.commands.shuffle_datasets:main", "exact global shuffle of data sets"),
+    "shuffle-partition": ("jllm.commands.shuffle_partition:main", "shuffle the rows across all files of a folder"),
+    "repartition": ("jllm.commands.repartition:main", "deal the files of data sets to equal partitions"),
+    "manifest": ("jllm.commands.manifest:main", "describe a folder of shards that others wrote, or check one"),
+    "inspect": ("jllm.commands.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
+    "plot": ("jllm.commands.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
+    "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
+    "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
+    "train": ("jllm.commands.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }
 
 

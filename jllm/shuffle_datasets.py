@@ -1,64 +1,6 @@
-"""`python -m jllm.shuffle_datasets`: exact global shuffle of every data set in a folder."""
+"""`python -m jllm.shuffle_datasets`: the command is `jllm.commands.shuffle_datasets`."""
 
-import dataclasses
-from pathlib import Path
-
-from jllm.errors import UserError
-from jllm.options import command, option
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShuffleConfig:
-    """Options of `shuffle_datasets` and `shuffle_partition`."""
-
-    data: Path = option(dataclasses.MISSING, "-d", help="folder of data set folders, or one data set", metavar="FOLDER")
-    output: Path | None = option(None, "-o", help="output folder  [default: <data>-sf]", metavar="FOLDER")
-    num_block: int | None = option(
-        None, "-n", help="files to deal each data set to  [default: as many as it has]", metavar="N"
-    )
-    seed: int = option(1234, help="seed of the permutation; with the data it decides the order alone")
-    cores: int = option(-1, help="workers; negative: all cores")
-    mem_rate: float = option(0.8, help="share of the free memory to use")
-    memory: str | None = option(None, help="absolute memory cap, such as 512M or 4G, instead of --mem_rate")
-    mix: tuple[str, ...] = option(
-        (),
-        help="weight of a data set as SET=WEIGHT (2.5: every row twice, half of them a third time), of a source tag as"
-        " source:TAG=WEIGHT, or a TOML file with all of them; may be repeated",
-        metavar="SET=WEIGHT|FILE",
-    )
-    mix_by: str | None = option(
-        None,
-        help="what weights are: repetition rates, or shares in rows or tokens  [default: rate]",
-        choices=("rate", "rows", "tokens"),
-    )
-    mix_total: str | None = option(
-        None, help="rows or tokens of the whole mixture, such as 10B, for shares  [default: as much as repeats no row]"
-    )
-    max_tokens: tuple[str, ...] = option(
-        (), help="tokens to take of each data set at most, such as 1B, or of one: SET=1B; may be repeated"
-    )
-    clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
-
-    def __post_init__(self) -> None:
-        if self.num_block is not None and self.num_block < 1:
-            raise UserError(f"--num_block {self.num_block}: give at least 1")
-        if not 0 < self.mem_rate <= 1:
-            raise UserError(f"--mem_rate {self.mem_rate}: give a share above 0 and at most 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: give 0 or more")
-
-
-@command(ShuffleConfig, name="shuffle_datasets")
-def main(config: ShuffleConfig) -> None:
-    """Shuffle every data set of a folder by rows, exactly and globally, and deal each to -n files.
-
-    The result depends on the data and --seed alone, not on --cores or memory. Data larger than the memory cap goes
-    through scratch files in the output folder. A killed run is finished by running it again.
-    """
-    from jllm.data.shuffle.folder import shuffle_folder
-
-    shuffle_folder(config, one_set=False)
-
+from jllm.commands.shuffle_datasets import main
 
 if __name__ == "__main__":
     main()

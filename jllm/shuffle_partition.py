@@ -1,19 +1,6 @@
-"""`python -m jllm.shuffle_partition`: shuffle the rows across all files of one already mixed set."""
+"""`python -m jllm.shuffle_partition`: the command is `jllm.commands.shuffle_partition`."""
 
-from jllm.options import command
-from jllm.shuffle_datasets import ShuffleConfig
-
-
-@command(ShuffleConfig, name="shuffle_partition")
-def main(config: ShuffleConfig) -> None:
-    """Shuffle the rows across all files below a folder, whatever data sets they came from.
-
-    As shuffle_datasets, but the whole folder is one data set: its rows are mixed with one another.
-    """
-    from jllm.data.shuffle.folder import shuffle_folder
-
-    shuffle_folder(config, one_set=True)
-
+from jllm.commands.shuffle_partition import main
 
 if __name__ == "__main__":
     main()

@@ -21,6 +21,7 @@ import pyarrow as pa
 from jllm.data.chat.formats import READERS, format_of
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.records import parse_block
@@ -28,7 +29,6 @@ from jllm.data.spark import describe_output, schema_of, session, write_manifest_
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError
 from jllm.options import command, option
-from jllm.raw2ids import Raw2IdsConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

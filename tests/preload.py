@@ -14,9 +14,9 @@ import jllm.data.shuffle.data_set
 import jllm.data.shuffle.repartition
 import jllm.train.trainer  # noqa: F401
 from jllm.errors import UserError
-from jllm.train.distributed import launch as processes
+from jllm.train.distributed import launch
 
 torch.set_num_threads(1)
 with contextlib.suppress(UserError):  # the ranks will say it themselves
-    processes._compile_cpu_operator()
+    launch._compile_cpu_operator()
 gc.freeze()  # the collector of a rank need not look at any of this

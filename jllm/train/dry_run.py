@@ -43,7 +43,7 @@ from jllm.train.config import (
     weighted_folders,
 )
 from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
-from jllm.train.distributed import launch as processes
+from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
@@ -78,9 +78,9 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
         UserError: the run could not start.
     """
-    if processes.rank() != 0:
+    if launch.rank() != 0:
         return
-    world_size = processes.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
+    world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
     layout = resolve_layout(config, world_size)
     model = setup.read_model_info(config)
     check_precision(config)

@@ -30,7 +30,7 @@ from jllm.train.clean import remove_earlier_runs
 from jllm.train.config import Layout, TrainConfig, check_steps_left, resolve_layout, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.open import epoch_steps, open_training_data
-from jllm.train.distributed import launch as processes
+from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
@@ -55,9 +55,9 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         dry_run(config)
         return
-    layout = resolve_layout(config, processes.world_size())
+    layout = resolve_layout(config, launch.world_size())
     model_info = setup.read_model_info(config)
-    processes.join(config.timeout, deterministic=config.deterministic)
+    launch.join(config.timeout, deterministic=config.deterministic)
     check_precision(config)
     agreement = Agreement(layout)
     if config.num_train_epochs == 0:

@@ -42,14 +42,14 @@ def plan_rank(options: dict[str, Any], cache: Path) -> list[int]:
     """The boundaries of a rank; ranks other than 0 cannot measure."""
     from jllm.train import setup
     from jllm.train.config import TrainConfig, resolve_layout
-    from jllm.train.distributed import launch as processes
+    from jllm.train.distributed import launch
     from jllm.train.distributed.agreement import Agreement
 
     config = TrainConfig(**options)
-    processes.join(config.timeout)
-    layout = resolve_layout(config, processes.world_size())
+    launch.join(config.timeout)
+    layout = resolve_layout(config, launch.world_size())
     measure = setup.measure_costs
-    if processes.rank() != 0:
+    if launch.rank() != 0:
         setup.measure_costs = None  # type: ignore[assignment]
     try:
         family, agreement = setup.find_family(config), Agreement(layout)

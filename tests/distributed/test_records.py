@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from jllm.plot import plot
 from jllm.train.config import TrainConfig
+from jllm.train.records.plot import plot
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -147,7 +147,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
-    from jllm.train import triggers as cadence
+    from jllm.train import triggers
     from jllm.train.distributed.engine import Engine
 
     passed = [0.0]
@@ -158,7 +158,7 @@ def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
         return train_step(*arguments)
 
     Engine.train_step = slow  # type: ignore[method-assign]
-    cadence.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
+    triggers.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
     return train_rank(options)
 
 

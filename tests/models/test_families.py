@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from jllm import list_models
+from jllm.commands import list_models
 from jllm.errors import UserError
 from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split
 from jllm.models.pipeline.stage import StageSpan, carve

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from jllm.commands.raw2ids import main as raw2ids_command
 from jllm.data.dataset.manifest import open_data_set, verify
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.prepare import recipes
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.data.tokenizer.engine import open_engine
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import UserError
-from jllm.raw2ids import Raw2IdsConfig
-from jllm.raw2ids import main as raw2ids_command
 from tests.data.sets import row_numbers, table_of
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 

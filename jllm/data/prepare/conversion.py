@@ -22,10 +22,10 @@ import numpy as np
 
 from jllm.data.dataset.shards import Int64
 from jllm.data.packing.packers import Documents
-from jllm.data.prepare import encoding as encode
+from jllm.data.prepare import encoding
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.prepare.sink import Checkpoint, Sink
-from jllm.data.sources import read_ahead as ahead
+from jllm.data.sources import read_ahead
 from jllm.data.sources.blocks import BLOCK_BYTES, Block, read_blocks
 from jllm.data.sources.inputs import STDIN, Source
 from jllm.data.sources.records import BadRecord
@@ -288,19 +288,19 @@ def _in_order(
 
     def work(block: Block, begun: Future[Any] | None) -> tuple[Encoded, bool]:
         path = block_path(run.work, block.source, block.index)
-        known = encode.load(path)
+        known = encoding.load(path)
         if known is not None:
             return known, False
         encoded = run.encoder(block, run.sources[block.source].kind, begun)
-        encode.save(path, encoded, run.vocab_size, wide=run.from_disk)
+        encoding.save(path, encoded, run.vocab_size, wide=run.from_disk)
         if run.from_disk:
-            encoded = encode.load(path, check=False) or encoded
+            encoded = encoding.load(path, check=False) or encoded
         return encoded, True
 
     numbers = range(point.source, len(run.sources))
     readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
     here = [number - point.source for number in numbers if run.sources[number].path == STDIN]
-    with contextlib.closing(ahead.in_order(readers, here)) as items:
+    with contextlib.closing(read_ahead.in_order(readers, here)) as items:
         failure: UserError | None = None
         while True:
             try:
@@ -333,7 +333,7 @@ def _saved_and_read(run: Conversion, point: Checkpoint, number: int) -> Iterator
     """What an earlier run saved of a source, and then the blocks that are left of it."""
     begin = point if number == point.source else Checkpoint(source=number)
     index, start, line = begin.block, begin.start, begin.line
-    while (saved := encode.load(block_path(run.work, number, index))) is not None:
+    while (saved := encoding.load(block_path(run.work, number, index))) is not None:
         yield saved
         index, start, line = index + 1, saved.end, saved.end_line
     yield from read_blocks(run.sources[number], number, start=start, line=line, index=index, columns=run.columns)

@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jllm.data.prepare import holdout
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.workplace import Workplace
 from jllm.data.sources.inputs import STDIN, Source
 from jllm.data.tokenizer.facts import base_name
 from jllm.errors import UserError
-
-if TYPE_CHECKING:
-    from jllm.raw2ids import Raw2IdsConfig
 
 NOT_IN_THE_MANIFEST = (
     "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
@@ -20,7 +18,7 @@ NOT_IN_THE_MANIFEST = (
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
-def beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
+def beside(config: Raw2IdsConfig, sources: list[Source]) -> Path:
     """The default output: beside the input, `<stem>_<tokenizer's base name>`."""
     first = config.input[0]
     if first == STDIN or "://" in first:
@@ -33,7 +31,7 @@ def beside(config: "Raw2IdsConfig", sources: list[Source]) -> Path:
     return parent / f"{stem}_{base_name(config.tokenizer)}"
 
 
-def recorded_options(config: "Raw2IdsConfig") -> dict[str, Any]:
+def recorded_options(config: Raw2IdsConfig) -> dict[str, Any]:
     """The options that decide what is made, as plain data."""
     values = dataclasses.asdict(config)
     absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
@@ -58,7 +56,7 @@ class Part:
     share: float = 1.0
 
 
-def parts_of(config: "Raw2IdsConfig", output: Path) -> list[Part]:
+def parts_of(config: Raw2IdsConfig, output: Path) -> list[Part]:
     """The data set that was asked for, and the one of held-out documents where there is one."""
     main = Part(name="main", place=Workplace(output), options={})
     if config.eval_fraction is None:

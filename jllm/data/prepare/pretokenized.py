@@ -10,7 +10,7 @@ Cost: numpy over whole blocks, no Python object for a token or a row.
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
 from jllm.data.dataset.foreign import check_type, list_column
 from jllm.data.packing.packers import Documents
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.blocks import Block
 from jllm.data.sources.inputs import Source
@@ -26,9 +27,6 @@ from jllm.data.sources.records import BadRecord
 from jllm.data.sources.tables import open_parquet
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
-
-if TYPE_CHECKING:
-    from jllm.raw2ids import Raw2IdsConfig
 
 KIND = "ids"
 MASK = "attention_mask"
@@ -58,7 +56,7 @@ class Input:
         return all(source.kind == KIND for source in self.sources)
 
 
-def recognised(config: "Raw2IdsConfig", sources: list[Source]) -> Input:
+def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
     """Find the Parquet files that hold ids, and nothing that the options ask to be made into ids.
 
     Raises:
@@ -213,7 +211,7 @@ def _without_padding(columns: dict[str, Documents]) -> dict[str, Documents]:
     return {name: Documents(ids=part.ids[real], offsets=offsets) for name, part in columns.items()}
 
 
-def encoder_of(config: "Raw2IdsConfig", facts: TokenizerFacts, given: Input, others: Any) -> IdsEncoder:
+def encoder_of(config: Raw2IdsConfig, facts: TokenizerFacts, given: Input, others: Any) -> IdsEncoder:
     """The encoder of sources of which some hold ids; `others` encodes the rest."""
     return IdsEncoder(
         facts=facts,

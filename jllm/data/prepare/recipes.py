@@ -9,7 +9,6 @@ import datetime
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -20,6 +19,7 @@ from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.conversations import ConversationPacker, split_long
 from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import PretrainEncoder, pretrain_affixes
 from jllm.data.sources.blocks import read_blocks
 from jllm.data.sources.inputs import Source
@@ -27,9 +27,6 @@ from jllm.data.sources.records import parse_block
 from jllm.data.tokenizer.engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from jllm.raw2ids import Raw2IdsConfig
 
 FORMAT_SAMPLE = 100
 
@@ -48,7 +45,7 @@ def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts
     return tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
 
 
-def pretrain_encoder(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
+def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
     """What encodes a block of documents."""
     prefix, suffix = affixes_of(config, facts, engine)
     return PretrainEncoder(
@@ -62,7 +59,7 @@ def pretrain_encoder(config: "Raw2IdsConfig", facts: TokenizerFacts, engine: Che
 
 
 def chat_encoder(
-    config: "Raw2IdsConfig",
+    config: Raw2IdsConfig,
     assembler: Callable[[], Assembler],
     *,
     plan: RenderPlan,
@@ -87,7 +84,7 @@ def chat_encoder(
 
 
 def affixes_of(
-    config: "Raw2IdsConfig", facts: TokenizerFacts, engine: CheckedEngine
+    config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What goes around a document: the options, or what the tokenizer does itself."""
     prefix = None if config.doc_prefix is None else ids_of(config.doc_prefix, "doc_prefix", engine, facts)
@@ -101,7 +98,7 @@ def affixes_of(
 
 
 def packer_of(
-    config: "Raw2IdsConfig", facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = (), *, labels: bool = False
+    config: Raw2IdsConfig, facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = (), *, labels: bool = False
 ) -> Packer:
     """A new packer, for one split; `labels` where documents have some."""
     labels = labels or config.mask_tokens
@@ -129,7 +126,7 @@ def packer_of(
     )
 
 
-def field_map(config: "Raw2IdsConfig") -> dict[str, str]:
+def field_map(config: Raw2IdsConfig) -> dict[str, str]:
     """`--field_map user=question,assistant=answer` as role → field."""
     if not config.field_map:
         return QUESTION_ANSWER
@@ -144,7 +141,7 @@ def field_map(config: "Raw2IdsConfig") -> dict[str, str]:
     return fields
 
 
-def forms_of(config: "Raw2IdsConfig", sources: list[Source]) -> tuple[str, ...]:
+def forms_of(config: Raw2IdsConfig, sources: list[Source]) -> tuple[str, ...]:
     """The format of each source: the one asked for, or what most of its first records look like.
 
     Raises:
@@ -180,7 +177,7 @@ def _form_of(source: Source, number: int) -> str:
     return max(found, key=lambda form: found[form])
 
 
-def template_of(config: "Raw2IdsConfig", facts: TokenizerFacts) -> tuple[str, str]:
+def template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> tuple[str, str]:
     """The chat template and what it is called: a built-in name, a file, text, or the tokenizer's own.
 
     Raises:
@@ -207,7 +204,7 @@ def template_of(config: "Raw2IdsConfig", facts: TokenizerFacts) -> tuple[str, st
     return path.read_text(encoding="utf-8"), path.name
 
 
-def render_plan(config: "Raw2IdsConfig", facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:
+def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:
     """How conversations are rendered; also makes sure that the template works.
 
     Raises:
@@ -240,7 +237,7 @@ def template_warnings(plan: RenderPlan) -> list[str]:
     ]
 
 
-def date_of(config: "Raw2IdsConfig", template: str, earlier: str | None) -> str:
+def date_of(config: Raw2IdsConfig, template: str, earlier: str | None) -> str:
     """The date that a template shows: `--date`, that of the run being resumed, or today; "" where it shows none."""
     if "strftime_now" not in template:
         return ""

@@ -14,16 +14,17 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from jllm.data.chat import render_workers as render_work
+from jllm.data.chat import render_workers
 from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat.rendering import RenderPlan, ShortCutError
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import holdout, pretokenized, recipes
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.conversion import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
 from jllm.data.prepare.parts import Part, beside, clean_held_out, parts_of, recorded_options
 from jllm.data.prepare.progress import Progress, summary
@@ -36,11 +37,8 @@ from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
 from jllm.errors import UserError
 from jllm.machine import usable_cores
 
-if TYPE_CHECKING:
-    from jllm.raw2ids import Raw2IdsConfig
 
-
-def prepare(config: "Raw2IdsConfig") -> Manifest:
+def prepare(config: Raw2IdsConfig) -> Manifest:
     """Make the data set of `config`, or find it finished.
 
     Raises:
@@ -58,7 +56,7 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     try:
         with contextlib.ExitStack() as held:
             renders = given.chat and not config.threads and not is_done
-            renderers = held.enter_context(render_work.workers(cores if renders else 1))
+            renderers = held.enter_context(render_workers.workers(cores if renders else 1))
             early = None
             if config.engine != "hf" and not is_done:
                 early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
@@ -81,7 +79,7 @@ def prepare(config: "Raw2IdsConfig") -> Manifest:
     finally:
         loading.cancel()
     if config.debug:
-        from jllm.inspect import show_rows
+        from jllm.data.dataset.show import show_rows
 
         show_rows(output, config.tokenizer, rows=config.debug)
     return manifest
@@ -92,7 +90,7 @@ class _Run:
 
     def __init__(
         self,
-        config: "Raw2IdsConfig",
+        config: Raw2IdsConfig,
         given: pretokenized.Input,
         facts: TokenizerFacts,
         parts: list[Part],

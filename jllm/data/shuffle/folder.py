@@ -5,19 +5,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jllm.data.dataset.manifest import DataSet, data_sets_below, one_tokenizer, open_data_set, write_manifest
+from jllm.data.shuffle.config import ShuffleConfig
 from jllm.data.shuffle.data_set import Outcome, Resources, clean, shuffle_set
 from jllm.data.shuffle.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
 from jllm.errors import UserError
 from jllm.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 
-if TYPE_CHECKING:
-    from jllm.shuffle_datasets import ShuffleConfig
 
-
-def shuffle_folder(config: "ShuffleConfig", *, one_set: bool) -> list[Outcome]:
+def shuffle_folder(config: ShuffleConfig, *, one_set: bool) -> list[Outcome]:
     """Shuffle the data sets of `config.data`, or all of it as one set."""
     use_thrifty_allocator()
     resources = Resources(
@@ -47,7 +45,7 @@ def shuffle_folder(config: "ShuffleConfig", *, one_set: bool) -> list[Outcome]:
 
 
 def _shuffle_one(
-    data_set: DataSet, folder: Path, config: "ShuffleConfig", resources: Resources, recipe: Recipe
+    data_set: DataSet, folder: Path, config: ShuffleConfig, resources: Resources, recipe: Recipe
 ) -> Outcome:
     if config.clean:
         clean(folder)

@@ -1,8 +1,8 @@
 """Text to ids: a fast engine, proven equal to the reference engine, or the reference engine itself.
 
-The reference is Hugging Face `tokenizers` running the backend that AutoTokenizer made (`jllm.data.tokenizer.facts`). The fast
-engine, fastokens, gives the same ids 10 to 60 times faster and as flat buffers; it must prove that on this tokenizer:
-on difficult strings whose ids came from AutoTokenizer itself, then on a sample of the text of every block it encodes.
+The reference is Hugging Face `tokenizers` running the backend that AutoTokenizer made (`jllm.data.tokenizer.facts`).
+The fast engine, fastokens, gives the same ids 10 to 60 times faster and as flat buffers; it must prove that on this
+tokenizer: on difficult strings whose ids came from AutoTokenizer itself, then on a sample of the text of every block.
 A difference makes `check` raise `EngineMismatchError`; whoever runs the engine then starts over with the reference.
 
 No Python object per token exists on the fast path: the engine's buffers become numpy arrays without a copy.

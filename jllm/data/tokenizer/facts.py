@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllm.data.tokenizer import cache as tokenizer_cache
-from jllm.data.tokenizer import fast_json
+from jllm.data.tokenizer import cache, fast_json
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,14 +140,14 @@ class TokenizerLoading:
             return
         self._entry = None
         if folder.is_dir() and not trust_remote_code:
-            self._entry = tokenizer_cache.entry_of(folder, (PROBES, _ASKED))
-            kept = tokenizer_cache.read(self._entry) if self._entry is not None else None
+            self._entry = cache.entry_of(folder, (PROBES, _ASKED))
+            kept = cache.read(self._entry) if self._entry is not None else None
             if kept is not None:
                 _loaded[self._key] = dataclasses.replace(_facts_of(kept), name=base_name(name), path=name)
                 return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
-            [sys.executable, "-c", "from jllm.data import tokenizer; tokenizer.serve()", arguments],
+            [sys.executable, "-c", "from jllm.data.tokenizer import facts; facts.serve()", arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,7 +174,7 @@ class TokenizerLoading:
             )
         facts = _facts_of(fast_json.loads(output))
         if self._entry is not None:
-            tokenizer_cache.write(self._entry, output)
+            cache.write(self._entry, output)
         if self._key is not None:
             _loaded[self._key] = facts
         return facts

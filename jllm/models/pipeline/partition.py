@@ -10,8 +10,8 @@
     0,8,17,26     boundaries: stage k owns layers [b[k], b[k+1])
 
 All but uniform and the last two search all splits (dynamic programming) and give the best one on the cost model of
-`jllm.models.pipeline.costs`: optimal, not approximate. They cut only where the family can be cut. Every stage owns at least one
-layer.
+`jllm.models.pipeline.costs`: optimal, not approximate. They cut only where the family can be cut. Every stage owns at
+least one layer.
 """
 
 import itertools

@@ -28,7 +28,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage, anatomy_of, tied_parameter
 from jllm.train.config import Layout, TrainConfig
 from jllm.train.data.collate import MicroBatch
-from jllm.train.distributed import launch as processes
+from jllm.train.distributed import launch
 
 
 class Pipeline(PipelineModule):
@@ -39,7 +39,7 @@ class Pipeline(PipelineModule):
     """
 
     def __init__(self, stage: PipelineStage, layout: Layout, *, shapes_vary: bool) -> None:
-        with processes.quiet():
+        with launch.quiet():
             super().__init__(
                 layers=[stage] * layout.pipe,  # of which this process keeps the one at its own place
                 topology=ProcessTopology(axes=["data", "pipe"], dims=[layout.data, layout.pipe]),
@@ -209,7 +209,7 @@ def build_engine(stage: PipelineStage, optimizer: torch.optim.Optimizer, config:
     module = Pipeline(stage, layout, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, layout)
-    with processes.quiet():
+    with launch.quiet():
         return Engine(
             args=None,
             model=module,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from jllm.data.chat import render_workers as render_work
+from jllm.data.chat import render_workers
 from jllm.data.chat.encoder import ChatEncoder
 from jllm.data.prepare import run as prepare
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.conversion import IN_FLIGHT_BLOCKS
 from jllm.data.sources import blocks
-from jllm.raw2ids import Raw2IdsConfig
 from tests.data.prepare.test_raw2ids import documents, rows_of
 
 
@@ -62,7 +62,7 @@ def test_a_finished_data_set_starts_nothing(
         raise AssertionError("started")
 
     monkeypatch.setattr(prepare, "EarlyEngines", started)
-    monkeypatch.setattr(render_work, "ProcessPoolExecutor", started)
+    monkeypatch.setattr(render_workers, "ProcessPoolExecutor", started)
     assert prepare.prepare(config).files == made.files
 
 

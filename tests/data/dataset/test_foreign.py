@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from jllm.commands.manifest import main as manifest_command
+from jllm.commands.shuffle_datasets import main as shuffle_datasets
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, LIST_TYPE, ShardReader
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.errors import UserError
-from jllm.manifest import main as manifest_command
-from jllm.shuffle_datasets import main as shuffle_datasets
 from tests.data.sets import make_set, row_numbers, table_of
 
 ROWS = [[1, 2, 3], [4, 5], [], [6, 7, 8, 9]]

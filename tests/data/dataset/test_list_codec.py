@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.dataset import list_codec as parquet_lists
+from jllm.data.dataset import list_codec
 from jllm.data.dataset.columns import schema, to_list_array
 from jllm.data.dataset.list_codec import DamagedError, ListFileWriter, read_list
 from jllm.data.dataset.shards import CODECS, ShardReader
@@ -56,7 +56,7 @@ def read_back(data: bytes) -> list[pa.RecordBatch]:
 @given(groups=st.lists(ANY_ROWS, min_size=1, max_size=3))
 def test_pyarrow_and_we_read_what_was_written(page: int, groups: list[Rows]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet_lists, "PAGE_BYTES", page)
+        patch.setattr(list_codec, "PAGE_BYTES", page)
         data = written(groups)
     wanted = [batch_of(rows) for rows in groups]
     table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
@@ -69,8 +69,8 @@ def test_pyarrow_and_we_read_what_was_written(page: int, groups: list[Rows]) -> 
 @settings(deadline=None, max_examples=30)
 def test_a_row_larger_than_a_page_may_be(rows: Rows) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet_lists, "PAGE_BYTES", 16)
-        patch.setattr(parquet_lists, "LARGEST_PAGE_BYTES", 32)
+        patch.setattr(list_codec, "PAGE_BYTES", 16)
+        patch.setattr(list_codec, "LARGEST_PAGE_BYTES", 32)
         data = written([rows])
     assert pq.read_table(io.BytesIO(data)).to_pylist() == batch_of(rows).to_pylist()
     assert read_back(data) == [batch_of(rows)]

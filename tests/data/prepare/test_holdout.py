@@ -135,8 +135,8 @@ def test_stopped_at_every_block(
     """A run that is stopped after each block in turn, and while it writes the manifests, leaves what a whole one
     leaves."""
     from jllm.data.prepare import run as prepare
+    from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.sources import blocks
-    from jllm.raw2ids import Raw2IdsConfig
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     folder = tmp_path / "in"

@@ -26,7 +26,7 @@ BLOCK = 1 << 14
 def start(*arguments: object) -> "subprocess.Popen[bytes]":
     """The command with small blocks, in a process of its own."""
     code = (
-        "from jllm.data import blocks, tables\n"
+        "from jllm.data.sources import blocks, tables\n"
         f"blocks.BLOCK_BYTES = tables.BLOCK_BYTES = {BLOCK}\n"
         "from jllm.raw2ids import main\nmain()"
     )
@@ -87,9 +87,9 @@ def test_stopped_at_every_block(
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
     from jllm.data.prepare import conversion as convert
+    from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
     from jllm.data.sources import blocks
-    from jllm.raw2ids import Raw2IdsConfig
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     source = write_jsonl(tmp_path / "some.jsonl", documents(500, seed=6))
@@ -140,9 +140,9 @@ def test_stopped_at_every_block(
 
 def test_a_full_disk_is_one_line(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jllm.data.prepare import sink
+    from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
     from jllm.errors import UserError
-    from jllm.raw2ids import Raw2IdsConfig
 
     source = write_jsonl(tmp_path / "some.jsonl", documents(300))
     config = Raw2IdsConfig(

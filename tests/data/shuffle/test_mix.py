@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from jllm.commands.shuffle_datasets import main
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.shuffle.mix import Recipe, row_lengths, select_rows
-from jllm.shuffle_datasets import main
 from tests.data.sets import content, make_set, row_numbers
 
 

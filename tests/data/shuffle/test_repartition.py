@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from jllm.commands.repartition import main
 from jllm.data.dataset.manifest import open_data_set, verify
 from jllm.data.shuffle import repartition as module
 from jllm.data.shuffle.repartition import make_plan, recover, repartition
-from jllm.repartition import main
 from tests.data.sets import content, make_set, row_numbers
 
 

@@ -9,15 +9,14 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jllm.commands.shuffle_datasets import main as shuffle_datasets
+from jllm.commands.shuffle_partition import main as shuffle_partition
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.shuffle import data_set as shuffle
-from jllm.data.shuffle import passes as shuffle_passes
-from jllm.data.shuffle import scatter
+from jllm.data.shuffle import passes, scatter
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.data.shuffle.layout import block_edges, destinations, lay_out
 from jllm.errors import UserError
-from jllm.shuffle_datasets import main as shuffle_datasets
-from jllm.shuffle_partition import main as shuffle_partition
 from tests.data.sets import content, make_set, row_numbers, table_of
 
 SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
@@ -31,7 +30,7 @@ def run(command: object, *args: object) -> Result:
 
 def out_of_core(monkeypatch: pytest.MonkeyPatch) -> Resources:
     """A cap that nothing fits under, with buckets of a few rows."""
-    monkeypatch.setattr(shuffle_passes, "MIN_BUCKET", 1 << 10)
+    monkeypatch.setattr(passes, "MIN_BUCKET", 1 << 10)
     return Resources(cores=2, memory=8 << 10)
 
 

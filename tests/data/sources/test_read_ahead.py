@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from jllm.data.prepare import recipes
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import Encoded, PretrainEncoder
 from jllm.data.prepare.run import prepare
 from jllm.data.sources.read_ahead import ITEMS, SOURCES, in_order
 from jllm.errors import UserError
-from jllm.raw2ids import Raw2IdsConfig
 from tests.data.prepare.test_raw2ids import documents, reference_stream, rows_of
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jllm.data.tokenizer import cache as tokenizer_cache
-from jllm.data.tokenizer import facts as tokenizer
+from jllm.data.tokenizer import cache, facts
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 
 
@@ -30,10 +29,10 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[TokenizerFac
         asked.append(arguments)
         return plain(*arguments, **more)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(tokenizer.subprocess, "Popen", counted)
+    monkeypatch.setattr(facts.subprocess, "Popen", counted)
 
     def loaded(folder: Path) -> tuple[TokenizerFacts, bool]:
-        tokenizer._loaded.clear()
+        facts._loaded.clear()
         asked.clear()
         return load_tokenizer(str(folder)), bool(asked)
 
@@ -76,15 +75,15 @@ def test_a_broken_entry_is_loaded_anew(folder: Path, load: Callable[[Path], tupl
 
 
 def test_own_code_is_never_kept(folder: Path) -> None:
-    assert tokenizer_cache.entry_of(folder, ()) is not None
+    assert cache.entry_of(folder, ()) is not None
     (folder / "tokenization_own.py").touch()
-    assert tokenizer_cache.entry_of(folder, ()) is None
+    assert cache.entry_of(folder, ()) is None
 
 
 def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_cache, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(cache, "MOST_ENTRIES", 3)
     for number in range(5):
-        tokenizer_cache.write(tmp_path / f"{number}.json", b"{}")
+        cache.write(tmp_path / f"{number}.json", b"{}")
     assert len(list(tmp_path.iterdir())) == 3
-    assert tokenizer_cache.read(tmp_path / "4.json") == {}
-    assert tokenizer_cache.read(tmp_path / "0.json") is None
+    assert cache.read(tmp_path / "4.json") == {}
+    assert cache.read(tmp_path / "0.json") is None

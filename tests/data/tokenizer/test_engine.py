@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest
+from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.run import prepare
 from jllm.data.tokenizer import engine as engines
 from jllm.data.tokenizer.early import encoding_of
@@ -21,7 +22,6 @@ from jllm.data.tokenizer.engine import (
 )
 from jllm.data.tokenizer.facts import PROBES, load_tokenizer
 from jllm.errors import UserError
-from jllm.raw2ids import Raw2IdsConfig
 from tests.data.prepare.test_raw2ids import documents, reference_stream, rows_of, stacked, write_jsonl
 from tests.data.tokenizers_for_tests import CORPUS, asset_tokenizers
 

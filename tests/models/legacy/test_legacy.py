@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from jllm import convert
+from jllm.commands import convert
 from jllm.errors import UserError
 from jllm.models.legacy.convert import convert_checkpoint
 from jllm.models.pipeline.stage import spans_of

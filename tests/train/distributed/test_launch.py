@@ -10,8 +10,8 @@ import pytest
 
 def end_of_rank(body: str) -> "subprocess.CompletedProcess[str]":
     """Rank 1 of a run whose work is `body`."""
-    code = "from jllm.train import processes\nprocesses.LOST_RANK_SECONDS = 0.1\n"
-    code += f"def work():\n    {body}\nprocesses.run_rank(work)"
+    code = "from jllm.train.distributed import launch\nlaunch.LOST_RANK_SECONDS = 0.1\n"
+    code += f"def work():\n    {body}\nlaunch.run_rank(work)"
     environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner, Result
 
-from jllm.plot import main, panels_of, read_records, thinned
+from jllm.commands.plot import main
 from jllm.train.records.metrics import Recorder
+from jllm.train.records.plot import panels_of, read_records, thinned
 from jllm.train.records.svg import label, ticks
 
 

@@ -16,7 +16,3 @@ def main(config: ModelsConfig) -> None:
     from jllm.models.families import catalogue_table
 
     print(catalogue_table())
-
-
-if __name__ == "__main__":
-    main()

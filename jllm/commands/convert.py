@@ -1,0 +1,26 @@
+"""`jllm convert`: an older checkpoint, whose code transformers no longer carries, in the nearest native class.
+
+The trainer accepts such a folder directly; converting is for other tools. Cost: one pass over the weights.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jllm.options import command, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """The options of `jllm convert`."""
+
+    model: Path = option(dataclasses.MISSING, "-m", help="folder of a Qwen-1, InternLM2 or Baichuan checkpoint")
+    output: Path = option(dataclasses.MISSING, "-o", help="where the native Hugging Face folder is written")
+
+
+@command(ConvertConfig, name="convert")
+def main(config: ConvertConfig) -> None:
+    """Rename and split an older checkpoint's tensors so that plain transformers loads it."""
+    from jllm.models.legacy.convert import convert_checkpoint
+
+    name = convert_checkpoint(config.model, config.output)
+    print(f"wrote {config.output} as {name}")

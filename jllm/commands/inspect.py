@@ -1,0 +1,46 @@
+"""`jllm inspect FOLDER`: look at a data set: what it is, how long its rows are, what some of them say."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from jllm.errors import UserError
+from jllm.options import command, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Options of `inspect`."""
+
+    folder: Path = option(dataclasses.MISSING, help="folder of a data set")
+    tokenizer: str | None = option(None, help="Hugging Face folder or name; without it ids are shown, not text")
+    rows: int = option(2, "-n", help="rows to show", metavar="N")
+    start: int = option(0, help="number of the first row to show", metavar="N")
+    verify: bool = option(False, help="read every file and compare its checksum")
+    color: str = option("auto", help="green: trained on; dim: padding", choices=("auto", "always", "never"))
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "start"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give 0 or more")
+
+
+@command(InspectConfig, name="inspect")
+def main(config: InspectConfig) -> None:
+    """Show a data set: summary, row lengths, decoded rows with the trained part coloured; --verify checks every
+    byte."""
+    from jllm.data.dataset.show import show_rows, show_summary, show_verified
+
+    show_summary(config.folder)
+    if config.rows:
+        show_rows(config.folder, config.tokenizer, rows=config.rows, start=config.start, color=config.color)
+    if config.verify:
+        show_verified(config.folder)
+
+
+# The folder is given without a flag.
+main.params = [
+    click.Argument(["folder"], type=click.Path(path_type=Path)) if parameter.name == "folder" else parameter
+    for parameter in main.params
+]

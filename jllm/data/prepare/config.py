@@ -1,0 +1,131 @@
+"""Every option of `raw2ids`, once: flags, checks and help."""
+
+import dataclasses
+from pathlib import Path
+
+from jllm.errors import UserError
+from jllm.options import option
+
+CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Raw2IdsConfig:
+    """Options of `raw2ids`."""
+
+    input: tuple[str, ...] = option(
+        dataclasses.MISSING, "-i", help="file, folder, glob, URL, or - for standard input; may be repeated"
+    )
+    output: Path | None = option(
+        None, "-o", help="data set folder  [default: beside the input, <stem>_<tokenizer>]", metavar="FOLDER"
+    )
+    tokenizer: str = option(dataclasses.MISSING, help="Hugging Face folder or name", metavar="FOLDER")
+    type: str = option("ft", "-t", help="ft: chat fine-tuning; pretrain: documents", choices=("ft", "pretrain"))
+    num: int = option(1 << 23, "-n", help="documents or conversations in a split (one sub-folder)", metavar="N")
+    compress: str = option("zstd", "-c", help="compression of the shards", choices=CODECS)
+    batch_size: int = option(65536, help="rows in a Parquet file", metavar="N")
+    max_len: int = option(2048, help="row length in tokens, before the label shift", metavar="N")
+    stack: bool = option(False, help="pretrain: pack documents into full rows that overlap by one token")
+    packing: str = option(
+        "none",
+        help="best_fit: documents or conversations whole, in as few rows as possible",
+        choices=("none", "best_fit"),
+    )
+    pad: bool = option(False, help="ft, best_fit: pad rows to max_len; cu_seqlens says where the padding starts")
+    pad_to_multiple_of: int | None = option(None, help="ft, best_fit: pad rows to a multiple of this", metavar="N")
+    filter: bool = option(False, help="ft: drop rows with at most one trained token")
+    engine: str = option("auto", help="tokenizer engine", choices=("auto", "fastokens", "hf"))
+    input_format: str | None = option(
+        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet", "ids")
+    )
+    text_field: str = option("text", help="pretrain: where the text is in a record; dots lead into it", metavar="A.B")
+    doc_prefix: str | None = option(
+        None, help='pretrain: before every document: text, an id, or [ids]; "" for nothing  [default: the tokenizer\'s]'
+    )
+    doc_suffix: str | None = option(None, help="pretrain: after every document  [default: end-of-text]")
+    sequence_prefix: str | None = option(None, help="pretrain: at the start of every row; not trained on")
+    mask_tokens: bool = option(False, help="pretrain: do not train on special tokens")
+    parse_special: bool = option(False, help="pretrain: special tokens inside the text become their ids")
+    stride: int | None = option(
+        None, help="pretrain without --stack: windows of a long document start this far apart  [default: max_len - 1]"
+    )
+    drop_tails: bool = option(False, help="pretrain: drop the shorter row at the end of a split or long document")
+    format: str = option(
+        "auto",
+        help="ft: what a record looks like",
+        choices=("auto", "roles", "messages", "sharegpt", "alpaca", "completion", "fields"),
+    )
+    field_map: str | None = option(None, help="ft: user=FIELD,assistant=FIELD[,system=FIELD]", metavar="MAP")
+    chat_template: str | None = option(
+        None, help="ft: a built-in name, a file, or text  [default: the tokenizer's own]", metavar="TEMPLATE"
+    )
+    train_on: str = option("all", help="ft: answers to train on", choices=("all", "last"))
+    train_on_prompt: bool = option(False, help="ft: train on everything")
+    overlong: str = option("split", help="ft: conversations longer than max_len", choices=("split", "drop", "error"))
+    date: str | None = option(None, help="ft: date for templates that show one  [default: today]", metavar="2026-01-31")
+    max_tokens: int | None = option(None, help="stop before the document that would exceed this many tokens")
+    max_rows: int | None = option(None, help="stop after this many rows")
+    eval_fraction: float | None = option(
+        None, help="hold this fraction of the documents or conversations out, as a data set of its own", metavar="F"
+    )
+    eval_output: Path | None = option(
+        None, help="data set folder of what is held out  [default: _eval/<name> beside the output]", metavar="FOLDER"
+    )
+    seed: int = option(1234, help="decides with a document's ids whether it is held out")
+    on_error: str = option(
+        "auto",
+        help="bad records: skip them, stop at the first, or (auto) skip and fail at the end where more than 1 % and at"
+        " least 10 are bad",
+        choices=("auto", "skip", "stop"),
+    )
+    trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
+    debug: int = option(0, help="print this many decoded rows at the end", metavar="N")
+    quiet: bool = option(False, help="no progress line")
+    cores: int = option(-1, help="workers; negative: all cores this process may use")
+    threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
+    clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
+
+    def __post_init__(self) -> None:
+        for name in ("num", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.max_len < 2:
+            raise UserError(f"--max_len {self.max_len}: give at least 2: a row of one token trains nothing")
+        if self.cores == 0:
+            raise UserError("--cores 0: give the number of workers, or a negative number for all cores")
+        if self.stack and self.type != "pretrain":
+            raise UserError("--stack: only for -t pretrain; conversations are packed with --packing best_fit")
+        if self.packing != "none" and (self.stack or self.stride or self.sequence_prefix):
+            raise UserError("--packing best_fit: not together with --stack, --stride or --sequence_prefix")
+        if self.type == "ft":
+            for name in (
+                "stride",
+                "doc_prefix",
+                "doc_suffix",
+                "sequence_prefix",
+                "mask_tokens",
+                "parse_special",
+                "drop_tails",
+            ):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: only for -t pretrain")
+        else:
+            for name in ("filter", "field_map", "chat_template", "train_on_prompt", "date"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: only for -t ft")
+            if (self.pad or self.pad_to_multiple_of) and self.packing == "none":
+                raise UserError("--pad: for -t ft or --packing best_fit; the rows of documents are not padded")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise UserError(f"--pad_to_multiple_of {self.pad_to_multiple_of}: give at least 1")
+        if self.stride is not None and (self.stack or not 1 <= self.stride < self.max_len):
+            raise UserError(f"--stride {self.stride}: give 1 to max_len - 1, without --stack")
+        if self.eval_fraction is None and self.eval_output is not None:
+            raise UserError(f"--eval_output {self.eval_output}: say with --eval_fraction how much is held out")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction {self.eval_fraction}: give a fraction between 0 and 1, such as 0.01")
+        if self.eval_fraction is not None and self.max_rows is not None:
+            raise UserError("--max_rows: not together with --eval_fraction; end the data set with --max_tokens")
+        for name in ("max_tokens", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give at least 1")
