@@ -108,13 +108,13 @@ def test_stopped_at_every_block(
         pass
 
     encoded: list[str] = []
-    save = convert.encode.save
+    save = convert.encoding.save
 
     def counted(path: Path, *arguments: Any, **named: Any) -> None:
         encoded.append(path.name)
         save(path, *arguments, **named)
 
-    monkeypatch.setattr(convert.encode, "save", counted)
+    monkeypatch.setattr(convert.encoding, "save", counted)
     show = "jllm.data.prepare.progress.Progress.show"
     stops = 0
     while True:
