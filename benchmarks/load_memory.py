@@ -37,7 +37,7 @@ def load(folder: str, index: int) -> dict[str, float]:
     from jllm.models.pipeline.stage import StageSpan
     from jllm.models.pipeline.structure import count_layers
     from jllm.models.weights.source import read_config
-    from jllm.models.weights.weights import load_stage
+    from jllm.models.weights.stage_weights import load_stage
 
     torch.set_num_threads(1)
     layers = count_layers(read_config(folder))
@@ -76,7 +76,7 @@ def make(folder: str, layers: int) -> None:
 
     from jllm.models.pipeline.partition import partition
     from jllm.models.pipeline.stage import spans_of
-    from jllm.models.weights.weights import init_stage, save_stage, write_companions, write_index
+    from jllm.models.weights.stage_weights import init_stage, save_stage, write_companions, write_index
 
     config = LlamaConfig(
         vocab_size=32_000,

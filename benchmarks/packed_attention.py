@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from jllm.models.attention import VARLEN, packing, varlen_attention  # noqa: E402
 from jllm.models.pipeline.stage import StageSpan  # noqa: E402
-from jllm.models.weights.weights import init_stage  # noqa: E402
+from jllm.models.weights.stage_weights import init_stage  # noqa: E402
 
 DEVICE = "cuda"
 

@@ -20,7 +20,7 @@ class ConvertConfig:
 @command(ConvertConfig, name="convert")
 def main(config: ConvertConfig) -> None:
     """Rename and split an older checkpoint's tensors so that plain transformers loads it."""
-    from jllm.models.legacy.convert import convert_checkpoint
+    from jllm.models.legacy.rewriting import convert_checkpoint
 
     name = convert_checkpoint(config.model, config.output)
     print(f"wrote {config.output} as {name}")

@@ -25,7 +25,7 @@ class PlotConfig:
 def main(config: PlotConfig) -> None:
     """Draw loss, learning rate, speed and gradient norm of RUNS (log folders, folders with log/metrics.jsonl, or the
     files themselves; several are overlaid) into one HTML or PNG file."""
-    from jllm.train.records.plot import plot
+    from jllm.train.records.curves import plot
 
     print(f"wrote {plot(list(config.runs), config.output)}")
 

@@ -45,7 +45,7 @@ from jllm.train.config import (
 from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.engine import check_precision, deepspeed_settings
+from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
 from jllm.train.objectives.cross_entropy import TokenLoss
 from jllm.train.optim.optimizers import warmup_steps

@@ -15,7 +15,7 @@ from jllm.train.config import Layout, TrainConfig, named_folders
 from jllm.train.data.loader import eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.engine import Engine
+from jllm.train.distributed.deepspeed_engine import Engine
 from jllm.train.objectives.cross_entropy import TokenLoss
 
 MICRO_BATCHES_PER_STAGE = 4

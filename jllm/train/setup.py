@@ -17,7 +17,7 @@ from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import Selection, select_trainable
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
-from jllm.models.weights.weights import init_stage, load_stage
+from jllm.models.weights.stage_weights import init_stage, load_stage
 from jllm.train.config import Layout, TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import TokenLoss

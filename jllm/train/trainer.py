@@ -32,13 +32,13 @@ from jllm.train.data.loader import Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.open import epoch_steps, open_training_data
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
-from jllm.train.distributed.engine import build_engine, check_precision
+from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets
 from jllm.train.objectives.cross_entropy import TokenLoss
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
+from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
-from jllm.train.records.options import record_options
 from jllm.train.records.throughput import peak_memory, utilisation
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
 

@@ -92,7 +92,7 @@ def train_in_fp16(options: dict[str, Any]) -> tuple[str | None, list[float]]:
     """A rank's answer, and what its part of the balance loss was multiplied with in each step, on any CPU."""
     from deepspeed.accelerator import get_accelerator
 
-    from jllm.train.distributed.engine import Engine
+    from jllm.train.distributed.deepspeed_engine import Engine
 
     get_accelerator().is_fp16_supported = lambda: True  # to be slow is not to be unable
     scales = []

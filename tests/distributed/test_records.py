@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from jllm.train.config import TrainConfig
-from jllm.train.records.plot import plot
+from jllm.train.records.curves import plot
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.train.records.test_config_record import parse
 from tests.train.records.test_metrics import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
-from tests.train.records.test_options import parse
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
     from jllm.train import triggers
-    from jllm.train.distributed.engine import Engine
+    from jllm.train.distributed.deepspeed_engine import Engine
 
     passed = [0.0]
     train_step = Engine.train_step

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from jllm.models.attention import packing
 from jllm.models.pipeline.stage import PipelineStage, accepted_arguments, published_names, spans_of, tied_parameter
-from jllm.models.weights.weights import load_stage
+from jllm.models.weights.stage_weights import load_stage
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

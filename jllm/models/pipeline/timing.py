@@ -34,7 +34,7 @@ from jllm.models.families import check_split
 from jllm.models.pipeline.costs import Costs, with_timings
 from jllm.models.pipeline.stage import PipelineStage, StageSpan, anatomy_of, spans_of
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.weights.weights import init_stage
+from jllm.models.weights.stage_weights import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
 _FORMAT = 2

@@ -29,8 +29,8 @@ from torch import Tensor
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.stage_weights import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.models.weights.tensor_file import tensor_file
-from jllm.models.weights.weights import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.train.checkpoint import format as checkpoint
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.state import Piece

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jllm.models.pipeline.stage import PipelineStage, published_names
-from jllm.train.distributed.engine import Engine
+from jllm.train.distributed.deepspeed_engine import Engine
 
 WEIGHT = "weight"
 MASTER = "master"

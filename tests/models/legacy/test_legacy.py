@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from jllm.commands import convert
 from jllm.errors import UserError
-from jllm.models.legacy.convert import convert_checkpoint
+from jllm.models.legacy.rewriting import convert_checkpoint
 from jllm.models.pipeline.stage import spans_of
 from jllm.models.weights.source import model_info, read_config
-from jllm.models.weights.weights import load_stage, save_stage, write_companions, write_index
+from jllm.models.weights.stage_weights import load_stage, save_stage, write_companions, write_index
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 
 torch.set_num_threads(1)
@@ -245,7 +245,7 @@ def test_convert(case: str, tmp_path: Path) -> None:
 def test_a_conversion_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = publish("qwen", tmp_path / "old")
     with monkeypatch.context() as broken:
-        broken.setattr("jllm.models.legacy.convert.write_companions", None)
+        broken.setattr("jllm.models.legacy.rewriting.write_companions", None)
         with pytest.raises(TypeError):
             convert_checkpoint(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()

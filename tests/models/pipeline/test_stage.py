@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jllm.models.pipeline.stage import spans_of
-from jllm.models.weights.weights import init_stage, load_stage, save_stage, write_companions, write_index
+from jllm.models.weights.stage_weights import init_stage, load_stage, save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

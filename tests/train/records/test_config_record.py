@@ -8,7 +8,7 @@ import pytest
 
 from jllm.options import command
 from jllm.train.config import TrainConfig, resolve_layout
-from jllm.train.records.options import record_options, toml_of
+from jllm.train.records.config_record import record_options, toml_of
 
 GIVEN: dict[str, Any] = {
     "model": Path('a "model"\\with\x7f strange\tname ü'),

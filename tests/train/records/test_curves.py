@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jllm.commands.plot import main
+from jllm.train.records.curves import panels_of, read_records, thinned
 from jllm.train.records.metrics import Recorder
-from jllm.train.records.plot import panels_of, read_records, thinned
 from jllm.train.records.svg import label, ticks
 
 
