@@ -164,7 +164,7 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
 
 def run_engine(tokenizer: Path, data: Path) -> tuple[float, float]:
     """fastokens alone: the second pass over texts that are in memory."""
-    from jllm.data.tokenizer.engine import FastEngine
+    from jllm.data.tokenizer.engines import FastEngine
     from jllm.data.tokenizer.facts import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))

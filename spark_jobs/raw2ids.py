@@ -7,8 +7,9 @@ one split, encoded and packed by itself. Lines of JSON and text files reach thes
 line is handled as it is locally; every other format that Spark reads (`--read_format`) comes as records.
 
 What is written: Parquet files that the trainer and every local command read as they are, and `_manifest.json` with
-rows, tokens, checksums and bad records. A record that a retried task met twice may count twice among the bad.
-See docs/spark.md for clusters.
+rows, tokens, checksums, bad records and the engine. A record that a retried task met twice may count twice among the
+bad. When a fast path fails its proof, the job starts over without it, as the local command does, and nothing of what
+it had written stays. See docs/spark.md for clusters.
 """
 
 import dataclasses
@@ -18,14 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from jllm.data.chat.formats import READERS, format_of
+from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.formats import SAMPLE, commonest_format
+from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import Encoded
-from jllm.data.sources.blocks import Block
-from jllm.data.sources.records import parse_block
-from jllm.data.spark import describe_output, schema_of, session, write_manifest_at, write_shards
+from jllm.data.prepare.encoding import ChunkEncoder, Encoded
+from jllm.data.prepare.outputs import recorded_options
+from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
+from jllm.data.prepare.totals import MAX_EXAMPLES
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.parsing import parse_chunk
+from jllm.data.spark import describe_output, remove_if_empty, schema_of, session, write_manifest_at, write_shards
+from jllm.data.spark_errors import WorkerErrors
+from jllm.data.tokenizer.checked_engine import open_engine
+from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError
 from jllm.options import command, option
@@ -39,8 +48,6 @@ LOCAL_ONLY = (
 )  # fmt: skip
 """Options of the local command that have no meaning here; partitions take the place of splits and workers."""
 LINES = ("jsonl", "text")
-SAMPLE = 100
-MAX_EXAMPLES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,23 +73,39 @@ class SparkRaw2IdsConfig(Raw2IdsConfig):
             raise UserError("--input_format: on Spark use --read_format")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the executors need: the options, the tokenizer, and how chat is rendered. Travels to them once each task."""
+    """What the executors need. Travels to them once each task.
 
-    def __init__(self, config: SparkRaw2IdsConfig, facts: Any, chat: dict[str, Any], findings: Any) -> None:
-        self.config = config
-        self.facts = facts  # a broadcast: tokenizers are large
-        self.chat = chat
-        self.findings = findings
+    Attributes:
+        config: the options.
+        attempt: which fast paths are taken.
+        facts: a broadcast of the tokenizer's facts, which are large.
+        chat: how conversations are rendered, as `recipes.chat_encoder` takes it; empty for documents.
+        findings: an accumulator of what tasks found.
+        errors: those that the driver waits for.
+    """
+
+    config: SparkRaw2IdsConfig
+    attempt: Attempt
+    facts: Any
+    chat: dict[str, Any]
+    findings: Any
+    errors: WorkerErrors
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Records of one partition to rows."""
+        with self.errors.carried():
+            yield from self._rows(batches)
+
+    def _rows(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         config, facts = self.config, self.facts.value
-        encoder, prefix = _encoder(config, facts, self.chat)
+        encoder, prefix, engine = _opened_encoder(config, self.attempt, facts, self.chat)
+        self.findings.add({**_nothing_found(), "engine": engine})
         packer = recipes.packer_of(config, facts, prefix)
         seen = 0
         for number, batch in enumerate(batches):
-            encoded = encoder(block_of(batch, config.read_format, number, seen + 1), _kind(config))
+            encoded = encoder(chunk_of(batch, config.read_format, number, seen + 1), _kind(config))
             seen += batch.num_rows
             self.findings.add(_findings(encoded))
             rows = packer.feed(encoded.documents)
@@ -95,38 +118,40 @@ def _kind(config: SparkRaw2IdsConfig) -> str:
     return config.read_format if config.read_format in LINES else "parquet"
 
 
-def block_of(batch: pa.RecordBatch, read_format: str, number: int, line: int) -> Block:
-    """An Arrow batch as the block of records that the encoders take."""
+def chunk_of(batch: pa.RecordBatch, read_format: str, number: int, line: int) -> Chunk:
+    """An Arrow batch as the chunk of records that the encoders take."""
     data: Any = pa.Table.from_batches([batch])
     if read_format in LINES:
         data = (b"\n" if read_format == "jsonl" else b"\n\n").join(batch.column(0).cast(pa.binary()).to_pylist())
     end = line + batch.num_rows
-    return Block(source=0, index=number, line=line, data=data, end=end, end_line=end)
+    return Chunk(source=0, index=number, line=line, data=data, end=end, end_line=end)
 
 
-_opened: dict[str, Any] = {}
+Opened = tuple[ChunkEncoder, tuple[int, ...], dict[str, Any]]
+"""An encoder, the ids at the start of every row, and what the manifest says of the engine."""
+_opened: dict[str, Opened] = {}
 
 
-def _encoder(config: SparkRaw2IdsConfig, facts: TokenizerFacts, chat: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+def _opened_encoder(
+    config: SparkRaw2IdsConfig, attempt: Attempt, facts: TokenizerFacts, chat: dict[str, Any]
+) -> Opened:
     """The encoder of this Python worker, which several tasks use one after the other."""
-    from jllm.data.chat.encoder import Assembler, TokenLengths
-    from jllm.data.tokenizer.engine import open_engine, use_cores
-
-    key = f"{facts.sha256} {config} {chat.get('plan')}"
+    key = f"{facts.sha256} {config} {attempt} {chat.get('plan')}"
     if key not in _opened:
         use_cores(1)  # Spark runs a worker on every core
         engine = open_engine(
-            facts, config.engine, inert=config.type == "ft", trust_remote_code=config.trust_remote_code
+            facts, attempt.engine, inert=config.type == "ft", trust_remote_code=config.trust_remote_code
         )
         prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
-        _opened.clear()
+        encoder: ChunkEncoder
         if config.type == "pretrain":
-            _opened[key] = recipes.pretrain_encoder(config, facts, engine), prefix
+            encoder = recipes.pretrain_encoder(config, facts, engine)
         else:
             assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-            _opened[key] = recipes.chat_encoder(config, lambda: assembler, **chat), prefix
-    encoder: tuple[Any, tuple[int, ...]] = _opened[key]
-    return encoder
+            encoder = recipes.chat_encoder(config, lambda: assembler, **chat)
+        _opened.clear()
+        _opened[key] = encoder, prefix, attempt.record_of(engine)
+    return _opened[key]
 
 
 def _findings(encoded: Encoded) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def _findings(encoded: Encoded) -> dict[str, Any]:
         if len(kind["examples"]) < MAX_EXAMPLES:
             kind["examples"].append(f"record {record.line} of its partition: {record.detail}")
     counts = {**encoded.counts, "documents": len(encoded.documents), "document_tokens": len(encoded.documents.ids)}
-    return {"counts": counts, "bad": bad}
+    return {"counts": counts, "bad": bad, "engine": None}
 
 
 def merge_findings(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +173,7 @@ def merge_findings(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any
         known = total["bad"].setdefault(kind, {"count": 0, "examples": []})
         known["count"] += found["count"]
         known["examples"] = sorted({*known["examples"], *found["examples"]})[:MAX_EXAMPLES]
+    total["engine"] = more["engine"] or total["engine"]
     return total
 
 
@@ -174,21 +200,17 @@ def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "Da
         return {}
     template, _ = recipes.template_of(config, facts)
     date = recipes.date_of(config, template, None)
-    form = "fields" if config.field_map else config.format
-    if form == "auto":
-        sample = frame.limit(SAMPLE).toArrow().combine_chunks().to_batches()
-        block = block_of(sample[0], config.read_format, 0, 1) if sample else None
-        found = [format_of(record) for record in parse_block(block, _kind(config)).values] if block else []
-        forms = [one for one in found if one]
-        if not forms:
-            raise UserError(
-                f"-i: its first records look like no known chat format ({', '.join(READERS)}); name one with --format"
-            )
-        form = max(forms, key=forms.count)
+    format_name = recipes.format_asked_for(config) or _format_of_input(config, frame)
     plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
     for warning in recipes.template_warnings(plan):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return {"plan": plan, "forms": (form,), "pool": None}
+    return {"plan": plan, "formats": (format_name,), "pool": None}
+
+
+def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
+    sample = frame.limit(SAMPLE).toArrow().combine_chunks().to_batches()
+    records = parse_chunk(chunk_of(sample[0], config.read_format, 0, 1), _kind(config)).values if sample else []
+    return commonest_format(records, "-i")
 
 
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
@@ -197,43 +219,61 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
     Raises:
         UserError: the input or the tokenizer does not fit the options, or the output exists.
     """
-    from pyspark.accumulators import AccumulatorParam
-
-    class FindingsParam(AccumulatorParam[dict[str, Any]]):
-        """Sums of what tasks found."""
-
-        def zero(self, value: dict[str, Any]) -> dict[str, Any]:
-            return {"counts": {}, "bad": {}}
-
-        def addInPlace(self, value1: dict[str, Any], value2: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-            return merge_findings(value1, value2)
-
     facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
     frame = read_input(spark, config)
     chat = chat_arguments(config, facts, frame)
-    findings = spark.sparkContext.accumulator({"counts": {}, "bad": {}}, FindingsParam())
-    job = Job(config, spark.sparkContext.broadcast(facts), chat, findings)
+    broadcast = spark.sparkContext.broadcast(facts)
     output = config.output
     assert output is not None  # checked with the options
     columns = recipes.packer_of(config, facts, (0,) if config.sequence_prefix else ()).columns
-    write_shards(frame.mapInArrow(job, schema_of(columns)), output, overwrite=config.clean)
-    found = findings.value
+
+    def attempted(attempt: Attempt) -> dict[str, Any]:
+        """Write the shards; what the tasks found."""
+        errors = WorkerErrors((*PROOF_ERRORS, UserError))
+        findings = _accumulator(spark)
+        as_planned = {**chat, "plan": dataclasses.replace(chat["plan"], short_cut=attempt.short_cut)} if chat else {}
+        job = Job(config=config, attempt=attempt, facts=broadcast, chat=as_planned, findings=findings, errors=errors)
+        try:
+            write_shards(frame.mapInArrow(job, schema_of(columns)), output, overwrite=config.clean)
+        except Exception as error:  # Spark's own, of several kinds
+            of_worker = errors.found_in(error)
+            if of_worker is None:
+                raise
+            remove_if_empty(spark, output)
+            raise of_worker from None
+        found: dict[str, Any] = findings.value
+        return found
+
+    found = attempts(attempted, Attempt(choice=config.engine))
+    engine = {**found["engine"], "checks": found["counts"].get("checks", 0)} if found["engine"] else None
     manifest = Manifest(
         command="spark_jobs/raw2ids",
-        options=_recorded(config),
+        options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
         tokenizer=facts.for_manifest,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={**found["counts"], "bad_records": found["bad"]},
+        extra={**found["counts"], "bad_records": found["bad"], "engine": engine},
     )
     write_manifest_at(spark, output, manifest)
     return manifest
 
 
-def _recorded(config: SparkRaw2IdsConfig) -> dict[str, Any]:
-    from jllm.data.prepare.parts import recorded_options
+def _accumulator(spark: "SparkSession") -> Any:
+    """Sums of what tasks found."""
+    from pyspark.accumulators import AccumulatorParam
 
-    return {key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY}
+    class FindingsParam(AccumulatorParam[dict[str, Any]]):
+        def zero(self, value: dict[str, Any]) -> dict[str, Any]:
+            return _nothing_found()
+
+        def addInPlace(self, value1: dict[str, Any], value2: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+            return merge_findings(value1, value2)
+
+    return spark.sparkContext.accumulator(_nothing_found(), FindingsParam())
+
+
+def _nothing_found() -> dict[str, Any]:
+    return {"counts": {}, "bad": {}, "engine": None}
 
 
 @command(SparkRaw2IdsConfig, name="raw2ids")

@@ -107,6 +107,13 @@ def _hadoop_path(spark: "SparkSession", path: str) -> tuple[Any, Any]:
     return hadoop.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()), hadoop
 
 
+def remove_if_empty(spark: "SparkSession", folder: str) -> None:
+    """Remove the folder that a failed job leaves: Spark takes away what the job wrote, not the folder around it."""
+    system, path = _hadoop_path(spark, folder)
+    if system.exists(path) and len(system.listStatus(path)) == 0:
+        system.delete(path, False)
+
+
 def qualified(spark: "SparkSession", path: str) -> str:
     """The path as a full URI."""
     system, hadoop = _hadoop_path(spark, path)

@@ -21,7 +21,7 @@ from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.shuffle.data_set import Resources, shuffle_set
-from jllm.data.tokenizer.engine import open_engine
+from jllm.data.tokenizer.checked_engine import open_engine
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import UserError
 from tests.data.sets import row_numbers, table_of

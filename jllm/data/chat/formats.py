@@ -1,4 +1,4 @@
-"""Chat records in the formats that people have, to one form: messages with roles, tools, and which answers count.
+"""Chat records in the formats that people have, all to messages with roles, tools, and which answers count.
 
 | format | a record |
 | --- | --- |
@@ -12,13 +12,16 @@
 Preference records (`chosen`, `rejected`) will be one more entry of `READERS`.
 
 Guarantees: consecutive messages of one role are joined, answers before the first question are left out, and so is
-whatever follows the last answer. A record that does not have the form is a `BadRecordError`, never a guess.
+whatever follows the last answer. A record that does not have its format is a `BadRecordError`, never a guess.
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from jllm.errors import UserError
 
 ROLES_OF_SHAREGPT = {
     "human": "user",
@@ -65,7 +68,7 @@ class Conversation:
 
 
 def _text(value: Any, where: str) -> str:
-    """Content given as text, as parts, or as null."""
+    """Content given as text, as a list of texts, or as null."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -257,6 +260,8 @@ READERS: dict[str, Callable[[Any, dict[str, str]], Conversation]] = {
     "completion": _of_completion,
     "fields": _of_fields,
 }
+SAMPLE = 100
+"""So many records are looked at to find out their format."""
 QUESTION_ANSWER = {"system": "system", "user": "question", "assistant": "answer"}
 
 
@@ -279,13 +284,35 @@ def format_of(record: Any) -> str | None:
     return "fields" if "question" in record and "answer" in record else None
 
 
-def read_conversation(record: Any, form: str, fields: dict[str, str]) -> Conversation:
-    """A record as a conversation that ends with an answer.
+def commonest_format(records: Iterable[Any], where: str) -> str:
+    """The format that most of the first `SAMPLE` records look like; of several the one that comes first.
+
+    Args:
+        where: what a mistake is said of.
 
     Raises:
-        BadRecordError: it has not the form, or no answer.
+        UserError: they look like no known format.
     """
-    conversation = READERS[form](record, fields)
+    found = [name for name in map(format_of, itertools.islice(records, SAMPLE)) if name]
+    if not found:
+        raise UserError(
+            f"{where}: its first records look like no known chat format ({', '.join(READERS)}); name one with --format,"
+            " or fields with --field_map user=..,assistant=..; for documents use -t pretrain"
+        )
+    return max(found, key=found.count)
+
+
+def read_conversation(record: Any, format_name: str, fields: dict[str, str]) -> Conversation:
+    """A record as a conversation that ends with an answer.
+
+    Args:
+        format_name: out of `READERS`.
+        fields: role → field, for the format `fields`.
+
+    Raises:
+        BadRecordError: it does not have the format, or no answer.
+    """
+    conversation = READERS[format_name](record, fields)
     return conversation if conversation.completion else _tidy(conversation)
 
 

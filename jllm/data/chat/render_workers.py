@@ -1,4 +1,4 @@
-"""One block of chat records to text that is ready to be encoded: what runs in worker processes.
+"""One chunk of chat records to text that is ready to be encoded: what runs in worker processes.
 
 A worker imports neither Arrow nor an engine, so that it starts fast and stays small (about 60 MB).
 """
@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.chat.formats import BadRecordError, read_conversation
-from jllm.data.chat.rendering import Renderer, RenderPlan
-from jllm.data.chat.segments import Flat
-from jllm.data.sources.blocks import Block
-from jllm.data.sources.records import BadRecord, parse_block
+from jllm.data.chat.rendering import RenderPlan
+from jllm.data.chat.segments import FlatSegments
+from jllm.data.chat.short_cut import ConversationRenderer
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.parsing import parse_chunk
+from jllm.data.sources.records import BadRecord
 from jllm.machine import collect_rarely
 
 _CHECK_CHARACTERS = 8192
@@ -29,14 +31,14 @@ _CHECK_CHARACTERS = 8192
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """The conversations of a block, ready to be encoded; plain data, cheap to hand to another process.
+    """The conversations of a chunk, ready to be encoded; plain data, cheap to hand to another process.
 
     Attributes:
-        texts: all text pieces.
-        sequence: a control token's id, or -1 for the next text piece.
+        texts: all segments of text.
+        sequence: a control token's id, or -1 for the next text.
         trained: for each entry of `sequence`, whether that control token is trained on.
         offsets: conversation i is `sequence[offsets[i]:offsets[i+1]]`.
-        spans: trained parts of texts: number of the text, first byte, end byte.
+        spans: what of the texts is trained on: number of the text, first byte, end byte.
         lines: where each conversation was found.
         bad: records that could not be rendered.
         sample: number of a conversation and its whole text, to check the engine with.
@@ -69,7 +71,7 @@ class Rendered:
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[Executor | None]:
-    """Processes that render; they start at once, so that they are there when the first block comes. None for one."""
+    """Processes that render; they start at once, so that they are there when the first chunk comes. None for one."""
     if count == 1:
         yield None
         return
@@ -102,30 +104,30 @@ def get_ready() -> None:
     import jinja2  # noqa: F401
 
 
-def renderer_of(plan: RenderPlan) -> Renderer:
-    """The renderer of a plan, one for each thread: compiling a template takes longer than rendering a block."""
+def renderer_of(plan: RenderPlan) -> ConversationRenderer:
+    """The renderer of a plan, one for each thread: compiling a template takes longer than rendering a chunk."""
     if getattr(_local, "plan", None) != plan:
-        _local.plan, _local.renderer = plan, Renderer(plan)
-    renderer: Renderer = _local.renderer
+        _local.plan, _local.renderer = plan, ConversationRenderer(plan)
+    renderer: ConversationRenderer = _local.renderer
     return renderer
 
 
 _local = threading.local()
 
 
-def render_block(block: Block, kind: str, form: str, fields: dict[str, str], plan: RenderPlan) -> Rendered:
-    """Parse and render the records of a block; the work of a worker process."""
+def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, str], plan: RenderPlan) -> Rendered:
+    """Parse and render the records of a chunk; the work of a worker process."""
     renderer = renderer_of(plan)
-    renderer.begin_block()
-    records = parse_block(block, kind)
-    texts, sequence, trained, spans = Flat([], array.array("i"), bytearray(), [])
+    renderer.begin_chunk()
+    records = parse_chunk(chunk, kind)
+    texts, sequence, trained, spans = FlatSegments([], array.array("i"), bytearray(), [])
     offsets = [0]
     lines: list[int] = []
     bad = list(records.bad)
     sample: tuple[int, str] | None = None
     for record, line in zip(records.values, records.lines, strict=True):
         try:
-            found, whole = renderer.flat(read_conversation(record, form, fields))
+            found, whole = renderer.flat(read_conversation(record, format_name, fields))
             if not found.spans and not any(found.trained):
                 raise BadRecordError("no answer", "nothing in it is trained on")
         except BadRecordError as error:

@@ -72,7 +72,7 @@ def compile_template(source: str, date: datetime.date) -> Any:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: date.strftime(form)
+    environment.globals["strftime_now"] = lambda pattern: date.strftime(pattern)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:

@@ -1,4 +1,4 @@
-"""The forms in which chat templates want tool calls.
+"""How chat templates want tool calls.
 
 Records have their arguments as an object (`jllm.data.chat.formats`). Most templates write that as JSON themselves;
 some join text to their own, or look whether the content is null.
@@ -28,8 +28,9 @@ WITH_A_CALL: list[dict[str, Any]] = [
 
 
 def calls_as(message: Mapping[str, Any], *, as_text: bool, without_content: bool) -> Mapping[str, Any]:
-    """A message with its tool calls in another form: arguments as JSON text, as OpenAI has them, where most templates
-    write the object as JSON themselves; and null in place of an empty content. DeepSeek's template wants both."""
+    """A message with its tool calls written another way: arguments as JSON text, as OpenAI has them, where most
+    templates write the object as JSON themselves; and null in place of an empty content. DeepSeek's template wants
+    both."""
     if not message.get("tool_calls"):
         return message
     changed = dict(message)

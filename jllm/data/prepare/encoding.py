@@ -1,40 +1,45 @@
-"""Blocks of records to documents of token ids: what runs on every core, and what it leaves on disk to resume from.
+"""Chunks of records to documents of token ids: what runs on every core.
 
-`PretrainEncoder` is the work for one block: parse, encode, end each document. It has no state and touches no file, so
-it runs on threads here and inside Spark executors elsewhere. `save` and `load` keep one block's result in a file, so
-that a killed run encodes nothing twice but the blocks that were in flight.
+An encoder is the work for one chunk: parse, encode, end each document. It has no state and touches no file, so it runs
+on threads here and inside Spark executors elsewhere.
 
-Cost: dominated by the engine; the rest is numpy over whole blocks.
+* `PretrainEncoder`: texts, each a document.
+* `ChatEncoder`: conversations. Rendering is Python and runs in worker processes, which know neither the engine nor its
+  tables; encoding runs in the process that owns them, one call for all text of a chunk.
+* `pretokenized.IdsEncoder`: rows that hold ids already.
+
+Cost: dominated by the engine, or by rendering; the rest is numpy over whole chunks.
 """
 
 import dataclasses
-import json
-import os
-from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from jllm.data.dataset.shards import IGNORE_INDEX, Int32
-from jllm.data.packing.packers import Documents, Stored, with_affixes
-from jllm.data.sources.blocks import Block
-from jllm.data.sources.records import BadRecord, parse_block, texts_of
-from jllm.data.tokenizer.engine import CheckedEngine
+from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.render_workers import Rendered, render_chunk
+from jllm.data.chat.rendering import RenderPlan
+from jllm.data.dataset.columns import IGNORE_INDEX, Int32
+from jllm.data.packing.packers import Documents, with_affixes
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.parsing import parse_chunk
+from jllm.data.sources.records import BadRecord, texts_of
+from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The result of one block.
+    """The result of one chunk.
 
     Attributes:
         documents: its good records in order.
         bad: its bad records in order.
-        counts: what happened to the records, by name (`records`, `checks`, ...): sums over blocks are meaningful.
-        end, end_line: where the next block starts.
+        counts: what happened to the records, by name (`records`, `checks`, ...): sums over chunks are meaningful.
+        end, end_line: where the next chunk starts.
     """
 
     documents: Documents
@@ -42,6 +47,18 @@ class Encoded:
     counts: dict[str, int]
     end: int
     end_line: int
+
+
+class ChunkEncoder(Protocol):
+    """The work for one chunk."""
+
+    def begin(self, chunk: Chunk, kind: str) -> Future[Any] | None:
+        """Begin what other processes do; None where they do nothing."""
+        ...
+
+    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
+        """The documents of a chunk of a source of this kind; `begun` is what `begin` gave."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,15 +80,15 @@ class PretrainEncoder:
     parse_special: bool = False
     masked_ids: frozenset[int] = frozenset()
 
-    def begin(self, block: Block, kind: str) -> None:
-        """See `convert.Encoder`: all is done in this process."""
+    def begin(self, chunk: Chunk, kind: str) -> None:
+        """See `ChunkEncoder`: all is done in this process."""
 
-    def __call__(self, block: Block, kind: str, begun: Future[Any] | None = None) -> Encoded:
-        records = texts_of(parse_block(block, kind), kind, self.field)
-        checks = self.engine.check(records.values, parse_special=self.parse_special, block=block.index)
+    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
+        records = texts_of(parse_chunk(chunk, kind), kind, self.field)
+        checks = self.engine.check(records.values, parse_special=self.parse_special, chunk=chunk.index)
         documents = self.documents(records.values)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
-        return Encoded(documents=documents, bad=records.bad, counts=counts, end=block.end, end_line=block.end_line)
+        return Encoded(documents=documents, bad=records.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)
 
     def documents(self, texts: list[str]) -> Documents:
         """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked."""
@@ -102,89 +119,47 @@ def pretrain_affixes(facts: TokenizerFacts) -> tuple[tuple[int, ...], tuple[int,
     return facts.prefix, (*own, facts.eos_id)
 
 
-def _bytes(array: NDArray[Any]) -> Any:
-    """The array's memory as a buffer, without a copy."""
-    return np.ascontiguousarray(array).data.cast("B") if array.size else b""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatEncoder:
+    """Chat records to conversations of ids: the encoder of `-t ft`.
 
-
-def _checksum(array: NDArray[Any]) -> int:
-    """Finds pages that never reached the disk, at the speed of memory: a sum of the array's words."""
-    data = np.ascontiguousarray(array).view(np.uint8)
-    words = len(data) // 8 * 8
-    return (int(data[:words].view(np.uint64).sum(dtype=np.uint64)) + int(data[words:].sum())) & (2**63 - 1)
-
-
-_MAGIC = b"jllmblk1"
-
-
-def save(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) -> None:
-    """Write a block's result beside its name and rename it; not flushed to disk: the checksum finds what was torn.
-
-    Args:
-        wide: store ids and labels as they are, so that parts of them can be read from the file.
+    Attributes:
+        assembler: waits for the engine, opened for chat, so that it treats every added token in a text as ordinary.
+        formats: of the records of each source, by its index.
+        fields: role → field, for the format `fields`.
+        pool: worker processes (or threads) that render, or None to render in the calling thread.
+        longest, refuse_longer: drop conversations of more tokens, or refuse them; None keeps all.
     """
-    narrow = np.uint16 if vocab_size <= 1 << 16 and not wide else np.int32
-    documents = encoded.documents
-    arrays: list[NDArray[Any]] = [documents.ids.astype(narrow, copy=False), documents.offsets]
-    if documents.labels is not None:
-        arrays.append(documents.labels if wide else np.packbits(documents.labels != IGNORE_INDEX))
-    head = {
-        "bad": [dataclasses.astuple(record) for record in encoded.bad],
-        "counts": encoded.counts,
-        "end": encoded.end,
-        "end_line": encoded.end_line,
-        "arrays": [[array.dtype.str, len(array)] for array in arrays],
-        "sums": [_checksum(array) for array in arrays],
-    }
-    text = json.dumps(head).encode()
-    text += b" " * (-(len(text) + 16) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-        for array in arrays:
-            file.write(_bytes(array))
-            file.write(b"\0" * (-array.nbytes % 8))
-    os.replace(temporary, path)
 
+    assembler: Callable[[], Assembler]
+    plan: RenderPlan
+    formats: tuple[str, ...]
+    fields: dict[str, str]
+    pool: Executor | None = None
+    longest: int | None = None
+    refuse_longer: bool = False
 
-def load(path: Path, *, check: bool = True) -> Encoded | None:
-    """A saved result, its ids mapped from the file; None where the file is absent or torn."""
-    try:
-        whole = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError):
-        return None
-    if whole[:8].tobytes() != _MAGIC:
-        return None
-    size = int.from_bytes(whole[8:16].tobytes(), "little")
-    try:
-        head: dict[str, Any] = json.loads(whole[16 : 16 + size].tobytes())
-    except ValueError:
-        return None
-    arrays, places, at = [], [], 16 + size
-    for (kind, length), known in zip(head["arrays"], head["sums"], strict=True):
-        nbytes = np.dtype(kind).itemsize * length
-        part = whole[at : at + nbytes]
-        if len(part) != nbytes or (check and _checksum(part) != known):
+    def begin(self, chunk: Chunk, kind: str) -> Future[Rendered] | None:
+        """Begin to render a chunk in a worker process; None where there is none."""
+        if self.pool is None:
             return None
-        arrays.append(part.view(kind))
-        places.append(at)
-        at += nbytes + -nbytes % 8
-    ids = arrays[0].astype(np.int32, copy=False)
-    labels = None
-    offsets = np.array(arrays[1])
-    stored: Stored | None = None
-    if arrays[0].dtype == np.int32 and (len(arrays) == 2 or arrays[2].dtype == np.int32):
-        labels_at = places[2] if len(arrays) == 3 else None
-        stored = Stored(path=str(path), ids=places[0], labels=labels_at, starts=offsets[:-1])
-    if len(arrays) == 3 and arrays[2].dtype == np.int32:
-        labels = arrays[2]
-    elif len(arrays) == 3:
-        trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
-        labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
-    return Encoded(
-        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored),
-        bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
-        counts=head["counts"],
-        end=head["end"],
-        end_line=head["end_line"],
-    )
+        return self.pool.submit(render_chunk, *self._work(chunk, kind))
+
+    def _work(self, chunk: Chunk, kind: str) -> tuple[Any, ...]:
+        return chunk, kind, self.formats[chunk.source], self.fields, self.plan
+
+    def __call__(self, chunk: Chunk, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
+        rendered = render_chunk(*self._work(chunk, kind)) if begun is None else begun.result()
+        documents, checks = self.assembler().assemble(rendered, chunk=chunk.index)
+        counts = {"records": rendered.records, "checks": checks}
+        if self.longest is not None and len(documents):
+            over = documents.lengths > self.longest
+            if over.any() and self.refuse_longer:
+                first = int(np.argmax(over))
+                raise UserError(
+                    f"--overlong error: the conversation at line {rendered.lines[first]} has"
+                    f" {int(documents.lengths[first])} tokens; raise --max_len, or use --overlong split or drop"
+                )
+            counts["overlong"] = int(over.sum())
+            documents = documents.take(np.flatnonzero(~over))
+        return Encoded(documents=documents, bad=rendered.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)

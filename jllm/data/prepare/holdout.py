@@ -10,6 +10,7 @@ pass over names that start with `_`, so that what takes all sets of a folder nev
 Cost: a few passes of numpy over the ids, less than 10 ns a token.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from jllm.data.packing.packers import Documents
 
 FOLDER = "_eval"
-_CHUNK = 1 << 15  # small enough to stay in the cache
+_STRETCH = 1 << 15  # small enough to stay in the cache
 _ODD = tuple(np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 UInt64 = NDArray[np.uint64]
@@ -28,6 +29,26 @@ def default_folder(output: Path) -> Path:
     """Where the held-out documents of the data set `output` go."""
     named = output if output.name not in ("", "..") else output.resolve()
     return named.parent / FOLDER / named.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holdout:
+    """Which documents go to which data set of a run.
+
+    Attributes:
+        fraction: of the documents is held out; None where there is no such data set.
+        seed: decides with a document's ids.
+    """
+
+    fraction: float | None
+    seed: int
+
+    def dealt(self, documents: Documents) -> list[Documents]:
+        """The documents of the data set that was asked for, and, where there is one, of the held-out one."""
+        if self.fraction is None:
+            return [documents]
+        chosen = held_out(documents, self.fraction, self.seed)
+        return [documents.take(np.flatnonzero(wanted)) for wanted in (~chosen, chosen)]
 
 
 def held_out(documents: Documents, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -41,8 +62,8 @@ def _keys(documents: Documents) -> UInt64:
     ids, offsets = documents.ids, documents.offsets
     sums = np.zeros(len(offsets), dtype=np.uint64)  # over all ids before each offset; they wrap around, as they may
     total = np.uint64(0)
-    for at in range(0, len(ids), _CHUNK):
-        pairs = ids[at : at + _CHUNK].astype(np.uint64)
+    for at in range(0, len(ids), _STRETCH):
+        pairs = ids[at : at + _STRETCH].astype(np.uint64)
         before = np.empty_like(pairs)
         before[0], before[1:] = ids[at - 1] if at else 0, pairs[:-1]
         low, high, end = np.searchsorted(offsets, [at, at + len(pairs), at + len(pairs) + 1])

@@ -4,7 +4,7 @@ Rows are documents whose ids nobody touches: nothing is put around them, and the
 an `attention_mask` is 0, is left out. A row longer than `--max_len` is a bad record, dropped and counted, but for
 `--stack`, which has no long documents. Ids beyond the vocabulary are refused: they were made with another tokenizer.
 
-Cost: numpy over whole blocks, no Python object for a token or a row.
+Cost: numpy over whole chunks, no Python object for a token or a row.
 """
 
 import dataclasses
@@ -20,16 +20,18 @@ from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABEL
 from jllm.data.dataset.foreign import check_type, list_column
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import Encoded
-from jllm.data.sources.blocks import Block
+from jllm.data.prepare.encoding import ChunkEncoder, Encoded
+from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
+from jllm.data.sources.parquet import open_parquet
 from jllm.data.sources.records import BadRecord
-from jllm.data.sources.tables import open_parquet
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 KIND = "ids"
 MASK = "attention_mask"
+READ = (INPUT_IDS, LABELS, MASK)
+"""The columns that are read of such a source."""
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
 
 
@@ -92,7 +94,7 @@ def _check_columns(schema: pa.Schema, source: Source) -> None:
             f"{where}: has {CU_SEQLENS}: its rows are packed already; the folder is a data set as it is (jllm manifest"
             " FOLDER describes it)"
         )
-    for name in (INPUT_IDS, LABELS, MASK):
+    for name in READ:
         if name in schema.names:
             check_type(schema.field(name), where)
 
@@ -117,24 +119,26 @@ class IdsEncoder:
     refuse_longer: bool
     labels: bool
     masked_ids: frozenset[int]
-    others: Any
+    others: ChunkEncoder | None
 
-    def begin(self, block: Block, kind: str) -> Future[Any] | None:
-        """See `convert.Encoder`."""
-        begun: Future[Any] | None = self.others.begin(block, kind) if kind != KIND else None
-        return begun
+    def begin(self, chunk: Chunk, kind: str) -> Future[Any] | None:
+        """See `encoding.ChunkEncoder`."""
+        if kind == KIND:
+            return None
+        assert self.others is not None
+        return self.others.begin(chunk, kind)
 
-    def __call__(self, block: Block, kind: str, begun: Future[Any] | None = None) -> Encoded:
+    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
         if kind != KIND:
-            encoded: Encoded = self.others(block, kind, begun)
-            return encoded
-        documents, bad = self._documents(block.data, block.line, f"-i {self.names[block.source]}")
+            assert self.others is not None
+            return self.others(chunk, kind, begun)
+        documents, bad = self._documents(chunk.data, chunk.line, f"-i {self.names[chunk.source]}")
         return Encoded(
             documents=documents,
             bad=bad,
-            counts={"records": block.data.num_rows},
-            end=block.end,
-            end_line=block.end_line,
+            counts={"records": chunk.data.num_rows},
+            end=chunk.end,
+            end_line=chunk.end_line,
         )
 
     def _documents(self, table: pa.Table, line: int, where: str) -> tuple[Documents, list[BadRecord]]:
@@ -159,7 +163,7 @@ class IdsEncoder:
         for name in [name for name in columns if name != INPUT_IDS]:
             differ = columns[name].lengths != columns[INPUT_IDS].lengths
             kept = refuse(differ, numbers, f"wrong {name}", f"not as many as {INPUT_IDS}")
-            columns, numbers = {name: part.take(kept) for name, part in columns.items()}, numbers[kept]
+            columns, numbers = {name: column.take(kept) for name, column in columns.items()}, numbers[kept]
         if MASK in columns:
             columns = _without_padding(columns)
         documents = columns[INPUT_IDS]
@@ -208,10 +212,10 @@ def _without_padding(columns: dict[str, Documents]) -> dict[str, Documents]:
     if real.all():
         return columns
     offsets = np.concatenate([[0], np.cumsum(real)])[mask.offsets]
-    return {name: Documents(ids=part.ids[real], offsets=offsets) for name, part in columns.items()}
+    return {name: Documents(ids=column.ids[real], offsets=offsets) for name, column in columns.items()}
 
 
-def encoder_of(config: Raw2IdsConfig, facts: TokenizerFacts, given: Input, others: Any) -> IdsEncoder:
+def ids_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, given: Input, others: ChunkEncoder | None) -> IdsEncoder:
     """The encoder of sources of which some hold ids; `others` encodes the rest."""
     return IdsEncoder(
         facts=facts,

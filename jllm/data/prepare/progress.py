@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.prepare.conversion import Totals
+from jllm.data.prepare.totals import Totals
 from jllm.data.sources.inputs import Source
 
 EVERY_SECONDS = 5.0
@@ -30,7 +30,7 @@ class Progress:
         return time.monotonic() - self.started
 
     def show(self, totals: Totals, sources: Sequence[Source]) -> None:
-        """Called after each block; prints when it is time to."""
+        """Called after each chunk; prints when it is time to."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, totals.encoded_bytes, totals.document_tokens)

@@ -1,8 +1,7 @@
-"""The options of `raw2ids` turned into what does the work: engine mode, encoder, packer.
+"""The options of `raw2ids` turned into what does the work: how conversations are rendered, encoder, packer.
 
-Everything here depends on the options and the tokenizer only, so that a Spark job or a test can ask for the same
-encoder and packer that the command uses (`pretrain_encoder`, `chat_encoder`, `packer_of`) and feed them records of its
-own (`rows_of_texts`).
+Everything here depends on the options and the tokenizer only, so that the local command and the Spark job ask for the
+same encoder and packer (`pretrain_encoder`, `chat_encoder`, `packer_of`) and feed them records of their own.
 """
 
 import datetime
@@ -12,32 +11,30 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.builtin_templates import TEMPLATES
-from jllm.data.chat.encoder import Assembler, ChatEncoder
-from jllm.data.chat.formats import QUESTION_ANSWER, READERS, format_of
+from jllm.data.chat.formats import QUESTION_ANSWER, commonest_format
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.conversations import ConversationPacker, split_long
 from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import PretrainEncoder, pretrain_affixes
-from jllm.data.sources.blocks import read_blocks
-from jllm.data.sources.inputs import Source
-from jllm.data.sources.records import parse_block
-from jllm.data.tokenizer.engine import CheckedEngine
+from jllm.data.prepare.encoding import ChatEncoder, PretrainEncoder, pretrain_affixes
+from jllm.data.sources.chunks import read_chunks
+from jllm.data.sources.inputs import STDIN, Source
+from jllm.data.sources.parsing import parse_chunk
+from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError, did_you_mean
-
-FORMAT_SAMPLE = 100
 
 
 def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts) -> tuple[int, ...]:
     """An option that is text, an id, or a list of ids, as ids. Control tokens in the text are parsed."""
     text = value.strip()
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    parts = [part.strip() for part in inner.split(",")]
-    if all(part.isdigit() for part in parts):
-        ids = tuple(int(part) for part in parts)
+    items = [item.strip() for item in inner.split(",")]
+    if all(item.isdigit() for item in items):
+        ids = tuple(int(item) for item in items)
         wrong = [index for index in ids if index >= facts.vocab_size]
         if wrong:
             raise UserError(f"--{option} {value}: id {wrong[0]} is beyond the vocabulary ({facts.vocab_size} ids)")
@@ -46,7 +43,7 @@ def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts
 
 
 def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
-    """What encodes a block of documents."""
+    """What encodes a chunk of documents."""
     prefix, suffix = affixes_of(config, facts, engine)
     return PretrainEncoder(
         engine=engine,
@@ -63,19 +60,19 @@ def chat_encoder(
     assembler: Callable[[], Assembler],
     *,
     plan: RenderPlan,
-    forms: tuple[str, ...],
+    formats: tuple[str, ...],
     pool: Executor | None,
 ) -> ChatEncoder:
-    """What encodes a block of conversations.
+    """What encodes a chunk of conversations.
 
     Args:
         assembler: waits for the engine, opened with `inert=True`.
-        plan, forms, pool: how, what, and where conversations are rendered; see `ChatEncoder`.
+        plan, formats, pool: how, what, and where conversations are rendered; see `ChatEncoder`.
     """
     return ChatEncoder(
         assembler=assembler,
         plan=plan,
-        forms=forms,
+        formats=formats,
         fields=field_map(config),
         pool=pool,
         longest=None if config.overlong == "split" else config.max_len,
@@ -131,8 +128,8 @@ def field_map(config: Raw2IdsConfig) -> dict[str, str]:
     if not config.field_map:
         return QUESTION_ANSWER
     fields = {}
-    for part in config.field_map.split(","):
-        role, equals, field = part.partition("=")
+    for pair in config.field_map.split(","):
+        role, equals, field = pair.partition("=")
         if not equals or role.strip() not in ("system", "user", "assistant"):
             raise UserError(
                 f"--field_map {config.field_map}: write role=field,..., roles being system, user and assistant"
@@ -141,40 +138,35 @@ def field_map(config: Raw2IdsConfig) -> dict[str, str]:
     return fields
 
 
-def forms_of(config: Raw2IdsConfig, sources: list[Source]) -> tuple[str, ...]:
+def format_asked_for(config: Raw2IdsConfig) -> str | None:
+    """The format of the records that the options say; None where the records have to say it."""
+    if config.field_map:
+        return "fields"
+    return None if config.format == "auto" else config.format
+
+
+def formats_of(config: Raw2IdsConfig, sources: list[Source]) -> tuple[str, ...]:
     """The format of each source: the one asked for, or what most of its first records look like.
 
     Raises:
         UserError: the first records look like no known format.
     """
-    if config.field_map:
-        return ("fields",) * len(sources)
-    if config.format != "auto":
-        return (config.format,) * len(sources)
+    asked = format_asked_for(config)
+    if asked is not None:
+        return (asked,) * len(sources)
     return tuple(
-        source.kind if source.kind == "ids" else _form_of(source, number) for number, source in enumerate(sources)
+        source.kind if source.kind == "ids" else _format_of_source(source, number)
+        for number, source in enumerate(sources)
     )
 
 
-def _form_of(source: Source, number: int) -> str:
-    if source.path == "-":
+def _format_of_source(source: Source, number: int) -> str:
+    if source.path == STDIN:
         raise UserError("-i -: standard input is read once; say with --format what its records look like")
-    found: dict[str, int] = {}
-    for block in read_blocks(source, number):
-        for record in parse_block(block, source.kind).values[:FORMAT_SAMPLE]:
-            form = format_of(record)
-            if form:
-                found[form] = found.get(form, 0) + 1
-        break
-    else:
-        return "messages"
-    if not found:
-        known = ", ".join(READERS)
-        raise UserError(
-            f"-i {source.name}: its first records look like no known chat format ({known}); name one with --format, or"
-            " fields with --field_map user=..,assistant=..; for documents use -t pretrain"
-        )
-    return max(found, key=lambda form: found[form])
+    first = next(read_chunks(source, number), None)
+    if first is None:
+        return "messages"  # of no record
+    return commonest_format(parse_chunk(first, source.kind).values, f"-i {source.name}")
 
 
 def template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> tuple[str, str]:

@@ -2,9 +2,8 @@
 
 The order of things: resolve the input, start the processes that render conversations, load the tokenizer (in a child
 process, while the engines are built), hold the output folder, convert, write the manifest, remove the work folder.
-Conversations are rendered ahead of the engine, which is there after a second. When a fast path turns out to
-differ from the reference in the middle of a run (`EngineMismatchError`, `ShortCutError`), the run says so and starts
-over without it.
+Conversations are rendered ahead of the engine, which is there after a second. When a fast path fails its proof in the
+middle of a run, the run starts over without it (`restart.py`).
 """
 
 import contextlib
@@ -16,23 +15,27 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from jllm.data.chat import render_workers
-from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
-from jllm.data.chat.rendering import RenderPlan, ShortCutError
+from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.rendering import RenderPlan
+from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
-from jllm.data.packing.packers import Documents
-from jllm.data.prepare import holdout, pretokenized, recipes
+from jllm.data.prepare import pretokenized, recipes
+from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.conversion import Conversion, Encoder, Totals, check_bad_share, convert, remove_blocks_before
-from jllm.data.prepare.parts import Part, beside, clean_held_out, parts_of, recorded_options
+from jllm.data.prepare.conversion import Conversion, convert
+from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
+from jllm.data.prepare.holdout import Holdout
+from jllm.data.prepare.outputs import OutputSet, beside, clean_held_out, outputs_of, recorded_options
 from jllm.data.prepare.progress import Progress, summary
+from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
+from jllm.data.prepare.totals import Totals, check_bad_share
 from jllm.data.prepare.workplace import modified_at
 from jllm.data.sources.inputs import resolve, without_password
+from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
 from jllm.data.tokenizer.early import EarlyEngines
-from jllm.data.tokenizer.engine import CheckedEngine, EngineMismatchError, check_for_chat, open_engine, use_cores
+from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
 from jllm.errors import UserError
 from jllm.machine import usable_cores
@@ -49,9 +52,9 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     output = config.output or beside(config, sources)
     cores = usable_cores(config.cores)
     use_cores(cores)
-    parts = parts_of(config, output)
+    outputs = outputs_of(config, output)
     given = pretokenized.recognised(config, sources)
-    is_done = not config.clean and all(part.place.holds_a_data_set for part in parts)
+    is_done = not config.clean and all(each.place.holds_a_data_set for each in outputs)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         with contextlib.ExitStack() as held:
@@ -61,10 +64,10 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
             if config.engine != "hf" and not is_done:
                 early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
             facts = loading.result()
-            for part in parts:
-                held.enter_context(part.place.locked())
+            for each in outputs:
+                held.enter_context(each.place.locked())
             # Before anything is removed, the run finds out what is wrong with its options.
-            run = _Run(config, given, facts, parts, cores, progress, early, renderers)
+            run = _Run(config, given, facts, outputs, cores, progress, early, renderers)
             if config.clean:
                 run.clean()
             try:
@@ -86,14 +89,14 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
 
 
 class _Run:
-    """One run of the command, and again without a fast path that failed its proof."""
+    """One run of the command: as many attempts as it takes."""
 
     def __init__(
         self,
         config: Raw2IdsConfig,
         given: pretokenized.Input,
         facts: TokenizerFacts,
-        parts: list[Part],
+        outputs: list[OutputSet],
         cores: int,
         progress: Progress,
         early: EarlyEngines | None,
@@ -103,8 +106,8 @@ class _Run:
         self.given = given
         self.sources = given.sources
         self.facts = facts
-        self.parts = parts
-        self.place = parts[0].place
+        self.outputs = outputs
+        self.place = outputs[0].place
         self.cores = cores
         self.progress = progress
         self.early = early
@@ -125,58 +128,59 @@ class _Run:
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)
 
-    def _identity_of(self, part: Part) -> dict[str, Any]:
-        return {**self.identity, "options": {**self.identity["options"], **part.options}}
+    def _identity_of(self, output: OutputSet) -> dict[str, Any]:
+        return {**self.identity, "options": {**self.identity["options"], **output.options}}
 
     def clean(self) -> None:
         """Remove what earlier runs left."""
-        if len(self.parts) == 1:
-            clean_held_out(self.parts[0])
-        for part in self.parts:
-            part.place.clean()
+        if len(self.outputs) == 1:
+            clean_held_out(self.outputs[0])
+        for output in self.outputs:
+            output.place.clean()
 
     def result(self) -> Manifest:
-        finished = [part.place.finished(self._identity_of(part)) for part in self.parts]
+        """The manifest, of this run or an earlier one."""
+        finished = [output.place.finished(self._identity_of(output)) for output in self.outputs]
         found = [manifest for manifest in finished if manifest is not None]
-        if len(found) == len(self.parts):
-            for part, manifest in zip(self.parts, found, strict=True):
-                part.place.close()
+        if len(found) == len(self.outputs):
+            for output, manifest in zip(self.outputs, found, strict=True):
+                output.place.close()
                 rows, tokens = manifest.rows, manifest.total("tokens")
-                print(f"{part.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
+                print(f"{output.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
             return found[0]
-        while True:
-            for part in self.parts:
-                part.place.discard_temporaries()
-            try:
-                return self._attempt()
-            except (EngineMismatchError, ShortCutError) as error:
-                what = "hf engine" if isinstance(error, EngineMismatchError) else "no short cut"
-                if what == "hf engine" and self.config.engine == "fastokens":
-                    raise UserError(f"--engine fastokens: {error}; use --engine auto or hf") from None
-                print(f"{error}; starting over with the {what}", file=sys.stderr, flush=True)
-                for part in self.parts:
-                    part.place.clean()
-                    part.place.remember(self._identity_of(part))
-                self.place.note(what, str(error))
+        noted = {way_out: self.place.noted(way_out) for way_out in WAYS_OUT}
+        reasons = {way_out: why for way_out, why in noted.items() if why is not None}
+        return attempts(self._attempt, Attempt(choice=self.config.engine, reasons=reasons), self._start_over)
 
-    def _attempt(self) -> Manifest:
+    def _start_over(self, attempt: Attempt) -> None:
+        """Remove what was made, and leave a note for a run that goes on with this attempt."""
+        for output in self.outputs:
+            output.place.clean()
+            output.place.remember(self._identity_of(output))
+        for way_out, why in attempt.reasons.items():
+            self.place.note(way_out, why)
+
+    def _attempt(self, attempt: Attempt) -> Manifest:
+        for output in self.outputs:
+            output.place.discard_temporaries()
         config = self.config
         plan: RenderPlan | None = None
-        encoder: Encoder | None = None
+        encoder: ChunkEncoder | None = None
         prefix: tuple[int, ...] = ()
         if self.chat:  # conversations are rendered while the engine is being opened
-            plan = self._render_plan()
+            date = self.identity["date"] or "1970-01-01"
+            plan = recipes.render_plan(config, self.facts, date, short_cut=attempt.short_cut)
             opening = ThreadPoolExecutor(1, thread_name_prefix="engine")
-            assembler = opening.submit(self._open_assembler)
+            assembler = opening.submit(self._open_assembler, attempt)
             opening.shutdown(wait=False)
             encoder = self._chat_encoder(plan, assembler.result)
         else:
-            engine = self._open_engine()
+            engine = self._open_engine(attempt)
             prefix = self._sequence_prefix(engine)
             if not self.given.all:
                 encoder = recipes.pretrain_encoder(config, self.facts, engine)
         if self.given.some:
-            encoder = pretokenized.encoder_of(config, self.facts, self.given, encoder)
+            encoder = pretokenized.ids_encoder(config, self.facts, self.given, encoder)
         assert encoder is not None
         entries, totals = self._convert(encoder, prefix)
         if self.chat:
@@ -184,36 +188,36 @@ class _Run:
         if config.on_error == "auto":
             check_bad_share(totals)
         self._refuse_nothing(entries, totals)
+        record = {**attempt.record_of(engine), "checks": totals.counts.get("checks", 0)}
         sets = []
-        for index, part in enumerate(self.parts):
-            manifest = self._manifest(engine, plan, index, entries[index], totals)
-            sets.append((part.place.folder, manifest))
+        for index, output in enumerate(self.outputs):
+            manifest = self._manifest(record, plan, index, entries[index], totals)
+            sets.append((output.place.folder, manifest))
         for folder, manifest in reversed(sets):  # the data set that was asked for is finished last
             write_manifest(folder, manifest)
-        for part in self.parts:
-            part.place.close()
+        for output in self.outputs:
+            output.place.close()
         self.progress.end()
         print(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
         return sets[0][1]
 
-    def _open_engine(self) -> CheckedEngine:
-        mismatch = self.place.noted("hf engine")
-        choice = "hf" if mismatch and self.config.engine == "auto" else self.config.engine
+    def _open_engine(self, attempt: Attempt) -> CheckedEngine:
+        remote_code = self.config.trust_remote_code
         engine = open_engine(
-            self.facts, choice, inert=self.chat, trust_remote_code=self.config.trust_remote_code, early=self.early
+            self.facts, attempt.engine, inert=self.chat, trust_remote_code=remote_code, early=self.early
         )
-        reason = mismatch or engine.reason
+        reason = attempt.record_of(engine)["reason"]
         if self.config.engine == "auto" and reason:
             print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
         return engine
 
-    def _open_assembler(self) -> Assembler:
+    def _open_assembler(self, attempt: Attempt) -> Assembler:
         lengths = TokenLengths(self.facts)  # while the early engines are being built
-        return Assembler(engine=self._open_engine(), lengths=lengths)
+        return Assembler(engine=self._open_engine(attempt), lengths=lengths)
 
     def _refuse_nothing(self, entries: list[list[FileEntry]], totals: Totals) -> None:
         """Raises:
-        UserError: a part has not one row; why, and with nothing left behind.
+        UserError: a data set has not one row; why, and with nothing left behind.
         """
         empty = [not sum(entry.rows for entry in files) for files in entries]
         if not any(empty):
@@ -234,50 +238,39 @@ class _Run:
             )
         else:
             reason = f"no row is left of its {records:,} records; see --filter, --drop_tails, --overlong, --max_tokens"
-        for part in self.parts:
-            part.place.clean()
+        for output in self.outputs:
+            output.place.clean()
         raise UserError(f"{where}: {reason}")
-
-    def _render_plan(self) -> RenderPlan:
-        date = self.identity["date"] or "1970-01-01"
-        short_cut = self.place.noted("no short cut") is None
-        return recipes.render_plan(self.config, self.facts, date, short_cut=short_cut)
 
     def _manifest(
         self,
-        engine: CheckedEngine,
+        engine: dict[str, Any],
         plan: RenderPlan | None,
-        part: int,
+        index: int,
         entries: list[FileEntry],
         totals: Totals,
     ) -> Manifest:
-        tally = totals.sets[part]
+        tally = totals.sets[index]
         counted = tally.sources + [{"documents": 0, "document_tokens": 0}] * len(self.sources)
         extra: dict[str, Any] = {
             "documents": tally.documents,
             "document_tokens": tally.document_tokens,
             "longest_document": tally.longest,
             "bad_records": totals.bad,
-            "engine": {
-                "name": engine.name,
-                "version": engine.version,
-                "reason": self.place.noted("hf engine") or engine.reason,
-                "probes": engine.probes,
-                "checks": totals.counts.get("checks", 0),
-            },
+            "engine": engine,
         }
         if plan is not None:
             extra["chat"] = {
                 "template": recipes.template_of(self.config, self.facts)[1],
                 "template_sha256": hashlib.sha256(plan.template.encode()).hexdigest(),
-                "formats": list(dict.fromkeys(self.forms)),
+                "formats": list(dict.fromkeys(self.formats)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),
                 "warnings": self.warnings,
             }
         return Manifest(
             command="raw2ids",
-            options=self._identity_of(self.parts[part])["options"],
+            options=self._identity_of(self.outputs[index])["options"],
             files=tuple(entries),
             tokenizer=self.facts.for_manifest,
             sources=tuple(
@@ -293,47 +286,41 @@ class _Run:
             raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {self.config.max_len}")
         return prefix
 
-    def _convert(self, encoder: Encoder, prefix: tuple[int, ...]) -> tuple[list[list[FileEntry]], Totals]:
-        """Make the files of all parts."""
-        config, place = self.config, self.place
-        sinks: list[Sink] = []
-
-        def committed() -> None:
-            if len(sinks) == len(self.parts):
-                remove_blocks_before(place.work, min(sink.committed.place for sink in sinks))
-
-        def deal(documents: Documents) -> list[Documents]:
-            if config.eval_fraction is None:
-                return [documents]
-            chosen = holdout.held_out(documents, config.eval_fraction, config.seed)
-            return [documents.take(np.flatnonzero(wanted)) for wanted in (~chosen, chosen)]
-
+    def _convert(self, encoder: ChunkEncoder, prefix: tuple[int, ...]) -> tuple[list[list[FileEntry]], Totals]:
+        """Make the files of all data sets."""
+        config = self.config
+        cache = ChunkCache(
+            self.place.work,
+            vocab_size=self.facts.vocab_size,
+            sinks=[output.name for output in self.outputs],
+            wide=config.packing == "best_fit",
+        )
+        of_records = None if self.chat else (config.text_field.split(".")[0],)
+        run = Conversion(
+            sources=self.sources,
+            columns=[pretokenized.READ if each.kind == pretokenized.KIND else of_records for each in self.sources],
+            encoder=encoder,
+            cache=cache,
+            workers=self.cores,
+            holdout=Holdout(fraction=config.eval_fraction, seed=config.seed),
+            stop_at_first_bad=config.on_error == "stop",
+            max_tokens=config.max_tokens,
+        )
         with contextlib.ExitStack() as stack:
-            sinks += [stack.enter_context(Sink(self._sink_plan(part, prefix), committed)) for part in self.parts]
-            run = Conversion(
-                sources=self.sources,
-                encoder=encoder,
-                work=place.work,
-                workers=self.cores,
-                vocab_size=self.facts.vocab_size,
-                columns=None if self.chat else [config.text_field.split(".")[0]],
-                stop_at_first_bad=config.on_error == "stop",
-                max_tokens=config.max_tokens,
-                from_disk=config.packing == "best_fit",
-            )
-            totals = convert(run, sinks, deal, lambda totals: self.progress.show(totals, self.sources))
+            sinks = [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
+            totals = convert(run, sinks, self.progress)
         return [sink.entries for sink in sinks], totals
 
-    def _sink_plan(self, part: Part, prefix: tuple[int, ...]) -> SinkPlan:
+    def _sink_plan(self, output: OutputSet, prefix: tuple[int, ...]) -> SinkPlan:
         config = self.config
         return SinkPlan(
-            folder=part.place.folder,
-            work=part.place.work,
-            name=part.name,
+            folder=output.place.folder,
+            work=output.place.work,
+            name=output.name,
             packer=lambda: recipes.packer_of(config, self.facts, prefix, labels=self.given.labels),
             codec=config.compress,
-            per_split=math.ceil(config.num * part.share),
-            per_file=math.ceil(config.batch_size * part.share),
+            per_split=math.ceil(config.num * output.share),
+            per_file=math.ceil(config.batch_size * output.share),
             max_rows=config.max_rows,
             threads=self.cores,
         )
@@ -342,7 +329,7 @@ class _Run:
         self.warnings = recipes.template_warnings(plan)
         for warning in self.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        self.forms = recipes.forms_of(self.config, self.sources)
+        self.formats = recipes.formats_of(self.config, self.sources)
         if self.config.format == "auto":
-            print(f"format: {', '.join(dict.fromkeys(self.forms))}", file=sys.stderr, flush=True)
-        return recipes.chat_encoder(self.config, assembler, plan=plan, forms=self.forms, pool=self.renderers)
+            print(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
+        return recipes.chat_encoder(self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers)

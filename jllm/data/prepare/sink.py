@@ -1,13 +1,13 @@
 """Documents to a data set on disk: splits, files, and the point from which a killed run goes on.
 
-A `Sink` is fed the documents of one block after another. It cuts splits after `per_split` documents and files after
+A `Sink` is fed the documents of one chunk after another. It cuts splits after `per_split` documents and files after
 `per_file` rows, and writes on a thread of its own. Whenever a file is finished it commits: the file gets its name, then
 `state-<name>.json` says which files are finished and from which document on the rest must be fed again, with the
 packer's state there.
 
 Guarantees: the files depend on the documents and options alone; a file that is named in the state, or lies finished
 under its final name, is never written again.
-Cost: one flush to disk for each file; memory for a few blocks.
+Cost: one flush to disk for each file; memory for a few chunks.
 """
 
 import contextlib
@@ -27,31 +27,40 @@ from jllm import atomic
 from jllm.data.dataset.manifest import FileEntry, entry_of_written, sha256_of
 from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Documents, Packer
+from jllm.data.prepare.chunk_cache import ChunkCache, Place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The point before a block, from which the sources can be read again.
+class ResumePoint:
+    """The point before a chunk, from which the sources can be read again.
 
     Attributes:
-        source, block: which block.
-        start, line: where it starts in its source (see `sources.Block`).
+        source, chunk: which chunk.
+        start, line: where it starts in its source (see `sources.chunk`).
         totals: what was counted before it.
     """
 
     source: int = 0
-    block: int = 0
+    chunk: int = 0
     start: int = 0
     line: int = 1
     totals: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[int, int]:
-        return self.source, self.block
+    def place(self) -> Place:
+        return self.source, self.chunk
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the state, where a chunk is called a block."""
+        return {"block" if key == "chunk" else key: value for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ResumePoint":
+        return cls(**{"chunk" if key == "block" else key: value for key, value in values.items()})
 
 
-Position = tuple[Checkpoint, int]
-"""A block, and how many of its documents that come to the sink are done with."""
+Position = tuple[ResumePoint, int]
+"""A chunk, and how many of its documents that come to the sink are done with."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,21 +109,25 @@ class SinkPlan:
 
 
 class Sink:
-    """See the module. Use it as a context manager: leaving it waits for the writer, or stops it after an error."""
+    """See the module. Use it as a context manager: leaving it waits for the writer, or stops it after an error.
 
-    def __init__(self, plan: SinkPlan, committed: Callable[[], None]) -> None:
+    Args:
+        cache: is told which chunks are needed no more.
+    """
+
+    def __init__(self, plan: SinkPlan, cache: ChunkCache) -> None:
         self.plan = plan
         self.entries: list[FileEntry] = []
-        self.resume = Checkpoint()  # where this run starts
-        self.committed = Checkpoint()  # where a run after this one would start
+        self.resume = ResumePoint()  # where this run starts
         self.rows_total = 0
         self._resume_document = 0
         self._split = SplitState()
         self._split_start: tuple[Position, SplitState] | None = None
         self._packer = plan.packer()
-        self._committed = committed
+        self._cache = cache
         self._skip_rows = 0
         self._restore()
+        cache.needed_from(plan.name, self.resume.place)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
         self._failure: BaseException | None = None
         self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="compress") if plan.threads > 1 else None
@@ -132,8 +145,7 @@ class Sink:
         except FileNotFoundError:
             return
         self.entries = [FileEntry(**entry) for entry in state["files"]]
-        self.resume = Checkpoint(**state["checkpoint"])
-        self.committed = self.resume
+        self.resume = ResumePoint.from_json(state["checkpoint"])
         self._resume_document = state["document"]
         self._split = SplitState(**state["split"])
         if self._split.packer:
@@ -150,16 +162,16 @@ class Sink:
         """Whether `max_rows` is reached: nothing more needs to be fed."""
         return self.plan.max_rows is not None and self.rows_total >= self.plan.max_rows
 
-    def feed(self, checkpoint: Checkpoint, stem: str, documents: Documents) -> None:
-        """Take the documents of one block; those before the resume point are passed over.
+    def feed(self, point: ResumePoint, stem: str, documents: Documents) -> None:
+        """Take the documents of one chunk; those before the resume point are passed over.
 
         Args:
-            checkpoint: the point before the block.
+            point: the point before the chunk.
             stem: of its source.
         """
-        if checkpoint.place < self.resume.place:
+        if point.place < self.resume.place:
             return
-        done = self._resume_document if checkpoint.place == self.resume.place else 0
+        done = self._resume_document if point.place == self.resume.place else 0
         while done < len(documents) and not self.full:
             if not self._split.name:
                 number = self._split.stems.get(stem, 0)
@@ -167,15 +179,15 @@ class Sink:
                 self._split = SplitState(name=f"{stem}-{number:05d}", stems=stems)
                 self._packer = self.plan.packer()
             taken = min(len(documents) - done, self.plan.per_split - self._split.documents)
-            before = self._before((checkpoint, done))
+            before = self._before((point, done))
             if self._split.documents == 0:
                 self._split_start = before
-            piece = documents if taken == len(documents) else documents.slice(done, done + taken)
-            self._emit(self._packer.feed(piece), before)
+            fed = documents if taken == len(documents) else documents.slice(done, done + taken)
+            self._emit(self._packer.feed(fed), before)
             done += taken
             self._split.documents += taken
             if self._split.documents == self.plan.per_split:
-                self.end_split((checkpoint, done))
+                self.end_split((point, done))
 
     def end_split(self, following: Position) -> None:
         """Finish the split that is open, if one is; `following` is the position of what comes next."""
@@ -276,13 +288,12 @@ class Sink:
     def _commit(self, position: Position, split: SplitState) -> None:
         state = {
             "files": [dataclasses.asdict(entry) for entry in self.entries],
-            "checkpoint": dataclasses.asdict(position[0]),
+            "checkpoint": position[0].to_json(),
             "document": position[1],
             "split": {**dataclasses.asdict(split), "packer": _plain(split.packer)},
         }
         atomic.write_json(self._state_path, state)
-        self.committed = position[0]
-        self._committed()
+        self._cache.needed_from(self.plan.name, position[0].place)
 
     def __enter__(self) -> "Sink":
         return self

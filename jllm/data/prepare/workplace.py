@@ -1,7 +1,7 @@
 """The output folder of a run: whose it is, whether it may be gone on with, and how to start over.
 
 While a run is unfinished its folder holds `.raw2ids/`: `run.json` says what is being made (options, tokenizer,
-sources), beside it lie unfinished files, encoded blocks and the state. A finished folder holds shards and the
+sources), beside it lie unfinished files, encoded chunks and the state. A finished folder holds shards and the
 manifest only.
 
 Guarantees: a run never mixes with files made with other options, another tokenizer or other sources, never with files

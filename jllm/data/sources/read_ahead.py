@@ -1,7 +1,7 @@
 """Several sources in order, the next ones read ahead while one is worked on.
 
 Each source is read on a thread of its own, a few items further than what was taken of it, and so are the sources that
-come next. Decompression, waiting for disks and networks, and cutting JSON lists go on while blocks are encoded, and
+come next. Decompression, waiting for disks and networks, and cutting JSON lists go on while chunks are encoded, and
 many small files keep as many workers busy as one large one.
 
 Guarantees: items come in the order of the sources; what goes wrong in a source is raised where its turn has come, after

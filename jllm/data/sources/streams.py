@@ -87,3 +87,32 @@ def reading_errors() -> tuple[type[Exception], ...]:
     module = sys.modules.get("zstandard")
     known = (OSError, EOFError, lzma.LZMAError, zlib.error)
     return (*known, module.ZstdError) if module else known
+
+
+def read_exactly(stream: IO[bytes], size: int) -> bytes:
+    """The next `size` bytes; fewer only where the stream ends."""
+    found = []
+    while size > 0:
+        data = stream.read(min(size, 64 << 20))
+        if not data:
+            break
+        found.append(data)
+        size -= len(data)
+    return b"".join(found)
+
+
+def skip(stream: IO[bytes], start: int, *, seekable: bool) -> None:
+    """Go to the byte `start` of a stream that stands at its beginning.
+
+    Raises:
+        EOFError: it ends before that.
+    """
+    if seekable:
+        stream.seek(start)
+        return
+    left = start
+    while left > 0:
+        data = stream.read(min(left, 4 << 20))
+        if not data:
+            raise EOFError("it is shorter than it was in the run that is being resumed")
+        left -= len(data)

@@ -1,3 +1,4 @@
-"""What a tokenizer is, the engines that turn text to ids, and the proof that they agree.
+"""What a tokenizer is (`facts`), the engines that turn text to ids (`engines`), and the proof that they agree
+(`checked_engine`).
 
 Imports `dataset` and the ground."""

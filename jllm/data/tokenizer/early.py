@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from jllm.data.tokenizer import fast_json
-from jllm.data.tokenizer.engine import FastEngine, ReferenceEngine
+from jllm.data.tokenizer.backend import encoding_of
+from jllm.data.tokenizer.engines import FastEngine, ReferenceEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 
 
@@ -75,30 +75,3 @@ class EarlyEngines:
         if not self._threads or (backend != self._backend and self._meaning != encoding_of(backend)):
             return None, None
         return self._fast, self._reference
-
-
-def encoding_of(backend: str) -> Any:
-    """The part of a serialised backend that decides which ids a text gets, in one form for all versions of the
-    format."""
-    value = fast_json.loads(backend)
-    for key in ("version", "truncation", "padding", "post_processor", "decoder"):
-        value.pop(key, None)
-    model = value["model"]
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        model[key] = model.get(key) or None
-    for key in ("fuse_unk", "byte_fallback", "ignore_merges"):
-        model[key] = bool(model.get(key))
-    if model.get("merges") and isinstance(model["merges"][0], str):
-        model["merges"] = [merge.split(" ") for merge in model["merges"]]
-    return _without_offsets(value)
-
-
-def _without_offsets(value: Any) -> Any:
-    """`value` without the settings that concern offsets only."""
-    if isinstance(value, dict):
-        return {
-            key: item if key in ("vocab", "merges") else _without_offsets(item)
-            for key, item in value.items()
-            if key != "trim_offsets"
-        }
-    return [_without_offsets(item) for item in value] if isinstance(value, list) else value

@@ -4,7 +4,7 @@ The truth about a tokenizer is what `AutoTokenizer.from_pretrained(folder)` does
 `tokenizer.json` beside it. Importing AutoTokenizer takes seconds and, where torch is installed, imports torch. So a
 short-lived child process loads it, with torch hidden, and hands back its serialised backend together with
 everything else that the data commands need (`TokenizerFacts`), including the ids that it gives for difficult strings,
-which the engines of `jllm.data.tokenizer.engine` are held to.
+which the engines of `jllm.data.tokenizer.checked_engine` are held to.
 
 Guarantees: the hash is that of the serialised backend; nothing is read from `tokenizer.json` directly.
 Cost: 2-4 s and about 250 MB in the child, while this process is free to do something else.

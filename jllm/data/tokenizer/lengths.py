@@ -16,8 +16,8 @@ def unchanged(backend: dict[str, Any]) -> Callable[[str], bool] | None:
         backend: the parsed backend of a tokenizer; None is the answer to what is not known.
     """
     model = backend["model"]
-    pieces = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model.get("type") not in ("BPE", "Unigram", None) or pieces or not _keeps_text(backend.get("pre_tokenizer")):
+    affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type") not in ("BPE", "Unigram", None) or affix or not _keeps_text(backend.get("pre_tokenizer")):
         return None
     forms: set[str] = set()
     for step in _steps(backend.get("normalizer"), "normalizers"):
@@ -28,11 +28,11 @@ def unchanged(backend: dict[str, Any]) -> Callable[[str], bool] | None:
     return lambda text: all(unicodedata.is_normalized(form, text) for form in forms)  # type: ignore[arg-type]
 
 
-def _steps(value: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+def _steps(value: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if value["type"] == "Sequence":
-        return [step for part in value[parts] for step in _steps(part, parts)]
+        return [step for inner in value[key] for step in _steps(inner, key)]
     return [value]
 
 

@@ -1,7 +1,6 @@
 """Chat: what is encoded, what is trained on, and how long conversations become rows."""
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -13,70 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jllm.data.chat.builtin_templates import TEMPLATES
-from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat.formats import BadRecordError, format_of, read_conversation
-from jllm.data.chat.rendering import Renderer, RenderPlan
+from jllm.data.chat.rendering import Renderer
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.data.packing.conversations import continued_rows, joined, split_long
 from jllm.data.prepare.recipes import template_warnings
-from jllm.data.sources.blocks import Block
-from jllm.data.tokenizer.engine import CheckedEngine, open_engine
+from jllm.data.tokenizer.checked_engine import CheckedEngine, open_engine
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError
+from tests.data.chats import CONVERSATIONS, END_OUTSIDE, PLAIN, THINKING, Chat, assistant, user
 from tests.data.tokenizers_for_tests import asset_tokenizer
 
 EXAMPLES = 25 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
-PLAIN = """{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"""
-THINKING = """{%- for message in messages %}{%- set content = message.content %}{%- set thought = '' %}
-{%- if message.role == 'assistant' and '</think>' in content %}
-{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' and loop.last %}
-{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
-{{- content.lstrip('\\n') }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
-{{- '}\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}"""
-
-
-class Chat:
-    """An encoder for one template."""
-
-    def __init__(self, facts: TokenizerFacts, engine: CheckedEngine, template: str, **plan: Any) -> None:
-        import tokenizers
-
-        assert facts.backend is not None
-        self.reference = tokenizers.Tokenizer.from_str(facts.backend)
-        self.facts = facts
-        self.plan = RenderPlan(
-            template=template, special_tokens=facts.special_tokens, added=facts.added, date="2026-01-31",
-            prefix=facts.prefix, eos_id=facts.eos_id, **plan,
-        )  # fmt: skip
-        assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-        self.encoder = ChatEncoder(assembler=lambda: assembler, plan=self.plan, forms=("messages",), fields={})
-
-    def encode(self, records: list[Any], form: str = "messages") -> tuple[list[list[int]], list[list[int]], list[Any]]:
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        block = Block(source=0, index=0, line=1, data=data, end=len(data), end_line=len(records) + 1)
-        encoded = dataclasses.replace(self.encoder, forms=(form,))(block, "jsonl")
-        documents = encoded.documents
-        assert documents.labels is not None
-        cuts = documents.offsets[1:-1]
-        ids = [part.tolist() for part in np.split(documents.ids, cuts)] if len(documents) else []
-        labels = [part.tolist() for part in np.split(documents.labels, cuts)] if len(documents) else []
-        return ids, labels, encoded.bad
-
-    def trained(self, messages: list[dict[str, Any]], **extra: Any) -> str:
-        ids, labels, bad = self.encode([{"messages": messages, **extra}])
-        assert not bad, bad
-        assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids[0], labels[0], strict=True))
-        return self.decode(labels[0])
-
-    def decode(self, ids: list[int]) -> str:
-        text: str = self.reference.decode([i for i in ids if i != IGNORE_INDEX], skip_special_tokens=False)
-        return text
 
 
 @pytest.fixture(scope="module")
@@ -87,35 +34,6 @@ def facts(byte_tokenizer: Path) -> TokenizerFacts:
 @pytest.fixture(scope="module")
 def engine(facts: TokenizerFacts) -> CheckedEngine:
     return open_engine(facts, inert=True)
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **extra: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **extra}
-
-
-CONVERSATIONS: list[list[dict[str, Any]]] = [
-    [user("hello"), assistant("Hi there!")],
-    [
-        {"role": "system", "content": "Brief."},
-        user("naïve café?"),
-        assistant("日本語 é"),
-        user("a\n\nb"),
-        assistant("c"),
-    ],
-    [
-        user(" space "),
-        assistant("  indented\n\ncode\n"),
-        user("<tag>"),
-        assistant("<b>x</b>"),
-        user("?"),
-        assistant("\nx"),
-    ],
-    [user("e\u0301 decomposed"), assistant("a\u0308 too"), user("1"), assistant("2"), user("3"), assistant("4" * 50)],
-]
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -248,11 +166,6 @@ def test_bad_records_are_named(record: Any, kind: str, facts: TokenizerFacts, en
     ids, _, bad = chat.encode([good, record, good])
     assert len(ids) == 2
     assert [(item.kind, item.line) for item in bad] == [(kind, 2)]
-
-
-END_OUTSIDE = TEMPLATES["chatml"].replace(
-    "{{- '<|im_end|>' }}{%- endgeneration %}", "{%- endgeneration %}{{- '<|im_end|>' }}"
-)
 
 
 def test_an_end_of_turn_outside_of_the_marks_is_noticed(facts: TokenizerFacts, engine: CheckedEngine) -> None:

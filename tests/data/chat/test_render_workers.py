@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from jllm.data.chat import render_workers
-from jllm.data.chat.encoder import ChatEncoder
 from jllm.data.prepare import run as prepare
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.conversion import IN_FLIGHT_BLOCKS
-from jllm.data.sources import blocks
-from tests.data.prepare.test_raw2ids import documents, rows_of
+from jllm.data.prepare.conversion import IN_FLIGHT_CHUNKS
+from jllm.data.prepare.encoding import ChatEncoder
+from jllm.data.sources import chunks
+from tests.data.raw2ids_runs import documents, rows_of
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_conversations_are_rendered_before_the_engine_is_there(
     tmp_path: Path, chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare.prepare(Raw2IdsConfig(**chat, output=tmp_path / "wanted", cores=1))
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 10)
     begun = threading.Semaphore(0)
     ahead: list[bool] = []
     begin, open_engine = ChatEncoder.begin, prepare.open_engine
@@ -41,7 +41,7 @@ def test_conversations_are_rendered_before_the_engine_is_there(
         return begin(self, *arguments)
 
     def late(*arguments: Any, **named: Any) -> Any:
-        ahead.append(all(begun.acquire(timeout=20) for _ in range(IN_FLIGHT_BLOCKS)))
+        ahead.append(all(begun.acquire(timeout=20) for _ in range(IN_FLIGHT_CHUNKS)))
         ahead.append(begun.acquire(timeout=0.2))  # and not without end
         return open_engine(*arguments, **named)
 

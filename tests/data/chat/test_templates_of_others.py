@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import tokenizers
 
-from jllm.data.tokenizer.engine import open_engine
+from jllm.data.tokenizer.checked_engine import open_engine
 from jllm.data.tokenizer.facts import load_tokenizer
-from tests.data.chat.test_chat import Chat, assistant, user
+from tests.data.chats import Chat, assistant, user
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 
 TURNS = "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"

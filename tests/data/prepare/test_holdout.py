@@ -17,7 +17,7 @@ from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import holdout
 from jllm.data.prepare.holdout import held_out
-from tests.data.prepare.test_raw2ids import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
+from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
 
 EXAMPLES = 50 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 LENGTH = 65
@@ -47,7 +47,7 @@ def test_the_choice_depends_on_the_document_alone(rows: list[list[int]], cut: in
     for row, counts in zip(rows, whole, strict=True):
         assert chosen.setdefault(tuple(row), counts) == counts, "equal documents on both sides"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(holdout, "_CHUNK", chunk)
+        patch.setattr(holdout, "_STRETCH", chunk)
         parts = [held_out(of_rows(part), 0.5, seed).tolist() for part in (rows[:cut], rows[cut:])]
     assert [*itertools.chain(*parts)] == whole
     assert held_out(of_rows(rows[::-1]), 0.5, seed).tolist() == whole[::-1]
@@ -136,9 +136,9 @@ def test_stopped_at_every_block(
     leaves."""
     from jllm.data.prepare import run as prepare
     from jllm.data.prepare.config import Raw2IdsConfig
-    from jllm.data.sources import blocks
+    from jllm.data.sources import chunks
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)
     folder = tmp_path / "in"
     folder.mkdir()
     records(kind, folder).rename(folder / "first.jsonl")

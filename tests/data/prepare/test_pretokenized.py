@@ -12,7 +12,7 @@ import pytest
 
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, LABELS
-from tests.data.prepare.test_raw2ids import raw2ids, reference_stream, rows_of, tree, write_jsonl
+from tests.data.raw2ids_runs import raw2ids, reference_stream, rows_of, tree, write_jsonl
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import IGNORE_INDEX, LABELS
 from jllm.data.prepare.config import CODECS
-from tests.data.prepare.test_raw2ids import documents, raw2ids, reference_stream, rows_of, write_jsonl
+from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, write_jsonl
 
 
 @pytest.mark.parametrize("codec", CODECS)

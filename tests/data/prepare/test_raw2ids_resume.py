@@ -15,21 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.chat.test_chat import END_OUTSIDE
-from tests.data.prepare.test_raw2ids import documents, raw2ids, tree, write_jsonl
+from tests.data.chats import END_OUTSIDE
+from tests.data.raw2ids_runs import documents, raw2ids, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
 KILLS = 2 * SIZE
-BLOCK = 1 << 14
+CHUNK = 1 << 14
 
 
 def start(*arguments: object) -> "subprocess.Popen[bytes]":
-    """The command with small blocks, in a process of its own."""
-    code = (
-        "from jllm.data.sources import blocks, tables\n"
-        f"blocks.BLOCK_BYTES = tables.BLOCK_BYTES = {BLOCK}\n"
-        "from jllm.raw2ids import main\nmain()"
-    )
+    """The command with small chunks, in a process of its own."""
+    code = f"from jllm.data.sources import chunks\nchunks.CHUNK_BYTES = {CHUNK}\nfrom jllm.raw2ids import main\nmain()"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE)
 
 
@@ -86,12 +82,12 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data.prepare import conversion as convert
+    from jllm.data.prepare.chunk_cache import ChunkCache, Place
     from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
-    from jllm.data.sources import blocks
+    from jllm.data.sources import chunks
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)
     source = write_jsonl(tmp_path / "some.jsonl", documents(500, seed=6))
     values: dict[str, Any] = {
         "input": (str(source),),
@@ -107,14 +103,14 @@ def test_stopped_at_every_block(
     class StopError(Exception):
         pass
 
-    encoded: list[str] = []
-    save = convert.encoding.save
+    encoded: list[Place] = []
+    save = ChunkCache.save
 
-    def counted(path: Path, *arguments: Any, **named: Any) -> None:
-        encoded.append(path.name)
-        save(path, *arguments, **named)
+    def counted(self: ChunkCache, place: Place, *arguments: Any) -> Any:
+        encoded.append(place)
+        return save(self, place, *arguments)
 
-    monkeypatch.setattr(convert.encoding, "save", counted)
+    monkeypatch.setattr(ChunkCache, "save", counted)
     show = "jllm.data.prepare.progress.Progress.show"
     stops = 0
     while True:

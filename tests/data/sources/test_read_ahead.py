@@ -15,7 +15,7 @@ from jllm.data.prepare.encoding import Encoded, PretrainEncoder
 from jllm.data.prepare.run import prepare
 from jllm.data.sources.read_ahead import ITEMS, SOURCES, in_order
 from jllm.errors import UserError
-from tests.data.prepare.test_raw2ids import documents, reference_stream, rows_of
+from tests.data.raw2ids_runs import documents, reference_stream, rows_of
 
 
 def test_items_come_in_the_order_of_the_sources() -> None:

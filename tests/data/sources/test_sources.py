@@ -15,10 +15,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.sources import blocks
-from jllm.data.sources.blocks import read_blocks
+from jllm.data.sources import chunks
+from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import resolve
-from jllm.data.sources.records import Records, parse_block, texts_of
+from jllm.data.sources.parsing import parse_chunk
+from jllm.data.sources.records import Records, texts_of
 from jllm.errors import UserError
 
 TEXTS = ["first\nline two", "second  ", "naïve 日本", 'fourth, with "quotes", [brackets] and {braces}, \\ too', "5"]
@@ -30,8 +31,8 @@ def read(path: Path, field: str = "text", kind: str | None = None) -> Records:
     values: list[Any] = []
     lines: list[int] = []
     bad: list[Any] = []
-    for block in read_blocks(source, 0):
-        found = texts_of(parse_block(block, source.kind), source.kind, field)
+    for block in read_chunks(source, 0):
+        found = texts_of(parse_chunk(block, source.kind), source.kind, field)
         values += found.values
         lines += found.lines
         bad += found.bad
@@ -65,8 +66,7 @@ COMPRESS = {
 def test_every_format_gives_the_same_texts(
     tmp_path: Path, kind: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
-    monkeypatch.setattr("jllm.data.sources.tables.BLOCK_BYTES", size)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", size)
     path = write(tmp_path, kind, TEXTS)
     assert read(path).values == TEXTS
     if kind == "parquet":
@@ -94,12 +94,11 @@ def test_blocks_do_not_show(tmp_path_factory: pytest.TempPathFactory, texts: lis
     (source,) = resolve([str(path)])
     whole = read(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", size)
-        patch.setattr("jllm.data.sources.tables.BLOCK_BYTES", size)
+        patch.setattr(chunks, "CHUNK_BYTES", size)
         assert read(path) == whole
-        cut = list(read_blocks(source, 0))
+        cut = list(read_chunks(source, 0))
         for i, block in enumerate(cut):
-            again = read_blocks(source, 0, start=block.end, line=block.end_line, index=i + 1)
+            again = read_chunks(source, 0, start=block.end, line=block.end_line, index=i + 1)
             assert list(again) == cut[i + 1 :]
     if kind != "text":
         assert whole.values == [text for text in texts if text and not text.isspace()]
@@ -158,7 +157,7 @@ def test_folders_globs_and_urls(tmp_path: Path) -> None:
     assert [source.name for source in resolve([url])] == ["b.jsonl"]
     (tmp_path / "in" / "b.jsonl").write_text('{"text": "x"}')
     (source,) = resolve([url])
-    assert [parse_block(block, source.kind).values for block in read_blocks(source, 0)] == [[{"text": "x"}]]
+    assert [parse_chunk(block, source.kind).values for block in read_chunks(source, 0)] == [[{"text": "x"}]]
     for wrong in ("nowhere", "no*where", f"file://{tmp_path}/nowhere"):
         with pytest.raises(UserError):
             resolve([str(tmp_path / wrong) if "://" not in wrong else wrong])
@@ -178,7 +177,7 @@ def test_damaged_files_are_one_line(tmp_path: Path, suffix: str) -> None:
 
 
 def test_one_record_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 10)
     texts = ["small", "x" * 1_000_000, "last"]
     path = write(tmp_path, "jsonl", texts)
     assert read(path).values == texts
@@ -199,25 +198,24 @@ def test_a_list_that_does_not_end_well_is_told(tmp_path: Path, text: str, bad: i
     path = tmp_path / "a.json"
     path.write_text(text)
     (source,) = resolve((str(path),), kind=None)
-    blocks = list(read_blocks(source, 0))
-    records = [parse_block(block, source.kind) for block in blocks]
+    blocks = list(read_chunks(source, 0))
+    records = [parse_chunk(block, source.kind) for block in blocks]
     assert [value["text"] for record in records for value in record.values] == ["a", "b"]
     assert sum(len(record.bad) for record in records) == bad
     end = blocks[-1]
-    assert not list(read_blocks(source, 0, start=end.end, line=end.end_line, index=1))  # nothing is left to go on with
+    assert not list(read_chunks(source, 0, start=end.end, line=end.end_line, index=1))  # nothing is left to go on with
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.json"])
 def test_blocks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A block of a plain local file is sent without its bytes, and read again there."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr("jllm.data.sources.tables.BLOCK_BYTES", 200)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 200)
     lines = [json.dumps({"text": f"document {number} é"}) for number in range(60)]
     data = (f"[{','.join(lines)}]" if name == "a.json" else "".join(f"{line}\n" for line in lines)).encode()
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else b"\xef\xbb\xbf" + data if "bom" in name else data)
     [source] = resolve([str(path)])
-    found = list(read_blocks(source, 0))
+    found = list(read_chunks(source, 0))
     assert len(found) > 3
     sent = [pickle.dumps(block) for block in found]
     assert [pickle.loads(each).content for each in sent] == [block.data for block in found]

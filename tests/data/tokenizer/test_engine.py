@@ -10,19 +10,13 @@ import pytest
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.run import prepare
-from jllm.data.tokenizer import engine as engines
-from jllm.data.tokenizer.early import encoding_of
-from jllm.data.tokenizer.engine import (
-    CheckedEngine,
-    EngineMismatchError,
-    FastEngine,
-    open_engine,
-    sample_of,
-    with_short_merges,
-)
+from jllm.data.tokenizer import checked_engine as engines
+from jllm.data.tokenizer.backend import encoding_of, with_short_merges
+from jllm.data.tokenizer.checked_engine import CheckedEngine, EngineMismatchError, open_engine, sample_of
+from jllm.data.tokenizer.engines import FastEngine, ReferenceEngine
 from jllm.data.tokenizer.facts import PROBES, load_tokenizer
 from jllm.errors import UserError
-from tests.data.prepare.test_raw2ids import documents, reference_stream, rows_of, stacked, write_jsonl
+from tests.data.raw2ids_runs import documents, reference_stream, rows_of, stacked, write_jsonl
 from tests.data.tokenizers_for_tests import CORPUS, asset_tokenizers
 
 ADVERSARIAL = [*PROBES[1:], *(f"{a}{b}{a}" for a in PROBES[3:12] for b in ("<|im_end|>", "</s>", " ", "\n"))]
@@ -78,7 +72,7 @@ def test_metaspace_is_rewritten_exactly(tmp_path: Path, scheme: str) -> None:
 @pytest.mark.parametrize("choice", ["auto", "hf"])
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_conversations_of_sentencepiece_like_tokenizers(tmp_path: Path, scheme: str, choice: str) -> None:
-    from tests.data.chat.test_chat import CONVERSATIONS, Chat
+    from tests.data.chats import CONVERSATIONS, Chat
 
     facts = load_tokenizer(str(sentencepiece_like(tmp_path / "tokenizer", scheme)))
     template = "{%- for m in messages %}{{- m.role + ': ' + m.content + eos_token + '\\n' }}{%- endfor %}"
@@ -181,7 +175,7 @@ def test_checks_compare_with_the_reference(byte_tokenizer: Path) -> None:
     good = open_engine(facts)
     assert good.check(["some text", "more"]) == 2
     assert good.check([]) == 0
-    reference = engines.ReferenceEngine(facts.backend)
+    reference = ReferenceEngine(facts.backend)
 
     class Wrong(FastEngine):
         def encode(self, texts: list[str], *, parse_special: bool = False) -> Any:

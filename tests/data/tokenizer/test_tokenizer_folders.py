@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest
-from tests.data.prepare.test_raw2ids import documents, raw2ids, rows_of, tree, write_jsonl
+from tests.data.raw2ids_runs import documents, raw2ids, rows_of, tree, write_jsonl
 from tests.data.tokenizers_for_tests import (
     TIKTOKEN_PATTERN,
     make_sentencepiece_folder,

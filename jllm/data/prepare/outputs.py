@@ -39,7 +39,7 @@ def recorded_options(config: Raw2IdsConfig) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class OutputSet:
     """One of the data sets that a run makes.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
         place: where it is made.
         options: recorded beside those of the command.
         share: of the documents; its splits and files are cut after that share of `--num` and `--batch_size`, so that
-            all parts of a run finish files at the same pace, and little must be kept to resume from.
+            all data sets of a run finish files at the same pace, and little must be kept to resume from.
     """
 
     name: str
@@ -56,21 +56,21 @@ class Part:
     share: float = 1.0
 
 
-def parts_of(config: Raw2IdsConfig, output: Path) -> list[Part]:
+def outputs_of(config: Raw2IdsConfig, output: Path) -> list[OutputSet]:
     """The data set that was asked for, and the one of held-out documents where there is one."""
-    main = Part(name="main", place=Workplace(output), options={})
+    main = OutputSet(name="main", place=Workplace(output), options={})
     if config.eval_fraction is None:
         return [main]
     held = config.eval_output or holdout.default_folder(output)
     whole, other = output.resolve(), held.resolve()
     if whole.is_relative_to(other) or other.is_relative_to(whole):
         raise UserError(f"--eval_output {held}: lies in the output folder or around it; give a folder of its own")
-    return [main, Part(name="eval", place=Workplace(held), options={"part": "eval"}, share=config.eval_fraction)]
+    return [main, OutputSet(name="eval", place=Workplace(held), options={"part": "eval"}, share=config.eval_fraction)]
 
 
-def clean_held_out(main: Part) -> None:
-    """Remove what an earlier run held out from `main`, so that it is not taken for the other part of a run that holds
-    out nothing."""
+def clean_held_out(main: OutputSet) -> None:
+    """Remove what an earlier run held out from `main`, so that it is not taken for the other data set of a run that
+    holds out nothing."""
     place = Workplace(holdout.default_folder(main.place.folder))
     if place.folder.is_dir() and main.place.earlier_options().get("eval_fraction"):
         with place.locked():

@@ -1,0 +1,158 @@
+"""What a run counts: documents and their lengths for each data set, bad records, bytes read.
+
+Guarantees: counts are those of an uninterrupted run, however often a run was resumed; `encoded_bytes` alone is a run's
+own.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jllm.data.dataset.columns import Int64
+from jllm.data.prepare.encoding import Encoded
+from jllm.data.sources.records import BadRecord
+from jllm.errors import UserError
+
+MAX_EXAMPLES = 5
+BAD_SHARE, BAD_LEAST = 0.01, 10
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """The documents of one data set.
+
+    Attributes:
+        sources: for each source: documents and document tokens.
+        lengths: documents by length: exact up to 256 tokens, then in steps of 1/32 of an octave.
+        longest: the longest document.
+    """
+
+    sources: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    lengths: dict[int, int] = dataclasses.field(default_factory=dict)
+    longest: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(source["documents"] for source in self.sources)
+
+    @property
+    def document_tokens(self) -> int:
+        return sum(source["document_tokens"] for source in self.sources)
+
+    def snapshot(self) -> "Tally":
+        """A copy, cheap enough to take before every chunk."""
+        sources = self.sources[:-1] + [dict(source) for source in self.sources[-1:]]
+        return Tally(sources=sources, lengths=dict(self.lengths), longest=self.longest)
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> "Tally":
+        """The inverse of `dataclasses.asdict`, also after a round through JSON."""
+        return cls(**{**values, "lengths": {int(bucket): count for bucket, count in values["lengths"].items()}})
+
+    def add(self, source: int, lengths: Int64) -> None:
+        """Count documents of these lengths."""
+        while len(self.sources) <= source:
+            self.sources.append({"documents": 0, "document_tokens": 0})
+        self.sources[source]["documents"] += len(lengths)
+        self.sources[source]["document_tokens"] += int(lengths.sum())
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
+        for bucket, count in zip(*np.unique(length_bucket(lengths), return_counts=True), strict=True):
+            self.lengths[int(bucket)] = self.lengths.get(int(bucket), 0) + int(count)
+
+    def quantile(self, share: float) -> int:
+        """The length that this share of the documents does not exceed, within 3 %."""
+        wanted, seen = share * self.documents, 0
+        for bucket in sorted(self.lengths):
+            seen += self.lengths[bucket]
+            if seen >= wanted:
+                return min(self.longest, bucket if bucket <= 256 else int(2 ** ((bucket - 256) / 32 + 8)))
+        return 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Totals:
+    """What was found in the sources, over the whole input.
+
+    Attributes:
+        counts: sums of `Encoded.counts`.
+        bad: bad records by kind: how many, and the first few as "file:line detail".
+        sets: the documents of each data set that is made.
+        encoded_bytes: input that this run encoded (decompressed bytes; rows of Parquet).
+        read_bytes: input behind everything counted here, whoever encoded it.
+    """
+
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    bad: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sets: list[Tally] = dataclasses.field(default_factory=list)
+    encoded_bytes: int = 0
+    read_bytes: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(tally.documents for tally in self.sets)
+
+    @property
+    def document_tokens(self) -> int:
+        return sum(tally.document_tokens for tally in self.sets)
+
+    @property
+    def bad_records(self) -> int:
+        return sum(kind["count"] for kind in self.bad.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy as plain data but for the tallies, cheap enough to take before every chunk."""
+        bad = {kind: {**found, "examples": list(found["examples"])} for kind, found in self.bad.items()}
+        sets = [tally.snapshot() for tally in self.sets]
+        return dict(self.__dict__, counts=dict(self.counts), bad=bad, sets=sets)
+
+    @classmethod
+    def restored(cls, snapshot: dict[str, Any], sets: int) -> "Totals":
+        """The inverse of `snapshot` and `dataclasses.asdict`, also after a round through JSON; nothing is encoded yet
+        in this run. An empty one begins `sets` tallies."""
+        if not snapshot:
+            return cls(sets=[Tally() for _ in range(sets)])
+        totals = cls(**{**snapshot, "sets": [Tally.restored(values) for values in snapshot["sets"]]})
+        totals.encoded_bytes = 0
+        return totals
+
+    def add(self, name: str, encoded: Encoded, size: int, fresh: bool) -> None:
+        """Count a chunk of `size` bytes of the source `name`, but for its documents; `fresh` where this run encoded
+        it."""
+        self.read_bytes += size
+        self.encoded_bytes += size if fresh else 0
+        for key, value in encoded.counts.items():
+            self.counts[key] = self.counts.get(key, 0) + value
+        for record in encoded.bad:
+            kind = self.bad.setdefault(record.kind, {"count": 0, "examples": []})
+            kind["count"] += 1
+            if len(kind["examples"]) < MAX_EXAMPLES:
+                kind["examples"].append(describe(name, record))
+
+
+def describe(name: str, record: BadRecord) -> str:
+    """ "file:line: kind: detail", for people."""
+    return f"{name}:{record.line}: {record.kind}: {record.detail}"
+
+
+def length_bucket(lengths: Any) -> Any:
+    """Numbers whose order is that of the lengths, and of which there are few."""
+    coarse = 256 + np.ceil((np.log2(np.maximum(lengths, 1)) - 8) * 32)
+    return np.where(lengths <= 256, lengths, coarse).astype(np.int64)
+
+
+def check_bad_share(totals: Totals) -> None:
+    """The default of `--on_error`.
+
+    Raises:
+        UserError: more than 1 % and at least 10 of all records are bad.
+    """
+    records = totals.counts.get("records", 0)
+    if totals.bad_records < BAD_LEAST or totals.bad_records <= BAD_SHARE * records:
+        return
+    kinds = ", ".join(f"{kind}: {found['count']}" for kind, found in totals.bad.items())
+    example = next(iter(totals.bad.values()))["examples"][0]
+    raise UserError(
+        f"{totals.bad_records} of {records} records are bad ({kinds}; {example}): more than 1 %; repair the input, or"
+        " take the rest with --on_error skip"
+    )

@@ -1,0 +1,91 @@
+"""A source in chunks: consecutive whole records, about 4 MiB of them, cut without parsing them.
+
+A record may have any size, a chunk can be parsed and encoded on any thread, and reading can start again at any chunk.
+Text and JSON lines are cut here, at places that `text.py` and `json_lines.py` find; JSON lists and Parquet files cut
+themselves (`json_list.py`, `parquet.py`).
+
+Guarantees: the chunks of a source are a function of its content alone.
+Cost: one pass over the bytes; memory for one chunk, or one record where that is larger.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jllm.data.sources import json_lines, json_list, parquet, text
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.inputs import STDIN, Source, safe, without_password
+from jllm.data.sources.streams import open_source, read_exactly, reading_errors, skip
+from jllm.errors import UserError
+
+CHUNK_BYTES = 4 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LAST_BOUNDARY: dict[str, Callable[[bytes, int, int], int]] = {
+    "text": text.last_boundary,
+    "jsonl": json_lines.last_boundary,
+}
+
+
+def read_chunks(
+    source: Source, number: int, *, start: int = 0, line: int = 1, index: int = 0, columns: Sequence[str] | None = None
+) -> Iterator[Chunk]:
+    """The chunks of a source, from where an earlier chunk ended (`Chunk.end`, `Chunk.end_line`).
+
+    Args:
+        number: the source's index, put into the chunks.
+        start, line, index: where to start: byte (row), its line, and the number of the first chunk.
+        columns: Parquet columns to read; None reads all.
+
+    Raises:
+        UserError: the source cannot be read: it is damaged, cut short, or not what its name says.
+    """
+    try:
+        if source.kind in ("parquet", "ids"):
+            yield from parquet.chunks(source, number, start, index, columns, CHUNK_BYTES)
+        else:
+            yield from _byte_chunks(source, number, start, line, index)
+    except reading_errors() as error:
+        raise UserError(f"-i {without_password(source.path)}: cannot be read: {safe(error)}") from None
+
+
+def _byte_chunks(source: Source, number: int, start: int, line: int, index: int) -> Iterator[Chunk]:
+    stream = open_source(source)
+    kind = source.kind
+    is_plain = source.compression is None and source.path != STDIN and "://" not in source.path
+    file = source.path if is_plain and Path(source.path).is_file() else None  # and no pipe, which is read once
+    try:
+        skip(stream, start, seekable=source.compression is None and source.path != STDIN)
+        held, position = b"", start
+        if start == 0:
+            held = read_exactly(stream, 64)
+            if held.startswith(_BYTE_ORDER_MARK):  # which is no text
+                held, position = held[3:], 3
+        if kind == "json":
+            if start or held.lstrip()[:1] == b"[":
+                yield from json_list.chunks(stream, held, number, position, line, index, CHUNK_BYTES)
+                return
+            kind = "jsonl"  # JSON lines under the name of .json
+        last_boundary = _LAST_BOUNDARY[kind]
+        searched, window = 0, CHUNK_BYTES
+        while True:
+            # Where no record ends in the window, it is doubled: the work stays in proportion to the record, and where a
+            # chunk ends depends on where it starts and on nothing else.
+            if len(held) < window:
+                more = read_exactly(stream, window - len(held))
+                held = held + more if held else more
+            at_end = len(held) < window
+            cut = len(held) if at_end else last_boundary(held, searched, window)
+            if cut:
+                data, held, searched, window = held[:cut], held[cut:], 0, CHUNK_BYTES
+                position += cut
+                end_line = line + json_lines.count_lines(data)
+                yield Chunk(
+                    source=number, index=index, line=line, data=data, end=position, end_line=end_line, file=file
+                )
+                index, line = index + 1, end_line
+            else:
+                searched, window = window, 2 * window
+            if at_end:
+                return
+    finally:
+        if source.path != STDIN:
+            stream.close()

@@ -1,0 +1,75 @@
+"""Parquet sources: rows with a text or chat column, or with ids.
+
+Guarantees: memory for one row group.
+Cost: pyarrow's, on one thread for each source; a dict for each row where rows are parsed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.inputs import Source
+from jllm.data.sources.records import Records
+from jllm.errors import UserError
+
+
+def open_parquet(source: Source) -> Any:
+    """A source as pyarrow's `ParquetFile`.
+
+    Raises:
+        UserError: it is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    handle: Any = source.path
+    if "://" in source.path:
+        import fsspec
+
+        handle = fsspec.open(source.path, "rb").open()
+    try:
+        return pq.ParquetFile(handle, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"-i {source.name}: cannot be read as Parquet: {error}") from None
+
+
+def chunks(
+    source: Source, number: int, start: int, index: int, columns: Sequence[str] | None, size: int
+) -> Iterator[Chunk]:
+    """Chunks of rows from row `start` on. Rows are numbered from 1 in `Chunk.line`.
+
+    Args:
+        number, index: of the source, and of the first chunk in it.
+        columns: to read; None reads all.
+        size: bytes in a chunk, about.
+
+    Raises:
+        UserError: not Parquet, or without the columns that are needed.
+    """
+    file = open_parquet(source)
+    names = file.schema_arrow.names
+    wanted = [name for name in names if columns is None or name in columns]
+    if columns is not None and not wanted:
+        raise UserError(f"-i {source.name}: no column {' or '.join(columns)} (columns: {', '.join(names[:12])})")
+    row = 0
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if row + rows <= start:
+            row += rows
+            continue
+        weight = file.metadata.row_group(group).total_byte_size
+        step = max(1, rows * size // max(1, weight))
+        table = file.read_row_group(group, columns=wanted, use_threads=False)
+        for begin in range(0, rows, step):
+            data = table.slice(begin, step)
+            end = row + begin + data.num_rows
+            if end > start:
+                yield Chunk(source=number, index=index, line=row + begin + 1, data=data, end=end, end_line=end + 1)
+                index += 1
+        row += rows
+
+
+def parse(rows: Any, line: int) -> Records:
+    """The rows of an Arrow table as dicts; `line` is the number of the first."""
+    values = rows.to_pylist()
+    return Records(values=values, lines=[line + i for i in range(len(values))], bad=[])

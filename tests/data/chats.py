@@ -1,0 +1,103 @@
+"""Conversations, templates, and an encoder for one template, for tests."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.builtin_templates import TEMPLATES
+from jllm.data.chat.rendering import RenderPlan
+from jllm.data.chat.token_spans import TokenLengths
+from jllm.data.dataset.columns import IGNORE_INDEX
+from jllm.data.prepare.encoding import ChatEncoder
+from jllm.data.sources.chunk import Chunk
+from jllm.data.tokenizer.checked_engine import CheckedEngine
+from jllm.data.tokenizer.facts import TokenizerFacts
+
+PLAIN = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"""
+THINKING = """{%- for message in messages %}{%- set content = message.content %}{%- set thought = '' %}
+{%- if message.role == 'assistant' and '</think>' in content %}
+{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.last %}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
+{{- content.lstrip('\\n') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}"""
+END_OUTSIDE = TEMPLATES["chatml"].replace(
+    "{{- '<|im_end|>' }}{%- endgeneration %}", "{%- endgeneration %}{{- '<|im_end|>' }}"
+)
+
+
+class Chat:
+    """An encoder for one template."""
+
+    def __init__(self, facts: TokenizerFacts, engine: CheckedEngine, template: str, **plan: Any) -> None:
+        import tokenizers
+
+        assert facts.backend is not None
+        self.reference = tokenizers.Tokenizer.from_str(facts.backend)
+        self.facts = facts
+        self.plan = RenderPlan(
+            template=template, special_tokens=facts.special_tokens, added=facts.added, date="2026-01-31",
+            prefix=facts.prefix, eos_id=facts.eos_id, **plan,
+        )  # fmt: skip
+        assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
+        self.encoder = ChatEncoder(assembler=lambda: assembler, plan=self.plan, formats=("messages",), fields={})
+
+    def encode(
+        self, records: list[Any], format_name: str = "messages"
+    ) -> tuple[list[list[int]], list[list[int]], list[Any]]:
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        chunk = Chunk(source=0, index=0, line=1, data=data, end=len(data), end_line=len(records) + 1)
+        encoded = dataclasses.replace(self.encoder, formats=(format_name,))(chunk, "jsonl")
+        documents = encoded.documents
+        assert documents.labels is not None
+        cuts = documents.offsets[1:-1]
+        ids = [part.tolist() for part in np.split(documents.ids, cuts)] if len(documents) else []
+        labels = [part.tolist() for part in np.split(documents.labels, cuts)] if len(documents) else []
+        return ids, labels, encoded.bad
+
+    def trained(self, messages: list[dict[str, Any]], **extra: Any) -> str:
+        ids, labels, bad = self.encode([{"messages": messages, **extra}])
+        assert not bad, bad
+        assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids[0], labels[0], strict=True))
+        return self.decode(labels[0])
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.reference.decode([i for i in ids if i != IGNORE_INDEX], skip_special_tokens=False)
+        return text
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **extra: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **extra}
+
+
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [user("hello"), assistant("Hi there!")],
+    [
+        {"role": "system", "content": "Brief."},
+        user("naïve café?"),
+        assistant("日本語 é"),
+        user("a\n\nb"),
+        assistant("c"),
+    ],
+    [
+        user(" space "),
+        assistant("  indented\n\ncode\n"),
+        user("<tag>"),
+        assistant("<b>x</b>"),
+        user("?"),
+        assistant("\nx"),
+    ],
+    [user("e\u0301 decomposed"), assistant("a\u0308 too"), user("1"), assistant("2"), user("3"), assistant("4" * 50)],
+]
