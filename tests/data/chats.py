@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.builtin_templates import TEMPLATES
@@ -13,8 +15,9 @@ from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.columns import IGNORE_INDEX
 from jllm.data.prepare.encoding import ChatEncoder
 from jllm.data.sources.chunk import Chunk
-from jllm.data.tokenizer.checked_engine import CheckedEngine
-from jllm.data.tokenizer.facts import TokenizerFacts
+from jllm.data.tokenizer.checked_engine import CheckedEngine, open_engine
+from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
+from tests.data.tokenizers_for_tests import make_byte_tokenizer
 
 PLAIN = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"""
@@ -101,3 +104,23 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     ],
     [user("e\u0301 decomposed"), assistant("a\u0308 too"), user("1"), assistant("2"), user("3"), assistant("4" * 50)],
 ]
+
+
+TURNS = "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+
+
+END = "{{- '<|im_end|>\\n' }}{%- endfor %}"
+
+
+def chat_of(folder: Path, template: str, *more: tokenizers.AddedToken, **plan: Any) -> Chat:
+    facts = load_tokenizer(str(make_byte_tokenizer(folder, more=more)))
+    return Chat(facts, open_engine(facts, inert=True), template, **plan)
+
+
+def whole(chat: Chat, ids: list[int], text: str) -> bool:
+    """Whether these are the ids of the whole text, encoded at once."""
+    return bool(ids == chat.reference.encode(text, add_special_tokens=False).ids)
+
+
+def rendered(messages: list[dict[str, Any]], show: Any = str, end: str = "<|im_end|>") -> str:
+    return "".join(f"<|im_start|>{m['role']}\n{show(m['content'])}{end}\n" for m in messages)

@@ -83,3 +83,7 @@ def stacked(streams: list[list[int]], length: int) -> tuple[list[list[int]], lis
         boundaries.append(sorted({0, len(row), *(s - begin for s in starts if begin <= s < begin + len(row))}))
         begin += length - 1
     return rows, boundaries
+
+
+def finished_files(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_ino for path in out.rglob("*.parquet") if ".raw2ids" not in path.parts}

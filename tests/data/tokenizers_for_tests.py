@@ -105,3 +105,36 @@ def make_slow_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     return folder
+
+
+def save(tokenizer: Any, folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def sentencepiece_like(folder: Path, scheme: str, *, split: bool = False) -> Path:
+    """A BPE tokenizer with byte fallback and a Metaspace pre-tokenizer, as transformers makes of Llama 2."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator(CORPUS, trainer)
+    value = json.loads(trained.to_str())
+    value["model"].update(byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    value["added_tokens"] = value["added_tokens"][:3]
+    value["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    tokenizer = Tokenizer.from_str(json.dumps(value))
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")]
+    )
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    return save(tokenizer, folder, bos_token="<s>", unk_token="<unk>")

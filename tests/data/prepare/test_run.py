@@ -1,15 +1,27 @@
 """raw2ids from the command line: what comes out, whatever goes in and whoever kills it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS
-from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, stacked, tree, write_jsonl
+from tests.data.chats import END_OUTSIDE
+from tests.data.raw2ids_runs import (
+    documents,
+    finished_files,
+    raw2ids,
+    reference_stream,
+    rows_of,
+    stacked,
+    tree,
+    write_jsonl,
+)
 
 
 def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -192,3 +204,57 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert result.stdout.endswith("[]\n")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jllm.data.prepare import sink
+    from jllm.data.prepare.config import Raw2IdsConfig
+    from jllm.data.prepare.run import prepare
+    from jllm.errors import UserError
+
+    source = write_jsonl(tmp_path / "some.jsonl", documents(300))
+    config = Raw2IdsConfig(
+        input=(str(source),), tokenizer=str(byte_tokenizer), type="pretrain", stack=True, max_len=65, num=100,
+        output=tmp_path / "out", quiet=True,
+    )  # fmt: skip
+    write = sink.ShardWriter.write
+
+    def full(self: sink.ShardWriter, batch: object) -> None:
+        if self.path.name.startswith("some-00001"):
+            raise OSError(28, "No space left on device")
+        write(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sink.ShardWriter, "write", full)
+    with pytest.raises(UserError, match="disk is full"):
+        prepare(config)
+    assert len(finished_files(tmp_path / "out")) == 1
+    monkeypatch.setattr(sink.ShardWriter, "write", write)
+    kept = finished_files(tmp_path / "out")
+    prepare(config)
+    assert kept.items() <= finished_files(tmp_path / "out").items()
+
+
+def test_chat_from_the_command_line(tmp_path: Path, byte_tokenizer: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [[{"user": f"q{i}"}, {"assistant": " ".join(["word"] * int(rng.integers(1, 60)))}] for i in range(200)]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["-i", source, "--tokenizer", byte_tokenizer, "--chat_template", "chatml", "--max_len", 48]
+    for cores in (1, 2):
+        raw2ids(*arguments, "-o", tmp_path / str(cores), "--cores", cores)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+    result = raw2ids(*arguments, "-o", tmp_path / "packed", "--packing", "best_fit", "--pad", "--debug", 2)
+    assert result.stdout.count("--- row") == 2
+    plain, packed = (json.loads((tmp_path / name / "_manifest.json").read_text()) for name in ("1", "packed"))
+    assert plain["trained_tokens"] == packed["trained_tokens"]
+    assert packed["rows"] < plain["rows"]
+    assert plain["chat"]["warnings"] == []
+    outside = tmp_path / "outside.jinja"
+    outside.write_text(END_OUTSIDE)
+    warned = raw2ids(*arguments, "--chat_template", outside, "-o", tmp_path / "outside")
+    assert warned.stderr.count("warning: ") == 1
+    noted = json.loads((tmp_path / "outside" / "_manifest.json").read_text())
+    assert "<|im_end|>" in noted["chat"]["warnings"][0]
+    missing = raw2ids("-i", source, "--tokenizer", byte_tokenizer, "-o", tmp_path / "no", check=False)
+    assert missing.returncode == 2
+    assert "--chat_template" in missing.stderr

@@ -1,0 +1,88 @@
+"""Conversations to segments: what is encoded, and what is trained on."""
+
+import dataclasses
+import re
+
+import pytest
+
+from jllm.data.chat.builtin_templates import TEMPLATES
+from jllm.data.chat.rendering import Renderer
+from jllm.data.prepare.recipes import template_warnings
+from jllm.data.tokenizer.checked_engine import CheckedEngine, open_engine
+from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
+from tests.data.chats import CONVERSATIONS, END_OUTSIDE, PLAIN, THINKING, Chat, assistant, user
+from tests.data.tokenizers_for_tests import asset_tokenizer
+
+
+@pytest.mark.parametrize("short_cut", [True, False])
+def test_trained_is_answers_and_their_ends(facts: TokenizerFacts, engine: CheckedEngine, short_cut: bool) -> None:
+    chat = Chat(facts, engine, PLAIN, short_cut=short_cut)
+    for messages in CONVERSATIONS[:2]:
+        answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
+        assert chat.trained(messages) == "".join(answers)
+
+
+def test_thinking(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    chat = Chat(facts, engine, THINKING)
+    control = {token["content"]: token["id"] for token in facts.added}
+    assert chat.trained([user("a"), assistant("b")]) == "b<|im_end|>", "an empty block of the template is masked"
+    thought = "<think>\nhmm\n</think>\n\nyes"
+    assert chat.trained([user("a"), assistant(thought)]) == f"{thought}<|im_end|>"
+    assert chat.trained([user("a"), assistant(thought), user("b"), assistant("c")]) == "yes<|im_end|>c<|im_end|>"
+    ids, _, _ = chat.encode([{"messages": [user("a"), assistant(thought)]}])
+    assert ids[0].count(control["</think>"]) == 1
+
+
+@pytest.mark.parametrize("template", [PLAIN, THINKING, TEMPLATES["chatml"]], ids=["plain", "thinking", "marked"])
+def test_an_answer_without_a_text_still_ends(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
+    chat = Chat(facts, engine, template)
+    assert chat.trained([user("q"), assistant("")]) == "<|im_end|>"
+    assert chat.trained([user("q"), assistant(""), user("r"), assistant("one")]) == "<|im_end|>one<|im_end|>"
+    assert chat.trained([user("q"), assistant("one"), user("r"), assistant("")]) == "one<|im_end|><|im_end|>"
+
+
+def test_what_is_trained_on(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    messages = [user("a"), assistant("one"), user("b"), assistant("two")]
+    for template in (PLAIN, TEMPLATES["chatml"]):
+        assert Chat(facts, engine, template, train_on="last").trained(messages) == "two<|im_end|>"
+        flagged = [user("a"), assistant("one", weight=0), user("b"), assistant("two", train=True)]
+        assert Chat(facts, engine, template).trained(flagged) == "two<|im_end|>"
+        whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        assert Chat(facts, engine, template, train_on_prompt=True).trained(messages) == whole
+
+
+def test_completion(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    chat = Chat(facts, engine, PLAIN)
+    ids, labels, _ = chat.encode([{"prompt": "one two", "completion": "three"}], "completion")
+    assert chat.decode(ids[0]) == "one two\nthree<|im_end|>"
+    assert chat.decode(labels[0]) == "\nthree<|im_end|>"
+
+
+def test_an_end_of_turn_outside_of_the_marks_is_noticed(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    plan = Chat(facts, engine, END_OUTSIDE).plan
+    (warning,) = template_warnings(plan)
+    assert "<|im_end|>" in warning
+    assert template_warnings(dataclasses.replace(plan, train_on_prompt=True)) == []
+    spaced = END_OUTSIDE.replace("{%- endgeneration %}{{-", "{%- endgeneration %}{{- ' ' }}{{-")
+    assert len(template_warnings(dataclasses.replace(plan, template=spaced))) == 1
+    for template in (*TEMPLATES.values(), PLAIN, THINKING):
+        assert template_warnings(dataclasses.replace(plan, template=template)) == []
+
+
+@pytest.mark.parametrize("form", ["qwen3", "llama-2"])
+def test_real_tokenizers(form: str) -> None:
+    folder = asset_tokenizer("qwen3" if form == "qwen3" else "llama2")
+    facts = load_tokenizer(str(folder))
+    engine = open_engine(facts, inert=True)
+    template = facts.chat_template if form == "qwen3" else TEMPLATES[form]
+    assert template is not None
+    chat = Chat(facts, engine, template)
+    for messages in CONVERSATIONS:
+        ids, labels, bad = chat.encode([{"messages": messages}])
+        assert not bad
+        whole = re.sub("[\ue000-\ue005]", "", Renderer(chat.plan).render(messages, None))
+        assert ids[0] == chat.reference.encode(whole, add_special_tokens=False).ids
+        decoded = chat.decode(labels[0])
+        for message in messages:
+            if message["role"] == "assistant" and message["content"].isascii():
+                assert message["content"].strip() in decoded
