@@ -1,10 +1,15 @@
 """Records: bad ones cost themselves, texts are found in fields."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jllm.data.sources.inputs import resolve
+from jllm.data.sources.records import BadRecord, Records, field_of, texts_of
 from jllm.errors import UserError
 from tests.data.source_files import read
 
@@ -42,3 +47,41 @@ def test_fields_and_lines_under_other_names(tmp_path: Path) -> None:
     assert read(plain, kind="text").values == ["x", "y"]
     with pytest.raises(UserError, match="input_format"):
         resolve([str(plain)])
+
+
+EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
+keys = st.text("ab.", min_size=1, max_size=3)
+objects = st.recursive(
+    st.none() | st.text(max_size=3) | st.integers(),
+    lambda inner: st.dictionaries(keys, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(value=objects, path=st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=3))
+def test_a_field_is_found_where_the_path_leads(value: Any, path: list[str]) -> None:
+    def followed() -> Any:
+        found = value
+        for key in path:
+            if not isinstance(found, dict) or key not in found:
+                return None
+            found = found[key]
+        return found
+
+    whole = ".".join(path)
+    flat = isinstance(value, dict) and len(path) > 1 and whole in value
+    assert field_of(value, path) == (value[whole] if flat else followed())
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(values=st.lists(objects | st.dictionaries(st.just("text"), objects), max_size=8))
+def test_each_record_is_a_text_or_bad(values: list[Any]) -> None:
+    lines = [3 * number for number in range(len(values))]
+    before = [BadRecord(kind="bad JSON", line=1, detail="")]
+    found = texts_of(Records(values=values, lines=lines, bad=before), "jsonl", "text")
+    assert sorted([*found.lines, *(bad.line for bad in found.bad)]) == sorted([*lines, 1])
+    assert [bad.line for bad in found.bad] == sorted(bad.line for bad in found.bad)
+    for line, text in zip(found.lines, found.values, strict=True):
+        assert values[line // 3]["text"] == text
+        assert text.strip()
