@@ -124,3 +124,7 @@ def whole(chat: Chat, ids: list[int], text: str) -> bool:
 
 def rendered(messages: list[dict[str, Any]], show: Any = str, end: str = "<|im_end|>") -> str:
     return "".join(f"<|im_start|>{m['role']}\n{show(m['content'])}{end}\n" for m in messages)
+
+
+ODD = TURNS + "{{- 'odd' if message.content | length == 41 * 41 else message.content }}" + END
+"""A template that treats texts of `41 * 41` characters in a way that no probe brings out."""

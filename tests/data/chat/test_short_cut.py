@@ -1,11 +1,20 @@
 """The short cut: for templates that show texts as they are; others are rendered for each conversation."""
 
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.data.chats import END, TURNS, assistant, chat_of, rendered, user, whole
+from jllm.data.chat.builtin_templates import TEMPLATES
+from jllm.data.chat.formats import read_conversation
+from jllm.data.chat.short_cut import ConversationRenderer, ShortCutError
+from jllm.data.tokenizer.checked_engine import CheckedEngine
+from jllm.data.tokenizer.facts import TokenizerFacts
+from tests.data.chats import END, ODD, PLAIN, THINKING, TURNS, Chat, assistant, chat_of, rendered, user, whole
 
 
 @pytest.mark.parametrize(
@@ -32,3 +41,44 @@ def test_templates_that_look_at_texts(tmp_path: Path, shown: str, show: Any) -> 
         text = rendered(messages[:1], show) + rendered(messages[1:])
         assert whole(chat, row, text), chat.decode(row)
         assert chat.decode(label) == "fine<|im_end|>"
+
+
+EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
+texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("abc \n<|'")), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("name", ["plain", "thinking", "chatml", "llama-3"])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), max_size=4), last=st.booleans())
+def test_the_short_cut_does_not_show(
+    name: str, turns: list[list[tuple[str, str]]], last: bool, facts: TokenizerFacts, engine: CheckedEngine
+) -> None:
+    template = {"plain": PLAIN, "thinking": THINKING, **TEMPLATES}[name]
+    conversations = [
+        read_conversation({"messages": [m for q, a in pairs for m in (user(q), assistant(a))]}, "messages", {})
+        for pairs in turns
+    ]
+    found = []
+    for short_cut in (True, False):
+        plan = Chat(facts, engine, template, short_cut=short_cut, train_on="last" if last else "all").plan
+        renderer = ConversationRenderer(plan)
+        found.append([renderer.flat(conversation)[0] for conversation in conversations])
+    assert found[0] == found[1]
+
+
+def test_every_128th_conversation_of_a_chunk_is_verified(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    renderer = ConversationRenderer(Chat(facts, engine, ODD).plan)
+    plain, odd = (
+        read_conversation({"messages": [user("x" * size), assistant("yes")]}, "messages", {}) for size in (9, 41 * 41)
+    )
+    for place in (0, 128):
+        renderer.begin_chunk()
+        for _ in range(place):
+            renderer.flat(plain)
+        with pytest.raises(ShortCutError, match="in its own way"):
+            renderer.flat(odd)
+    renderer.begin_chunk()
+    shown = [renderer.flat(conversation)[1] for conversation in itertools.chain([plain, odd], [plain] * 127)]
+    assert [number for number, whole in enumerate(shown) if whole is not None] == [0, 128]
+    careful = ConversationRenderer(Chat(facts, engine, ODD, short_cut=False).plan)
+    assert "odd" in careful.flat(odd)[0].texts[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jllm.data.chat.tool_calls import WITH_A_CALL, calls_as
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from tests.data.chats import END, THINKING, TURNS, Chat, assistant, chat_of, user
@@ -67,3 +68,18 @@ def test_a_template_that_does_not_end_a_tool_call(tmp_path: Path) -> None:
     assert len(ids) == 1
     assert (bad.kind, bad.line) == ("template error", 1)
     assert "does not end an answer that calls a tool" in bad.detail
+
+
+def test_calls_are_written_as_asked_for() -> None:
+    for message in WITH_A_CALL:
+        before = repr(message)
+        assert calls_as(message, as_text=False, without_content=False) == message
+        changed = calls_as(message, as_text=True, without_content=True)
+        assert repr(message) == before, "the record itself stays"
+        if "tool_calls" not in message:
+            assert changed is message
+            continue
+        assert changed["content"] is None
+        assert changed["tool_calls"][0]["function"]["arguments"] == '{"argument": "its_value"}'
+    kept = calls_as({**WITH_A_CALL[1], "content": "Look:"}, as_text=False, without_content=True)
+    assert kept["content"] == "Look:"
