@@ -108,8 +108,8 @@ class Totals:
 
     @classmethod
     def restored(cls, snapshot: dict[str, Any], sets: int) -> "Totals":
-        """The inverse of `snapshot` and `dataclasses.asdict`, also after a round through JSON; nothing is encoded yet
-        in this run. An empty one begins `sets` tallies."""
+        """The inverse of `dataclasses.asdict`, of totals or of what holds a snapshot, also after a round through JSON;
+        nothing is encoded yet in this run. An empty one begins `sets` tallies."""
         if not snapshot:
             return cls(sets=[Tally() for _ in range(sets)])
         totals = cls(**{**snapshot, "sets": [Tally.restored(values) for values in snapshot["sets"]]})

@@ -1,12 +1,17 @@
 """Chat records: every format says the same, and bad records are named."""
 
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jllm.data.chat.formats import format_of, read_conversation
+from jllm.data.chat.formats import READERS, SAMPLE, commonest_format, format_of, read_conversation
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
+from jllm.errors import UserError
 from tests.data.chats import PLAIN, Chat, assistant, user
 
 
@@ -53,3 +58,28 @@ def test_bad_records_are_named(record: Any, kind: str, facts: TokenizerFacts, en
     ids, _, bad = chat.encode([good, record, good])
     assert len(ids) == 2
     assert [(item.kind, item.line) for item in bad] == [(kind, 2)]
+
+
+LIKE = {
+    "roles": {"conversation": []}, "messages": {"messages": []}, "sharegpt": {"conversations": []},
+    "alpaca": {"instruction": "", "output": ""}, "completion": {"prompt": "", "completion": ""},
+    "fields": {"question": "", "answer": ""}, None: {"other": 1},
+}  # fmt: skip
+
+
+@settings(deadline=None)
+@given(names=st.lists(st.sampled_from(list(LIKE)), max_size=20))
+def test_most_records_decide(names: list[str | None]) -> None:
+    known = Counter(name for name in names if name)
+    records = [LIKE[name] for name in names]
+    if not known:
+        with pytest.raises(UserError, match=re.escape(f"format ({', '.join(READERS)}); name one with --format")):
+            commonest_format(records, "here")
+        return
+    most = max(known.values())
+    assert commonest_format(records, "here") == next(name for name in names if name and known[name] == most)
+
+
+def test_only_the_first_records_are_looked_at() -> None:
+    records = ({"messages": []} if number < SAMPLE else {}["no"] for number in range(SAMPLE + 1))
+    assert commonest_format(records, "here") == "messages"

@@ -1,0 +1,118 @@
+"""Encoded chunks on disk: they come back as they were, torn ones do not, and what no sink needs is removed."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jllm.data.packing.packers import Documents
+from jllm.data.prepare.chunk_cache import ChunkCache, read, write
+from jllm.data.prepare.encoding import Encoded
+from jllm.data.sources.records import BadRecord
+
+EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
+
+
+def encoded_of(rows: list[list[int]], labels: bool, bad: int = 0) -> Encoded:
+    ids = np.array([index for row in rows for index in row], dtype=np.int32)
+    offsets = np.r_[0, np.cumsum([len(row) for row in rows])].astype(np.int64)
+    documents = Documents(ids=ids, offsets=offsets, labels=np.where(ids % 3, ids, -100).astype(np.int32))
+    if not labels:
+        documents = Documents(ids=ids, offsets=offsets)
+    records = [BadRecord(kind="bad JSON", line=number, detail="é") for number in range(bad)]
+    return Encoded(documents=documents, bad=records, counts={"records": len(rows) + bad}, end=7, end_line=8)
+
+
+def same(one: Encoded, other: Encoded) -> bool:
+    labels = [each.documents.labels for each in (one, other)]
+    return (
+        np.array_equal(one.documents.ids, other.documents.ids)
+        and np.array_equal(one.documents.offsets, other.documents.offsets)
+        and (labels[0] is None) == (labels[1] is None)
+        and (labels[0] is None or np.array_equal(*labels))
+        and (one.bad, one.counts, one.end, one.end_line) == (other.bad, other.counts, other.end, other.end_line)
+    )
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=6),
+    labels=st.booleans(),
+    wide=st.booleans(),
+    vocab_size=st.sampled_from([1 << 16, 200_000]),
+    bad=st.integers(0, 2),
+    torn=st.floats(0, 1, exclude_max=True),
+)
+def test_there_and_back_or_torn(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], labels: bool, wide: bool, vocab_size: int,
+    bad: int, torn: float,
+) -> None:  # fmt: skip
+    path = tmp_path_factory.mktemp("cache") / "block-00000-0000000"
+    encoded = encoded_of(rows, labels, bad)
+    write(path, encoded, vocab_size, wide=wide)
+    found = read(path)
+    assert found is not None
+    assert same(found, encoded)
+    stored = found.documents.stored
+    if wide:
+        assert stored is not None
+        assert (
+            np.fromfile(path, np.int32, len(encoded.documents.ids), offset=stored.ids).tolist()
+            == encoded.documents.ids.tolist()
+        )
+    data = path.read_bytes()
+    at = int(torn * len(data))
+    path.write_bytes(data[:at])
+    short = read(path)  # white space at the end may be missing
+    assert short is None or same(short, encoded)
+    if encoded.documents.ids.any() and stored is not None:
+        path.write_bytes(data[: stored.ids] + b"\0" * (len(data) - stored.ids))  # pages that never reached the disk
+        assert read(path) is None
+
+
+def test_a_chunk_is_loaded_once_and_only_from_an_earlier_run(tmp_path: Path) -> None:
+    encoded = encoded_of([[1, 2]], False)
+    first = ChunkCache(tmp_path, vocab_size=10, sinks=["main"])
+    assert first.load((0, 0)) is None
+    assert first.save((0, 0), encoded) is encoded
+    assert first.load((0, 0)) is None
+    second = ChunkCache(tmp_path, vocab_size=10, sinks=["main"])
+    found = second.load((0, 0))
+    assert found is not None
+    assert same(found, encoded)
+    assert second.load((0, 0)) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["block-00000-0000000"]
+
+
+def test_wide_chunks_are_handed_on_as_they_lie_on_disk(tmp_path: Path) -> None:
+    cache = ChunkCache(tmp_path, vocab_size=10, sinks=["main"], wide=True)
+    saved = cache.save((1, 2), encoded_of([[1, 2]], True))
+    assert saved.documents.stored is not None
+    assert saved.documents.stored.path == str(cache.path((1, 2)))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    said=st.lists(
+        st.tuples(st.sampled_from(["main", "eval"]), st.tuples(st.integers(0, 2), st.integers(0, 3))), max_size=6
+    )
+)
+def test_what_some_sink_needs_stays(
+    tmp_path_factory: pytest.TempPathFactory, said: list[tuple[str, tuple[int, int]]]
+) -> None:
+    cache = ChunkCache(tmp_path_factory.mktemp("cache"), vocab_size=10, sinks=["main", "eval"])
+    places = [(source, chunk) for source in range(3) for chunk in range(4)]
+    for place in places:
+        cache.save(place, encoded_of([[1]], False))
+    needed = {"main": (0, 0), "eval": (0, 0)}
+    lowest = (0, 0)
+    for sink, place in said:
+        cache.needed_from(sink, place)
+        needed[sink] = place
+        lowest = max(lowest, min(needed.values()))
+    assert sorted(path.name for path in cache.folder.iterdir()) == [
+        cache.path(place).name for place in places if place >= lowest
+    ]
