@@ -2,11 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import IGNORE_INDEX, LABELS
+from jllm.data.packing.best_fit import BestFitPacker
+from jllm.data.packing.conversations import ConversationPacker
+from jllm.data.packing.packers import StackPacker, WindowPacker
+from jllm.data.prepare import recipes
+from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.sources.inputs import resolve
+from jllm.data.tokenizer.checked_engine import open_engine
+from jllm.data.tokenizer.facts import load_tokenizer
+from jllm.errors import UserError
 from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, write_jsonl
 
 
@@ -47,3 +58,84 @@ def test_half_the_stride_doubles_the_tokens(tmp_path: Path, byte_tokenizer: Path
     total = sum(map(len, rows))
     assert abs(total - len(long) * length / stride) <= length + 1
     assert total > 1.8 * len(long)
+
+
+def config(**values: Any) -> Raw2IdsConfig:
+    return Raw2IdsConfig(**{"input": ("x",), "tokenizer": "y", **values})
+
+
+def test_text_an_id_or_ids(byte_tokenizer: Path) -> None:
+    facts = load_tokenizer(str(byte_tokenizer))
+    engine = open_engine(facts)
+    of_token = {token["content"]: token["id"] for token in facts.added}
+    for value, wanted in (("", ()), ("5", (5,)), ("[1, 2]", (1, 2)), ("<|im_end|>", (of_token["<|im_end|>"],))):
+        assert recipes.ids_of(value, "doc_prefix", engine, facts) == wanted
+    for value in ("100000", "[1, 100000]"):
+        with pytest.raises(UserError, match="id 100000 is beyond the vocabulary"):
+            recipes.ids_of(value, "doc_prefix", engine, facts)
+    own = (facts.prefix, (facts.eos_id,))
+    assert recipes.affixes_of(config(type="pretrain"), facts, engine) == own
+    assert recipes.affixes_of(config(type="pretrain", doc_prefix="3"), facts, engine) == ((3,), own[1])
+    assert recipes.affixes_of(config(type="pretrain", doc_suffix=""), facts, engine) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "columns"),
+    [
+        ({"type": "pretrain"}, WindowPacker, ("input_ids",)),
+        ({"type": "pretrain", "mask_tokens": True}, WindowPacker, ("input_ids", "labels")),
+        ({"type": "pretrain", "stack": True}, StackPacker, ("input_ids", "cu_seqlens")),
+        ({"type": "pretrain", "packing": "best_fit"}, BestFitPacker, ("input_ids", "cu_seqlens")),
+        ({"packing": "best_fit"}, BestFitPacker, ("input_ids", "labels", "cu_seqlens")),
+        ({}, ConversationPacker, ("input_ids", "labels")),
+        ({"pad": True}, ConversationPacker, ("input_ids", "labels", "cu_seqlens")),
+    ],
+)
+def test_the_packer_of_the_options(
+    byte_tokenizer: Path, values: dict[str, Any], kind: type, columns: tuple[str, ...]
+) -> None:
+    packer = recipes.packer_of(config(**values), load_tokenizer(str(byte_tokenizer)))
+    assert type(packer) is kind
+    assert packer.columns == columns
+
+
+def test_formats_are_asked_for_or_found_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}\n')
+    (tmp_path / "b.json").write_text('[[{"user": "x"}, {"assistant": "y"}]]')
+    (tmp_path / "c.jsonl").write_text("")
+    sources = resolve([str(tmp_path)])
+    assert recipes.formats_of(config(), sources) == ("alpaca", "roles", "messages")
+    assert recipes.formats_of(config(format="sharegpt"), sources) == ("sharegpt",) * 3
+    mapped = config(field_map="user=q, assistant=a")
+    assert recipes.formats_of(mapped, sources) == ("fields",) * 3
+    assert recipes.field_map(mapped) == {"user": "q", "assistant": "a"}
+    with pytest.raises(UserError, match="write role=field"):
+        recipes.field_map(config(field_map="who=q"))
+    (tmp_path / "c.jsonl").write_text('{"odd": 1}\n')
+    with pytest.raises(UserError, match=r"^-i c\.jsonl: its first records look like no known chat format"):
+        recipes.formats_of(config(), resolve([str(tmp_path)]))
+
+
+def test_templates_have_names_files_or_are_text(tmp_path: Path, byte_tokenizer: Path) -> None:
+    facts = load_tokenizer(str(byte_tokenizer))
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages }}é", encoding="utf-8")
+    for given, wanted in (
+        ("chatml", (TEMPLATES["chatml"], "chatml")),
+        (str(path), ("{{ messages }}é", "own.jinja")),
+        ("{{ text }}", ("{{ text }}", "given as text")),
+    ):
+        assert recipes.template_of(config(chat_template=given), facts) == wanted
+    with pytest.raises(UserError, match='Did you mean "chatml"'):
+        recipes.template_of(config(chat_template="chatmk"), facts)
+    with pytest.raises(UserError, match="has no chat template; choose one with --chat_template"):
+        recipes.template_of(config(), facts)
+
+
+def test_dates_of_templates_that_show_one() -> None:
+    shows = "{{ strftime_now('%d') }}"
+    assert recipes.date_of(config(date="2026-01-31"), "no date", None) == ""
+    assert recipes.date_of(config(date="2026-01-31"), shows, "2025-01-01") == "2026-01-31"
+    assert recipes.date_of(config(), shows, "2025-01-01") == "2025-01-01"
+    with pytest.raises(UserError, match="write it as 2026-01-31"):
+        recipes.date_of(config(date="31.1.2026"), shows, None)
