@@ -43,7 +43,7 @@ def test_control_tokens_in_data_stay_text(facts: TokenizerFacts, engine: Checked
 
 
 EXAMPLES = 100 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
-TOKENS = ["<|a|>", "<|ab|>", "<think>", "[X]", "x*"]
+TOKENS = ["<|a|>", "<|ab|>", "<think>", "[X]", "x*", "[X]a", "<|a|>x"]
 texts = st.lists(st.sampled_from([*TOKENS, "<", "|", " ", "a", "é", "\n", "x"]), max_size=15).map("".join)
 
 

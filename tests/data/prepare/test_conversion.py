@@ -7,11 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from jllm.data.packing.packers import Documents
+from jllm.data.prepare import conversion
+from jllm.data.prepare.chunk_cache import ChunkCache
+from jllm.data.prepare.conversion import Conversion
+from jllm.data.prepare.encoding import Encoded
+from jllm.data.prepare.holdout import Holdout
+from jllm.data.prepare.sink import ResumePoint
+from jllm.data.sources import chunks
+from jllm.data.sources.inputs import resolve
 from tests.data.raw2ids_runs import documents, finished_files, tree, write_jsonl
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
@@ -124,3 +135,40 @@ def test_stopped_at_every_block(
     assert stops > 3
     assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")
     assert len(encoded) == len(set(encoded)), "a saved block was encoded again"
+
+
+@pytest.mark.parametrize("saved", [[], [0], [0, 1], [1], [0, 2], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_source_is_read_from_the_first_chunk_that_was_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: list[int], first: int
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 8)
+    (source,) = resolve([str(write_jsonl(tmp_path / "a.jsonl", ["x" * 150] * 6))])
+    whole = list(chunks.read_chunks(source, 0))
+    assert len(whole) == 6
+    nothing = Documents(ids=np.empty(0, np.int32), offsets=np.zeros(1, np.int64))
+    for number in saved:
+        encoded = Encoded(
+            documents=nothing, bad=[], counts={"number": number}, end=whole[number].end,
+            end_line=whole[number].end_line,
+        )  # fmt: skip
+        ChunkCache(tmp_path, vocab_size=5, sinks=["main"]).save((0, number), encoded)
+    begun: list[int] = []
+    read_chunks = conversion.read_chunks
+
+    def read(*arguments: Any, **named: Any) -> Iterator[Any]:
+        begun.append(named["index"])
+        return read_chunks(*arguments, **named)
+
+    monkeypatch.setattr(conversion, "read_chunks", read)
+    run = Conversion(
+        sources=[source], columns=[None], cache=ChunkCache(tmp_path, vocab_size=5, sinks=["main"]), workers=1,
+        encoder=None, holdout=Holdout(fraction=None, seed=0),  # type: ignore[arg-type]
+    )  # fmt: skip
+    point = ResumePoint(chunk=first, start=whole[first].end - len(whole[first].data), line=whole[first].line)
+    items = list(conversion._saved_and_read(run, point, 0))
+    gap = next(number for number in range(first, 7) if number not in saved)
+    assert begun == [gap]
+    assert [item.counts["number"] if isinstance(item, Encoded) else item for item in items] == [
+        number if number in saved else whole[number] for number in range(first, 6)
+    ]
