@@ -5,10 +5,9 @@ into the row with the smallest room that holds it. A document longer than a row 
 one token, so that every token but its first is still predicted once; no other document is cut.
 
 Guarantees: the bins are those of the textbook algorithm, rows with equal room being filled oldest first.
-Cost: about 2 µs for each document and 12 bytes of memory (plus a short list for each row); the tokens stay on disk.
-The rooms are
-the bits of one integer, so that finding the smallest that fits is a shift and a lowest bit: L / 64 machine words,
-which up to rows of 100,000 tokens is faster than a segment tree in Python.
+Cost: a few operations and 12 bytes of memory for each document (plus a short list for each row); the tokens stay on
+disk. The rooms are the bits of one integer, so that finding the smallest that fits is a shift and a lowest bit: L / 64
+machine words, which for rows of any usual length is faster than a segment tree in Python.
 """
 
 import collections
@@ -89,7 +88,7 @@ class BestFitPacker:
         self.pad_id = pad_id
         self.labels = labels or pad_to is not None
         self.columns: tuple[str, ...] = (INPUT_IDS, LABELS, CU_SEQLENS) if self.labels else (INPUT_IDS, CU_SEQLENS)
-        self._blocks: list[Documents] = []
+        self._chunks: list[Documents] = []
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
         if self.prepare is not None:
@@ -97,11 +96,11 @@ class BestFitPacker:
         if documents.stored is not None:  # keep the offsets; the ids are read again when the rows are known
             empty = np.empty(0, dtype=np.int32)
             documents = Documents(ids=empty, offsets=documents.offsets, labels=empty, stored=documents.stored)
-        self._blocks.append(documents)
+        self._chunks.append(documents)
         return None
 
     def finish(self) -> Iterator[pa.RecordBatch]:
-        block, start, size = self._pieces()
+        chunk, start, size = self._windows()
         row_documents = best_fit(size, self.length)
         at = 0
         while at < len(row_documents):
@@ -109,43 +108,44 @@ class BestFitPacker:
             while end < len(row_documents) and tokens < BATCH_TOKENS:
                 tokens += self.length
                 end += 1
-            yield self._rows(row_documents[at:end], block, start, size)
+            yield self._rows(row_documents[at:end], chunk, start, size)
             at = end
-        self._blocks = []
+        self._chunks = []
 
-    def _pieces(self) -> tuple[Int64, Int64, Int64]:
-        """All documents, the longer ones cut: number of the block, first token where it lies, length of each piece."""
-        blocks, starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    def _windows(self) -> tuple[Int64, Int64, Int64]:
+        """The windows of all documents, one for a document that fits: number of the chunk, first token where it lies,
+        length."""
+        chunks, starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         step = self.length - 1
-        for number, documents in enumerate(self._blocks):
+        for number, documents in enumerate(self._chunks):
             lengths = documents.lengths
             count = 1 + np.maximum(0, -(-(lengths - self.length) // step))
             owner = np.repeat(np.arange(len(lengths)), count)
             begin = (np.arange(len(owner)) - (np.cumsum(count) - count)[owner]) * step
-            blocks.append(np.full(len(owner), number))
+            chunks.append(np.full(len(owner), number))
             first = documents.offsets if documents.stored is None else documents.stored.starts
             starts.append(first[owner] + begin)
             sizes.append(np.minimum(self.length, lengths[owner] - begin))
-        return np.concatenate(blocks), np.concatenate(starts), np.concatenate(sizes)
+        return np.concatenate(chunks), np.concatenate(starts), np.concatenate(sizes)
 
-    def _rows(self, rows: list[list[int]], block: Int64, start: Int64, size: Int64) -> pa.RecordBatch:
-        pieces = np.array([number for row in rows for number in row], dtype=np.int64)
+    def _rows(self, rows: list[list[int]], chunk: Int64, start: Int64, size: Int64) -> pa.RecordBatch:
+        windows = np.array([number for row in rows for number in row], dtype=np.int64)
         counts = np.array([len(row) for row in rows], dtype=np.int64)
-        offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
-        np.cumsum(size[pieces], out=offsets[1:])
+        offsets = np.zeros(len(windows) + 1, dtype=np.int64)
+        np.cumsum(size[windows], out=offsets[1:])
         ids = np.empty(offsets[-1], dtype=np.int32)
         labels = np.empty(offsets[-1] if self.labels else 0, dtype=np.int32)
-        for k in np.lexsort((start[pieces], block[pieces])).tolist():
-            piece = pieces[k]
+        for k in np.lexsort((start[windows], chunk[windows])).tolist():
+            window = windows[k]
             low, high = int(offsets[k]), int(offsets[k + 1])
-            self._read(self._blocks[int(block[piece])], int(start[piece]), ids[low:high], labels[low:high])
+            self._read(self._chunks[int(chunk[window])], int(start[window]), ids[low:high], labels[low:high])
         ends = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(counts, out=ends[1:])
         row_offsets = offsets[ends]
         boundary_offsets = ends + np.arange(len(rows) + 1)
         boundaries = np.zeros(boundary_offsets[-1], dtype=np.int64)
         row_of = np.repeat(np.arange(len(rows)), counts)
-        boundaries[np.arange(len(pieces)) + row_of + 1] = offsets[1:] - row_offsets[row_of]
+        boundaries[np.arange(len(windows)) + row_of + 1] = offsets[1:] - row_offsets[row_of]
         packed = Documents(ids=ids, offsets=row_offsets, labels=labels if self.labels else None)
         if self.pad_to is not None:
             return padded_rows(packed, boundaries, boundary_offsets, self.pad_to, self.pad_id)
@@ -156,7 +156,7 @@ class BestFitPacker:
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
 
     def _read(self, documents: Documents, start: int, ids: Int32, labels: Int32) -> None:
-        """Fill `ids` and `labels` with the tokens of a block from `start` on, counted where the block lies."""
+        """Fill `ids` and `labels` with the tokens of a chunk from `start` on, counted where the chunk lies."""
         if documents.stored is None:
             ids[:] = documents.ids[start : start + len(ids)]
             if self.labels:

@@ -5,7 +5,7 @@ row starts `length // 2` tokens (all there are, where there are fewer) before th
 trained yet, and what it repeats is masked. So each answer token is trained exactly once, and no row is longer than
 `length`.
 
-Cost: numpy over whole blocks for conversations that fit; a Python loop over rows for longer ones.
+Cost: numpy over whole chunks for conversations that fit; a Python loop over rows for longer ones.
 """
 
 import numpy as np

@@ -4,8 +4,7 @@ A packer is fed documents in order and gives rows as Arrow batches. Its state be
 data, so that a run can stop and go on:
 
 * `StackPacker` (`--stack`): row k of a split is `stream[k·(L-1) : k·(L-1)+L]` of the split's token stream, so that
-every
-  token but the first is predicted exactly once. Worked example, L = 4, documents `a b c` and `d e f g`:
+  every token but the first is predicted exactly once. Worked example, L = 4, documents `a b c` and `d e f g`:
 
       stream   a b c d e f g
       row 0    a b c d              cu_seqlens 0 3 4
@@ -14,7 +13,7 @@ every
 * `WindowPacker`: each document alone, in windows of at most L tokens that overlap by one token, or by more with a
   shorter stride.
 
-Cost: numpy over whole blocks, no Python object per token or per row: about 500 M tokens/s.
+Cost: numpy over whole chunks, no Python object per token or per row.
 """
 
 import dataclasses
@@ -247,8 +246,7 @@ class WindowPacker(WithoutRest):
     Args:
         length: tokens in a row.
         stride: a window starts this many tokens after the one before it; by default `length - 1`, so that windows
-        overlap by
-            one token and each token is predicted once.
+            overlap by one token and each token is predicted once.
         labels, prefix, drop_tail: as for `StackPacker`; a tail is the last, shorter window of a document cut in
         several.
     """

@@ -6,7 +6,7 @@ finished, so a killed run encodes again only the chunks that were in flight, at 
 
 Guarantees: everything written is a function of the sources, the tokenizer and the options; the number of workers and
 the moments at which runs were killed leave no trace.
-Cost: the engine takes every core it is given; reading, packing and writing take about half a core for each 50 MB/s.
+Cost: the engine takes every core it is given; reading, packing and writing take a small share of their time.
 """
 
 import collections

@@ -7,7 +7,7 @@ and equal documents, of which real text is full, are never on both sides.
 The data set of the held-out documents is `_eval/<name>` beside the other one: Spark, pyarrow and every command of ours
 pass over names that start with `_`, so that what takes all sets of a folder never trains on it.
 
-Cost: a few passes of numpy over the ids, less than 10 ns a token.
+Cost: a few passes of numpy over the ids.
 """
 
 import dataclasses

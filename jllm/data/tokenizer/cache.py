@@ -3,7 +3,7 @@
 An entry is bound to the content of every file that a tokenizer may read, to the versions of what reads them, and to the
 questions asked. A folder that runs code of its own is not kept, nor is a name on the hub.
 
-Cost: one hash over the folder's files without weights, 10 ms for a large tokenizer, instead of 3 s. At most
+Cost: one hash over the folder's files without weights, instead of seconds. At most
 `MOST_ENTRIES` entries of some MB in `~/.cache/jllm/tokenizers`, or below `XDG_CACHE_HOME`.
 """
 

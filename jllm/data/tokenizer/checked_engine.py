@@ -1,6 +1,6 @@
 """The engine that a command uses: a fast one, proven equal to the reference engine, or the reference engine itself.
 
-The fast engine gives the ids of the reference 10 to 60 times faster. It must prove that on this tokenizer: on difficult
+The fast engine gives the ids of the reference many times faster. It must prove that on this tokenizer: on difficult
 strings whose ids came from AutoTokenizer itself, then on samples of the text that it encodes. A difference makes
 `check` raise `EngineMismatchError`; whoever runs the engine then starts over with the reference.
 

@@ -7,7 +7,7 @@ everything else that the data commands need (`TokenizerFacts`), including the id
 which the engines of `jllm.data.tokenizer.checked_engine` are held to.
 
 Guarantees: the hash is that of the serialised backend; nothing is read from `tokenizer.json` directly.
-Cost: 2-4 s and about 250 MB in the child, while this process is free to do something else.
+Cost: some seconds and some hundred MB in the child, while this process is free to do something else.
 """
 
 import dataclasses
