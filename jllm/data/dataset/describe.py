@@ -5,12 +5,15 @@ memory.
 """
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from jllm.data.dataset.columns import INPUT_IDS, from_list_array
+from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards
+from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
     FileEntry,
     Manifest,
@@ -20,14 +23,9 @@ from jllm.data.dataset.manifest import (
     sha256_of,
     write_manifest,
 )
-from jllm.data.dataset.shards import (
-    ROW_GROUP_TOKENS,
-    ShardReader,
-    ShardStatistics,
-    count_trained,
-    list_shards,
-    real_lengths,
-)
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.shards import ShardStatistics
+from jllm.data.dataset.token_counts import count_trained, real_lengths
 from jllm.errors import UserError
 
 COMMAND = "manifest"
@@ -39,7 +37,7 @@ def describe_file(path: Path, folder: Path) -> FileEntry:
     """Count one file's rows and tokens and hash it.
 
     Raises:
-        UserError: it cannot be read, or has negative token ids; the message names the file.
+        UserError: it cannot be read, has negative token ids, or nulls in a further column; the message names the file.
     """
     rows = tokens = trained = longest = 0
     for batch in ShardReader(path):
@@ -61,6 +59,16 @@ def describe_file(path: Path, folder: Path) -> FileEntry:
     return entry_of_written(path, folder, statistics)
 
 
+def further_columns(paths: Sequence[Path], folder: Path) -> FurtherColumns:
+    """The further columns of files below `folder`, by their footers."""
+    found = {}
+    for path in paths:
+        reader = ShardReader(path)
+        found[path.relative_to(folder).as_posix()] = reader.further
+        reader.close()
+    return common(found)
+
+
 def describe(folder: Path, *, cores: int, tokenizer: Tokenizer | None) -> Manifest:
     """Write the manifest of all shards below `folder`; one that exists gives its tokenizer, and is replaced.
 
@@ -79,6 +87,7 @@ def describe(folder: Path, *, cores: int, tokenizer: Tokenizer | None) -> Manife
         options={},
         files=entries,
         tokenizer=tokenizer or _tokenizer_recorded(folder),
+        further=further_columns(paths, folder),
     )
     write_manifest(folder, manifest)
     return manifest

@@ -21,7 +21,7 @@ import numpy as np
 from jllm.data.chat import render_workers
 from jllm.data.chat.encoder import Assembler, ChatEncoder, TokenLengths
 from jllm.data.chat.rendering import RenderPlan, ShortCutError
-from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
+from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import holdout, pretokenized, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -80,8 +80,9 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
         loading.cancel()
     if config.debug:
         from jllm.data.dataset.show import show_rows
+        from jllm.data.tokenizer.decoding import make_decoder
 
-        show_rows(output, config.tokenizer, rows=config.debug)
+        show_rows(open_data_set(output), make_decoder(config.tokenizer, manifest.tokenizer), rows=config.debug)
     return manifest
 
 

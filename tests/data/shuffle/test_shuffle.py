@@ -67,7 +67,7 @@ def test_output_is_the_same_for_any_cores_and_memory(
     capped = out_of_core(monkeypatch)
     spilled: list[int] = []
     spill = scatter.Scatter.spill
-    monkeypatch.setattr(scatter.Scatter, "spill", lambda self: (spilled.append(len(self.pieces)), spill(self))[1])
+    monkeypatch.setattr(scatter.Scatter, "spill", lambda self: (spilled.append(len(self.slices)), spill(self))[1])
     shuffle_set(source, tmp_path / "3/out", blocks=3, seed=7, resources=capped)
     assert content(tmp_path / "1/out") == content(tmp_path / "2/out") == content(tmp_path / "3/out")
     if rows >= 257:
