@@ -56,10 +56,12 @@ class Column:
         Raises:
             ValueError: there is no such type.
         """
-        element = type_name.removeprefix("list<").removesuffix(">")
-        if element not in ELEMENTS:
-            raise ValueError(f"column {name} has the unknown type {type_name!r}")
-        return cls(name=name, element=element, is_list=element != type_name)
+        for element in ELEMENTS:
+            for is_list in (True, False):
+                column = cls(name=name, element=element, is_list=is_list)
+                if column.type_name == type_name:
+                    return column
+        raise ValueError(f"column {name} has the unknown type {type_name!r}")
 
     @property
     def type_name(self) -> str:

@@ -1,4 +1,4 @@
-"""The files of a data set: what they are called, where they are, and how our own are marked."""
+"""The files of a data set: their names, where they are, how our own are marked."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Further columns: which of them travel with the rows of a file or a data set, which are left out, and why.
+"""Further columns: which travel with their rows, which are left out, and why.
 
 One rule wherever rows are rewritten (shuffle, mixing, Spark). A column travels where every file has it, as integers,
 floating-point numbers or text, one a row or in lists. A column of another type (struct, binary, date, ...), one that

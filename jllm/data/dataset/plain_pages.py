@@ -1,4 +1,4 @@
-"""Pages of columns that are no lists of numbers: numbers, texts and lists of texts, one after the other.
+"""Pages of numbers, texts and lists of texts, which are all columns but lists of numbers.
 
 Pages hold whole rows, about `PAGE_BYTES` of them. A text is its length in 4 bytes and its UTF-8. What is made here is
 read by pyarrow.

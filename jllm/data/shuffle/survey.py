@@ -1,5 +1,6 @@
-"""What a shuffle must know of its input before it reads rows: where they lie, which columns they have, how large they
-are.
+"""What a shuffle must know of its input before it reads rows.
+
+Where the rows lie, which columns they have, and how large they are.
 
 Cost: the footers of all files; and the text columns of those whose writer encoded them in fewer bytes than they take.
 """
