@@ -94,20 +94,22 @@ def make_typed_set(
     return folder
 
 
-def exact_rows(batches: Iterable[pa.RecordBatch]) -> list[tuple[Any, ...]]:
-    """Rows as tuples of (name, value) that compare by bits: a NaN equals itself, and 0.0 is not -0.0."""
+def exact_rows(batches: Iterable[pa.RecordBatch], *, one_nan: bool = False) -> list[tuple[Any, ...]]:
+    """Rows as tuples of (name, value) that compare by bits: a NaN equals itself, 0.0 is not -0.0; with `one_nan` all
+    NaN are equal."""
     rows: list[tuple[Any, ...]] = []
     for batch in batches:
-        named = [(name, _by_bits(batch.column(name))) for name in batch.schema.names]
+        named = [(name, _by_bits(batch.column(name), one_nan)) for name in batch.schema.names]
         rows.extend(tuple((name, values[row]) for name, values in named) for row in range(batch.num_rows))
     return rows
 
 
-def _by_bits(column: pa.Array) -> list[Any]:
+def _by_bits(column: pa.Array, one_nan: bool) -> list[Any]:
     if pa.types.is_float32(column.type):
-        return [number.tobytes() for number in column.to_numpy(zero_copy_only=False)]
+        numbers = column.to_numpy(zero_copy_only=False)
+        return [b"NaN" if one_nan and np.isnan(number) else number.tobytes() for number in numbers]
     if pa.types.is_list(column.type):
-        flat = _by_bits(column.flatten())
+        flat = _by_bits(column.flatten(), one_nan)
         ends = np.cumsum([len(each) for each in column])
         return [tuple(flat[end - len(each) : end]) for each, end in zip(column, ends.tolist(), strict=True)]
     values: list[Any] = column.to_pylist()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jllm.data.dataset.columns import INPUT_IDS, from_list_array
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
 from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
@@ -33,14 +33,14 @@ LARGE_GROUP = 32 * ROW_GROUP_TOKENS
 _SPARK_FILE = re.compile(r"part-\d{5}-")
 
 
-def describe_file(path: Path, folder: Path) -> FileEntry:
-    """Count one file's rows and tokens and hash it.
+def describe_file(path: Path, folder: Path, columns: Sequence[str] | None = None) -> FileEntry:
+    """Count one file's rows and tokens and hash it; `columns` are read, or None for all that shards can have.
 
     Raises:
         UserError: it cannot be read, has negative token ids, or nulls in a further column; the message names the file.
     """
     rows = tokens = trained = longest = 0
-    for batch in ShardReader(path):
+    for batch in ShardReader(path, columns=columns):
         ids, offsets = from_list_array(batch.column(INPUT_IDS))
         if len(ids) and ids.min() < 0:
             raise UserError(f"{path}: has negative token ids ({ids.min()}); input_ids must be ids of a vocabulary")
@@ -80,14 +80,16 @@ def describe(folder: Path, *, cores: int, tokenizer: Tokenizer | None) -> Manife
     paths = list_shards(folder)
     if not paths:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
+    further = further_columns(paths, folder)
+    columns = [*COLUMNS, *further.types]  # what would be left out need not be sound
     with ThreadPoolExecutor(cores) as pool:
-        entries = tuple(pool.map(lambda path: describe_file(path, folder), paths))
+        entries = tuple(pool.map(lambda path: describe_file(path, folder, columns), paths))
     manifest = Manifest(
         command=COMMAND,
         options={},
         files=entries,
         tokenizer=tokenizer or _tokenizer_recorded(folder),
-        further=further_columns(paths, folder),
+        further=further,
     )
     write_manifest(folder, manifest)
     return manifest
