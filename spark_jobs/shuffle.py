@@ -152,11 +152,11 @@ def _read(spark: "SparkSession", data: str, paths: list[str]) -> "DataFrame":
     Raises:
         UserError: a column has types in them that Spark cannot bring together.
     """
-    from pyspark.errors import PySparkException
+    from py4j.protocol import Py4JJavaError
 
     try:
         return spark.read.option("mergeSchema", "true").parquet(*paths)
-    except PySparkException as error:
+    except Py4JJavaError as error:
         if "CANNOT_MERGE_SCHEMAS" not in str(error):
             raise
         raise UserError(

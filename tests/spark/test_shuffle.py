@@ -115,3 +115,11 @@ def test_columns_that_the_manifest_does_not_name_are_left_out(spark: Any, tmp_pa
     manifest.write_text(text, encoding="utf-8")
     found = run(spark, SparkShuffleConfig(data=str(source), output=str(tmp_path / "spark")))
     assert "the manifest does not name it" in found.further.left_out["url"]
+
+
+def test_a_column_of_several_types_is_refused(spark: Any, tmp_path: Path) -> None:
+    write(tmp_path / "set/a.parquet", {INPUT_IDS: ids([[1, 2]]), "x": pa.array(["x"])})
+    write(tmp_path / "set/b.parquet", {INPUT_IDS: ids([[3, 4]]), "x": pa.array([1])})
+    assert CliRunner().invoke(manifest_command, [str(tmp_path / "set")]).exit_code == 0
+    with pytest.raises(UserError, match="have a column in several types"):
+        run(spark, SparkShuffleConfig(data=str(tmp_path / "set"), output=str(tmp_path / "out")))

@@ -1,4 +1,4 @@
-"""The columns of a shard: names, types, order, what an absent one means, and Arrow columns as numpy arrays.
+"""The columns of a shard: names, types, order; Arrow columns as numpy arrays and back.
 
 Three columns have a meaning of their own: `input_ids`, `labels` and `cu_seqlens`, all of them `list<int32>`. Further
 columns are typed (`Column`): int32, float32 or text, one a row or a list of them. Neither a row nor an element is null.

@@ -38,7 +38,7 @@ class Output(Protocol):
     def tell(self) -> int: ...
 
 
-class _Chunk(NamedTuple):
+class _ColumnChunk(NamedTuple):
     """A column of a row group on its way to the file: what the footer says of it, and of each of its pages the entries,
     the size before compression, and what compression made of it."""
 
@@ -78,7 +78,7 @@ class ColumnFileWriter:
         self._metadata = metadata
         self._writer = writer
         self._ahead = 0 if pool is None else 1
-        self._started: collections.deque[tuple[int, list[_Chunk]]] = collections.deque()
+        self._started: collections.deque[tuple[int, list[_ColumnChunk]]] = collections.deque()
         self._groups: list[thrift.Encoded] = []
         self._rows = 0
         output.write(MAGIC)
@@ -91,13 +91,13 @@ class ColumnFileWriter:
         while len(self._started) > self._ahead:
             self._finish(*self._started.popleft())
 
-    def _start(self, column: Column, array: pa.Array) -> "_Chunk":
+    def _start(self, column: Column, array: pa.Array) -> "_ColumnChunk":
         """Make the pages of a column of a row group, and have them compressed."""
         pages, entries = zip(*_pages(column, array), strict=True)
         sizes = [len(page) for page in pages]
-        return _Chunk(column, _statistics(column, array), entries, sizes, self._map(self._compress, pages))
+        return _ColumnChunk(column, _statistics(column, array), entries, sizes, self._map(self._compress, pages))
 
-    def _finish(self, rows: int, chunks: "list[_Chunk]") -> None:
+    def _finish(self, rows: int, chunks: "list[_ColumnChunk]") -> None:
         """Write what `_start` began."""
         columns, sizes = [], []
         for chunk in chunks:
@@ -116,7 +116,7 @@ class ColumnFileWriter:
         )
         self._rows += rows
 
-    def _write_chunk(self, chunk: "_Chunk") -> tuple[thrift.Encoded, tuple[int, int]]:
+    def _write_chunk(self, chunk: "_ColumnChunk") -> tuple[thrift.Encoded, tuple[int, int]]:
         """Write a column of a row group; its entry for the footer, and its size before and after compression."""
         begin = self._output.tell()
         plain = 0

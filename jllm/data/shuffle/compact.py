@@ -1,4 +1,4 @@
-"""Rows in less memory and cheaper to move: each element of a list of integers in 2 or 3 bytes instead of 4.
+"""Rows in less memory and cheaper to move: integers of lists in 2 or 3 bytes instead of 4.
 
 Token ids fit 3 bytes, those of small vocabularies and document boundaries 2. An element is split into its low 16 bits
 and the 8 bits above, each a column of its own, so that packing and unpacking are a few vectorised passes: 1.2 ms

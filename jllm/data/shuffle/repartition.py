@@ -48,12 +48,16 @@ class DealtBlock:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartitionPlan:
-    """Which block goes to which partition. `sets` are the names and fingerprints of the sets, in order."""
+    """Which block goes to which partition.
+
+    `sets` are the names and fingerprints of the sets, in order; `notes` are lines about what they do not share.
+    """
 
     id: str
     sets: tuple[dict[str, Any], ...]
     partitions: tuple[tuple[DealtBlock, ...], ...]
     manifest: Manifest
+    notes: tuple[str, ...]
 
     def info(self, name: str) -> str:
         """`data.info`: the plan for people."""
@@ -121,6 +125,8 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
             f"{folder}: {partitions} partitions, but no data set has more than {most} files, so some would be empty;"
             f" ask for at most {most}, or shuffle with --num_block {partitions}"
         )
+    further = common({data_set.name: data_set.manifest.further for data_set in sets})
+    uneven = sorted({name for data_set in sets for name in data_set.manifest.further.types} - further.types.keys())
     identity = hashlib.sha256("".join(source["fingerprint"] for source in names).encode()).hexdigest()[:8]
     dealt = tuple(
         tuple(sorted((block for block in blocks if block.index % partitions == k), key=lambda b: (b.index, b.set_name)))
@@ -136,13 +142,14 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
         ),
         tokenizer=one_tokenizer(sets),
         sources=names,
-        further=common({data_set.name: data_set.manifest.further for data_set in sets}),
+        further=further,
         extra={
             "id": identity,
             "blocks": [[block.set_name, block.index] for partition in dealt for block in partition],
         },
     )
-    return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest)
+    notes = tuple(f"column {name} is not the same in all sets: {further.left_out[name]}" for name in uneven)
+    return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest, notes=notes)
 
 
 def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, Any], ...], list[DealtBlock]]:

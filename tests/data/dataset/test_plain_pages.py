@@ -46,3 +46,22 @@ def test_numbers() -> None:
     assert [count for _, count in pages] == [4, 4, 2]
     assert b"".join(page.tobytes() for page, _ in pages) == values.tobytes()
     assert list(number_pages(values[:0])) == []
+
+
+@given(rows=st.lists(st.lists(st.text(max_size=12), max_size=4), min_size=1, max_size=20))
+def test_lists_of_texts_are_levels_and_the_texts_of_whole_rows(rows: list[list[str]]) -> None:
+    texts = pa.array([text for row in rows for text in row], pa.string())
+    begin = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(list_codec, "PAGE_BYTES", 16)
+        pages = list(text_pages(texts, np.cumsum([0, *map(len, rows)])))
+    for page, count in pages:
+        end = begin + 1
+        while end < len(rows) and sum(max(1, len(row)) for row in rows[begin:end]) < count:
+            end += 1
+        continues = [place > 0 for row in rows[begin:end] for place in range(max(1, len(row)))]
+        has_element = [bool(row) for row in rows[begin:end] for _ in range(max(1, len(row)))]
+        levels = list_codec.levels_of(np.array(continues), None if all(has_element) else np.array(has_element))
+        assert page.tobytes() == levels + plain([text for row in rows[begin:end] for text in row])
+        begin = end
+    assert begin == len(rows)

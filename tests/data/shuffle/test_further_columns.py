@@ -91,11 +91,12 @@ def test_one_set_of_several_and_partitions(tmp_path: Path) -> None:
     before = bag(tmp_path / "D")
     run(shuffle_partition, "-d", tmp_path / "D", "-o", tmp_path / "E")
     assert bag(tmp_path / "E") == before
-    run(repartition, "-d", tmp_path / "D", "-n", 2)
+    dealing = run(repartition, "-d", tmp_path / "D", "-n", 2)
     assert bag(tmp_path / "D") == before
     dealt = open_data_set(tmp_path / "D")
     assert dealt.manifest.further.carried == tuple(sorted(EVERY_TYPE))
     assert verify(dealt) == []
+    assert "warning" not in dealing.output
     run(shuffle_partition, "-d", tmp_path / "D", "-o", tmp_path / "F", "-n", 3)
     assert bag(tmp_path / "F") == before
 
@@ -117,7 +118,8 @@ def test_columns_of_some_files_are_left_out_by_name(tmp_path: Path) -> None:
     without = [tuple(pair for pair in row if pair[0] != missing) for row in rows_of_folder(tmp_path / "D")]
     assert bag(tmp_path / "E") == Counter(without)
     before = bag(tmp_path / "D")
-    run(repartition, "-d", tmp_path / "D", "-n", 1)
+    dealt = run(repartition, "-d", tmp_path / "D", "-n", 1)
+    assert f"warning: column {missing} is not the same in all sets: it is in a, not in b\n" in dealt.output
     assert bag(tmp_path / "D") == before
     assert [*open_data_set(tmp_path / "D").manifest.further.left_out] == [missing]
 
