@@ -668,7 +668,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             shape = entry["shape"]
             whole = filled_in = torch.empty(0)
             for number, part in enumerate(entry["parts"]):
-                content = files[part["file"]].get_tensor(key)
+                content = files[part["file"]].get_tensor(part.get("key", key))
                 if number == 0:
                     whole = torch.zeros(shape, dtype=content.dtype)
                     filled_in = torch.zeros(shape, dtype=torch.bool)
