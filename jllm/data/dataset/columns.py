@@ -16,8 +16,6 @@ INPUT_IDS = "input_ids"
 LABELS = "labels"
 CU_SEQLENS = "cu_seqlens"
 COLUMNS = (INPUT_IDS, LABELS, CU_SEQLENS)
-SOURCE = "source"
-"""A further column of text that mixing knows: the tag of a row's source. Null and empty both mean that it has none."""
 IGNORE_INDEX = -100
 """The label of a token that is not trained on (PyTorch's `ignore_index`)."""
 
@@ -76,6 +74,10 @@ class Column:
     def is_number_list(self) -> bool:
         """Whether its elements are numbers of 4 bytes in lists, as token ids are."""
         return self.is_list and self.element != TEXT
+
+
+SOURCE_TAG = Column(name="source", element=TEXT, is_list=False)
+"""The further column that mixing knows: the tag of a row's source. Null and empty both mean that it has none."""
 
 
 def ordered(columns: Sequence[str], further: Sequence[Column] = ()) -> tuple[Column, ...]:

@@ -17,7 +17,7 @@ from jllm.data.dataset.columns import (
     ELEMENTS,
     FLOAT32,
     LIST_TYPE,
-    SOURCE,
+    SOURCE_TAG,
     TEXT,
     Column,
     Int64,
@@ -75,9 +75,9 @@ def further_column(array: pa.Array | pa.ChunkedArray, column: Column, where: str
     Raises:
         UserError: null rows or elements, numbers that do not fit, or text that is not UTF-8; the message has the row.
     """
-    rows = _one_array(array, where)
-    if column.name == SOURCE and column == Column(name=SOURCE, element=TEXT, is_list=False):
-        rows = rows.fill_null("") if rows.null_count else rows
+    rows = _decoded(_one_array(array, where))
+    if rows.null_count and column == SOURCE_TAG:
+        rows = rows.fill_null("")
     if rows.null_count:
         raise _refused(where, first_row + _first_null(rows), "is null; fill it with a value, or leave the column out")
     offsets = None
@@ -86,6 +86,7 @@ def further_column(array: pa.Array | pa.ChunkedArray, column: Column, where: str
         if rows.type == column.type and column.element != TEXT:
             return rows
         elements, offsets = _flat(rows)
+        elements = _decoded(elements)
 
     def row_of(element: int) -> int:
         row = element if offsets is None else int(np.searchsorted(offsets, element, side="right")) - 1
@@ -94,9 +95,8 @@ def further_column(array: pa.Array | pa.ChunkedArray, column: Column, where: str
     if elements.null_count:
         raise _refused(where, row_of(_first_null(elements)), "has a null in its list; fill it, or leave the column out")
     try:
-        flat = elements.dictionary_decode() if pa.types.is_dictionary(elements.type) else elements
         if column.element == FLOAT32:
-            numbers = from_array(flat)
+            numbers = from_array(elements)
             with np.errstate(over="ignore"):
                 narrow = numbers.astype(np.float32, copy=False)
             beyond = np.flatnonzero(np.isinf(narrow) & ~np.isinf(numbers))
@@ -104,7 +104,7 @@ def further_column(array: pa.Array | pa.ChunkedArray, column: Column, where: str
                 raise _refused(where, row_of(int(beyond[0])), f"has {numbers[beyond[0]]}, which is beyond float32")
             flat = to_array(narrow)
         else:
-            flat = flat.cast(ELEMENTS[column.element])
+            flat = elements.cast(ELEMENTS[column.element])
         flat.validate(full=True)
     except pa.ArrowInvalid as error:
         rows_named = f"rows {first_row} to {first_row + len(rows) - 1}"
@@ -118,6 +118,11 @@ def _refused(where: str, row: int, reason: str) -> UserError:
 
 def _first_null(array: pa.Array) -> int:
     return int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
+
+
+def _decoded(array: pa.Array) -> pa.Array:
+    """What a dictionary stands for; its null may lie among its values, where the array does not count it."""
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
 def _one_array(column: pa.Array | pa.ChunkedArray, where: str) -> pa.Array:

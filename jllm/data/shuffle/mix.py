@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.dataset.columns import CU_SEQLENS, INPUT_IDS, SOURCE, TEXT, Column, Int64
+from jllm.data.dataset.columns import CU_SEQLENS, INPUT_IDS, SOURCE_TAG, Int64
 from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.token_counts import real_lengths
@@ -109,8 +109,8 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
     for pair in pairs:
         if "=" in pair:
             name, _, value = pair.rpartition("=")
-            if name.startswith(f"{SOURCE}:"):
-                sources[name.removeprefix(f"{SOURCE}:")] = _number(name, value)
+            if name.startswith(f"{SOURCE_TAG.name}:"):
+                sources[name.removeprefix(f"{SOURCE_TAG.name}:")] = _number(name, value)
             else:
                 sets[name] = dataclasses.replace(sets.get(name, SetShare()), weight=_number(name, value))
     cap = None
@@ -316,15 +316,15 @@ def row_lengths(data_set: DataSet, *, cores: int) -> Int64:
 def row_sources(data_set: DataSet) -> NDArray[Any]:
     """The source tag of every row: the text of its `source` column, empty where its file has none."""
     tags: list[NDArray[Any]] = [np.zeros(0, dtype=str)]
-    wanted = Column(name=SOURCE, element=TEXT, is_list=False)
+    name = SOURCE_TAG.name
     for path in data_set.paths:
-        reader = ShardReader(path, columns=[SOURCE])
-        if wanted in reader.further.carried:
-            found = (batch.column(SOURCE).to_numpy(zero_copy_only=False) for batch in reader)
+        reader = ShardReader(path, columns=[name])
+        if SOURCE_TAG in reader.further.carried:
+            found = (batch.column(name).to_numpy(zero_copy_only=False) for batch in reader)
             tags.extend(np.asarray(each, dtype=str) for each in found)
-        elif SOURCE in reader.stored_schema.names:
-            kind = reader.stored_schema.field(SOURCE).type
-            raise UserError(f"{path}: column {SOURCE} is {kind}; it must be text to be mixed by")
+        elif name in reader.stored_schema.names:
+            kind = reader.stored_schema.field(name).type
+            raise UserError(f"{path}: column {name} is {kind}; it must be text to be mixed by")
         else:
             tags.append(np.full(reader.metadata.num_rows, "", dtype=str))
         reader.close()

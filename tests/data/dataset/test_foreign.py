@@ -227,6 +227,15 @@ def test_text_that_is_not_utf8_is_refused() -> None:
         further_column(bad, Column(name="x", element="text", is_list=False), "here", first_row=5)
 
 
+def test_a_null_among_the_values_of_a_dictionary_is_found() -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
+    with pytest.raises(UserError, match="x: row 1 is null"):
+        further_column(column, Column(name="x", element="text", is_list=False), "x")
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), column)
+    with pytest.raises(UserError, match="x: row 1 has a null in its list"):
+        further_column(lists, Column(name="x", element="text"), "x")
+
+
 def test_no_source_is_an_empty_tag() -> None:
     tags = pa.array(["web", None])
     assert further_column(tags, Column(name="source", element="text", is_list=False), "").to_pylist() == ["web", ""]
