@@ -40,10 +40,11 @@ class State:
 
     def pieces(self) -> list[Any]:
         """The state as the trainer hands it to a checkpoint."""
-        from jllm.train.checkpoint.state import Piece
+        from jllm.train.checkpoint.format import Piece
+        from jllm.train.checkpoint.regions import Region
 
         return [
-            Piece(kind=kind, name=f"layer.{i}", shape=(WIDTH, WIDTH), start=0, stop=WIDTH**2, tensor=tensor.view(-1))
+            Piece(kind=kind, name=f"layer.{i}", region=Region.of((WIDTH, WIDTH)), tensor=tensor.view(-1))
             for kind, tensors in self.tensors.items()
             for i, tensor in enumerate(tensors)
         ]
@@ -68,7 +69,9 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
     """Save, make one step meanwhile, wait for the end; seconds of each."""
     import torch
 
-    from jllm.train.checkpoint.format import CheckpointReader, RunState
+    from jllm.train.checkpoint.format import RunState
+    from jllm.train.checkpoint.reader import CheckpointReader
+    from jllm.train.checkpoint.regions import Region
     from jllm.train.checkpoint.saver import CheckpointSaver
     from jllm.train.config import TrainConfig
     from jllm.train.data.loader import Cursor
@@ -96,7 +99,7 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
     during = state.step()
     saver.wait()
     whole = time.perf_counter() - started
-    stored = CheckpointReader(path).read("master", "layer.0", 0, WIDTH**2)
+    stored = CheckpointReader(path).read("master", "layer.0", Region.of((WIDTH, WIDTH)))
     assert stored is not None
     assert float(stored.view(WIDTH, WIDTH).sum()) == before != state.checksum(), "the checkpoint is not of its moment"
     return {"pause": pause, "whole": whole, "step": during, "normal_step": normal}

@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from jllm.data.dataset import foreign
-from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, schema
+from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, Column, conform, schema
+from jllm.data.dataset.further import FurtherColumns
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.dataset.shards import conform
 from jllm.data.shuffle.layout import block_edges, destinations
 from jllm.data.spark import (
     describe_output,
     qualified,
+    quoted,
     read_manifest_at,
     relative_path,
     schema_of,
@@ -36,9 +37,10 @@ from jllm.errors import UserError
 from jllm.options import command, option
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
-POSITION, BLOCK = "_position", "_block"
+POSITION, BLOCK, FILE, ROW, OURS = (f"_jllm_{name}" for name in ("position", "block", "file", "row", "ours"))
+"""Columns of the job's own, beside those of the data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,26 +71,53 @@ class Placing:
     first_rows: dict[str, int]
     root: str
     columns: tuple[str, ...]
+    further: tuple[Column, ...]
     keys: tuple[int, ...]
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Rows as Spark read them to rows of the contract with their position and the key of their block."""
         positions = mapped_destinations(self.rows, self.fingerprint, self.seed)
         for batch in batches:
+            if not batch.num_rows:
+                continue
             names = [name for name in COLUMNS if name in batch.schema.names]
             arrays = {name: foreign.list_column(batch.column(name), name) for name in names}
-            if CU_SEQLENS in arrays and not batch.column("ours")[0].as_py():
+            if CU_SEQLENS in arrays and not batch.column(OURS)[0].as_py():
                 arrays[CU_SEQLENS] = foreign.boundaries(arrays[CU_SEQLENS], arrays[INPUT_IDS], "input")
-            rows = conform(pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema(names)), self.columns)
-            files = batch.column("file").dictionary_encode()
-            first = np.array([self.first_rows[relative_path(uri, self.root)] for uri in files.dictionary.to_pylist()])
-            row = first[files.indices.to_numpy()] + batch.column("row").to_numpy()
+            files = batch.column(FILE).dictionary_encode()
+            paths = [relative_path(uri, self.root) for uri in files.dictionary.to_pylist()]
+            file, within = files.indices.to_numpy(), batch.column(ROW).to_numpy()
+            for each in self.further:
+                arrays[each.name] = _further_column(batch.column(each.name), each, paths, file, within)
+            read = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema(names, self.further))
+            rows = conform(read, self.columns, self.further)
+            row = np.array([self.first_rows[path] for path in paths])[file] + within
             to = np.asarray(positions[row], np.int64)
             block = np.searchsorted(np.array(self.edges), to, side="right") - 1
             yield pa.RecordBatch.from_arrays(
                 [*rows.columns, pa.array(to), pa.array(np.array(self.keys, np.int32)[block])],
                 names=[*rows.schema.names, POSITION, BLOCK],
             )
+
+
+def _further_column(array: pa.Array, column: Column, paths: list[str], file: Any, within: Any) -> pa.Array:
+    """The rows of a further column, in the contract's type; what cannot be is refused with the row's place.
+
+    Args:
+        array: as Spark read them.
+        column: what they must become.
+        paths: of the files that they are from.
+        file: [rows] the number of each row's file in `paths`.
+        within: [rows] the number of each row in its file.
+    """
+    converted = []
+    # Rows of one file follow each other, and rarely does a batch have those of two.
+    starts = np.flatnonzero(np.diff(file, prepend=-1) | (np.diff(within, prepend=-1) != 1))
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(file)], strict=True):
+        where = f"{paths[file[start]]}: column {column.name}"
+        rows = array.slice(start, end - start)
+        converted.append(foreign.further_column(rows, column, where, first_row=int(within[start])))
+    return pa.concat_arrays(converted)
 
 
 def mapped_destinations(rows: int, fingerprint: str, seed: int) -> Any:
@@ -117,6 +146,33 @@ def keys_of_blocks(spark: "SparkSession", blocks: int) -> tuple[int, ...]:
     return tuple(found[block] for block in range(blocks))
 
 
+def _read(spark: "SparkSession", data: str, paths: list[str]) -> "DataFrame":
+    """The files of a data set as one frame.
+
+    Raises:
+        UserError: a column has types in them that Spark cannot bring together.
+    """
+    from py4j.protocol import Py4JJavaError
+
+    try:
+        return spark.read.option("mergeSchema", "true").parquet(*paths)
+    except Py4JJavaError as error:
+        if "CANNOT_MERGE_SCHEMAS" not in str(error):
+            raise
+        raise UserError(
+            f"-d {data}: its files have a column in several types, which Spark does not read; shuffle it with:"
+            " python -m jllm.shuffle_datasets"
+        ) from None
+
+
+def _further_columns(manifest: Manifest, found: list[str]) -> FurtherColumns:
+    """What the manifest says of further columns; one that it does not name was not looked at, and is left out."""
+    unknown = set(found) - {*COLUMNS, *manifest.further.types, *manifest.further.left_out}
+    reason = "the manifest does not name it; make it again with: jllm manifest FOLDER"
+    left_out = {**manifest.further.left_out, **dict.fromkeys(sorted(unknown), reason)}
+    return FurtherColumns(carried=manifest.further.carried, left_out=left_out)
+
+
 def run(spark: "SparkSession", config: SparkShuffleConfig) -> Manifest:
     """Shuffle a data set and write the manifest of the result.
 
@@ -132,10 +188,13 @@ def run(spark: "SparkSession", config: SparkShuffleConfig) -> Manifest:
         first_rows[entry.path] = total
         total += entry.rows
     paths = [f"{config.data.rstrip('/')}/{entry.path}" for entry in manifest.files]
-    frame = spark.read.option("mergeSchema", "true").parquet(*paths)
+    frame = _read(spark, config.data, paths)
     columns = tuple(name for name in COLUMNS if name in frame.columns)
     if INPUT_IDS not in columns:
         raise UserError(f"-d {config.data}: no column {INPUT_IDS} (columns: {', '.join(frame.columns[:8])})")
+    further = _further_columns(manifest, frame.columns)
+    for line in further.warnings():
+        print(f"warning: {config.data}: {line}", flush=True)
     placing = Placing(
         fingerprint=manifest.fingerprint,
         seed=config.seed,
@@ -144,18 +203,20 @@ def run(spark: "SparkSession", config: SparkShuffleConfig) -> Manifest:
         first_rows=first_rows,
         root=qualified(spark, config.data),
         columns=columns,
+        further=further.carried,
         keys=keys_of_blocks(spark, blocks),
     )
     ours = manifest.command != "manifest"
     read = frame.select(
         *columns,
-        col("_metadata.file_path").alias("file"),
-        col("_metadata.row_index").alias("row"),
-        lit(ours).alias("ours"),
+        *(col(quoted(each.name)) for each in further.carried),
+        col("_metadata.file_path").alias(FILE),
+        col("_metadata.row_index").alias(ROW),
+        lit(ours).alias(OURS),
     )
-    placed = read.mapInArrow(placing, f"{schema_of(columns)}, {POSITION} long, {BLOCK} int")
-    ordered = placed.repartition(blocks, BLOCK).sortWithinPartitions(POSITION).select(*columns)
-    write_shards(ordered, config.output, overwrite=config.clean)
+    placed = read.mapInArrow(placing, f"{schema_of(columns, further.carried)}, {POSITION} long, {BLOCK} int")
+    shuffled = placed.repartition(blocks, BLOCK).sortWithinPartitions(POSITION).drop(POSITION, BLOCK)
+    write_shards(shuffled, config.output, overwrite=config.clean, further=further.carried)
     entries = describe_output(spark, config.output)
     written = sum(entry.rows for entry in entries)
     assert written == total, f"{written} rows written of {total}"
@@ -165,6 +226,7 @@ def run(spark: "SparkSession", config: SparkShuffleConfig) -> Manifest:
         files=entries,
         tokenizer=manifest.tokenizer,
         sources=({"name": config.data.rstrip("/").rsplit("/", 1)[-1], "fingerprint": manifest.fingerprint},),
+        further=further,
     )
     write_manifest_at(spark, config.output, result)
     return result

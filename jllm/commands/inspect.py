@@ -30,13 +30,17 @@ class InspectConfig:
 def main(config: InspectConfig) -> None:
     """Show a data set: summary, row lengths, decoded rows with the trained part coloured; --verify checks every
     byte."""
+    from jllm.data.dataset.manifest import open_data_set
     from jllm.data.dataset.show import show_rows, show_summary, show_verified
+    from jllm.data.tokenizer.decoding import make_decoder
 
-    show_summary(config.folder)
+    data = open_data_set(config.folder)
+    show_summary(data)
     if config.rows:
-        show_rows(config.folder, config.tokenizer, rows=config.rows, start=config.start, color=config.color)
+        decode = make_decoder(config.tokenizer, data.manifest.tokenizer) if config.tokenizer else None
+        show_rows(data, decode, rows=config.rows, start=config.start, color=config.color)
     if config.verify:
-        show_verified(config.folder)
+        show_verified(data)
 
 
 # The folder is given without a flag.

@@ -41,6 +41,10 @@ def main(config: ManifestConfig) -> None:
 
         tokenizer = load_tokenizer(config.tokenizer).for_manifest
     manifest = describe(config.folder, cores=usable_cores(config.cores), tokenizer=tokenizer)
+    for name, kind in manifest.further.types.items():
+        print(f"column {name}: {kind}")
+    for line in manifest.further.warnings():
+        print(f"when rows are rewritten, {line}")
     for warning in warnings_about(config.folder):
         print(f"warning: {warning}")
     print(

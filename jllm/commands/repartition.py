@@ -37,6 +37,8 @@ def main(config: RepartitionConfig) -> None:
     tokens = parse_count("--partition_tokens", config.partition_tokens) if config.partition_tokens else None
     plan = make_plan(folder, config.num_partition, tokens)
     print(plan.info(folder.name), end="")
+    for note in plan.notes:
+        print(f"warning: {note}")
     if config.dry_run:
         print("dry run: nothing was changed")
     elif repartition(folder, plan):

@@ -14,10 +14,10 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from jllm.data.dataset.columns import COLUMNS
+from jllm.data.dataset.columns import COLUMNS, FLOAT32, INT32, TEXT, Column, ordered
 from jllm.data.dataset.describe import describe_file
+from jllm.data.dataset.files import CONTRACT_KEY, CONTRACT_VERSION
 from jllm.data.dataset.manifest import MANIFEST_NAME, FileEntry, Manifest
-from jllm.data.dataset.shards import CONTRACT_KEY, CONTRACT_VERSION
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ WRITER_OPTIONS = {
     "parquet.enable.dictionary": "false",
     "parquet.block.size": str(4 << 20),
 }
+SPARK_TYPES = {INT32: "int", FLOAT32: "float", TEXT: "string"}
 ENTRY_SCHEMA = (
     "path string, rows long, tokens long, trained_tokens long, longest_row long, bytes long,"
     " footer string, sha256 string"
@@ -44,13 +45,20 @@ def session(name: str) -> "SparkSession":
     return spark
 
 
-def schema_of(columns: Iterable[str]) -> str:
-    """The Spark schema of shards with these columns."""
-    return ", ".join(f"{name} array<int>" for name in columns)
+def schema_of(columns: Iterable[str], further: Iterable[Column] = ()) -> str:
+    """The Spark schema of shards with these columns of the contract and these further ones."""
+    types = ((each, SPARK_TYPES[each.element]) for each in ordered(tuple(columns), tuple(further)))
+    return ", ".join(f"{quoted(each.name)} {f'array<{kind}>' if each.is_list else kind}" for each, kind in types)
 
 
-def write_shards(frame: "DataFrame", output: str, *, overwrite: bool) -> None:
-    """Write rows of the shard contract; Spark refuses an output that exists unless told to overwrite it.
+def quoted(name: str) -> str:
+    """The name of a column as Spark takes it whatever characters are in it."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def write_shards(frame: "DataFrame", output: str, *, overwrite: bool, further: Iterable[Column] = ()) -> None:
+    """Write rows of the shard contract, `further` columns among them; Spark refuses an output that exists unless told
+    to overwrite it.
 
     Raises:
         UserError: the output exists.
@@ -59,9 +67,9 @@ def write_shards(frame: "DataFrame", output: str, *, overwrite: bool) -> None:
     from pyspark.sql.functions import col
 
     mark = {CONTRACT_KEY: CONTRACT_VERSION}
-    marked = frame.select(
-        *[col(name).alias(name, metadata=mark) if name in COLUMNS else col(name) for name in frame.columns]
-    )
+    ours = {*COLUMNS, *(each.name for each in further)}
+    columns = [(name, col(quoted(name))) for name in frame.columns]
+    marked = frame.select(*[one.alias(name, metadata=mark) if name in ours else one for name, one in columns])
     try:
         marked.write.options(**WRITER_OPTIONS).mode("overwrite" if overwrite else "errorifexists").parquet(output)
     except AnalysisException as error:

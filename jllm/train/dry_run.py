@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
-from jllm.train.checkpoint.format import CheckpointReader
+from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     check_same_run,
     check_weights,

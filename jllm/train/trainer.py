@@ -11,8 +11,9 @@ from deepspeed.accelerator import get_accelerator
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
-from jllm.train.checkpoint import format as checkpoint
 from jllm.train.checkpoint.export import export
+from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Resumed,
     check_same_run,
@@ -346,8 +347,8 @@ class Run:
         self.requests.saved()
         self.recorder.say(f"checkpoint {folder} after {time.perf_counter() - started:.2f} s of waiting")
 
-    def _run_state(self) -> checkpoint.RunState:
-        return checkpoint.RunState(
+    def _run_state(self) -> RunState:
+        return RunState(
             step=self.step,
             cursor=self.cursor,
             fingerprint=self.data.facts.fingerprint,
@@ -360,7 +361,7 @@ class Run:
         )
 
     def _resume(self, resumed: Resumed) -> None:
-        reader = checkpoint.CheckpointReader(Path(resumed.folder))
+        reader = CheckpointReader(Path(resumed.folder))
         saved = reader.state
         check_same_run(saved, self._run_state(), forced=self.config.force_resume)
         self.other_length = other_length(saved, self._run_state())

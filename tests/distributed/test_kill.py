@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jllm.train.checkpoint.format import list_checkpoints, step_of_folder, temporary_folder
+from jllm.train.checkpoint.folders import list_checkpoints, step_of_folder, temporary_folder
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows

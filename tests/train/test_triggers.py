@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jllm.train.checkpoint.format import folder_of_step, step_of_folder
+from jllm.train.checkpoint.folders import folder_of_step, step_of_folder
 from jllm.train.checkpoint.saver import retain
 from jllm.train.config import TrainConfig
 from jllm.train.data.batching import EpochSteps

@@ -5,12 +5,15 @@ memory.
 """
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from jllm.data.dataset.columns import INPUT_IDS, from_list_array
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
+from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards
+from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
     FileEntry,
     Manifest,
@@ -20,14 +23,9 @@ from jllm.data.dataset.manifest import (
     sha256_of,
     write_manifest,
 )
-from jllm.data.dataset.shards import (
-    ROW_GROUP_TOKENS,
-    ShardReader,
-    ShardStatistics,
-    count_trained,
-    list_shards,
-    real_lengths,
-)
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.shards import ShardStatistics
+from jllm.data.dataset.token_counts import count_trained, real_lengths
 from jllm.errors import UserError
 
 COMMAND = "manifest"
@@ -35,14 +33,14 @@ LARGE_GROUP = 32 * ROW_GROUP_TOKENS
 _SPARK_FILE = re.compile(r"part-\d{5}-")
 
 
-def describe_file(path: Path, folder: Path) -> FileEntry:
-    """Count one file's rows and tokens and hash it.
+def describe_file(path: Path, folder: Path, columns: Sequence[str] | None = None) -> FileEntry:
+    """Count one file's rows and tokens and hash it; `columns` are read, or None for all that shards can have.
 
     Raises:
-        UserError: it cannot be read, or has negative token ids; the message names the file.
+        UserError: it cannot be read, has negative token ids, or nulls in a further column; the message names the file.
     """
     rows = tokens = trained = longest = 0
-    for batch in ShardReader(path):
+    for batch in ShardReader(path, columns=columns):
         ids, offsets = from_list_array(batch.column(INPUT_IDS))
         if len(ids) and ids.min() < 0:
             raise UserError(f"{path}: has negative token ids ({ids.min()}); input_ids must be ids of a vocabulary")
@@ -61,6 +59,16 @@ def describe_file(path: Path, folder: Path) -> FileEntry:
     return entry_of_written(path, folder, statistics)
 
 
+def further_columns(paths: Sequence[Path], folder: Path) -> FurtherColumns:
+    """The further columns of files below `folder`, by their footers."""
+    found = {}
+    for path in paths:
+        reader = ShardReader(path)
+        found[path.relative_to(folder).as_posix()] = reader.further
+        reader.close()
+    return common(found)
+
+
 def describe(folder: Path, *, cores: int, tokenizer: Tokenizer | None) -> Manifest:
     """Write the manifest of all shards below `folder`; one that exists gives its tokenizer, and is replaced.
 
@@ -72,13 +80,16 @@ def describe(folder: Path, *, cores: int, tokenizer: Tokenizer | None) -> Manife
     paths = list_shards(folder)
     if not paths:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
+    further = further_columns(paths, folder)
+    columns = [*COLUMNS, *further.types]  # what would be left out need not be sound
     with ThreadPoolExecutor(cores) as pool:
-        entries = tuple(pool.map(lambda path: describe_file(path, folder), paths))
+        entries = tuple(pool.map(lambda path: describe_file(path, folder, columns), paths))
     manifest = Manifest(
         command=COMMAND,
         options={},
         files=entries,
         tokenizer=tokenizer or _tokenizer_recorded(folder),
+        further=further,
     )
     write_manifest(folder, manifest)
     return manifest

@@ -18,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
-from jllm.data.dataset.shards import ShardReader, ShardStatistics, list_shards
+from jllm.data.dataset.columns import Column
+from jllm.data.dataset.files import list_shards
+from jllm.data.dataset.further import FurtherColumns, common
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.shards import ShardStatistics
 from jllm.errors import UserError
 
 MANIFEST_NAME = "_manifest.json"
 FORMAT_VERSION = 1
+COLUMNS_KEY, LEFT_OUT_KEY = "columns", "columns_left_out"
+NO_FURTHER = FurtherColumns()
 FOOTER_TAIL = 8  # a Parquet file ends with the footer's length (4 bytes, little-endian) and "PAR1"
 
 
@@ -65,13 +71,18 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything known about a data set. `extra` holds what only some commands add (bad records, engine, mixing)."""
+    """Everything known about a data set.
+
+    `further` are the columns beside the contract's three; a manifest names them only where there are any. `extra` holds
+    what only some commands add (bad records, engine, mixing).
+    """
 
     command: str
     options: dict[str, Any]
     files: tuple[FileEntry, ...]
     tokenizer: Tokenizer | None = None
     sources: tuple[dict[str, Any], ...] = ()
+    further: FurtherColumns = NO_FURTHER
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def total(self, name: str) -> int | None:
@@ -103,6 +114,8 @@ class Manifest:
             "tokens": self.total("tokens"),
             "trained_tokens": self.total("trained_tokens"),
             "longest_row": self.longest_row,
+            **({COLUMNS_KEY: self.further.types} if self.further.carried else {}),
+            **({LEFT_OUT_KEY: dict(self.further.left_out)} if self.further.left_out else {}),
             **self.extra,
             "sources": list(self.sources),
             "fingerprint": self.fingerprint,
@@ -114,7 +127,7 @@ class Manifest:
         if value.get("format") != FORMAT_VERSION:
             raise UserError(f"{path}: manifest format {value.get('format')!r}; this version reads {FORMAT_VERSION}")
         known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row"}
-        known |= {"sources", "fingerprint", "files"}
+        known |= {"sources", "fingerprint", "files", COLUMNS_KEY, LEFT_OUT_KEY}
         try:
             manifest = cls(
                 command=value["made_by"]["command"],
@@ -122,9 +135,13 @@ class Manifest:
                 files=tuple(FileEntry(**entry) for entry in value["files"]),
                 tokenizer=Tokenizer(**value["tokenizer"]) if value["tokenizer"] else None,
                 sources=tuple(value["sources"]),
+                further=FurtherColumns(
+                    carried=tuple(Column.named(*each) for each in value.get(COLUMNS_KEY, {}).items()),
+                    left_out=value.get(LEFT_OUT_KEY, {}),
+                ),
                 extra={key: item for key, item in value.items() if key not in known},
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest FOLDER"
             ) from None
@@ -151,12 +168,12 @@ def entry_of_written(path: Path, folder: Path, statistics: ShardStatistics) -> F
     return FileEntry(path=path.relative_to(folder).as_posix(), footer=footer_of(path), **dataclasses.asdict(statistics))
 
 
-def entry_from_footer(path: Path, folder: Path) -> FileEntry:
-    """The entry of a shard of which only the footer is read: no tokens, no checksum."""
+def entry_from_footer(path: Path, folder: Path) -> tuple[FileEntry, FurtherColumns]:
+    """The entry of a shard of which only the footer is read, no tokens, no checksum; and its further columns."""
     reader = ShardReader(path)
     rows = reader.metadata.num_rows
     reader.close()
-    return FileEntry(
+    entry = FileEntry(
         path=path.relative_to(folder).as_posix(),
         rows=rows,
         tokens=None,
@@ -166,6 +183,7 @@ def entry_from_footer(path: Path, folder: Path) -> FileEntry:
         footer=footer_of(path),
         sha256=None,
     )
+    return entry, reader.further
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -238,16 +256,18 @@ def _check(path: Path, entry: FileEntry) -> None:
 def _joined(folder: Path, shards: list[Path]) -> Manifest:
     """The manifest of a folder without one: the sets below it, and footers for shards that are in none of them."""
     found = [path.parent for path in sorted(folder.rglob(MANIFEST_NAME))]
-    seen = [part for part in found if not any(name[0] in "_." for name in part.relative_to(folder).parts)]
-    parts = {part: read_manifest(part) for part in seen}
+    seen = [place for place in found if not any(name[0] in "_." for name in place.relative_to(folder).parts)]
+    sets = {place: read_manifest(place) for place in seen}
     entries: dict[str, FileEntry] = {}
     sources: list[dict[str, Any]] = []
     tokenizers: dict[str, Tokenizer] = {}
-    for part, manifest in parts.items():
+    further: dict[str, FurtherColumns] = {}
+    for place, manifest in sets.items():
         assert manifest is not None  # just listed
-        prefix = part.relative_to(folder).as_posix()
+        prefix = place.relative_to(folder).as_posix()
+        further[prefix] = manifest.further
         for entry in manifest.files:
-            _check(part / entry.path, entry)
+            _check(place / entry.path, entry)
             moved = dataclasses.replace(entry, path=f"{prefix}/{entry.path}")
             entries[moved.path] = moved
         sources.append({"name": prefix, "fingerprint": manifest.fingerprint})
@@ -259,13 +279,14 @@ def _joined(folder: Path, shards: list[Path]) -> Manifest:
     for path in shards:
         name = path.relative_to(folder).as_posix()
         if name not in entries:
-            entries[name] = entry_from_footer(path, folder)
+            entries[name], further[name] = entry_from_footer(path, folder)
     return Manifest(
         command="join",
         options={},
         files=tuple(entries[name] for name in sorted(entries)),
         tokenizer=next(iter(tokenizers.values()), None),
         sources=tuple(sources),
+        further=common(further),
     )
 
 

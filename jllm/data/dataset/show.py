@@ -3,31 +3,37 @@
 Cost: lengths read the ids of every row; shown rows read the shards up to the last of them.
 """
 
+import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
+from jllm.data.dataset.describe import further_columns
+from jllm.data.dataset.manifest import DataSet, verify
+from jllm.data.dataset.reader import ShardReader
 from jllm.errors import UserError
+
+Decode = Callable[[Sequence[int]], str]
 
 BUCKET = 512
 BAR = 40
+SHOWN_ELEMENTS = 16
 TRAINED, PADDING, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
-def show_summary(folder: Path) -> None:
-    """Print what the manifest says, and a histogram of row lengths.
+def show_summary(data: DataSet) -> None:
+    """Print what the manifest says, further columns, and a histogram of row lengths.
 
     Raises:
-        UserError: not a data set, or not an intact one.
+        UserError: a file cannot be read.
     """
-    import numpy as np
-
-    from jllm.data.dataset.manifest import open_data_set
-    from jllm.data.dataset.shards import INPUT_IDS, ShardReader, from_list_array
-
-    data = open_data_set(folder)
     manifest = data.manifest
-    print(f"{folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, made by {manifest.command}")
+    print(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, made by {manifest.command}")
     if manifest.tokenizer:
         print(f"  tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids")
     for name in ("tokens", "trained_tokens"):
@@ -36,11 +42,16 @@ def show_summary(folder: Path) -> None:
     for name in ("documents", "document_tokens", "engine", "chat", "bad_records"):
         if manifest.extra.get(name):
             print(f"  {name} {manifest.extra[name]}")
+    further = further_columns(data.paths, data.folder)
+    for column in further.carried:
+        print(f"  column {column.name} {column.type_name}")
+    for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
+        print(f"  column {name} left out: {reason}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
     longest = 0
     for path in data.paths:
-        for batch in _column(ShardReader(path), INPUT_IDS):
+        for batch in _ids(path):
             lengths = np.diff(from_list_array(batch.column(INPUT_IDS))[1])
             longest = max(longest, int(lengths.max(initial=0)))
             found = np.bincount(np.maximum(lengths - 1, 0) // BUCKET)
@@ -52,23 +63,16 @@ def show_summary(folder: Path) -> None:
         print(f"  {bucket * BUCKET + 1:>8,} - {(bucket + 1) * BUCKET:>8,}  {int(counts[bucket]):>12,}  {bar}")
 
 
-def _column(reader: Any, name: str) -> Any:
+def _ids(path: Path) -> Iterator[pa.RecordBatch]:
+    reader = ShardReader(path)
     for group in range(reader.metadata.num_row_groups):
-        yield reader.read_group(group, [name])
+        yield reader.read_group(group, [INPUT_IDS])
     reader.close()
 
 
-def show_rows(folder: Path, tokenizer: str | None, *, rows: int, start: int = 0, color: str = "auto") -> None:
-    """Print rows `start` to `start + rows`, decoded, with the trained part green and padding dim.
-
-    Raises:
-        UserError: not a data set, or the tokenizer is not the one it was made with.
-    """
-    from jllm.data.dataset.manifest import open_data_set
-    from jllm.data.dataset.shards import ShardReader
-
-    data = open_data_set(folder)
-    decode = _decoder(tokenizer, data.manifest.tokenizer)
+def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0, color: str = "auto") -> None:
+    """Print rows `start` to `start + rows`: decoded (None: their ids), with trained tokens green and padding dim, and
+    below them their further columns."""
     colored = color == "always" or (color == "auto" and sys.stdout.isatty())
     number = 0
     for path in data.paths:
@@ -77,28 +81,16 @@ def show_rows(folder: Path, tokenizer: str | None, *, rows: int, start: int = 0,
                 for row in batch.slice(max(0, start - number)).to_pylist():
                     if rows <= 0:
                         return
-                    _show(max(number, start), row, decode, colored)
+                    _show(max(number, start), row, decode or _plain, colored)
                     start, rows = start + 1, rows - 1
             number += batch.num_rows
 
 
-def _decoder(name: str | None, made_with: Any) -> Any:
-    if name is None:
-        return lambda ids: " ".join(map(str, ids)) + " "
-    from jllm.data.tokenizer.facts import load_tokenizer
-
-    facts = load_tokenizer(name)
-    if made_with is not None and made_with.sha256 != facts.sha256:
-        raise UserError(f"--tokenizer {name}: the data set was made with another tokenizer ({made_with.name})")
-    if facts.backend is None:
-        raise UserError(f"--tokenizer {name}: has no fast backend to decode with; leave it out to see the ids")
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(facts.backend)
-    return lambda ids: backend.decode(ids, skip_special_tokens=False)
+def _plain(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids)) + " "
 
 
-def _show(number: int, row: dict[str, Any], decode: Any, colored: bool) -> None:
+def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> None:
     ids: list[int] = row["input_ids"]
     labels = row.get("labels") or ids
     boundaries = row.get("cu_seqlens")
@@ -106,7 +98,7 @@ def _show(number: int, row: dict[str, Any], decode: Any, colored: bool) -> None:
     trained = sum(label >= 0 for label in labels[:real])
     documents = f", {len(boundaries) - 1} documents" if boundaries else ""
     print(f"--- row {number}: {real} tokens, {trained} of them in labels{documents}, {len(ids) - real} padding")
-    parts = []
+    shown = []
     begin = 0
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]
     for end in range(1, len(ids) + 1):
@@ -118,17 +110,31 @@ def _show(number: int, row: dict[str, Any], decode: Any, colored: bool) -> None:
             )
             masked = "labels" in row or kinds[begin] == PADDING
             if colored:
-                parts.append(f"{kinds[begin]}{text}{PLAIN}")
+                shown.append(f"{kinds[begin]}{text}{PLAIN}")
             else:
-                parts.append(f"{marks[0]}{text}{marks[1]}" if masked else text)
+                shown.append(f"{marks[0]}{text}{marks[1]}" if masked else text)
             begin = end
-    print("".join(parts))
+    print("".join(shown))
+    for name in [name for name in row if name not in COLUMNS]:
+        print(f"{name}: {_value(row[name])}")
 
 
-def show_verified(folder: Path) -> None:
-    from jllm.data.dataset.manifest import open_data_set, verify
+def _value(value: Any) -> str:
+    """A value of a further column, long lists cut."""
+    if isinstance(value, list):
+        more = f", ... {len(value)} in all" if len(value) > SHOWN_ELEMENTS else ""
+        return f"[{', '.join(map(_value, value[:SHOWN_ELEMENTS]))}{more}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return str(np.float32(value)) if isinstance(value, float) else str(value)
 
-    data = open_data_set(folder)
+
+def show_verified(data: DataSet) -> None:
+    """Read every file and say that its checksum matches.
+
+    Raises:
+        UserError: one does not.
+    """
     problems = verify(data)
     if problems:
         raise UserError("; ".join(problems[:3]))

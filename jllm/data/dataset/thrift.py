@@ -1,4 +1,4 @@
-"""The few parts of Thrift's compact protocol that Parquet is made of: its footer and page headers.
+"""As much of Thrift's compact protocol as Parquet's footer and page headers are made of.
 
 A struct is a list of fields in ascending order of their numbers. Source: the compact protocol's specification in the
 Apache Thrift project, and `parquet.thrift` for what the numbers mean.

@@ -1,5 +1,6 @@
-"""The raw2ids run: options (`config`, `recipes`), plan (`run`, `restart`), the output folder (`outputs`, `workplace`),
-and the loop over chunks (`conversion`) with what encodes, keeps, deals and writes them (`encoding`, `chunk_cache`,
-`holdout`, `sink`).
+"""The raw2ids run: options, plan, the loop over chunks, output folder, progress.
+
+Options: `config`, `recipes`; plan: `run`, `restart`; the output folder: `outputs`, `workplace`; the loop: `conversion`,
+with what encodes, keeps, deals and writes chunks (`encoding`, `chunk_cache`, `holdout`, `sink`).
 
 Imports every other package of `jllm.data`, but for `shuffle`."""

@@ -19,7 +19,7 @@ from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
-from jllm.data.dataset.manifest import FileEntry, Manifest, write_manifest
+from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -83,8 +83,9 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
         loading.cancel()
     if config.debug:
         from jllm.data.dataset.show import show_rows
+        from jllm.data.tokenizer.decoding import make_decoder
 
-        show_rows(output, config.tokenizer, rows=config.debug)
+        show_rows(open_data_set(output), make_decoder(config.tokenizer, manifest.tokenizer), rows=config.debug)
     return manifest
 
 

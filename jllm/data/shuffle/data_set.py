@@ -19,7 +19,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,11 @@ def shuffle_set(
     seed: int,
     resources: Resources,
     recipe: Recipe = ALL_ONCE,
+    warn: Callable[[str], None] = print,
 ) -> Outcome:
     """Shuffle a data set, or what `recipe` takes of it, into `folder`; finish what a killed run began; or find it done.
+
+    `warn` hears of columns that cannot travel with their rows, before any work is done.
 
     Raises:
         UserError: the folder holds something else, the disk is too small, or an input file is damaged.
@@ -69,6 +72,8 @@ def shuffle_set(
     selection = select_rows(data_set, recipe, seed=seed, cores=resources.cores)
     job = Passes(data_set, folder, blocks=blocks, seed=seed, resources=resources, copies=selection.copies)
     job.check_disk()
+    for line in job.further.warnings():
+        warn(f"warning: {data_set.name}: {line}")
     with _held(folder, plan):
         kept = job.run()
     manifest = Manifest(
@@ -77,6 +82,7 @@ def shuffle_set(
         files=tuple(job.entries[block] for block in range(blocks)),
         tokenizer=data_set.manifest.tokenizer,
         sources=({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint},),
+        further=job.further,
     )
     write_manifest(folder, manifest)
     clear_traces(folder)

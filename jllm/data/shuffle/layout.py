@@ -31,14 +31,14 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class ShuffleLayout:
     """How positions are cut into buckets, and buckets and blocks into units. It has no influence on the output."""
 
     bounds: Positions
     units: tuple[Unit, ...]
 
 
-def lay_out(edges: Sequence[int], rows_per_bucket: int) -> Layout:
+def lay_out(edges: Sequence[int], rows_per_bucket: int) -> ShuffleLayout:
     """Large blocks get several buckets each; small blocks share one."""
     bounds: list[int] = []
     units: list[Unit] = []
@@ -48,8 +48,8 @@ def lay_out(edges: Sequence[int], rows_per_bucket: int) -> Layout:
         while end < blocks and edges[end + 1] - edges[block] <= rows_per_bucket:
             end += 1
         size = edges[end] - edges[block]
-        pieces = max(1, -(-size // rows_per_bucket))
-        units.append(Unit(blocks=range(block, end), buckets=range(len(bounds), len(bounds) + pieces)))
-        bounds.extend(edges[block] + size * piece // pieces for piece in range(pieces))
+        buckets = max(1, -(-size // rows_per_bucket))
+        units.append(Unit(blocks=range(block, end), buckets=range(len(bounds), len(bounds) + buckets)))
+        bounds.extend(edges[block] + size * bucket // buckets for bucket in range(buckets))
         block = end
-    return Layout(bounds=np.array(bounds, dtype=np.int64), units=tuple(units))
+    return ShuffleLayout(bounds=np.array(bounds, dtype=np.int64), units=tuple(units))

@@ -18,27 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jllm.data.dataset.columns import CU_SEQLENS, INPUT_IDS, Int64
+from jllm.data.dataset.columns import CU_SEQLENS, INPUT_IDS, SOURCE_TAG, Int64
 from jllm.data.dataset.manifest import DataSet
-from jllm.data.dataset.shards import ShardReader, real_lengths
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.token_counts import real_lengths
 from jllm.errors import UserError, did_you_mean
 from jllm.machine import parse_count
 
 BY = ("rate", "rows", "tokens")
-SOURCE = "source"
 SELECTION = 0x6D6978
-"""Part of the seed, so that the choice of rows and their order are independent."""
+"""Goes into the seed, so that the choice of rows and their order are independent."""
 ROUNDING = 1e-9
 
 Copies = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
+class SetShare:
     """What the user asked for one set. `subsample` keeps that share of its rows before anything else happens."""
 
     weight: float = 1.0
@@ -59,7 +57,7 @@ class Mix:
 
     by: str = "rate"
     total: int | None = None
-    sets: dict[str, Share] = dataclasses.field(default_factory=dict)
+    sets: dict[str, SetShare] = dataclasses.field(default_factory=dict)
     sources: dict[str, float] = dataclasses.field(default_factory=dict)
     max_tokens: int | None = None
 
@@ -87,7 +85,7 @@ ALL_ONCE = Recipe(rate=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
+class RowSelection:
     """How often each row is taken (None: every row once), and the source tags that were found (None: nobody looked)."""
 
     copies: Copies | None
@@ -111,16 +109,16 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
     for pair in pairs:
         if "=" in pair:
             name, _, value = pair.rpartition("=")
-            if name.startswith(f"{SOURCE}:"):
-                sources[name.removeprefix(f"{SOURCE}:")] = _number(name, value)
+            if name.startswith(f"{SOURCE_TAG.name}:"):
+                sources[name.removeprefix(f"{SOURCE_TAG.name}:")] = _number(name, value)
             else:
-                sets[name] = dataclasses.replace(sets.get(name, Share()), weight=_number(name, value))
+                sets[name] = dataclasses.replace(sets.get(name, SetShare()), weight=_number(name, value))
     cap = None
     for text in max_tokens:
         name, _, value = text.rpartition("=")
         if name:
             sets[name] = dataclasses.replace(
-                sets.get(name, Share()), max_tokens=parse_count(f"--max_tokens {name}", value)
+                sets.get(name, SetShare()), max_tokens=parse_count(f"--max_tokens {name}", value)
             )
         else:
             cap = parse_count("--max_tokens", value)
@@ -155,17 +153,17 @@ def _read_file(path: Path) -> dict[str, Any]:
     return document
 
 
-def _share(name: str, value: Any) -> Share:
+def _share(name: str, value: Any) -> SetShare:
     if not isinstance(value, dict):
-        return Share(weight=_number(name, value))
-    known = [field.name for field in dataclasses.fields(Share)]
+        return SetShare(weight=_number(name, value))
+    known = [field.name for field in dataclasses.fields(SetShare)]
     for key in value:
         if key not in known:
             raise UserError(
                 f'--mix: set {name}: unknown key "{key}"; known: {", ".join(known)}.{did_you_mean(key, known)}'
             )
     caps = {key: parse_count(f"--mix: {name}.{key}", str(value[key])) for key in known[2:] if key in value}
-    return Share(
+    return SetShare(
         weight=_number(f"{name}.weight", value.get("weight", 1)),
         subsample=_number(f"{name}.subsample", value.get("subsample", 1)),
         max_rows=caps.get("max_rows"),
@@ -192,7 +190,7 @@ def make_recipes(mix: Mix, sets: Sequence[DataSet]) -> dict[str, Recipe]:
     for name in mix.sets:
         if name not in names:
             raise UserError(f'--mix: no data set "{name}"; there are: {", ".join(names)}.{did_you_mean(name, names)}')
-    shares = {name: mix.sets.get(name, Share()) for name in names}
+    shares = {name: mix.sets.get(name, SetShare()) for name in names}
     if mix.by != "rate" and set(mix.sets) != set(names):
         left = ", ".join(name for name in names if name not in mix.sets)
         raise UserError(f"--mix: no share for {left}; shares need every set (0 leaves a set out)")
@@ -235,10 +233,10 @@ def _amount(mix: Mix, name: str, weights: dict[str, float], sizes: dict[str, int
     return {mix.by: math.floor(weights[name] * scale + ROUNDING)}
 
 
-def select_rows(data_set: DataSet, recipe: Recipe, *, seed: int, cores: int) -> Selection:
+def select_rows(data_set: DataSet, recipe: Recipe, *, seed: int, cores: int) -> RowSelection:
     """Decide how often each row is taken: a function of the data's fingerprint, the recipe and the seed."""
     if recipe == ALL_ONCE:
-        return Selection(copies=None)
+        return RowSelection(copies=None)
     rows = data_set.manifest.rows
     entropy = [seed, SELECTION, *np.frombuffer(bytes.fromhex(data_set.manifest.fingerprint), dtype=">u4").tolist()]
     order = np.random.default_rng(entropy).permutation(rows)
@@ -265,7 +263,7 @@ def select_rows(data_set: DataSet, recipe: Recipe, *, seed: int, cores: int) -> 
             copies = _capped(copies, order, lengths, recipe.max_tokens)
     if recipe.max_rows is not None and int(copies.sum()) > recipe.max_rows:
         copies = _capped(copies, order, np.ones(rows, np.int64), recipe.max_rows)
-    return Selection(copies=copies.astype(np.min_scalar_type(int(copies.max(initial=0)))), source_tags=found)
+    return RowSelection(copies=copies.astype(np.min_scalar_type(int(copies.max(initial=0)))), source_tags=found)
 
 
 def _take_rows(copies: Copies, order: Int64, count: float) -> None:
@@ -303,7 +301,7 @@ def row_lengths(data_set: DataSet, *, cores: int) -> Int64:
     """The real tokens of every row."""
 
     def of_file(path: Path) -> list[Int64]:
-        reader = ShardReader(path)
+        reader = ShardReader(path, columns=[INPUT_IDS])
         column = CU_SEQLENS if CU_SEQLENS in reader.columns else INPUT_IDS
         groups = range(reader.metadata.num_row_groups)
         if column == CU_SEQLENS:
@@ -318,13 +316,16 @@ def row_lengths(data_set: DataSet, *, cores: int) -> Int64:
 def row_sources(data_set: DataSet) -> NDArray[Any]:
     """The source tag of every row: the text of its `source` column, empty where its file has none."""
     tags: list[NDArray[Any]] = [np.zeros(0, dtype=str)]
+    name = SOURCE_TAG.name
     for path in data_set.paths:
-        file = pq.ParquetFile(path)
-        if SOURCE not in file.schema_arrow.names:
-            tags.append(np.full(file.metadata.num_rows, "", dtype=str))
-            continue
-        column = file.read([SOURCE]).column(0)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise UserError(f"{path}: column {SOURCE} is {column.type}; it must be text to be mixed by")
-        tags.append(np.asarray(column.fill_null("").to_numpy(zero_copy_only=False), dtype=str))
+        reader = ShardReader(path, columns=[name])
+        if SOURCE_TAG in reader.further.carried:
+            found = (batch.column(name).to_numpy(zero_copy_only=False) for batch in reader)
+            tags.extend(np.asarray(each, dtype=str) for each in found)
+        elif name in reader.stored_schema.names:
+            kind = reader.stored_schema.field(name).type
+            raise UserError(f"{path}: column {name} is {kind}; it must be text to be mixed by")
+        else:
+            tags.append(np.full(reader.metadata.num_rows, "", dtype=str))
+        reader.close()
     return np.concatenate(tags)

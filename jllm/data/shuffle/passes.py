@@ -1,4 +1,4 @@
-"""The two passes of a shuffle: rows into buckets, buckets into blocks. See `shuffle.py` for what they add up to."""
+"""The two passes of a shuffle: rows into buckets, buckets into blocks. See `data_set.py` for what they add up to."""
 
 import concurrent.futures
 import dataclasses
@@ -14,26 +14,20 @@ import numpy as np
 import pyarrow as pa
 
 from jllm import atomic
+from jllm.data.dataset.columns import conform, schema
+from jllm.data.dataset.files import ROW_GROUP_TOKENS, file_name
 from jllm.data.dataset.manifest import DataSet, FileEntry, entry_of_written
-from jllm.data.dataset.shards import (
-    COLUMNS,
-    CU_SEQLENS,
-    INPUT_IDS,
-    ROW_GROUP_TOKENS,
-    ShardReader,
-    ShardWriter,
-    conform,
-    file_name,
-)
-from jllm.data.shuffle.compact import Compact, CompactColumn, Range, join_ranges
-from jllm.data.shuffle.layout import Layout, Unit, block_edges, destinations, lay_out
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.shards import ShardWriter
+from jllm.data.shuffle.compact import Compact
+from jllm.data.shuffle.layout import ShuffleLayout, Unit, block_edges, destinations, lay_out
 from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
+from jllm.data.shuffle.survey import survey
 from jllm.machine import require_disk
 
 CODEC = "zstd"
 SCRATCH_NAME = ".scratch"
-OFFSET_BYTES = 4
 SCRATCH_SHARE = 2.7
 """Scratch files are compressed where they would exceed this multiple of the input's size."""
 MAX_BUCKET = 512 << 20
@@ -51,38 +45,7 @@ class Resources:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """One input file as the first pass needs it: where its rows start in the data set."""
-
-    path: Path
-    first_row: int
-    rows_of_groups: tuple[int, ...]
-    columns: tuple[str, ...]
-    elements: dict[str, tuple[int, Range | None]]
-
-
-def survey(data_set: DataSet) -> list[Source]:
-    """Read the footers of all files of a data set."""
-    sources = []
-    first_row = 0
-    for path in data_set.paths:
-        reader = ShardReader(path)
-        sources.append(
-            Source(
-                path=path,
-                first_row=first_row,
-                rows_of_groups=tuple(reader.rows_of_groups),
-                columns=reader.columns,
-                elements={name: reader.elements(name) for name in reader.columns},
-            )
-        )
-        first_row += reader.metadata.num_rows
-        reader.close()
-    return sources
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Group:
+class _InputGroup:
     """A row group to scatter: the number of its first row in the input, and of its first taken row in the output."""
 
     path: Path
@@ -108,36 +71,20 @@ class Passes:
         self.blocks = blocks
         self.resources = resources
         self.scratch = folder / SCRATCH_NAME
-        self.sources = survey(data_set)
+        found = survey(data_set, cores=resources.cores)
+        self.shards = found.shards
+        self.columns = found.columns
+        self.further = found.further
+        self.compact = Compact(columns=found.packed, schema=schema(found.columns, found.further.carried))
         self.copies = copies
         self.rows = data_set.manifest.rows if copies is None else int(copies.sum())
-        self.columns = tuple(name for name in COLUMNS if any(name in source.columns for source in self.sources))
-        self.columns = self.columns or (INPUT_IDS,)
-        self.compact = Compact(columns=tuple(self._compact_column(name) for name in self.columns))
-        self.raw_bytes = max(1, self._packed_size() * self.rows // max(1, data_set.manifest.rows))
+        self.raw_bytes = max(1, found.packed_size * self.rows // max(1, data_set.manifest.rows))
         self.positions = destinations(self.rows, fingerprint=data_set.manifest.fingerprint, seed=seed)
         self.edges = block_edges(self.rows, blocks)
         self.input_bytes = sum(entry.bytes for entry in data_set.manifest.files)
-        found = {block: self._read_entry(block) for block in range(blocks)}
-        self.entries: dict[int, FileEntry] = {block: entry for block, entry in found.items() if entry is not None}
+        kept = {block: self._read_entry(block) for block in range(blocks)}
+        self.entries: dict[int, FileEntry] = {block: entry for block, entry in kept.items() if entry is not None}
         self._stop = threading.Event()
-
-    def _compact_column(self, name: str) -> CompactColumn:
-        complete = all(name in source.columns for source in self.sources)
-        ranges = [source.elements[name][1] for source in self.sources] if complete else [None]
-        joined = join_ranges(ranges)
-        if name == CU_SEQLENS and joined is not None:
-            joined = joined[0], joined[1] + 1  # from shifted coordinates to those of the row
-        return CompactColumn(name=name, range=joined)
-
-    def _packed_size(self) -> int:
-        """Bytes of all rows in memory, each once: elements, list offsets, and positions."""
-        size = 0
-        for column in self.compact.columns:
-            for source in self.sources:
-                elements, _ = source.elements.get(column.name, source.elements[INPUT_IDS])
-                size += elements * column.bytes + sum(source.rows_of_groups) * OFFSET_BYTES * 3
-        return size
 
     def run(self) -> int:
         """Write the blocks that are missing; how many were there."""
@@ -166,8 +113,8 @@ class Passes:
             needed += min(self.raw_bytes, self.input_bytes * SCRATCH_SHARE) * missing
         require_disk(self.folder, int(needed), f"shuffling {self.folder.name}")
 
-    def _layout(self) -> Layout:
-        # A bucket in work takes twice its size: its pieces, and the same rows joined. A third is for the writers.
+    def _layout(self) -> ShuffleLayout:
+        # A bucket in work takes twice its size: its slices, and the same rows joined. A third is for the writers.
         room = self.resources.memory // (3 * self.resources.cores)
         size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self.resources.cores)))
         return lay_out(self.edges, max(1, self.rows * size // self.raw_bytes))
@@ -183,12 +130,12 @@ class Passes:
                 self._stop.set()
                 raise
 
-    def _scatter_all(self, layout: Layout) -> list[Bucket]:
+    def _scatter_all(self, layout: ShuffleLayout) -> list[Bucket]:
         wanted = np.zeros(len(layout.bounds), dtype=bool)
         for unit in layout.units:
             if any(block not in self.entries for block in unit.blocks):
                 wanted[unit.buckets.start : unit.buckets.stop] = True
-        tasks: queue.SimpleQueue[_Group] = queue.SimpleQueue()
+        tasks: queue.SimpleQueue[_InputGroup] = queue.SimpleQueue()
         for task in self._groups():
             tasks.put(task)
         workers = self.resources.cores
@@ -210,7 +157,7 @@ class Passes:
                 except queue.Empty:
                     break
                 if reader is None or reader.path != task.path:
-                    reader = ShardReader(task.path)
+                    reader = ShardReader(task.path, columns=self.compact.schema.names)
                 self._scatter_group(scatter, reader, task)
             if not self._in_memory:
                 scatter.spill()
@@ -220,22 +167,22 @@ class Passes:
         del self.positions  # the second pass has its memory for the buckets
         return [
             Bucket(
-                pieces=[piece for scatter in scatters for piece in scatter.pieces.pop(bucket, [])],
+                slices=[rows for scatter in scatters for rows in scatter.slices.pop(bucket, [])],
                 files=[scatter.files[bucket] for scatter in scatters if bucket in scatter.files],
             )
             for bucket in range(len(layout.bounds))
         ]
 
-    def _groups(self) -> Iterator["_Group"]:
+    def _groups(self) -> Iterator["_InputGroup"]:
         taken = 0
-        for source in self.sources:
-            row = source.first_row
-            for group, rows in enumerate(source.rows_of_groups):
-                yield _Group(path=source.path, group=group, first_row=row, first_taken=taken)
+        for shard in self.shards:
+            row = shard.first_row
+            for group, rows in enumerate(shard.rows_of_groups):
+                yield _InputGroup(path=shard.path, group=group, first_row=row, first_taken=taken)
                 taken += rows if self.copies is None else int(self.copies[row : row + rows].sum())
                 row += rows
 
-    def _scatter_group(self, scatter: Scatter, reader: ShardReader, task: "_Group") -> None:
+    def _scatter_group(self, scatter: Scatter, reader: ShardReader, task: "_InputGroup") -> None:
         row, taken = task.first_row, task.first_taken
         for batch in reader.batches(task.group):
             picks: Positions | None = None
@@ -243,12 +190,12 @@ class Passes:
             if self.copies is not None:
                 picks = np.repeat(np.arange(batch.num_rows), self.copies[row : row + batch.num_rows])
                 count = len(picks)
-            packed = self.compact.pack(conform(batch, self.columns))
+            packed = self.compact.pack(conform(batch, self.columns, self.further.carried))
             scatter.add(packed, self.positions[taken : taken + count], picks)
             row += batch.num_rows
             taken += count
 
-    def _gather_all(self, layout: Layout, buckets: list[Bucket]) -> None:
+    def _gather_all(self, layout: ShuffleLayout, buckets: list[Bucket]) -> None:
         tasks: queue.SimpleQueue[Unit] = queue.SimpleQueue()
         for unit in layout.units:
             tasks.put(unit)
@@ -262,18 +209,21 @@ class Passes:
 
         self._parallel(min(self.resources.cores, len(layout.units)), work)
 
-    def _gather(self, unit: Unit, layout: Layout, buckets: list[Bucket]) -> None:
+    def _gather(self, unit: Unit, layout: ShuffleLayout, buckets: list[Bucket]) -> None:
         ahead = len(layout.units) < self.resources.cores  # a core is idle: let it prepare the next bucket
         rows = _UnitRows(unit, layout, buckets, rows_at_once=self._rows_at_once, ahead=ahead)
         for block in unit.blocks:
             if block in self.entries:
                 continue
-            with ShardWriter(self._path(block), columns=self.columns, codec=CODEC) as writer:
+            with self._writer(block) as writer:
                 for batch in rows.between(self.edges[block], self.edges[block + 1]):
                     writer.write(self.compact.unpack(batch))
             entry = entry_of_written(self._path(block), self.folder, writer.statistics)
             atomic.write_json(self._entry_path(block), dataclasses.asdict(entry))
             self.entries[block] = entry
+
+    def _writer(self, block: int) -> ShardWriter:
+        return ShardWriter(self._path(block), columns=self.columns, further=self.further.carried, codec=CODEC)
 
     @property
     def _rows_at_once(self) -> int:
@@ -298,7 +248,9 @@ class Passes:
 class _UnitRows:
     """The rows of a unit's buckets in order of position, one bucket in memory at a time, or two with `ahead`."""
 
-    def __init__(self, unit: Unit, layout: Layout, buckets: list[Bucket], *, rows_at_once: int, ahead: bool) -> None:
+    def __init__(
+        self, unit: Unit, layout: ShuffleLayout, buckets: list[Bucket], *, rows_at_once: int, ahead: bool
+    ) -> None:
         self._bounds = layout.bounds
         self._buckets = buckets
         self._rows_at_once = rows_at_once
@@ -320,7 +272,7 @@ class _UnitRows:
     def _load_all(self, unit: Unit) -> Iterator[tuple[OrderedRows, int]]:
         for index in unit.buckets:
             end = int(self._bounds[index + 1]) if index + 1 < len(self._bounds) else 1 << 62
-            bucket, self._buckets[index] = self._buckets[index], Bucket(pieces=[], files=[])
+            bucket, self._buckets[index] = self._buckets[index], Bucket(slices=[], files=[])
             rows = bucket.ordered()
             for path in bucket.files:
                 path.unlink()

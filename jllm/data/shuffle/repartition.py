@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
+from jllm.data.dataset.further import common
 from jllm.data.dataset.manifest import (
     MANIFEST_NAME,
     DataSet,
@@ -35,7 +36,7 @@ INFO_NAME = "data.info"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
+class DealtBlock:
     """One file of one data set. `path` is relative to the folder; `name` is what it is called in its partition."""
 
     set_name: str
@@ -46,13 +47,17 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which block goes to which partition. `sets` are the names and fingerprints of the sets, in order."""
+class PartitionPlan:
+    """Which block goes to which partition.
+
+    `sets` are the names and fingerprints of the sets, in order; `notes` are lines about what they do not share.
+    """
 
     id: str
     sets: tuple[dict[str, Any], ...]
-    partitions: tuple[tuple[Block, ...], ...]
+    partitions: tuple[tuple[DealtBlock, ...], ...]
     manifest: Manifest
+    notes: tuple[str, ...]
 
     def info(self, name: str) -> str:
         """`data.info`: the plan for people."""
@@ -71,7 +76,9 @@ class Plan:
             tokens = [block.entry.tokens for block in blocks]
             total = None if None in tokens else sum(value or 0 for value in tokens)
             rows, size = sum(block.entry.rows for block in blocks), sum(block.entry.bytes for block in blocks)
-            lines.append(f"{_part_name(self.id, index):<26}{len(blocks):>7}{rows:>15}{_known(total):>17}{size:>15}")
+            lines.append(
+                f"{_partition_name(self.id, index):<26}{len(blocks):>7}{rows:>15}{_known(total):>17}{size:>15}"
+            )
         return "\n".join(lines) + "\n"
 
 
@@ -79,7 +86,7 @@ def _known(value: int | None) -> str:
     return "unknown" if value is None else str(value)
 
 
-def _part_name(identity: str, index: int) -> str:
+def _partition_name(identity: str, index: int) -> str:
     return f"{identity}-part-{index:05d}"
 
 
@@ -97,7 +104,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(names[0]), folder.with_name(names[1])
 
 
-def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None) -> Plan:
+def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None) -> PartitionPlan:
     """Deal the blocks of all data sets of `folder` to `partitions`, or to partitions of about `partition_tokens`.
 
     Raises:
@@ -118,6 +125,8 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
             f"{folder}: {partitions} partitions, but no data set has more than {most} files, so some would be empty;"
             f" ask for at most {most}, or shuffle with --num_block {partitions}"
         )
+    further = common({data_set.name: data_set.manifest.further for data_set in sets})
+    uneven = sorted({name for data_set in sets for name in data_set.manifest.further.types} - further.types.keys())
     identity = hashlib.sha256("".join(source["fingerprint"] for source in names).encode()).hexdigest()[:8]
     dealt = tuple(
         tuple(sorted((block for block in blocks if block.index % partitions == k), key=lambda b: (b.index, b.set_name)))
@@ -127,23 +136,25 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
         command=COMMAND,
         options={"partitions": partitions},
         files=tuple(
-            dataclasses.replace(block.entry, path=f"{_part_name(identity, k)}/{block.name}")
-            for k, part in enumerate(dealt)
-            for block in part
+            dataclasses.replace(block.entry, path=f"{_partition_name(identity, k)}/{block.name}")
+            for k, partition in enumerate(dealt)
+            for block in partition
         ),
         tokenizer=one_tokenizer(sets),
         sources=names,
+        further=further,
         extra={
             "id": identity,
-            "blocks": [[block.set_name, block.index] for part in dealt for block in part],
+            "blocks": [[block.set_name, block.index] for partition in dealt for block in partition],
         },
     )
-    return Plan(id=identity, sets=names, partitions=dealt, manifest=manifest)
+    notes = tuple(f"column {name} is not the same in all sets: {further.left_out[name]}" for name in uneven)
+    return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest, notes=notes)
 
 
-def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, Any], ...], list[Block]]:
+def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, Any], ...], list[DealtBlock]]:
     names: list[dict[str, Any]] = []
-    blocks: list[Block] = []
+    blocks: list[DealtBlock] = []
     base_names = [Path(entry.path).name for data_set in sets for entry in data_set.manifest.files]
     unique = len(set(base_names)) == len(base_names)
     for data_set in sets:
@@ -153,7 +164,7 @@ def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[s
             base = Path(entry.path).name
             name = base if unique else f"{data_set.name}-{index:05d}-{base}"
             path = entry.path if prefix == "." else f"{prefix}/{entry.path}"
-            blocks.append(Block(set_name=data_set.name, index=index, path=path, name=name, entry=entry))
+            blocks.append(DealtBlock(set_name=data_set.name, index=index, path=path, name=name, entry=entry))
     return tuple(names), blocks
 
 
@@ -171,23 +182,23 @@ def _origin(data_set: DataSet) -> dict[str, Any]:
     }
 
 
-def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], list[Block]]:
+def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], list[DealtBlock]]:
     """The blocks of a folder that was dealt before, to deal them again."""
     blocks = [
-        Block(set_name=name, index=index, path=entry.path, name=Path(entry.path).name, entry=entry)
+        DealtBlock(set_name=name, index=index, path=entry.path, name=Path(entry.path).name, entry=entry)
         for entry, (name, index) in zip(manifest.files, manifest.extra["blocks"], strict=True)
     ]
     return manifest.sources, blocks
 
 
-def _partitions_by_tokens(folder: Path, blocks: Sequence[Block], partition_tokens: int) -> int:
+def _partitions_by_tokens(folder: Path, blocks: Sequence[DealtBlock], partition_tokens: int) -> int:
     counts = [block.entry.tokens for block in blocks]
     if None in counts:
         raise UserError(f"{folder}: the tokens of its files are not known; count them with: jllm manifest {folder}")
     return max(1, round(sum(count or 0 for count in counts) / partition_tokens))
 
 
-def repartition(folder: Path, plan: Plan) -> bool:
+def repartition(folder: Path, plan: PartitionPlan) -> bool:
     """Put the plan into effect; False where the folder is so already."""
     present = read_manifest(folder)
     if present is not None and present.to_json() == plan.manifest.to_json():
@@ -197,11 +208,11 @@ def repartition(folder: Path, plan: Plan) -> bool:
     _link_others(folder, parting, plan)
     try:
         for index, blocks in enumerate(plan.partitions):
-            part = parting / _part_name(plan.id, index)
-            part.mkdir()
+            place = parting / _partition_name(plan.id, index)
+            place.mkdir()
             for block in blocks:
-                os.link(folder / block.path, part / block.name)
-            atomic.sync_file(part)
+                os.link(folder / block.path, place / block.name)
+            atomic.sync_file(place)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot make hard links there ({error.strerror}); use a file system that can"
@@ -216,7 +227,7 @@ def repartition(folder: Path, plan: Plan) -> bool:
     return True
 
 
-def _link_others(folder: Path, parting: Path, plan: Plan) -> None:
+def _link_others(folder: Path, parting: Path, plan: PartitionPlan) -> None:
     """Link what belongs to no data set into the new tree, at the same place."""
     dealt = {block.path for blocks in plan.partitions for block in blocks}
     for parent, _, files in os.walk(folder):

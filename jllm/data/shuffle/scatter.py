@@ -50,7 +50,7 @@ class Scatter:
         self._scratch = scratch
         self._worker = worker
         self._held = 0
-        self.pieces: dict[int, list[pa.RecordBatch]] = {}
+        self.slices: dict[int, list[pa.RecordBatch]] = {}
         self.files: dict[int, Path] = {}
 
     def add(self, batch: pa.RecordBatch, positions: Positions, picks: Positions | None = None) -> None:
@@ -68,20 +68,20 @@ class Scatter:
         )
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         for start, end in zip(starts, np.append(starts[1:], len(bucket)), strict=True):
-            self.pieces.setdefault(int(bucket[start]), []).append(full.slice(start, end - start))
+            self.slices.setdefault(int(bucket[start]), []).append(full.slice(start, end - start))
         self._held += full.nbytes
         if self._held > self._allowance:
             self.spill()
 
     def spill(self) -> None:
         """Move everything held in memory to the scratch files."""
-        for bucket, pieces in self.pieces.items():
+        for bucket, slices in self.slices.items():
             path = self.files.setdefault(bucket, self._scratch / f"{bucket:05d}-{self._worker:03d}.arrows")
             # Each spill appends one Arrow stream, so that no file stays open however many buckets there are.
-            with path.open("ab") as file, pa.ipc.new_stream(file, pieces[0].schema, options=self._options) as stream:
-                for piece in pieces:
-                    stream.write_batch(piece)
-        self.pieces = {}
+            with path.open("ab") as file, pa.ipc.new_stream(file, slices[0].schema, options=self._options) as stream:
+                for rows in slices:
+                    stream.write_batch(rows)
+        self.slices = {}
         self._held = 0
 
 
@@ -89,15 +89,17 @@ class Scatter:
 class Bucket:
     """One bucket's rows from all workers."""
 
-    pieces: list[pa.RecordBatch]
+    slices: list[pa.RecordBatch]
     files: list[Path]
 
     def ordered(self) -> "OrderedRows":
         """The rows by ascending position. The bucket is empty afterwards, its scratch files are for the caller."""
         for path in self.files:
-            self.pieces.extend(_read_streams(path))
-        rows = pa.Table.from_batches(self.pieces).combine_chunks().to_batches()[0]
-        self.pieces.clear()
+            self.slices.extend(_read_streams(path))
+        joined = pa.Table.from_batches(self.slices).combine_chunks().to_batches()
+        assert len(joined) == 1, "more bytes in a bucket than one Arrow array can hold"
+        rows = joined[0]
+        self.slices.clear()
         position = from_array(rows.column(POSITION))
         order = np.argsort(position)
         return OrderedRows(rows=rows.drop_columns([POSITION]), order=order, positions=position[order])

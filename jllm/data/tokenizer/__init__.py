@@ -1,4 +1,5 @@
-"""What a tokenizer is (`facts`), the engines that turn text to ids (`engines`), and the proof that they agree
-(`checked_engine`).
+"""What a tokenizer is, the engines that turn text to ids, and the proof that they agree.
+
+What it is: `facts`; engines: `engines`, of which `checked_engine` opens and checks the one that a command uses.
 
 Imports `dataset` and the ground."""

@@ -63,7 +63,10 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, c
         host = tensor.detach().to("cpu", copy=copy).contiguous()
         end = position + host.numel() * host.element_size()
         header[name] = {"dtype": _DTYPE_NAMES[host.dtype], "shape": list(host.shape), "data_offsets": [position, end]}
-        buffers.append(host.reshape(-1).view(torch.uint8).numpy())
+        flat = host.reshape(-1)
+        if flat.stride() != (1,):  # one element of a view counts as contiguous whatever its stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        buffers.append(flat.view(torch.uint8).numpy())
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its data

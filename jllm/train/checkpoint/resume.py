@@ -16,16 +16,16 @@ from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage, published_names
 from jllm.models.weights.source import read_config, weight_files
 from jllm.train.checkpoint.export import CONFIG_NAME
-from jllm.train.checkpoint.format import (
+from jllm.train.checkpoint.folders import (
     INDEX_NAME,
-    CheckpointReader,
-    RunState,
     find_checkpoint,
     folder_of_step,
     list_checkpoints,
     step_of_folder,
 )
-from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState
+from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState, region_of
 from jllm.train.config import Layout, TrainConfig, resolved_options
 from jllm.train.distributed.agreement import Agreement
 
@@ -282,6 +282,6 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
         for name, parameter in stage.model.named_parameters():
             published = names[name]
             kind = MASTER if parameter.dtype == torch.float32 and reader.shape(MASTER, published) else WEIGHT
-            values = reader.read(kind, published, 0, parameter.numel())
+            values = reader.read(kind, published, region_of(parameter))
             assert values is not None
             parameter.copy_(values.view(parameter.shape))

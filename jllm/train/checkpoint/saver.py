@@ -31,9 +31,8 @@ from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.stage_weights import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.models.weights.tensor_file import tensor_file
-from jllm.train.checkpoint import format as checkpoint
-from jllm.train.checkpoint.format import RunState
-from jllm.train.checkpoint.state import Piece
+from jllm.train.checkpoint import folders
+from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file
 from jllm.train.config import TrainConfig
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -65,19 +64,19 @@ class CheckpointSaver:
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
         if self._completes:
             self.root.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_incomplete(self.root)
+            folders.remove_incomplete(self.root)
         barrier()
 
     def save(self, pieces: Sequence[Piece], rng: dict[str, Tensor], state: RunState) -> Path:
         """Begin a checkpoint after `state.step`; every process calls it. Returns the folder that will be there."""
         folder = self._begin(state.step)
-        part = checkpoint.prepare_part(pieces, rng, copy=self._copies)
+        file = prepare_file(pieces, rng, copy=self._copies)
 
         def write() -> None:
-            part.write(checkpoint.part_path(folder, self._rank))
+            file.write(folders.rank_file_path(folder, self._rank))
             if self._completes:
-                self._await([checkpoint.part_path(folder, rank) for rank in self._ranks])
-                checkpoint.commit(folder, state, self._ranks)
+                self._await([folders.rank_file_path(folder, rank) for rank in self._ranks])
+                commit(folder, state, self._ranks)
                 retain(self.root, max_num=self._config.max_num_checkpoints, best_of=self._config.best_of)
 
         self._run(write)
@@ -96,7 +95,7 @@ class CheckpointSaver:
         """
         assert self._config.model is not None
         folder = self._begin(step)
-        temporary = checkpoint.temporary_folder(folder)
+        temporary = folders.temporary_folder(folder)
         writers = range(stages)
         files = []
         if self._rank in writers:
@@ -118,8 +117,8 @@ class CheckpointSaver:
                 for mark in marks:
                     mark.unlink()
                 write_index(temporary)
-                atomic.write_json(temporary / checkpoint.EVALUATION_NAME, {"step": step, "eval_loss": eval_loss})
-                checkpoint.publish(folder)
+                atomic.write_json(temporary / folders.EVALUATION_NAME, {"step": step, "eval_loss": eval_loss})
+                folders.publish(folder)
                 config = self._config
                 retain(self.root, max_num=config.max_num_checkpoints, best_of=config.best_of, model_only=True)
 
@@ -129,10 +128,10 @@ class CheckpointSaver:
     def _begin(self, step: int) -> Path:
         """Wait for the checkpoint before, and make room for this one."""
         self.wait()
-        folder = checkpoint.folder_of_step(self.root, step)
+        folder = folders.folder_of_step(self.root, step)
         if self._completes:
-            checkpoint.remove_incomplete(self.root)
-            checkpoint.temporary_folder(folder).mkdir(parents=True)
+            folders.remove_incomplete(self.root)
+            folders.temporary_folder(folder).mkdir(parents=True)
         self._barrier()
         return folder
 
@@ -225,12 +224,12 @@ def retain(root: Path, *, max_num: int, best_of: int, model_only: bool = False) 
     evaluated, or the nearest to it, and the others count only where too few remain. A checkpoint without an evaluation
     counts as the worst. `model_only`: the checkpoints are those of `--only_ckpt_model`.
     """
-    found = checkpoint.list_checkpoints(root, marker=checkpoint.MODEL_MARKER if model_only else checkpoint.INDEX_NAME)
+    found = folders.list_checkpoints(root, marker=folders.MODEL_MARKER if model_only else folders.INDEX_NAME)
     if not max_num and not best_of:
         return
     kept = set(found[-max(max_num, 1) :])
     if best_of:
-        evaluated = checkpoint.EVALUATION_NAME if model_only else checkpoint.INDEX_NAME
+        evaluated = folders.EVALUATION_NAME if model_only else folders.INDEX_NAME
         losses = [_or_worst(json.loads((path / evaluated).read_text(encoding="utf-8"))["eval_loss"]) for path in found]
         carried = [loss in losses[:place] for place, loss in enumerate(losses)]
         # Among equals the newer one.
@@ -238,7 +237,7 @@ def retain(root: Path, *, max_num: int, best_of: int, model_only: bool = False) 
         kept |= {found[place] for place in ranked[:best_of]}
     for path in found:
         if path not in kept:
-            checkpoint.remove_checkpoint(path)
+            folders.remove_checkpoint(path)
 
 
 def _or_worst(loss: float | None) -> float:

@@ -2,49 +2,24 @@
 
 With ZeRO stage 1 each data-parallel rank owns a run of one long flat fp32 tensor; DeepSpeed records on every
 parameter which part of it this rank holds. Without, every rank holds everything, and the ranks of a stage divide the
-parameters among themselves for saving. Either way a `Piece` says: of parameter `name`, elements [start, stop) are here.
+parameters among themselves for saving. Either way a `Piece` says which region of which parameter is here.
 
 Cost: views only; nothing is copied.
 """
-
-import dataclasses
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.train.checkpoint.format import Piece
+from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.regions import Region
 from jllm.train.distributed.deepspeed_engine import Engine
 
 WEIGHT = "weight"
 MASTER = "master"
 STEP = "step"
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
-ReadPiece = Callable[[str, str, int, int], Tensor | None]
-"""(kind, parameter name, start, stop) → flat elements, or None where there are none of that kind."""
-
-
-class PieceReader(Protocol):
-    """What a checkpoint offers."""
-
-    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
-        """The whole parameter's shape, or None where there is no such tensor."""
-
-    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Elements [start, stop) of a parameter's flattened tensor, or None where there are none of that kind."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Elements [start, stop) of a parameter's flattened tensor of some kind: weight, master or an optimizer state."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    tensor: Tensor
 
 
 class TrainingState:
@@ -70,16 +45,15 @@ class TrainingState:
         for number, (name, parameter) in enumerate(self._parameters.items()):
             if self._copied_from_first_stage(parameter) and not alone:
                 continue
-            shape = tuple(parameter.shape)
+            region = region_of(parameter)
             mine = alone or number % data_size == data_rank
             if mine:
-                whole = parameter.detach().reshape(-1)
-                found.append(Piece(kind=WEIGHT, name=name, shape=shape, start=0, stop=whole.numel(), tensor=whole))
+                found.append(Piece(kind=WEIGHT, name=name, region=region, tensor=parameter.detach().reshape(-1)))
             if not parameter.requires_grad:
                 continue
             for kind, start, tensor in self._high_precision(parameter, mine=mine):
-                stop = start + tensor.numel()
-                found.append(Piece(kind=kind, name=name, shape=shape, start=start, stop=stop, tensor=tensor.detach()))
+                run = region.run(start, start + tensor.numel())
+                found.append(Piece(kind=kind, name=name, region=run, tensor=tensor.detach()))
         return found
 
     def _high_precision(self, parameter: nn.Parameter, *, mine: bool) -> list[tuple[str, int, Tensor]]:
@@ -103,7 +77,7 @@ class TrainingState:
         counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
         return max(counts, default=0)
 
-    def missing_state(self, reader: "PieceReader") -> str | None:
+    def missing_state(self, reader: CheckpointReader) -> str | None:
         """The first state that this process's optimizer goes on from and the checkpoint does not have, or None."""
         kinds = ADAMW_STATES if isinstance(self._inner, torch.optim.AdamW) else ()
         for name, parameter in self._parameters.items():
@@ -114,12 +88,12 @@ class TrainingState:
                         return f"{kind} of {name}"
         return None
 
-    def load(self, reader: "PieceReader", optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
+    def load(self, reader: CheckpointReader, optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
         """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
 
         A checkpoint of the same model, and without `fresh_optimizer` one that has no `missing_state` on any process.
         """
-        self._load_weights(reader.read)
+        self._load_weights(reader)
         # ZeRO gathers the weights anew from every rank's masters.
         refresh = getattr(self._engine.optimizer, "update_lp_params", None)
         if refresh is not None:
@@ -127,27 +101,28 @@ class TrainingState:
         if fresh_optimizer:
             self._make_optimizer_state(0)
         else:
-            self._load_optimizer(reader.read, optimizer_steps)
+            self._load_optimizer(reader, optimizer_steps)
 
-    def _load_weights(self, read: ReadPiece) -> None:
+    def _load_weights(self, reader: CheckpointReader) -> None:
         """Take the weights, and the master weights where there are any (else they start from the weights)."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                weight = read(WEIGHT, name, 0, parameter.numel())
+                region = region_of(parameter)
+                weight = reader.read(WEIGHT, name, region)
                 assert weight is not None, name
                 parameter.copy_(weight.view(parameter.shape))
                 mapping = getattr(parameter, "_hp_mapping", None)
                 if mapping is not None:
                     start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                    master = read(MASTER, name, start, start + count)
+                    master = reader.read(MASTER, name, region.run(start, start + count))
                     mapping.hp_fragment.copy_(weight[start : start + count] if master is None else master)
                 elif not hasattr(parameter, "_hp_mapping") and parameter.dtype == torch.float32:
                     # A full-precision weight is its own master.
-                    master = read(MASTER, name, 0, parameter.numel())
+                    master = reader.read(MASTER, name, region)
                     if master is not None:
                         parameter.copy_(master.view(parameter.shape))
 
-    def _load_optimizer(self, read: ReadPiece, optimizer_steps: int) -> None:
+    def _load_optimizer(self, reader: CheckpointReader, optimizer_steps: int) -> None:
         """Take the optimizer's state."""
         self._make_optimizer_state(optimizer_steps)
         with torch.no_grad():
@@ -157,7 +132,7 @@ class TrainingState:
                 for kind, start, tensor in self._high_precision(parameter, mine=True):
                     if kind == MASTER:
                         continue
-                    stored = read(kind, name, start, start + tensor.numel())
+                    stored = reader.read(kind, name, region_of(parameter).run(start, start + tensor.numel()))
                     assert stored is not None, (kind, name)
                     tensor.copy_(stored)
 
@@ -175,3 +150,8 @@ class TrainingState:
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+
+
+def region_of(parameter: nn.Parameter) -> Region:
+    """Which elements of its whole tensor a parameter of this process has: all of them."""
+    return Region.of(tuple(parameter.shape))

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.dataset.columns import to_array
+from jllm.data.dataset.columns import COLUMNS, to_array
 from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
 from jllm.train.data.order import EpochOrder, epoch_order
@@ -129,7 +129,7 @@ class ShardIndex:
     def _read_entry(self, order: EpochOrder, entry: int, columns: Sequence[str] | None) -> pa.RecordBatch:
         file, group, piece = self._locations[entry].tolist()
         if piece == _WHOLE:
-            reader = ShardReader(self._paths[file])
+            reader = ShardReader(self._paths[file], columns=COLUMNS)
             batch = reader.read_group(group, columns)
             reader.close()
         else:
@@ -143,7 +143,7 @@ class ShardIndex:
         if self._open is not None and self._open[0] == (file, group, piece):
             batches = self._open[1]
         else:
-            batches = ShardReader(self._paths[file]).batches(group)
+            batches = ShardReader(self._paths[file], columns=COLUMNS).batches(group)
             for _ in range(piece):
                 next(batches)
         batch = next(batches)

@@ -4,17 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
 from jllm.commands.manifest import main as manifest_command
 from jllm.commands.shuffle_datasets import main as shuffle_datasets
-from jllm.data.dataset.manifest import open_data_set, read_manifest
+from jllm.data.dataset import files
+from jllm.data.dataset.columns import Column
+from jllm.data.dataset.foreign import further_column
+from jllm.data.dataset.manifest import open_data_set
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, LIST_TYPE, ShardReader
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from jllm.errors import UserError
-from tests.data.sets import make_set, row_numbers, table_of
+from tests.data.foreign_sets import ids, spark_like, write
+from tests.data.sets import row_numbers, table_of
 
 ROWS = [[1, 2, 3], [4, 5], [], [6, 7, 8, 9]]
 KINDS = {
@@ -27,16 +30,6 @@ KINDS = {
     "int8": pa.list_(pa.int8()),
     "named item": pa.list_(pa.field("item", pa.int32())),
 }
-
-
-def write(path: Path, columns: dict[str, pa.Array], **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path, **options)
-    return path
-
-
-def ids(rows: list[list[int]], kind: pa.DataType | None = None) -> pa.Array:
-    return pa.array(rows, kind or pa.list_(pa.int32()))
 
 
 def run(command: object, *args: object) -> Result:
@@ -133,37 +126,6 @@ def test_our_own_padding_is_never_taken_for_shifted_boundaries(tmp_path: Path) -
     assert read(tmp_path / "a.parquet").column(CU_SEQLENS).to_pylist() == [[0, 2]]
 
 
-def spark_like(folder: Path) -> Path:
-    """What Spark leaves: partition folders, markers, checksums, several schemas; and an EasyLLM data_info.json."""
-    write(folder / "lang=de/part-00000-a1.c000.snappy.parquet", {INPUT_IDS: ids([[0, 9, 9], [1, 9]])})
-    more = {LABELS: ids([[-100, 9, 8, 7]], pa.list_(pa.int64())), "source": pa.array(["web"])}
-    rows = ids([[2, 9, 8, 7]], pa.list_(pa.int64()))
-    write(folder / "lang=en/part-00000-b2.c000.snappy.parquet", {INPUT_IDS: rows, **more})
-    packed = {INPUT_IDS: ids([[3, 4, 5, 6, 7]]), CU_SEQLENS: ids([[0, 2, 4]])}
-    write(folder / "lang=en/part-00001-b2.c000.snappy.parquet", packed)
-    for name in ("_SUCCESS", "._SUCCESS.crc", "lang=de/.part-00000-a1.c000.snappy.parquet.crc", "data_info.json"):
-        (folder / name).write_text("{}")
-    write(folder / "_spark_metadata/part-0.parquet", {"x": pa.array([1])})
-    return folder
-
-
-def test_spark_folder(tmp_path: Path) -> None:
-    folder = spark_like(tmp_path / "D/set")
-    opened = open_data_set(folder)
-    assert opened.manifest.rows == 4
-    assert opened.manifest.total("tokens") is None
-    result = run(manifest_command, folder)
-    assert result.exit_code == 0, result.output
-    assert "warning" not in result.output
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    assert manifest.total("tokens") == 14
-    # [9, 9], [9] of the first file; 9, 8, 7 with labels; 5 tokens of two documents
-    assert manifest.total("trained_tokens") == 3 + 3 + 3
-    assert open_data_set(folder).manifest == manifest
-    assert run(manifest_command, folder, "--verify").exit_code == 0
-
-
 def test_shuffling_a_spark_folder_keeps_what_rows_mean(tmp_path: Path) -> None:
     spark_like(tmp_path / "D/set")
     result = run(shuffle_datasets, "-d", tmp_path / "D")
@@ -175,14 +137,6 @@ def test_shuffling_a_spark_folder_keeps_what_rows_mean(tmp_path: Path) -> None:
         2: {INPUT_IDS: [2, 9, 8, 7], LABELS: [-100, 9, 8, 7], CU_SEQLENS: [0, 4]},
         3: {INPUT_IDS: [3, 4, 5, 6, 7], LABELS: [3, 4, 5, 6, 7], CU_SEQLENS: [0, 2, 5]},
     }
-
-
-def test_missing_success_is_a_warning(tmp_path: Path) -> None:
-    folder = spark_like(tmp_path / "set")
-    (folder / "_SUCCESS").unlink()
-    result = run(manifest_command, folder)
-    assert result.exit_code == 0
-    assert "without _SUCCESS" in result.output
 
 
 @pytest.mark.parametrize("name", ["_temporary", "lang=en/_temporary", "_delta_log"])
@@ -208,23 +162,80 @@ def test_large_row_groups_are_read_in_pieces(tmp_path: Path) -> None:
     assert sorted(row_numbers(tmp_path / "out")) == list(range(count))
 
 
-def test_manifest_of_changed_files_is_made_anew(tmp_path: Path) -> None:
-    folder = make_set(tmp_path / "set", 10, files=2)
-    next(folder.rglob("*-00001.zstd.parquet")).unlink()
-    with pytest.raises(UserError, match="listed in the manifest"):
-        open_data_set(folder)
-    assert run(manifest_command, folder).exit_code == 0
-    manifest = open_data_set(folder).manifest
-    assert manifest.rows == 5
-    assert manifest.tokenizer is not None, "the tokenizer of the old manifest was kept"
+FURTHER = {
+    "int64": (pa.array([1, -(2**31), 2**31 - 1], pa.int64()), [1, -(2**31), 2**31 - 1]),
+    "uint8 lists": (pa.array([[1], [], [255]], pa.list_(pa.uint8())), [[1], [], [255]]),
+    "doubles": (pa.array([0.1, float("inf"), 1e-60]), [np.float32(0.1), float("inf"), 0.0]),
+    "half": (pa.array(np.array([1.5, -0.25, 3], np.float16)), [1.5, -0.25, 3]),
+    "large lists of large text": (
+        pa.array([["a", "é"], [], ["日"]], pa.large_list(pa.large_string())),
+        [["a", "é"], [], ["日"]],
+    ),
+    "text views": (pa.array(["a" * 20, "", "b"], pa.string_view()), ["a" * 20, "", "b"]),
+    "categories": (pa.array(["x", "y", "x"]).dictionary_encode(), ["x", "y", "x"]),
+    "lists of categories": (
+        pa.array([["x"], ["y", "x"], []], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        [["x"], ["y", "x"], []],
+    ),
+    "fixed lists": (pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float32(), 2)), [[1.0, 2.0]] * 3),
+}
 
 
-def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
-    folder = make_set(tmp_path / "set", 1000)
-    path = next(folder.rglob("*.parquet"))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
-    path.write_bytes(data)
-    result = run(manifest_command, folder, "--verify")
+@pytest.mark.parametrize(("array", "wanted"), FURTHER.values(), ids=FURTHER.keys())
+def test_further_columns_of_other_types(tmp_path: Path, array: pa.Array, wanted: list[object]) -> None:
+    path = write(tmp_path / "a.parquet", {INPUT_IDS: ids(ROWS[:3]), "x": array})
+    (column,) = ShardReader(path).further.carried
+    table = read(path)
+    assert table.schema.field("x").equals(pa.field("x", column.type, nullable=False))
+    assert table.column("x").to_pylist() == wanted
+    sliced = further_column(array.slice(1), column, "x")
+    assert sliced.to_pylist() == wanted[1:]
+
+
+WRONG = {
+    "null": (pa.array([1, None, 3]), "row 1 is null"),
+    "null list": (pa.array([[1], [2], None]), "row 2 is null"),
+    "null in a list": (pa.array([[1], [], [2, None]]), "row 2 has a null in its list"),
+    "null category": (pa.array(["a", None, None]).dictionary_encode(), "row 1 is null"),
+    "too large": (pa.array([1, 2, 2**31], pa.int64()), "rows 0 to 2: Integer value 2147483648"),
+    "double too large": (pa.array([[1.0], [2.0, 1e39], []]), "row 1 has 1e+39, which is beyond float32"),
+}
+
+
+@pytest.mark.parametrize(("array", "said"), WRONG.values(), ids=WRONG.keys())
+def test_further_values_that_do_not_fit_name_file_row_and_column(tmp_path: Path, array: pa.Array, said: str) -> None:
+    write(tmp_path / "D/set/a.parquet", {INPUT_IDS: ids(ROWS[:3]), "x": array})
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
     assert result.exit_code == 2
-    assert path.name in result.stderr
+    assert f"a.parquet: row group 0: column x: {said}" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_rows_are_named_in_the_batches_of_a_large_row_group_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "ROW_GROUP_TOKENS", 10)
+    values = [*range(99), None]
+    path = write(tmp_path / "a.parquet", {INPUT_IDS: ids([[1, 2]] * 100), "x": pa.array(values)})
+    with pytest.raises(UserError, match=r"a\.parquet: row group 0: column x: row 99 is null"):
+        read(path)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    bad = pa.array([b"good", b"\xff\xfe"]).view(pa.string())
+    with pytest.raises(UserError, match=r"here: rows 5 to 6: .*UTF8"):
+        further_column(bad, Column(name="x", element="text", is_list=False), "here", first_row=5)
+
+
+def test_a_null_among_the_values_of_a_dictionary_is_found() -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
+    with pytest.raises(UserError, match="x: row 1 is null"):
+        further_column(column, Column(name="x", element="text", is_list=False), "x")
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), column)
+    with pytest.raises(UserError, match="x: row 1 has a null in its list"):
+        further_column(lists, Column(name="x", element="text"), "x")
+
+
+def test_no_source_is_an_empty_tag() -> None:
+    tags = pa.array(["web", None])
+    assert further_column(tags, Column(name="source", element="text", is_list=False), "").to_pylist() == ["web", ""]

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.data.dataset import list_codec
-from jllm.data.dataset.columns import schema, to_list_array
-from jllm.data.dataset.list_codec import DamagedError, ListFileWriter, read_list
+from jllm.data.dataset.columns import ordered, schema, to_list_array
+from jllm.data.dataset.file_writer import ColumnFileWriter
+from jllm.data.dataset.list_codec import DamagedError, read_list
 from jllm.data.dataset.shards import CODECS, ShardReader
 from jllm.errors import UserError
 
@@ -34,7 +35,9 @@ def batch_of(rows: Rows) -> pa.RecordBatch:
 
 def written(groups: list[Rows], codec: str = "zstd") -> bytes:
     file = io.BytesIO()
-    writer = ListFileWriter(file, schema(COLUMNS), codec=codec, metadata={"jllm.format": "1"}, writer="jllm version 0")
+    writer = ColumnFileWriter(
+        file, ordered(COLUMNS), codec=codec, metadata={"jllm.format": "1"}, writer="jllm version 0"
+    )
     for rows in groups:
         writer.write(batch_of(rows))
     writer.close()

@@ -10,8 +10,9 @@ from click.testing import CliRunner, Result
 
 from jllm.commands.shuffle_datasets import main
 from jllm.data.dataset.manifest import open_data_set, read_manifest
-from jllm.data.shuffle.mix import Recipe, row_lengths, select_rows
-from tests.data.sets import content, make_set, row_numbers
+from jllm.data.shuffle.mix import Recipe, row_lengths, row_sources, select_rows
+from jllm.errors import UserError
+from tests.data.sets import content, make_set, row_numbers, table_of
 
 
 def run(*args: object) -> Result:
@@ -199,3 +200,23 @@ def test_mistakes_are_one_line(
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "D-sf").exists()
+
+
+def test_tags_of_any_kind_of_text(tmp_path: Path) -> None:
+    """And no tag where there is no column, or null; what is no text is refused by name."""
+    rows = pa.array([[1]] * 3, pa.list_(pa.int32()))
+    tags = pa.array(["a", None, "b"])
+    for name, column in {"0": tags, "1": tags.dictionary_encode(), "2": tags.cast(pa.large_string())}.items():
+        pq.write_table(pa.table({"input_ids": rows, "source": column}), tmp_path / f"{name}.parquet")
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "3.parquet")
+    assert row_sources(open_data_set(tmp_path)).tolist() == [*(["a", "", "b"] * 3), *([""] * 3)]
+    pq.write_table(pa.table({"input_ids": rows, "source": pa.array([1, 2, 3])}), tmp_path / "4.parquet")
+    with pytest.raises(UserError, match=r"4\.parquet: column source is int64; it must be text to be mixed by"):
+        row_sources(open_data_set(tmp_path))
+
+
+def test_tags_travel(tmp_path: Path) -> None:
+    tagged(tmp_path / "D")
+    assert run("-d", tmp_path / "D", "--mix", "source:good=1").exit_code == 0
+    tags = Counter(table_of(tmp_path / "D-sf").column("source").to_pylist())
+    assert tags == {"good": 40, "poor": 50, "": 10}

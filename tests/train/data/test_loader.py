@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.dataset import shards
+from jllm.data.dataset import files
 from jllm.data.dataset.manifest import open_data_set
 from jllm.errors import UserError
 from jllm.train.data import rows as rows_module
@@ -48,7 +48,7 @@ def index() -> Iterator[ShardIndex]:
     for number, row in enumerate(rows):
         row["input_ids"][0] = number
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(shards, "ROW_GROUP_TOKENS", 64)
+        patch.setattr(files, "ROW_GROUP_TOKENS", 64)
         patch.setattr(rows_module, "WINDOW_BYTES", 2000)
         index = ShardIndex(open_data_set(write_rows(Path(folder) / "set", rows, files=3)))
         assert len(index.rows) > 8

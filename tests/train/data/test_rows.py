@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jllm.data.dataset import shards
+from jllm.data.dataset import files, shards
 from jllm.data.dataset.manifest import DataSet, open_data_set
 from jllm.train.data import rows as rows_module
 from jllm.train.data.rows import ShardIndex, read_rows, row_lengths
@@ -28,7 +28,7 @@ def read(index: ShardIndex, *, epoch: int = 0, shuffle: bool = True, start: int 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "ROW_GROUP_TOKENS", 64)
+    monkeypatch.setattr(files, "ROW_GROUP_TOKENS", 64)
     monkeypatch.setattr(rows_module, "WINDOW_BYTES", 1000)
 
 
@@ -127,7 +127,7 @@ def test_lengths_are_in_order(foreign: DataSet) -> None:
 
 def test_memory_of_a_large_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's memory stays near a window although the file is one row group of 64 MB."""
-    monkeypatch.setattr(shards, "ROW_GROUP_TOKENS", 1 << 18)
+    monkeypatch.setattr(files, "ROW_GROUP_TOKENS", 1 << 18)
     monkeypatch.setattr(rows_module, "WINDOW_BYTES", 4 << 20)
     ids = np.random.default_rng(0).integers(0, 1000, 1 << 24).astype(np.int32)
     lists = pa.ListArray.from_arrays(np.arange(0, len(ids) + 1, 1 << 10, dtype=np.int32), ids)

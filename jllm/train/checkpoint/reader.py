@@ -1,0 +1,148 @@
+"""Reads elements of parameters from a complete checkpoint, of format 1 or 2, whatever files hold them.
+
+Cost: files are mapped; what is read is what was asked for. A region that one file holds in one run is not copied twice.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from jllm.errors import UserError
+from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
+from jllm.train.checkpoint.format import READABLE_VERSIONS, RNG_PREFIX, RunState, tensor_key
+from jllm.train.checkpoint.regions import Box, Region, strides
+from jllm.train.data.loader import Cursor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StoredBox:
+    """A box of a tensor that lies in one run of a file.
+
+    Attributes:
+        file: its name.
+        key: of the flat tensor in the file.
+        place: of the box's first element in the flat tensor.
+        box: which elements.
+    """
+
+    file: str
+    key: str
+    place: int
+    box: Box
+
+
+class CheckpointReader:
+    """See the module.
+
+    Raises:
+        UserError: the index cannot be read, or is of a format that this version does not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder / INDEX_NAME}: cannot be read ({error}); use another checkpoint") from None
+        if self._index.get("format") not in READABLE_VERSIONS:
+            given, known = self._index.get("format"), " and ".join(map(str, READABLE_VERSIONS))
+            raise UserError(f"{folder}: checkpoint format {given!r}; this version reads {known}")
+        self._files: dict[str, Any] = {}
+
+    @property
+    def state(self) -> RunState:
+        names = [field.name for field in dataclasses.fields(RunState)]
+        values = {name: self._index[name] for name in names}
+        values["cursor"] = Cursor(**values["cursor"])
+        return RunState(**values)
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        """The whole parameter's shape, or None where the checkpoint has no such tensor."""
+        entry = self._index["tensors"].get(tensor_key(kind, name))
+        return None if entry is None else tuple(entry["shape"])
+
+    def names(self, kind: str) -> set[str]:
+        """The parameters of which the checkpoint has this kind."""
+        prefix = tensor_key(kind, "")
+        return {key.removeprefix(prefix) for key in self._index["tensors"] if key.startswith(prefix)}
+
+    def read(self, kind: str, name: str, region: Region) -> Tensor | None:
+        """The elements of `region`, flat; None where the checkpoint has none of that kind.
+
+        Raises:
+            UserError: some of them are in no file.
+        """
+        tensor = tensor_key(kind, name)
+        entry = self._index["tensors"].get(tensor)
+        if entry is None:
+            return None
+        stored = list(_stored_boxes(tensor, entry))
+        wanted = list(region.boxes())
+        if len(wanted) == 1:
+            _, box = wanted[0]
+            whole = next((each for each in stored if box.intersection(each.box) == box), None)
+            if whole is not None:
+                return self._load(whole, box).reshape(-1)
+        found: Tensor | None = None
+        missing = 0
+        for place, box in wanted:
+            left = [box]
+            for each in stored:
+                rest: list[Box] = []
+                for hole in left:
+                    common = hole.intersection(each.box)
+                    if common is None:
+                        rest.append(hole)
+                        continue
+                    content = self._load(each, common)
+                    if found is None:
+                        found = torch.empty(region.size, dtype=content.dtype)
+                    target = found[place : place + box.size].view(box.extent)
+                    target[common.within(box)] = content
+                    rest += hole.without(common)
+                left = rest
+            missing += sum(hole.size for hole in left)
+        if missing:
+            raise UserError(
+                f"{self.folder}: {tensor} has {region.size - missing} of the {region.size} elements that are needed;"
+                " where each node wrote its own, go on with the same layout, or put the nodes' folders together"
+            )
+        return torch.empty(0) if found is None else found
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """The random-number states of process `rank`; empty where that process did not exist."""
+        if not (self.folder / rank_file_name(rank)).is_file():
+            return {}
+        file = self._open(rank_file_name(rank))
+        names = [key for key in file.keys() if key.startswith(RNG_PREFIX)]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix(RNG_PREFIX): file.get_tensor(name) for name in names}
+
+    def _load(self, stored: _StoredBox, box: Box) -> Tensor:
+        """The elements of `box`, which lies within the stored one, in its shape."""
+        steps = strides(stored.box.extent)
+        first = sum(place.start * step for place, step in zip(box.within(stored.box), steps, strict=True))
+        count = 1 + sum((length - 1) * step for length, step in zip(box.extent, steps, strict=True))
+        begin = stored.place + first
+        flat: Tensor = self._open(stored.file).get_slice(stored.key)[begin : begin + count]
+        return flat.as_strided(box.extent, steps)
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except Exception as error:  # safetensors raises its own kinds
+                raise UserError(f"{self.folder / name}: cannot be read ({error}); use another checkpoint") from None
+        return self._files[name]
+
+
+def _stored_boxes(tensor: str, entry: dict[str, Any]) -> Iterator[_StoredBox]:
+    """What the index says of one tensor; files of format 1 know a piece by the tensor's own key."""
+    for part in entry["parts"]:
+        for place, box in Region.from_json(entry["shape"], part).boxes():
+            yield _StoredBox(file=part["file"], key=part.get("key", tensor), place=place, box=box)

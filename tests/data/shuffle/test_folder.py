@@ -1,0 +1,119 @@
+"""The commands: every set of a folder, or all of it as one; what is in the way is refused."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jllm.commands.shuffle_datasets import main as shuffle_datasets
+from jllm.commands.shuffle_partition import main as shuffle_partition
+from jllm.data.dataset.manifest import open_data_set, read_manifest
+from tests.data.sets import make_set, row_numbers
+
+
+def run(command: object, *args: object) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args])  # type: ignore[arg-type]
+
+
+def test_command_shuffles_every_set(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    make_set(tmp_path / "D/b", 20, files=2, first=1000)
+    result = run(shuffle_datasets, "-d", tmp_path / "D", "--cores", 2)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.relative_to(tmp_path / "D-sf").as_posix() for path in (tmp_path / "D-sf").rglob("*.*")) == [
+        *["a-00000/_manifest.json"],
+        *[f"a-00000/a-00000-0000{k}.zstd.parquet" for k in range(3)],
+        *["b-00000/_manifest.json"],
+        *[f"b-00000/b-00000-0000{k}.zstd.parquet" for k in range(2)],
+    ]
+    assert row_numbers(tmp_path / "D-sf/a-00000") != list(range(50))
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "D-sf").rglob("*.parquet")}
+    again = run(shuffle_datasets, "-d", tmp_path / "D", "--cores", 1)
+    assert again.exit_code == 0
+    assert again.output.count("already shuffled") == 2
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "D-sf").rglob("*.parquet")}
+
+
+def test_other_options_are_refused_until_clean(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    refused = run(shuffle_datasets, "-d", tmp_path / "D", "--seed", 2)
+    assert refused.exit_code == 2
+    assert "--clean" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    cleaned = run(shuffle_datasets, "-d", tmp_path / "D", "--seed", 2, "-n", 2, "-C")
+    assert cleaned.exit_code == 0, cleaned.output
+    manifest = read_manifest(tmp_path / "D-sf/a-00000")
+    assert manifest is not None
+    assert manifest.options == {"seed": 2, "blocks": 2}
+
+
+def test_foreign_output_folder_is_never_touched(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 5)
+    (tmp_path / "D-sf/a-00000").mkdir(parents=True)
+    (tmp_path / "D-sf/a-00000/thesis.txt").write_text("mine")
+    for flag in ([], ["-C"]):
+        refused = run(shuffle_datasets, "-d", tmp_path / "D", *flag)
+        assert refused.exit_code == 2
+        assert "not empty" in refused.stderr
+    assert (tmp_path / "D-sf/a-00000/thesis.txt").read_text() == "mine"
+
+
+def test_missing_output_is_noticed(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    next((tmp_path / "D-sf").rglob("*-00001.zstd.parquet")).unlink()
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 2
+    assert "listed in the manifest and not there" in result.stderr
+
+
+def test_an_empty_data_set(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 0, files=0)
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 0, result.output
+    assert open_data_set(tmp_path / "D-sf/a-00000").manifest.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-n", "0"], "--num_block 0"),
+        (["--memory", "lots"], "--memory lots"),
+        (["--mem_rate", "2"], "--mem_rate"),
+        (["--cores", "0"], "--cores 0"),
+        (["-o", "D/inside"], "beside it"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "D/a", 5)
+    result = run(shuffle_datasets, "-d", "D", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_damaged_input_names_the_file(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 5000, files=2)
+    path = tmp_path / "D/a/a-00000/a-00000-00001.zstd.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 2
+    assert path.name in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_shuffle_partition_mixes_sets(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 500, files=3)
+    make_set(tmp_path / "D/b", 500, files=2, first=500)
+    result = run(shuffle_partition, "-d", tmp_path / "D", "-o", tmp_path / "E")
+    assert result.exit_code == 0, result.output
+    rows = row_numbers(tmp_path / "E/D-00000")
+    assert sorted(rows) == list(range(1000))
+    assert 150 < sum(number < 500 for number in rows[:500]) < 350
+    assert len(list((tmp_path / "E").rglob("*.parquet"))) == 5
