@@ -11,12 +11,13 @@ from collections.abc import Iterable
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
-from jllm.train.config import Layout, TrainConfig, named_folders
+from jllm.train.config import TrainConfig, named_folders
 from jllm.train.data.loader import eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import Engine
 from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.shape import RunShape
 
 MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""
@@ -42,7 +43,7 @@ class Evaluation:
 
 
 def open_evaluation_sets(
-    config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo
+    config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo
 ) -> dict[str, Data]:
     """The sets of `--eval_data` by name.
 
@@ -51,7 +52,7 @@ def open_evaluation_sets(
     """
     found = {}
     for name, folder in named_folders(config.eval_data).items():
-        data = found[name] = open_evaluation_data(folder, config, layout, agreement, model)
+        data = found[name] = open_evaluation_data(folder, config, shape, agreement, model)
         if not agreement.from_first_reader(functools.partial(_has_targets, data)):
             raise UserError(
                 f"--eval_data {name}: no token of {folder} is a target (labels mask them all, or rows have one token);"

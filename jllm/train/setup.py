@@ -18,10 +18,11 @@ from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import Selection, select_trainable
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
 from jllm.models.weights.stage_weights import init_stage, load_stage
-from jllm.train.config import Layout, TrainConfig
+from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import TokenLoss
 from jllm.train.optim.optimizers import MOMENTS
+from jllm.train.shape import RunShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
@@ -91,7 +92,7 @@ class Plan:
 
 def plan_stages(
     config: TrainConfig,
-    layout: Layout,
+    shape: RunShape,
     family: Family,
     agreement: Agreement | None = None,
     *,
@@ -110,7 +111,7 @@ def plan_stages(
     """
     known = [config.seq_len, longest_row - 1 if longest_row is not None else None]
     length = max(1, min((each for each in known if each is not None), default=ASSUMED_LENGTH))
-    rows = layout.micro_batch
+    rows = shape.micro_batch
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
     dtype = DTYPES[config.precision]
@@ -126,15 +127,15 @@ def plan_stages(
             state=state_bytes(
                 dtype,
                 moments=MOMENTS[config.optimizer],
-                sharded_over=layout.data if config.resolved_zero_stage else None,
+                sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
             ),
             selection=chosen_parameters(config),
             family=family.model_class,
-            is_whole=layout.pipe == 1,
+            is_whole=shape.mesh.pipe == 1,
         )
         for interval in (config.checkpoint_grad_interval, 0)
     )
-    if config.partition_method == "profile" and layout.pipe > 1:
+    if config.partition_method == "profile" and shape.mesh.pipe > 1:
 
         def measure() -> Costs:
             return measure_costs(
@@ -154,17 +155,17 @@ def plan_stages(
         costs = measure() if agreement is None else agreement.from_first_reader(measure)
     boundaries = partition(
         # One stage has nothing to split, so nothing is timed for it.
-        "fast" if layout.pipe == 1 and config.partition_method == "profile" else config.partition_method,
+        "fast" if shape.mesh.pipe == 1 and config.partition_method == "profile" else config.partition_method,
         config=family.config,
-        num_stages=layout.pipe,
-        micro_batches=layout.accumulation,
+        num_stages=shape.mesh.pipe,
+        micro_batches=shape.accumulation,
         costs=costs,
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
     return Plan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=layout.accumulation, memory_limit=_device_memory()),
+        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=_device_memory()),
         flops_per_token=plain.time(0, len(plain.layers)) / (length * rows),
     )
 
@@ -193,14 +194,14 @@ class Built:
 
 
 def build_stage(
-    config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss, *, longest_row: int | None = None
+    config: TrainConfig, shape: RunShape, agreement: Agreement, loss: TokenLoss, *, longest_row: int | None = None
 ) -> Built:
     """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
     `plan_stages`."""
     assert config.model is not None
     family = find_family(config)
-    plan = plan_stages(config, layout, family, agreement, longest_row=longest_row)
-    span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
+    plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
+    span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     if config.init or config.from_ckpt is not None:
         model = init_stage(
@@ -220,6 +221,7 @@ def build_stage(
             device=device,
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
+            names_unused=agreement.place.is_first,
         )
     checkpointing, routers = attach(model, span, config)
     stage = PipelineStage(model, span, loss)

@@ -75,8 +75,11 @@ def load_stage(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    names_unused: bool = True,
 ) -> PreTrainedModel:
     """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
+
+    With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
 
     Raises:
         UserError: the folder holds no model, one that cannot be split this way, or not all of its weights.
@@ -121,7 +124,7 @@ def load_stage(
         )
     if span.is_first or span.is_last:
         _check_ties(model, folder)
-    if span.is_first and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+    if span.is_first and names_unused:
         _name_unused(model, report["unexpected_keys"], folder)
     seal(model, span)
     if device.type == "cpu" and layout is None:

@@ -66,12 +66,11 @@ class TrainingState:
     def pieces(self, *, alone: bool = False) -> list[Piece]:
         """What this process has to save: its share of its stage, or, `alone`, all that it needs to go on by itself."""
         found = []
-        data_rank, data_size = self._engine.grid.data_parallel_id, self._engine.grid.data_parallel_size
         for number, (name, parameter) in enumerate(self._parameters.items()):
             if self._copied_from_first_stage(parameter) and not alone:
                 continue
             shape = tuple(parameter.shape)
-            mine = alone or number % data_size == data_rank
+            mine = alone or self._engine.place.owns(number)
             if mine:
                 whole = parameter.detach().reshape(-1)
                 found.append(Piece(kind=WEIGHT, name=name, shape=shape, start=0, stop=whole.numel(), tensor=whole))
