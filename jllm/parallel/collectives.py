@@ -1,6 +1,7 @@
 """What all processes of a run find out together.
 
-Messages go from CPU to CPU, so that no accelerator is waited for. Every method is called by all processes, in the same order. Cost: one small message from everyone to everyone.
+Messages go from CPU to CPU, so that no accelerator is waited for. Every method is called by all processes, in the same
+order. Cost: one small message from everyone to everyone.
 """
 
 import os

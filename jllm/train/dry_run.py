@@ -45,7 +45,8 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
@@ -223,4 +224,4 @@ def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) ->
             attn_implementation=family.attention,
         )
     setup.attach(model, span, config)
-    return PipelineStage(model, span, TokenLoss())
+    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))

@@ -16,7 +16,8 @@ from jllm.train.data.loader import eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import Engine
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropyAndAccuracy
+from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.shape import RunShape
 
 MICRO_BATCHES_PER_STAGE = 4
@@ -68,19 +69,19 @@ def _has_targets(data: Data) -> bool:
     return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
-def evaluate(engine: Engine, loss: TokenLoss, agreement: Agreement, data: Data) -> Evaluation:
+def evaluate(engine: Engine, objective: ObjectiveInUse, agreement: Agreement, data: Data) -> Evaluation:
     """Evaluate the model as it is; every process calls it."""
     share = dataclasses.replace(
         data.share, accumulation=max(data.share.accumulation, MICRO_BATCHES_PER_STAGE * engine.num_stages)
     )
-    loss.set_sum()
+    objective.use(CrossEntropyAndAccuracy())
     steps = eval_steps(data.index, share) if data.index is not None else None
     total, tokens = 0.0, 0
     for count in eval_micro_batches(data.facts.num_rows, share):
         step, facts = agreement.step(steps)
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
-    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(loss.correct))
+    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(objective.reported(CORRECT)))
 
 
 def mean_loss(evaluations: Iterable[Evaluation]) -> float:

@@ -12,7 +12,7 @@ from jllm.models.attention import choose_attention
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import partition, stage_table
-from jllm.models.pipeline.stage import PipelineStage, StageSpan, spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage, StageSpan, spans_of
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import Selection, select_trainable
@@ -20,7 +20,8 @@ from jllm.models.weights.source import ModelInfo, causal_class, model_info, read
 from jllm.models.weights.stage_weights import init_stage, load_stage
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import MOMENTS
 from jllm.train.shape import RunShape
 
@@ -115,32 +116,31 @@ def plan_stages(
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
     dtype = DTYPES[config.precision]
-    costs, plain = (
-        estimate_costs(
-            family.config,
-            sequence_length=length,
-            micro_batch_size=rows,
-            dtype=dtype,
-            # What attention alone keeps is not estimated: the table then says what the layers need without it.
-            checkpoint_interval=0 if config.checkpoint_grad_attention else interval,
-            checkpoint_offload=config.checkpoint_grad_offload,
-            state=state_bytes(
-                dtype,
-                moments=MOMENTS[config.optimizer],
-                sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
-            ),
-            selection=chosen_parameters(config),
-            family=family.model_class,
-            is_whole=shape.mesh.pipe == 1,
-        )
-        for interval in (config.checkpoint_grad_interval, 0)
+    costs = estimate_costs(
+        family.config,
+        sequence_length=length,
+        micro_batch_size=rows,
+        dtype=dtype,
+        # What attention alone keeps is not estimated: the table then says what the layers need without it.
+        checkpoint_interval=0 if config.checkpoint_grad_attention else config.checkpoint_grad_interval,
+        checkpoint_offload=config.checkpoint_grad_offload,
+        state=state_bytes(
+            dtype,
+            moments=MOMENTS[config.optimizer],
+            sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
+        ),
+        selection=chosen_parameters(config),
+        family=family.model_class,
+        is_whole=shape.mesh.pipe == 1,
     )
+    operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:
 
         def measure() -> Costs:
             return measure_costs(
                 family.config,
                 costs,
+                objective=ObjectiveInUse(CrossEntropy()),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -166,7 +166,7 @@ def plan_stages(
     return Plan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=_device_memory()),
-        flops_per_token=plain.time(0, len(plain.layers)) / (length * rows),
+        flops_per_token=operations / (length * rows),
     )
 
 
@@ -194,10 +194,13 @@ class Built:
 
 
 def build_stage(
-    config: TrainConfig, shape: RunShape, agreement: Agreement, loss: TokenLoss, *, longest_row: int | None = None
+    config: TrainConfig, shape: RunShape, agreement: Agreement, objective: Objective, *, longest_row: int | None = None
 ) -> Built:
     """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
-    `plan_stages`."""
+    `plan_stages`.
+
+    `objective` is what a last stage computes.
+    """
     assert config.model is not None
     family = find_family(config)
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
@@ -224,7 +227,7 @@ def build_stage(
             names_unused=agreement.place.is_first,
         )
     checkpointing, routers = attach(model, span, config)
-    stage = PipelineStage(model, span, loss)
+    stage = PipelineStage(model, span, objective)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, dtype, device)
     return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)

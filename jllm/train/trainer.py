@@ -35,7 +35,8 @@ from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
@@ -71,7 +72,7 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_in
     """`--num_train_epochs 0`: the Hugging Face folder of a checkpoint."""
     assert config.output_dir is not None
     assert config.model is not None
-    stage = setup.build_stage(config, shape, agreement, TokenLoss()).stage
+    stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
     load_weights_only(stage, config, agreement)
     export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
     if agreement.place.is_first:
@@ -95,8 +96,11 @@ class Run:
         self.skipped = skipped_steps(config)
         self.resumed = find_resume_point(config, agreement)
         self._check_model_folders()
-        self.loss = TokenLoss()
-        self.built = setup.build_stage(config, shape, agreement, self.loss, longest_row=self.data.facts.longest_row)
+        self.training = CrossEntropy()
+        self.objective = ObjectiveInUse(self.training)
+        self.built = setup.build_stage(
+            config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
+        )
         self.stage, self.plan = self.built.stage, self.built.plan
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
@@ -252,11 +256,12 @@ class Run:
             self.built.checkpointing.is_enabled = number <= self.config.no_checkpoint_grad_step
         if number not in self.skipped:
             set_learning_rate(self.engine.optimizer, rate)
-            self.loss.set_step(
+            scale = step_scale(
                 trained_tokens=facts.trained_tokens,
                 micro_batches=self.shape.accumulation,
                 data_parallel_size=self.shape.mesh.data,
             )
+            self.objective.use(self.training, scale=scale)
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
@@ -317,7 +322,7 @@ class Run:
         results: dict[str, Evaluation] = {}
         for name, data in self.eval_data.items():
             started = time.perf_counter()
-            results[name] = result = evaluate(self.engine, self.loss, self.agreement, data)
+            results[name] = result = evaluate(self.engine, self.objective, self.agreement, data)
             self.recorder.evaluation(
                 {
                     "step": self.step,

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from jllm.models.families import has_head_apart
+from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
 from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
 from jllm.models.trainable import Selection, choose
 from jllm.models.weights.source import causal_class
@@ -101,12 +103,14 @@ class Costs:
     head_time: float
     embedding_activation_bytes: float
     head_activation_bytes: float
-    """Logits and their gradient: held for one micro-batch at a time, by the last stage only."""
+    """Logits and their gradient: held for one micro-batch, or one chunk of it, at a time, by the last stage only."""
     boundary_bytes: float
     """The hidden state that a stage receives and keeps per micro-batch in flight."""
     transient_bytes: float
     """Activations that exist only while checkpointed layers are recomputed."""
     state: StateBytes
+    operations: float
+    """Of a forward and a backward pass of the whole model, none of them repeated."""
     tied_parameters: Parameters
     """Of the embedding and of the head: one stage that has both holds them once."""
     is_measured: bool = False
@@ -206,29 +210,38 @@ def estimate_costs(
     before, after = ([*_parameters(model, names)] for names in (anatomy.before, anatomy.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
     head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
+    # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
+    logits = held = tokens * text.vocab_size
+    is_apart = has_head_apart(type(model))
+    if logits > CHUNK_ELEMENTS:
+        held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
     types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
+    per_token = [
+        2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
+        for layer, own, kind in zip(layers, configs, types, strict=True)
+    ]
+    head_per_token = 2.0 * head_products
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=f"{type(layer).__name__} {types[index]}".rstrip(),
                 parameters=count(layer.parameters()),
-                time=passes
-                * tokens
-                * (2.0 * _weights_used(layer, own) + _attention_operations(own, types[index], sequence_length)),
+                time=passes * tokens * per_token[index],
                 activation_bytes=kept[index],
             )
-            for index, (layer, own) in enumerate(zip(layers, configs, strict=True))
+            for index, layer in enumerate(layers)
         ),
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
-        head_time=_TRAINING * tokens * 2.0 * head_products,
+        head_time=(_RECOMPUTED if is_apart and held < logits else _TRAINING) * tokens * head_per_token,
         embedding_activation_bytes=8.0 * tokens,
         # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
-        head_activation_bytes=float(tokens * text.vocab_size * (dtype.itemsize + 8)),
+        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),
+        operations=_TRAINING * tokens * (sum(per_token) + head_per_token),
         tied_parameters=count(each for each in before if id(each) in in_both),
     )
 

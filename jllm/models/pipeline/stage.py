@@ -6,8 +6,9 @@ parameter names stay global: `model.layers.7.mlp.up_proj.weight` has that name w
 
 What a later stage receives enters at the first decoder layer, not as `inputs_embeds`, and what is sent leaves after
 the stage's last layer: whatever the family does around its layers (scaling the embedding, learned positions, expanding
-and collapsing residual streams, norms) happens on the first or the last stage only, and needs no code here. The last
-stage calls the family's whole forward, so scaling and soft-capping of logits stay the family's own.
+and collapsing residual streams, norms) happens on the first or the last stage only, and needs no code here. So do
+scaling and soft-capping of logits: the last stage runs the family's head on what the objective asks for, or, where that
+is not shown to be the same, the family's whole forward.
 
 Guarantees: chained stages compute what the whole model computes, the same operations in the same order.
 Costs: masks and rotary tables are computed once per stage; the element-wise operations around the layers run on every
@@ -18,7 +19,7 @@ not, attention is plainly causal. Padding belongs at the end of rows, masked in 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.attention import packing
-from jllm.models.families import check_split
+from jllm.models.families import check_split, has_head_apart
+from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
 from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
 
 
@@ -228,26 +230,41 @@ def tied_parameter(model: PreTrainedModel, span: StageSpan) -> tuple[str, nn.Par
     return original, model.get_parameter(original if span.is_first else copy)
 
 
+Objective = Callable[[Tensor, Head, Mapping[str, Tensor]], Tensor]
+"""(final hidden states, head, named fields of the micro-batch) → a scalar to be differentiated."""
+
+
 class PipelineStage(nn.Module):
     """The single DeepSpeed layer of a pipeline rank.
 
     Between stages travels a tuple of the hidden state (float, [B, S, width] in most families) and one integer tensor
     [2, B, S] with the shifted labels and the position ids. The first stage takes (input ids [B, S], integers); the last
-    stage returns the loss that `loss_fn` makes of logits [B, S, vocabulary] and labels [B, S]. Families whose layers
-    look at the input ids get these as a third plane of the integers, added by the first stage.
+    stage returns what `objective` makes of the final hidden states, the head, and the labels and position ids by name.
+    Families whose layers look at the input ids get these as a third plane of the integers, added by the first stage.
+
+    Args:
+        model: loaded and sealed.
+        span: what of the whole model it is.
+        objective: called on the last stage.
+        head_apart: whether the head runs apart from the rest; None: where the walk over all families has shown that it
+            works. Elsewhere the whole forward runs and the objective is given logits.
     """
 
-    def __init__(self, model: PreTrainedModel, span: StageSpan, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, span: StageSpan, objective: Objective, *, head_apart: bool | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.span = span
-        self.loss_fn = loss_fn
+        self.objective = objective
+        if head_apart is None:
+            head_apart = has_head_apart(type(model))
+        self._runs_whole = span.is_last and not head_apart
         self._anatomy = anatomy_of(model)
         # The model without its head: what holds the decoder layers, one level below.
-        self._base_name = self._anatomy.layers.partition(".")[0]
-        base = model.get_submodule(self._base_name)
+        self._base_name, *self._inside_base = self._anatomy.layers.split(".")
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
-        self._takes = accepted_arguments(model if span.is_last else base, base)
+        self._takes = accepted_arguments(self._runner, model.get_submodule(self._base_name))
         # The configuration may ask for a balance loss, which a stage cannot compute; see `jllm.models.router_balance`.
         asked = getattr(model.config, "output_router_logits", False)
         self._unwanted = {"output_router_logits": False} if asked else {}
@@ -255,8 +272,8 @@ class PipelineStage(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
         received, integers = inputs
-        labels, positions = integers[0], integers[1]
-        runner = self.model if self.span.is_last else self.model.get_submodule(self._base_name)
+        positions = integers[1]
+        runner = self._runner
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
@@ -264,20 +281,20 @@ class PipelineStage(nn.Module):
         if self.span.is_first:
             if self._anatomy.needs_ids and not self.span.is_last:
                 integers = torch.cat([integers, received[None]])
-            return self._sent(runner(input_ids=received, **arguments), labels, integers)
+            return self._sent(runner(input_ids=received, **arguments), integers)
         entrance = self._layer(0)
         entrance.received = received
         # The embedding is absent here: any ids give zeros of the right shape, which the entrance then ignores.
         ids = integers[2] if self._anatomy.needs_ids else positions
         try:
-            return self._sent(runner(input_ids=ids, **arguments), labels, integers)
+            return self._sent(runner(input_ids=ids, **arguments), integers)
         finally:
             entrance.received = None
 
-    def _sent(self, output: Any, labels: Tensor, integers: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    def _sent(self, output: Any, integers: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """What this stage hands on, given what the family's forward returned."""
         if self.span.is_last:
-            return self.loss_fn(output.logits, labels)
+            return self._computed(output, {"labels": integers[0], "position_ids": integers[1]})
         leave = self._layer(self.span.end_layer)
         hidden, leave.sent = leave.sent, None
         assert hidden is not None, "the family's forward did not walk its list of layers"
@@ -285,6 +302,20 @@ class PipelineStage(nn.Module):
             # Nothing up to here trains; the pipeline still expects to send a gradient for it.
             hidden = hidden.detach().requires_grad_()
         return hidden, integers
+
+    @property
+    def _runner(self) -> nn.Module:
+        """What of the model runs: all of it, or its base."""
+        return self.model if self._runs_whole else self.model.get_submodule(self._base_name)
+
+    def _computed(self, output: Any, fields: Mapping[str, Tensor]) -> Tensor:
+        """What the objective makes of what the family's forward returned."""
+        if self._runs_whole:
+            return self.objective(output.logits, LogitsGiven(output.logits.shape[-1]), fields)
+        head = FamilyHead(
+            self.model, base_name=self._base_name, inner_names=tuple(self._inside_base[:-1]), returned=type(output)
+        )
+        return self.objective(output.last_hidden_state, head, fields)
 
     def _layer(self, index: int) -> AbsentLayer:
         layer = self.model.get_submodule(f"{self._anatomy.layers}.{index}")

@@ -137,7 +137,7 @@ class Engine(PipelineEngine):
         self._length = length
 
     def train_step(self, micro_batches: Sequence[MicroBatch] | None, length: int) -> float:
-        """One optimizer step; `micro_batches` on the first stage only. The loss, as `TokenLoss` defines it."""
+        """One optimizer step; `micro_batches` on the first stage only. The loss, as the objective in use scales it."""
         self._new_length(length)
         return float(self.train_batch(data_iter=self._iterator(micro_batches)))
 

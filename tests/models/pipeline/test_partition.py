@@ -65,6 +65,7 @@ def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, 
         boundary_bytes=1.0,
         transient_bytes=0.0,
         state=StateBytes(trained=1.0, frozen=0.25),
+        operations=0.0,
         tied_parameters=all_of(7 if tied else 0),
     )
 
