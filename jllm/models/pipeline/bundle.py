@@ -1,4 +1,4 @@
-"""What crosses a stage boundary: one float tensor first, then named integer planes, stacked.
+"""What crosses a stage boundary: one float tensor first, then named integer planes.
 
 A plane is a number for each token of the micro-batch: a label, a position, an id. Which planes there are, and in which
 order, is known on every stage before anything is sent, so that two tensors are all that travels. A stage reads planes

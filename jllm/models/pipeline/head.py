@@ -1,4 +1,4 @@
-"""From final hidden states to logits, apart from the rest of the model, and for any part of a sequence.
+"""From final hidden states to logits, apart from the rest of the model; for any part of a sequence.
 
 The family's own `ForCausalLM` forward runs around a stand-in for its base model that merely hands on the hidden states
 it is given. So whatever the family does after its base model (norms, scaling, soft caps, a bias) stays its own, and

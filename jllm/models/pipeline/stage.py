@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.attention import packing
 from jllm.models.families import check_split, has_head_apart
+from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
 from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
 from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
 
@@ -237,10 +238,9 @@ Objective = Callable[[Tensor, Head, Mapping[str, Tensor]], Tensor]
 class PipelineStage(nn.Module):
     """The single DeepSpeed layer of a pipeline rank.
 
-    Between stages travels a tuple of the hidden state (float, [B, S, width] in most families) and one integer tensor
-    [2, B, S] with the shifted labels and the position ids. The first stage takes (input ids [B, S], integers); the last
-    stage returns what `objective` makes of the final hidden states, the head, and the labels and position ids by name.
-    Families whose layers look at the input ids get these as a third plane of the integers, added by the first stage.
+    Between stages travels a bundle (`jllm.models.pipeline.bundle`) as a tuple of two tensors. The first stage takes
+    (input ids [B, S], the planes of the reader); the last stage returns what `objective` makes of the final hidden
+    states, the head, and the planes by name. Where layers look at the input ids, the first stage adds these as a plane.
 
     Args:
         model: loaded and sealed.
@@ -248,10 +248,17 @@ class PipelineStage(nn.Module):
         objective: called on the last stage.
         head_apart: whether the head runs apart from the rest; None: where the walk over all families has shown that it
             works. Elsewhere the whole forward runs and the objective is given logits.
+        read: the names of the planes that the first stage is given.
     """
 
     def __init__(
-        self, model: PreTrainedModel, span: StageSpan, objective: Objective, *, head_apart: bool | None = None
+        self,
+        model: PreTrainedModel,
+        span: StageSpan,
+        objective: Objective,
+        *,
+        head_apart: bool | None = None,
+        read: tuple[str, ...] = READ,
     ) -> None:
         super().__init__()
         self.model = model
@@ -265,43 +272,47 @@ class PipelineStage(nn.Module):
         self._base_name, *self._inside_base = self._anatomy.layers.split(".")
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = accepted_arguments(self._runner, model.get_submodule(self._base_name))
+        needs_ids = self._anatomy.needs_ids and span.count > 1 and INPUT_IDS not in read
+        self._adds_ids = needs_ids and span.is_first
+        self.receives = (*read, INPUT_IDS) if needs_ids and not span.is_first else read
+        """The names of the planes that this stage is given."""
         # The configuration may ask for a balance loss, which a stage cannot compute; see `jllm.models.router_balance`.
         asked = getattr(model.config, "output_router_logits", False)
         self._unwanted = {"output_router_logits": False} if asked else {}
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
-        """(input ids or hidden state, integers) → (hidden state, integers), or the loss on the last stage."""
-        received, integers = inputs
-        positions = integers[1]
-        runner = self._runner
+        """What a bundle is sent as (on the first stage with input ids for hidden states) → the same, or the loss."""
+        bundle = Bundle.received(inputs, self.receives)
+        positions = bundle.planes[POSITION_IDS]
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
         arguments |= packing(self.model, positions) | self._unwanted
         if self.span.is_first:
-            if self._anatomy.needs_ids and not self.span.is_last:
-                integers = torch.cat([integers, received[None]])
-            return self._sent(runner(input_ids=received, **arguments), integers)
+            ids, planes = bundle.hidden, bundle.planes
+            if self._adds_ids:
+                planes = planes.with_plane(INPUT_IDS, ids)
+            return self._sent(self._runner(input_ids=ids, **arguments), planes)
         entrance = self._layer(0)
-        entrance.received = received
+        entrance.received = bundle.hidden
         # The embedding is absent here: any ids give zeros of the right shape, which the entrance then ignores.
-        ids = integers[2] if self._anatomy.needs_ids else positions
+        ids = bundle.planes[INPUT_IDS] if INPUT_IDS in self.receives else positions
         try:
-            return self._sent(runner(input_ids=ids, **arguments), integers)
+            return self._sent(self._runner(input_ids=ids, **arguments), bundle.planes)
         finally:
             entrance.received = None
 
-    def _sent(self, output: Any, integers: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    def _sent(self, output: Any, planes: Planes) -> tuple[Tensor, Tensor] | Tensor:
         """What this stage hands on, given what the family's forward returned."""
         if self.span.is_last:
-            return self._computed(output, {"labels": integers[0], "position_ids": integers[1]})
+            return self._computed(output, planes)
         leave = self._layer(self.span.end_layer)
         hidden, leave.sent = leave.sent, None
         assert hidden is not None, "the family's forward did not walk its list of layers"
         if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
             # Nothing up to here trains; the pipeline still expects to send a gradient for it.
             hidden = hidden.detach().requires_grad_()
-        return hidden, integers
+        return Bundle(hidden, planes).sent
 
     @property
     def _runner(self) -> nn.Module:

@@ -31,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm import atomic
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.families import check_split
+from jllm.models.pipeline.bundle import POSITION_IDS
 from jllm.models.pipeline.costs import Costs, with_timings
 from jllm.models.pipeline.stage import Objective, PipelineStage, StageSpan, anatomy_of, spans_of
 from jllm.models.pipeline.structure import count_layers
@@ -182,17 +183,14 @@ def _time_stage(stage: PipelineStage, batch: tuple[int, int], hidden: torch.Size
         torch.manual_seed(0)
         ids = torch.randint(stage.model.config.get_text_config(decoder=True).vocab_size, batch, device=device)
         positions = torch.arange(batch[1], device=device).expand(batch)
-        planes = (
-            [ids, positions] if stage.span.is_first or not anatomy_of(stage.model).needs_ids else [ids, positions, ids]
-        )
-        integers = torch.stack(planes)
+        planes = torch.stack([positions if name == POSITION_IDS else ids for name in stage.receives])
         for _ in range(_WARM_UP + _REPEATS):
             received = ids
             if not stage.span.is_first:
                 received = torch.randn(hidden, dtype=parameter.dtype, device=device, requires_grad=True)
             _wait(device)
             start = time.perf_counter()
-            output = stage((received, integers))
+            output = stage((received, planes))
             result = output if isinstance(output, Tensor) else output[0]
             result.backward(None if result.dim() == 0 else torch.ones_like(result))
             _wait(device)

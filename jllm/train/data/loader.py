@@ -22,6 +22,7 @@ import numpy as np
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
+from jllm.models.pipeline.bundle import LABELS
 from jllm.train.data.batching import LENGTH_MULTIPLE, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.rows import Row, ShardIndex, read_rows
@@ -149,7 +150,7 @@ class Share:
             rows=len(rows) if rows_everywhere is None else rows_everywhere,
             tokens=sum(max(min(rows[place].real_length, len(rows[place].ids)) - 1, 0) for place in places),
             trained_tokens=sum(
-                int(np.count_nonzero(batch.integers[0].numpy() != IGNORE_INDEX)) for batch in micro_batches
+                int(np.count_nonzero(batch.planes[LABELS].numpy() != IGNORE_INDEX)) for batch in micro_batches
             ),
             length=max(batch.input_ids.shape[1] for batch in micro_batches),
             start=start,

@@ -154,7 +154,7 @@ class Engine(PipelineEngine):
     def _iterator(self, micro_batches: Sequence[MicroBatch] | None) -> Iterator[Any] | None:
         if self.is_first_stage():
             assert micro_batches is not None
-            return iter([((batch.input_ids, batch.integers), None) for batch in micro_batches])
+            return iter([(batch.sent, None) for batch in micro_batches])
         return itertools.repeat((None, None)) if self.is_last_stage() else None
 
 

@@ -1,4 +1,4 @@
-"""Sums over the logits of a micro-batch, a chunk of its tokens at a time, so that never all logits are there.
+"""Sums over the logits of a micro-batch, a chunk of its tokens at a time; never are all logits there.
 
 A chunk has at most `CHUNK_ELEMENTS` logits (`jllm.models.pipeline.head`). One chunk is computed as if there were no
 chunks: the same operations on tensors of the same shapes. Where there are more, each is recomputed in the backward pass

@@ -1,4 +1,4 @@
-"""Cross-entropy summed over trained tokens: for training, and with the count of right answers for evaluation.
+"""Cross-entropy summed over trained tokens; for training, and with the count of right answers for evaluation.
 
 Works in chunks of the sequence, as `jllm.train.objectives.chunks` cuts them. Cost: the logits of one chunk in the
 compute type and in fp32; where there is more than one, each is computed once more in the backward pass.
@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jllm.data.dataset.shards import IGNORE_INDEX
+from jllm.models.pipeline.bundle import LABELS
 from jllm.models.pipeline.head import Head
 from jllm.train.objectives.chunks import sum_over_chunks
 from jllm.train.objectives.objective import Sums
 
-LABELS = "labels"
 CORRECT = "correct"
 """The reported number of trained tokens that had the highest logit."""
 
 
 class CrossEntropy:
-    """The objective of training: needs the field `labels`, shifted, `IGNORE_INDEX` where not trained on.
+    """The objective of training: needs the plane `LABELS`, shifted, `IGNORE_INDEX` where not trained on.
 
     The loss is zero, with zero gradients, where nothing is trained on.
     """

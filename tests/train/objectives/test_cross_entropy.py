@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: one is the plain loss bit for bit, several are its sum, and their logits never coexist."""
+"""Cross-entropy in chunks: one is the plain loss bit for bit, several are its sum; their logits never coexist."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
