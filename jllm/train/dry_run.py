@@ -22,6 +22,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
+from jllm.models.trainable import select_trainable
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel.mesh import Mesh
 from jllm.train import setup
@@ -224,4 +225,5 @@ def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) ->
             attn_implementation=family.attention,
         )
     setup.attach(model, span, config)
+    select_trainable(model, span, setup.chosen_parameters(config))
     return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))

@@ -15,7 +15,7 @@ from jllm.models.pipeline.partition import partition, stage_table
 from jllm.models.pipeline.stage import Objective, PipelineStage, StageSpan, spans_of
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
-from jllm.models.trainable import Selection, select_trainable
+from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
 from jllm.models.weights.stage_weights import init_stage, load_stage
 from jllm.train.config import TrainConfig
@@ -227,6 +227,8 @@ def build_stage(
             names_unused=agreement.place.is_first,
         )
     checkpointing, routers = attach(model, span, config)
+    attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
+    select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(model, span, objective)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, dtype, device)
@@ -236,12 +238,13 @@ def build_stage(
 def attach(
     model: PreTrainedModel, span: StageSpan, config: TrainConfig
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
-    """Give a stage what the options ask of its model: which parameters train, recomputation, balanced routers.
+    """Give a loaded stage what the options ask of its model: recomputation, balanced routers.
+
+    Which parameters train is decided after that, over all that is there then.
 
     Raises:
-        UserError: what the options choose is not in the model.
+        UserError: what the options ask for is not in the model.
     """
-    select_trainable(model, span, chosen_parameters(config))
     checkpointing = None
     if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
         checkpointing = checkpoint_activations(
@@ -257,9 +260,9 @@ def attach(
     return checkpointing, routers
 
 
-def chosen_parameters(config: TrainConfig) -> Selection:
+def chosen_parameters(config: TrainConfig) -> ParameterChoice:
     """What the options say about which parameters train."""
-    return Selection(
+    return ParameterChoice(
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm.models.families import has_head_apart
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
 from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
-from jllm.models.trainable import Selection, choose
+from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
@@ -151,7 +151,7 @@ def estimate_costs(
     checkpoint_interval: int = 0,
     checkpoint_offload: bool = False,
     state: StateBytes | None = None,
-    selection: Selection | None = None,
+    selection: ParameterChoice | None = None,
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
@@ -192,7 +192,7 @@ def estimate_costs(
     if checkpoint_interval:
         kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
     chosen = (
-        set(choose(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+        set(matching(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
         if selection is not None
         else set(anatomy.parameters)
     )
