@@ -39,7 +39,7 @@ def walk_one(model_type: str) -> Family:
 
     from jllm.models.families import check_split
     from jllm.models.pipeline.costs import estimate_costs
-    from jllm.models.pipeline.stage import StageSpan
+    from jllm.models.pipeline.span import StageSpan
     from tests.models.family_check import (
         compare_family,
         head_is_apart,

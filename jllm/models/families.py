@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jllm.errors import UserError
+from jllm.models.pipeline.span import StageSpan
 
 if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from jllm.models.pipeline.stage import StageSpan
 
 CATALOGUE = Path(__file__).with_name("families.json")
 
@@ -181,7 +180,7 @@ def possible_starts(config: "PretrainedConfig") -> frozenset[int] | None:
     return frozenset(index for index, kind in enumerate(kinds) if kind != "shared" and index) if kinds else None
 
 
-def check_split(config: "PretrainedConfig", span: "StageSpan") -> None:
+def check_split(config: "PretrainedConfig", span: StageSpan) -> None:
     """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
     if span.count == 1:
         return

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError, did_you_mean
-from jllm.models.pipeline.stage import StageSpan, anatomy_of, published_names
+from jllm.models.pipeline.carving import published_names, structure_of
+from jllm.models.pipeline.span import StageSpan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Selected:
 
 def attached_parameters(model: PreTrainedModel, span: StageSpan) -> list[str]:
     """The names of this stage's parameters that were attached after it was loaded."""
-    own = set(anatomy_of(model).parameters)
+    own = set(structure_of(model).parameters)
     return [name for name in published_names(model, span).values() if name not in own]
 
 
@@ -58,11 +59,13 @@ def select_trainable(
     Raises:
         UserError: on every stage alike, when a pattern matches nothing in the whole model or nothing is left to train.
     """
-    anatomy = anatomy_of(model)
+    structure = structure_of(model)
     if attached is None:
         attached = attached_parameters(model, span)
     chosen = set(
-        choose(anatomy.parameters, choice, layers=anatomy.layers, num_layers=anatomy.num_layers, attached=attached)
+        choose(
+            structure.parameters, choice, layers=structure.layers, num_layers=structure.num_layers, attached=attached
+        )
     )
     trained: list[str] = []
     trainable = total = 0

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
+from jllm.models.pipeline.carving import stage_class
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.trainable import select_trainable
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel.mesh import Mesh
@@ -211,7 +213,7 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and any(suffix in TEXT_SUFFIXES for suffix in path.suffixes)
 
 
-def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) -> PipelineStage:
+def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.StagePlan) -> PipelineStage:
     """All layers as `setup.build_stage` makes those of a stage, without memory for their weights.
 
     Raises:

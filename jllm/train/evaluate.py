@@ -15,7 +15,7 @@ from jllm.train.config import TrainConfig, named_folders
 from jllm.train.data.loader import eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.deepspeed_engine import Engine
+from jllm.train.distributed.deepspeed_engine import TrainingEngine
 from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropyAndAccuracy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.shape import RunShape
@@ -69,7 +69,7 @@ def _has_targets(data: Data) -> bool:
     return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
-def evaluate(engine: Engine, objective: ObjectiveInUse, agreement: Agreement, data: Data) -> Evaluation:
+def evaluate(engine: TrainingEngine, objective: ObjectiveInUse, agreement: Agreement, data: Data) -> Evaluation:
     """Evaluate the model as it is; every process calls it."""
     share = dataclasses.replace(
         data.share, accumulation=max(data.share.accumulation, MICRO_BATCHES_PER_STAGE * engine.num_stages)

@@ -12,12 +12,13 @@ from jllm.models.attention import choose_attention
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import partition, stage_table
-from jllm.models.pipeline.stage import Objective, PipelineStage, StageSpan, spans_of
+from jllm.models.pipeline.span import StageSpan, spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
+from jllm.models.weights.loading import init_stage, load_stage
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
-from jllm.models.weights.stage_weights import init_stage, load_stage
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -41,7 +42,7 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class FamilyInUse:
     """What `--model` is, before a weight is read.
 
     Attributes:
@@ -55,7 +56,7 @@ class Family:
     attention: str
 
 
-def find_family(config: TrainConfig) -> Family:
+def find_family(config: TrainConfig) -> FamilyInUse:
     """The family of `--model`, and the attention it gets on this process's device.
 
     Raises:
@@ -73,11 +74,11 @@ def find_family(config: TrainConfig) -> Family:
         wanted=config.attn_implementation,
         dropout=getattr(model_config.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
-    return Family(config=model_config, model_class=model_class, attention=attention)
+    return FamilyInUse(config=model_config, model_class=model_class, attention=attention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StagePlan:
     """How the layers go to the stages.
 
     Attributes:
@@ -94,11 +95,11 @@ class Plan:
 def plan_stages(
     config: TrainConfig,
     shape: RunShape,
-    family: Family,
+    family: FamilyInUse,
     agreement: Agreement | None = None,
     *,
     longest_row: int | None = None,
-) -> Plan:
+) -> StagePlan:
     """Split the model by `--partition_method`.
 
     With `profile` the first process times layers, or reads the times that it kept, and tells the others, so that all
@@ -163,7 +164,7 @@ def plan_stages(
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
-    return Plan(
+    return StagePlan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=_device_memory()),
         flops_per_token=operations / (length * rows),
@@ -188,7 +189,7 @@ class Built:
     """
 
     stage: PipelineStage
-    plan: Plan
+    plan: StagePlan
     checkpointing: Checkpointing | None
     routers: RouterBalance | None
 

@@ -15,7 +15,7 @@ ALL_OF_THE_BASE = r".*_proj,.*norm,embed_tokens,lm_head"
 
 def train_with_adapters(options: dict[str, Any], layers: tuple[int, ...]) -> dict[str, tuple[Any, Any]]:
     """One rank of a run whose stages get adapters when things are attached: values before and after, by name."""
-    from jllm.models.pipeline.stage import published_names
+    from jllm.models.pipeline.carving import published_names
     from jllm.train import setup, trainer
     from jllm.train.config import TrainConfig
     from jllm.train.distributed import launch

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from jllm.models.pipeline.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.span import StageSpan
 
 
 def attach_adapters(model: PreTrainedModel, span: StageSpan, layers: Collection[int]) -> list[str]:
     """Give those of `layers` that the stage has an adapter, the same whatever the stages; their parameters' names."""
-    listed = anatomy_of(model).layers
+    listed = structure_of(model).layers
     names = []
     for index in sorted(set(layers) & set(range(span.first_layer, span.end_layer))):
         layer = model.get_submodule(f"{listed}.{index}")

@@ -9,16 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jllm.models.attention import packing
+from jllm.models.pipeline.carving import published_names, tied_parameter
 from jllm.models.pipeline.head import Head
-from jllm.models.pipeline.stage import (
-    Objective,
-    PipelineStage,
-    accepted_arguments,
-    published_names,
-    spans_of,
-    tied_parameter,
-)
-from jllm.models.weights.stage_weights import load_stage
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage, accepted_arguments
+from jllm.models.weights.loading import load_stage
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

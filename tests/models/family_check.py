@@ -21,7 +21,7 @@ from jllm.models.attention import VARLEN, packing, varlen_attention
 from jllm.models.pipeline.head import Head
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.weights.stage_weights import save_stage, write_companions, write_index
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.families import has_head_apart
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
-from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
+from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import causal_class
 
@@ -175,14 +175,14 @@ def estimate_costs(
     """
     with torch.device("meta"):
         model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
-    anatomy = whole_anatomy(model) if is_whole else find_anatomy(model)
+    structure = whole_structure(model) if is_whole else find_structure(model)
     text = config.get_text_config(decoder=True)
-    layers = _layers(model, anatomy)
+    layers = _layers(model, structure)
     tokens = sequence_length * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
     # Layers that differ in shape have configurations of their own (Gemma 4).
-    by_layer = anatomy.layers and getattr(text, "is_heterogeneous", False)
+    by_layer = structure.layers and getattr(text, "is_heterogeneous", False)
     configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
     full = [
         tokens * _activation_bytes_per_token(layer, own, dtype.itemsize)
@@ -192,12 +192,12 @@ def estimate_costs(
     if checkpoint_interval:
         kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
     chosen = (
-        set(matching(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+        set(matching(structure.parameters, selection, layers=structure.layers, num_layers=structure.num_layers))
         if selection is not None
-        else set(anatomy.parameters)
+        else set(structure.parameters)
     )
     # In the order of the model's parameters, a tied one under the name that it is published by.
-    names = zip(model.parameters(), anatomy.parameters, strict=True)
+    names = zip(model.parameters(), structure.parameters, strict=True)
     trained = {id(parameter) for parameter, name in names if name in chosen}
 
     def count(parameters: Iterable[nn.Parameter]) -> Parameters:
@@ -207,15 +207,15 @@ def estimate_costs(
             trained=sum(each.numel() for each in known if id(each) in trained),
         )
 
-    before, after = ([*_parameters(model, names)] for names in (anatomy.before, anatomy.after))
+    before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
-    head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
+    head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after)
     # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
     logits = held = tokens * text.vocab_size
     is_apart = has_head_apart(type(model))
     if logits > CHUNK_ELEMENTS:
         held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
-    types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
+    types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     per_token = [
         2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
         for layer, own, kind in zip(layers, configs, types, strict=True)
@@ -259,9 +259,9 @@ def _parameters(model: PreTrainedModel, names: Iterable[str]) -> Iterator[nn.Par
     return modules.parameters()
 
 
-def _layers(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
+def _layers(model: PreTrainedModel, structure: Structure) -> list[nn.Module]:
     """The decoder layers, or the model itself where it has no list of them."""
-    listed = model.get_submodule(anatomy.layers)
+    listed = model.get_submodule(structure.layers)
     return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
 
 

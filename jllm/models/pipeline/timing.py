@@ -32,10 +32,12 @@ from jllm import atomic
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.families import check_split
 from jllm.models.pipeline.bundle import POSITION_IDS
+from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.costs import Costs, with_timings
-from jllm.models.pipeline.stage import Objective, PipelineStage, StageSpan, anatomy_of, spans_of
+from jllm.models.pipeline.span import StageSpan, spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.weights.stage_weights import init_stage
+from jllm.models.weights.loading import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
 _FORMAT = 3
@@ -108,7 +110,9 @@ def measure_costs(
                 attn_implementation=attn_implementation,
                 family=family,
             )
-            has_attention = bool(find_attention(model.get_submodule(f"{anatomy_of(model).layers}.{span.first_layer}")))
+            has_attention = bool(
+                find_attention(model.get_submodule(f"{structure_of(model).layers}.{span.first_layer}"))
+            )
             if has_attention if checkpoint_attention else checkpoint_interval:
                 # Each layer runs again once, however many a group has; so groups of one show what a layer costs.
                 checkpoint_activations(model, span, attention_only=checkpoint_attention)

@@ -7,7 +7,7 @@ import torch
 
 from jllm import atomic
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.stage_weights import save_stage, write_companions, write_index
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.train.distributed.agreement import Agreement
 
 CONFIG_NAME = "config.json"

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.models.pipeline.carving import published_names
+from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.source import read_config, weight_files
 from jllm.train.checkpoint.export import CONFIG_NAME
 from jllm.train.checkpoint.format import (

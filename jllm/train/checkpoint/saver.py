@@ -29,7 +29,7 @@ from torch import Tensor
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.stage_weights import STAGE_METADATA, stage_files, write_companions, write_index
+from jllm.models.weights.saving import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.checkpoint import format as checkpoint
 from jllm.train.checkpoint.format import RunState

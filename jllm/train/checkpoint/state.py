@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from jllm.models.pipeline.stage import PipelineStage, published_names
-from jllm.train.distributed.deepspeed_engine import Engine
+from jllm.models.pipeline.carving import published_names
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
 WEIGHT = "weight"
 MASTER = "master"
@@ -50,7 +51,7 @@ class Piece:
 class TrainingState:
     """The state of this process's stage, as pieces with names that do not depend on the number of stages."""
 
-    def __init__(self, engine: Engine, stage: PipelineStage) -> None:
+    def __init__(self, engine: TrainingEngine, stage: PipelineStage) -> None:
         self._engine = engine
         self._stage = stage
         names = published_names(stage.model, stage.span)

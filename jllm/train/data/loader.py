@@ -66,7 +66,7 @@ class RowError(UserError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
+class BatchShare:
     """Which rows of a global batch one pipeline takes, and in what shape.
 
     Attributes:
@@ -205,7 +205,7 @@ class Share:
 
 def train_steps(
     index: ShardIndex,
-    share: Share,
+    share: BatchShare,
     *,
     seed: int,
     shuffle: bool,
@@ -240,14 +240,14 @@ def train_steps(
         epoch, taken = epoch + 1, parts.taken_after(0)
 
 
-def eval_micro_batches(num_rows: int, share: Share) -> list[int]:
+def eval_micro_batches(num_rows: int, share: BatchShare) -> list[int]:
     """How many micro-batches each step of an evaluation has, so that the last one holds little filling."""
     steps, rest = divmod(num_rows, share.global_batch)
     last = -(-rest // (share.micro_batch * share.data_size))
     return [share.accumulation] * steps + ([last] if last else [])
 
 
-def eval_steps(index: ShardIndex, share: Share) -> Iterator[Step]:
+def eval_steps(index: ShardIndex, share: BatchShare) -> Iterator[Step]:
     """Every row of a data set once, in the order of its files; the shapes are those of `eval_micro_batches`."""
     order = index.order(seed=0, epoch=0, shuffle=False)
     rows = read_rows(index, order, 0, ahead=False)

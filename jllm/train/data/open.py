@@ -18,7 +18,7 @@ from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
 from jllm.train.data.batching import EpochSteps, Parts, TokenBudget, padded_length
-from jllm.train.data.loader import Share
+from jllm.train.data.loader import BatchShare
 from jllm.train.data.rows import ShardIndex, row_lengths
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
@@ -57,18 +57,18 @@ class Data:
 
     facts: DataFacts
     index: ShardIndex | None
-    share: Share
+    share: BatchShare
     parts: Parts
 
 
-def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_rank: int, data_size: int) -> Share:
+def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_rank: int, data_size: int) -> BatchShare:
     """What one of `data_size` pipelines takes of a global batch."""
     budget = None
     if config.batch_size_tokens is not None:
         budget = TokenBudget(
             tokens=config.batch_size_tokens, micro_batches=shape.accumulation * data_size, seq_len=config.seq_len
         )
-    return Share(
+    return BatchShare(
         micro_batch=shape.micro_batch,
         accumulation=shape.accumulation,
         data_rank=data_rank,
@@ -214,7 +214,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
     )
 
 
-def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: Share, parts: Parts) -> EpochSteps:
+def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare, parts: Parts) -> EpochSteps:
     """The steps of every epoch of the run. With a token budget, reads the length of every row, in the run's order.
 
     `index` is needed for that only.

@@ -25,7 +25,8 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import PipelineStage, anatomy_of, tied_parameter
+from jllm.models.pipeline.carving import structure_of, tied_parameter
+from jllm.models.pipeline.stage import PipelineStage
 from jllm.parallel.mesh import Mesh, Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch
@@ -54,7 +55,7 @@ class Pipeline(PipelineModule):
         """DeepSpeed's record of tied weights, for the embedding on the first stage and the head on the last."""
         stage = self.forward_funcs[0]
         span = stage.span
-        if span.count == 1 or not anatomy_of(stage.model).tied:
+        if span.count == 1 or not structure_of(stage.model).tied:
             return {}
         found: dict[str, Any] = {}
         place = self.mesh.place(self.global_rank)
@@ -74,7 +75,7 @@ class Pipeline(PipelineModule):
         return [(weight, group) for weight, group in tied if weight.requires_grad]
 
 
-class Engine(PipelineEngine):
+class TrainingEngine(PipelineEngine):
     """DeepSpeed's pipeline engine, with exact gradient norms and micro-batches of a new shape at any step."""
 
     place: Place
@@ -216,13 +217,13 @@ def deepspeed_settings(config: TrainConfig, shape: RunShape) -> dict[str, Any]:
 
 def build_engine(
     stage: PipelineStage, optimizer: torch.optim.Optimizer, config: TrainConfig, shape: RunShape
-) -> Engine:
+) -> TrainingEngine:
     """The engine of this process."""
     module = Pipeline(stage, shape.mesh, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, shape)
     with launch.quiet():
-        engine = Engine(
+        engine = TrainingEngine(
             args=None,
             model=module,
             optimizer=optimizer,

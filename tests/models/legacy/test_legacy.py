@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 from jllm.commands import convert
 from jllm.errors import UserError
 from jllm.models.legacy.rewriting import convert_checkpoint
-from jllm.models.pipeline.stage import spans_of
+from jllm.models.pipeline.span import spans_of
+from jllm.models.weights.loading import load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.models.weights.source import model_info, read_config
-from jllm.models.weights.stage_weights import load_stage, save_stage, write_companions, write_index
 from tests.models.chain import chained_loss_and_gradients, kept_logits, load_chain, packed_batch
 
 torch.set_num_threads(1)

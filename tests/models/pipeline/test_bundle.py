@@ -9,8 +9,9 @@ from torch import Tensor
 
 from jllm.models.pipeline.bundle import INPUT_IDS, LABELS, POSITION_IDS, READ, Bundle, Planes
 from jllm.models.pipeline.head import Head
-from jllm.models.pipeline.stage import PipelineStage, spans_of
-from jllm.models.weights.stage_weights import load_stage
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.loading import load_stage
 from tests.models.chain import chained_loss_and_gradients, packed_batch
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config

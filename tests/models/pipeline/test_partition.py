@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from jllm.errors import UserError
 from jllm.models.families import check_split
+from jllm.models.pipeline.carving import stage_class
 from jllm.models.pipeline.costs import (
     Costs,
     LayerCost,
@@ -30,7 +31,7 @@ from jllm.models.pipeline.partition import (
     partition,
     stage_table,
 )
-from jllm.models.pipeline.stage import spans_of, stage_class
+from jllm.models.pipeline.span import spans_of
 from jllm.models.trainable import ParameterChoice, select_trainable
 from jllm.models.weights.source import causal_class
 from jllm.train.config import TrainConfig

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jllm.models.pipeline.stage import spans_of
-from jllm.models.weights.stage_weights import init_stage, load_stage, save_stage, write_companions, write_index
+from jllm.models.pipeline.span import spans_of
+from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     kept_logits,

@@ -11,7 +11,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline import timing
 from jllm.models.pipeline.costs import Costs, estimate_costs
 from jllm.models.pipeline.partition import partition
-from jllm.models.pipeline.stage import StageSpan
+from jllm.models.pipeline.span import StageSpan
 from tests.models.chain import token_objective
 from tests.models.tiny import tiny_config
 

@@ -23,9 +23,9 @@ from jllm.train.data import rows as rows_module
 from jllm.train.data.batching import TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.loader import (
+    BatchShare,
     Cursor,
     ReadAhead,
-    Share,
     Step,
     eval_micro_batches,
     eval_steps,
@@ -37,7 +37,7 @@ from tests.fixtures import VOCABULARY, random_rows, write_rows
 SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
 EXAMPLES = max(10, int(50 * SIZE))
 ROWS = 61
-SHARE = Share(
+SHARE = BatchShare(
     micro_batch=2, accumulation=2, data_rank=0, data_size=1, seq_len=None, block_mask=False, vocab_size=VOCABULARY
 )
 
@@ -68,7 +68,7 @@ def numbers(step: Step) -> list[int]:
     return found
 
 
-def take(index: ShardIndex, share: Share, count: int, cursor: Cursor = Cursor(), **more: Any) -> list[Step]:  # noqa: B008
+def take(index: ShardIndex, share: BatchShare, count: int, cursor: Cursor = Cursor(), **more: Any) -> list[Step]:  # noqa: B008
     given = {"seed": 5, "shuffle": True, "ahead": True, **more}
     return list(itertools.islice(train_steps(index, share, cursor=cursor, **given), count))
 
