@@ -34,10 +34,10 @@ def load(folder: str, index: int) -> dict[str, float]:
     """Load one stage in this process and watch the memory."""
     import torch
 
-    from jllm.models.pipeline.stage import StageSpan
+    from jllm.models.pipeline.span import StageSpan
     from jllm.models.pipeline.structure import count_layers
+    from jllm.models.weights.loading import load_stage
     from jllm.models.weights.source import read_config
-    from jllm.models.weights.stage_weights import load_stage
 
     torch.set_num_threads(1)
     layers = count_layers(read_config(folder))
@@ -75,8 +75,9 @@ def make(folder: str, layers: int) -> None:
     from transformers import LlamaConfig
 
     from jllm.models.pipeline.partition import partition
-    from jllm.models.pipeline.stage import spans_of
-    from jllm.models.weights.stage_weights import init_stage, save_stage, write_companions, write_index
+    from jllm.models.pipeline.span import spans_of
+    from jllm.models.weights.loading import init_stage
+    from jllm.models.weights.saving import save_stage, write_companions, write_index
 
     config = LlamaConfig(
         vocab_size=32_000,

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jllm.models.attention import VARLEN, packing, varlen_attention  # noqa: E402
-from jllm.models.pipeline.stage import StageSpan  # noqa: E402
-from jllm.models.weights.stage_weights import init_stage  # noqa: E402
+from jllm.models.pipeline.span import StageSpan  # noqa: E402
+from jllm.models.weights.loading import init_stage  # noqa: E402
 
 DEVICE = "cuda"
 

@@ -93,9 +93,9 @@ def packed_rows(rng: np.random.Generator, table: PhraseTable, count: int) -> pa.
 
 def share(*, block_mask: bool) -> Any:
     """One pipeline that takes all of a step: 4 micro-batches of 4 rows."""
-    from jllm.train.data.loader import Share
+    from jllm.train.data.loader import BatchShare
 
-    return Share(
+    return BatchShare(
         micro_batch=4,
         accumulation=GLOBAL_BATCH // 4,
         data_rank=0,

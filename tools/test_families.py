@@ -2,9 +2,10 @@
 
 Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. Kernels that know documents
-by their lengths are compared with the default one, windows and the like narrower than the rows. The result goes to
-`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or hangs costs a
-worker process, not the run. Takes about 5 minutes on two cores.
+by their lengths are compared with the default one, windows and the like narrower than the rows. The head
+alone is compared with the whole forward. The result goes to `jllm/models/families.json` (what `jllm models` shows) and
+`docs/families.md`. A type that crashes or hangs costs a worker process, not the run. Takes about 5 minutes on two
+cores.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
@@ -38,9 +39,10 @@ def walk_one(model_type: str) -> Family:
 
     from jllm.models.families import check_split
     from jllm.models.pipeline.costs import estimate_costs
-    from jllm.models.pipeline.stage import StageSpan
+    from jllm.models.pipeline.span import StageSpan
     from tests.models.family_check import (
         compare_family,
+        head_is_apart,
         isolates_documents,
         kernels_by_lengths,
         load_whole,
@@ -72,13 +74,14 @@ def walk_one(model_type: str) -> Family:
             isolates = isolates_documents(model)
             # Rows of the others are whole documents, for which SDPA is as good.
             by_lengths = kernels_by_lengths(model_type) if isolates else "none"
+            is_apart = head_is_apart(whole, config)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
     except Exception as error:
         return result("failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:160])
     tie = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
     shown = f"2 and 3 stages = whole model, {tie}; export = source"
-    return result("pass", shown, isolates_documents=isolates, by_lengths=by_lengths)
+    return result("pass", shown, isolates_documents=isolates, by_lengths=by_lengths, head_apart=is_apart)
 
 
 def _reason(message: str) -> str:
@@ -130,7 +133,8 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "",
         f"Written by `make test-families` with transformers {version}: {len(families)} causal model types, "
         f"{counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed. Of the {len(planned)} with a "
-        f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass.",
+        f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass. "
+        f"Heads: {sum(family.head_apart for family in families)} apart.",
         "",
         "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
         "gradients (fp32, 1e-5), with plain rows and, where the type takes them, with packed rows; what its stages "
@@ -141,17 +145,22 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "lengths, have the default kernel's loss and gradients (fp32, 1e-4) with plain and with packed rows, windows "
         "and the like narrower than the rows: `varlen` and flash-attn (*varlen*), flash-attn alone, where the type has "
         "soft caps or sinks or can be told to attend in both directions, by a reference of it on CPU (*flash*), or "
-        "neither (*none*; also where documents are not kept apart); `--attn_implementation` takes no other. "
+        "neither (*none*; also where documents are not kept apart); `--attn_implementation` takes no other. *Head*: "
+        "whether the head alone, given the final hidden states, has the logits, the loss and every gradient of the "
+        "whole forward, bit for bit (fp32), and the logits of a run of tokens are those among all tokens: then the "
+        "loss takes a large vocabulary in chunks (*apart*), otherwise it needs all logits at once (*whole*). "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
-        "| type | plan | result | documents apart | by lengths | shown by, or reason |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| type | plan | result | documents apart | by lengths | head | shown by, or reason |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         plan = "yes" if family.has_plan else ""
         shown = family.shown.replace("|", "/")
-        lines.append(f"| {name} | {plan} | {family.status} | {family.apart} | {family.kernels} | {shown} |")
+        lines.append(
+            f"| {name} | {plan} | {family.status} | {family.apart} | {family.kernels} | {family.head} | {shown} |"
+        )
     target = ROOT / "docs" / "families.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")

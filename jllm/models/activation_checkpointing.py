@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.span import StageSpan
 
 Forward = Callable[..., Any]
 
@@ -96,14 +97,14 @@ def checkpoint_activations(
         UserError: there are no layers, or with `attention_only` no attentions in the whole model, or the interval is
             below 1.
     """
-    anatomy = anatomy_of(model)
+    structure = structure_of(model)
     state = Checkpointing(offload=offload)
-    if not anatomy.layers:
+    if not structure.layers:
         raise UserError(
             f"model type {model.config.model_type!r} has no single list of decoder layers to checkpoint; "
             "leave activation checkpointing off"
         )
-    layers = [model.get_submodule(f"{anatomy.layers}.{index}") for index in range(span.first_layer, span.end_layer)]
+    layers = [model.get_submodule(f"{structure.layers}.{index}") for index in range(span.first_layer, span.end_layer)]
     if attention_only:
         for layer in layers:
             for attention in find_attention(layer):
@@ -119,7 +120,7 @@ def checkpoint_activations(
     if interval < 1:
         raise UserError(f"activation checkpointing every {interval} layers: the interval is at least 1 (0: off)")
     for start in range(0, len(layers), interval):
-        _group(layers[start : start + interval], state, anatomy.returned)
+        _group(layers[start : start + interval], state, structure.returned)
         state.units += 1
     return state
 
@@ -138,7 +139,7 @@ def _has_attention(model: PreTrainedModel) -> bool:
     family: Any = type(model).__base__  # a stage's class is derived from the family's own
     with torch.device("meta"):
         whole = family._from_config(copy.deepcopy(model.config))
-    return bool(find_attention(whole.get_submodule(anatomy_of(model).layers)))
+    return bool(find_attention(whole.get_submodule(structure_of(model).layers)))
 
 
 class Later:
@@ -157,7 +158,7 @@ class _Call:
 
 
 @dataclass
-class _Group:
+class _LayerGroup:
     """Calls that wait for the last layer of their group."""
 
     calls: list[_Call] = field(default_factory=list)
@@ -166,12 +167,12 @@ class _Group:
 
 
 def _group(layers: list[nn.Module], state: Checkpointing, returned: int) -> None:
-    group = _Group()
+    group = _LayerGroup()
     for layer in layers:
         layer.forward = _grouped(layer.forward, group, state, returned, is_last=layer is layers[-1])
 
 
-def _grouped(forward: Forward, group: _Group, state: Checkpointing, returned: int, *, is_last: bool) -> Forward:
+def _grouped(forward: Forward, group: _LayerGroup, state: Checkpointing, returned: int, *, is_last: bool) -> Forward:
     def grouped(*args: Any, **kwargs: Any) -> Any:
         if not state.is_active:
             return forward(*args, **kwargs)

@@ -8,17 +8,17 @@ The catalogue is written by `tools/test_families.py`, which trains every causal 
 transformers, tiny and random, whole and in stages, and compares. Nothing in it is claimed without that run.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jllm.errors import UserError
+from jllm.models.pipeline.span import StageSpan
 
 if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from jllm.models.pipeline.stage import StageSpan
 
 CATALOGUE = Path(__file__).with_name("families.json")
 
@@ -79,6 +79,8 @@ class Family:
     """Whether documents packed in a row do not see each other where position ids restart (`--block_mask`)."""
     by_lengths: str = "none"
     """Which kernels that build no mask are right: `varlen` (and flash-attn), `flash` (that only) or `none`."""
+    head_apart: bool = False
+    """Whether the head alone, on any part of the hidden states, gives the family's own logits."""
 
     @property
     def apart(self) -> str:
@@ -89,6 +91,11 @@ class Family:
     def kernels(self) -> str:
         """`by_lengths` for people."""
         return "" if self.status != "pass" else self.by_lengths
+
+    @property
+    def head(self) -> str:
+        """`head_apart` for people."""
+        return "" if self.status != "pass" else "apart" if self.head_apart else "whole"
 
 
 def catalogue() -> tuple[str, list[Family]]:
@@ -120,18 +127,35 @@ def catalogue_table() -> str:
 
 
 def shown_by_lengths(family: type["PreTrainedModel"]) -> str | None:
-    """`Family.by_lengths` of transformers' own class `family`; None where the walk did not run it.
+    """`Family.by_lengths` of transformers' own class `family`; None where the walk did not run it."""
+    known = _shown(family)
+    return known.by_lengths if known is not None else None
+
+
+def has_head_apart(family: type["PreTrainedModel"]) -> bool:
+    """Whether the walk has shown the head of transformers' own class `family` to work apart from the rest."""
+    known = _shown(family)
+    return known is not None and known.head_apart
+
+
+def _shown(family: type["PreTrainedModel"]) -> Family | None:
+    """The line of transformers' own class `family`; None where the walk did not pass it.
 
     Code that comes with a model may call itself like a family that is in the catalogue.
     """
     if not family.__module__.startswith("transformers.") or family.config_class is None:
         return None
     known = _known(family.config_class.model_type)
-    return known.by_lengths if known is not None and known.status == "pass" else None
+    return known if known is not None and known.status == "pass" else None
 
 
 def _known(model_type: str) -> Family | None:
-    return {family.model_type: family for family in catalogue()[1]}.get(model_type)
+    return _by_type().get(model_type)
+
+
+@functools.cache
+def _by_type() -> dict[str, Family]:
+    return {family.model_type: family for family in catalogue()[1]}
 
 
 def check_block_mask(config: "PretrainedConfig") -> None:
@@ -156,7 +180,7 @@ def possible_starts(config: "PretrainedConfig") -> frozenset[int] | None:
     return frozenset(index for index, kind in enumerate(kinds) if kind != "shared" and index) if kinds else None
 
 
-def check_split(config: "PretrainedConfig", span: "StageSpan") -> None:
+def check_split(config: "PretrainedConfig", span: StageSpan) -> None:
     """Raise a `UserError` where this model cannot be cut the way `span` says. One stage is never refused."""
     if span.count == 1:
         return

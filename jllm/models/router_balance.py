@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import StageSpan, anatomy_of
+from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.structure import find_routers
 
 
@@ -45,7 +46,7 @@ class RouterBalance:
     def __init__(self, model: PreTrainedModel, coefficient: float, *, scale: float = 1.0) -> None:
         self.coefficient = coefficient
         self.scale = scale
-        self._routed_layers = len(anatomy_of(model).routers)
+        self._routed_layers = len(structure_of(model).routers)
         self._chosen = experts_per_token(model.config)
         self._loss: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -94,7 +95,7 @@ def attach_router_balance(
     Raises:
         UserError: on every stage alike, for a model without routers that transformers records.
     """
-    if not anatomy_of(model).routers:
+    if not structure_of(model).routers:
         raise UserError(
             f"--router_aux_loss_coef {coefficient}: model type {model.config.model_type!r} has no routers that "
             "transformers records; leave the option out"

@@ -4,22 +4,28 @@ A parameter trains when a target pattern matches its module (or none is given), 
 layer is among the chosen ones (or none are chosen; parameters outside the layers do not train when some are).
 Names are those of the whole model, so every stage decides alike; a tied head goes with the embedding.
 
+Asked after everything is attached to a stage. What was attached, such as adapters, is told by its names, which the
+model as it was loaded does not have (so an adapter leaves the names of what it is attached to as they are). It trains
+unless a frozen pattern matches; target patterns and layers choose among the model's own parameters only.
+
 A pattern is a regular expression that must match the whole dotted name of a module, or its last parts: `q_proj` and
 `self_attn.q_proj` match `model.layers.0.self_attn.q_proj`, and so does `model.layers.[0-3]..*`. A pattern also covers
 everything inside a module that it matches. Several are separated by commas.
 """
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from jllm.errors import UserError, did_you_mean
-from jllm.models.pipeline.stage import StageSpan, anatomy_of, published_names
+from jllm.models.pipeline.carving import published_names, structure_of
+from jllm.models.pipeline.span import StageSpan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class ParameterChoice:
     """What the user chose; None: everything."""
 
     target_modules: str | None = None
@@ -37,14 +43,30 @@ class Selected:
     """Whole-model names of the parameters that train; may be empty on a stage."""
 
 
-def select_trainable(model: PreTrainedModel, span: StageSpan, selection: Selection) -> Selected:
+def attached_parameters(model: PreTrainedModel, span: StageSpan) -> list[str]:
+    """The names of this stage's parameters that were attached after it was loaded."""
+    own = set(structure_of(model).parameters)
+    return [name for name in published_names(model, span).values() if name not in own]
+
+
+def select_trainable(
+    model: PreTrainedModel, span: StageSpan, choice: ParameterChoice, *, attached: Collection[str] | None = None
+) -> Selected:
     """Set `requires_grad` on this stage's parameters. Integer parameters are left alone.
+
+    `attached` are the names of what is attached on all stages together; None: nothing is, but on this one.
 
     Raises:
         UserError: on every stage alike, when a pattern matches nothing in the whole model or nothing is left to train.
     """
-    anatomy = anatomy_of(model)
-    chosen = set(choose(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+    structure = structure_of(model)
+    if attached is None:
+        attached = attached_parameters(model, span)
+    chosen = set(
+        choose(
+            structure.parameters, choice, layers=structure.layers, num_layers=structure.num_layers, attached=attached
+        )
+    )
     trained: list[str] = []
     trainable = total = 0
     names = published_names(model, span)
@@ -58,38 +80,66 @@ def select_trainable(model: PreTrainedModel, span: StageSpan, selection: Selecti
     return Selected(trainable=trainable, total=total, names=tuple(trained))
 
 
-def choose(parameters: tuple[str, ...], selection: Selection, *, layers: str, num_layers: int) -> list[str]:
-    """The names among `parameters` (of a whole model) that train; `layers` is the dotted name of its layers.
+def choose(
+    parameters: Sequence[str],
+    choice: ParameterChoice,
+    *,
+    layers: str,
+    num_layers: int,
+    attached: Collection[str] = (),
+) -> list[str]:
+    """The names among `parameters` (of a whole model) and those attached to it that train.
+
+    `layers` is the dotted name of its layers.
 
     Raises:
-        UserError: a pattern that is none or matches nothing, layers that are not there, or nothing left to train.
+        UserError: as `matching`, or nothing is left to train.
     """
-    targets = _patterns("--target_modules", selection.target_modules)
-    frozen = _patterns("--frozen_modules", selection.frozen_modules)
-    for option, patterns in (("--target_modules", targets), ("--frozen_modules", frozen)):
+    kept = matching(parameters, choice, layers=layers, num_layers=num_layers, attached=attached)
+    if not kept:
+        raise UserError(
+            "--target_modules, --frozen_modules and --layers_to_transform together leave nothing to train; loosen one"
+        )
+    return kept
+
+
+def matching(
+    parameters: Sequence[str],
+    choice: ParameterChoice,
+    *,
+    layers: str,
+    num_layers: int,
+    attached: Collection[str] = (),
+) -> list[str]:
+    """As `choose`; may be empty.
+
+    Raises:
+        UserError: a pattern that is none or matches nothing, or layers that are not there.
+    """
+    targets = _patterns("--target_modules", choice.target_modules)
+    frozen = _patterns("--frozen_modules", choice.frozen_modules)
+    for option, patterns, names in (
+        ("--target_modules", targets, parameters),
+        ("--frozen_modules", frozen, [*parameters, *attached]),
+    ):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in parameters):
-                parts = {part for name in parameters for part in name.split(".") if not part.isdigit()}
+            if not any(matches(pattern, name) for name in names):
+                parts = {part for name in names for part in name.split(".") if not part.isdigit()}
                 near = did_you_mean(pattern.pattern, parts)
                 raise UserError(
                     f"{option} {pattern.pattern!r} matches no module of the model.{near}"
                     " Give a module's name, or a regular expression for it"
                 )
     allowed = None
-    if selection.layers_to_transform is not None:
-        allowed = {f"{layers}.{index}." for index in parse_layers(selection.layers_to_transform, num_layers)}
-    kept = [
+    if choice.layers_to_transform is not None:
+        allowed = {f"{layers}.{index}." for index in parse_layers(choice.layers_to_transform, num_layers)}
+    own = [
         name
         for name in parameters
         if (not targets or any(matches(pattern, name) for pattern in targets))
-        and not any(matches(pattern, name) for pattern in frozen)
         and (allowed is None or any(name.startswith(prefix) for prefix in allowed))
     ]
-    if not kept:
-        raise UserError(
-            "--target_modules, --frozen_modules and --layers_to_transform together leave nothing to train; loosen one"
-        )
-    return kept
+    return [name for name in (*own, *attached) if not any(matches(pattern, name) for pattern in frozen)]
 
 
 def matches(pattern: re.Pattern[str], parameter: str) -> bool:

@@ -323,72 +323,11 @@ def _below_one(config: TrainConfig, *names: str) -> None:
             raise UserError(f"--{name} {value}: it must be at least 0 and below 1")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a run's processes and batches are divided.
-
-    Attributes:
-        world_size: processes.
-        pipe: pipeline stages.
-        data: data-parallel pipelines.
-        micro_batch: rows of a micro-batch.
-        accumulation: micro-batches of a step, for one pipeline.
-    """
-
-    world_size: int
-    pipe: int
-    data: int
-    micro_batch: int
-    accumulation: int
-
-    @property
-    def global_batch(self) -> int:
-        """Rows of a step over all pipelines."""
-        return self.micro_batch * self.accumulation * self.data
-
-
-def resolve_layout(config: TrainConfig, world_size: int) -> Layout:
-    """Divide `world_size` processes and the batch.
-
-    Raises:
-        UserError: sizes that do not divide.
-    """
-    pipe, micro_batch = config.pipe_parallel_size, config.per_device_train_batch_size
-    if world_size % pipe:
-        raise UserError(
-            f"--pipe_parallel_size {pipe} does not divide the {world_size} processes of this run;"
-            f" give a divisor of {world_size}, or start another number of processes (deepspeed --num_gpus)"
-        )
-    data = world_size // pipe
-    accumulation = config.gradient_accumulation_steps or 1
-    if config.global_batch_size is not None:
-        accumulation, rest = divmod(config.global_batch_size, micro_batch * data)
-        if rest or not accumulation:
-            raise UserError(
-                f"--global_batch_size {config.global_batch_size} is not a multiple of --per_device_train_batch_size"
-                f" {micro_batch} x {data} data-parallel pipelines = {micro_batch * data}; give a multiple of it"
-            )
-    return Layout(world_size=world_size, pipe=pipe, data=data, micro_batch=micro_batch, accumulation=accumulation)
-
-
 def resolved_options(config: TrainConfig) -> dict[str, Any]:
     """The options as JSON values."""
     values = dataclasses.asdict(config)
     values.pop("local_rank")
     return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
-
-
-def automatic_options(config: TrainConfig, layout: Layout) -> dict[str, Any]:
-    """The values, as JSON has them, that options get which are not given and follow from the others."""
-    by_rows = config.batch_size_tokens is None
-    log_dir = config.resolved_log_dir
-    values = {
-        "zero_stage": config.resolved_zero_stage,
-        "gradient_accumulation_steps": layout.accumulation,
-        "global_batch_size": layout.global_batch if by_rows else None,
-        "log_dir": None if log_dir is None else str(log_dir),
-    }
-    return {name: value for name, value in values.items() if getattr(config, name) is None and value is not None}
 
 
 def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:

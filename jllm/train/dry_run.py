@@ -21,8 +21,12 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from jllm.models.pipeline.stage import PipelineStage, spans_of, stage_class
+from jllm.models.pipeline.carving import stage_class
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.trainable import select_trainable
 from jllm.models.weights.source import ModelInfo
+from jllm.parallel.mesh import Mesh
 from jllm.train import setup
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
@@ -33,12 +37,9 @@ from jllm.train.checkpoint.resume import (
     record_of_run,
 )
 from jllm.train.config import (
-    Layout,
     TrainConfig,
-    automatic_options,
     check_steps_left,
     named_folders,
-    resolve_layout,
     resolved_options,
     weighted_folders,
 )
@@ -47,10 +48,12 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
+from jllm.train.shape import RunShape, automatic_options, resolve_shape
 
 TYPICAL_UTILISATION = 0.4
 """The share of the device's peak that the time guess assumes."""
@@ -61,15 +64,15 @@ Fact = TypeVar("Fact")
 class Alone(Agreement):
     """The readers of a run as this process imagines them: all of them see what it sees."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self.rank = 0
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.place = mesh.place(0)
 
     def from_first_reader(self, find: Callable[[], Fact]) -> Fact:
         return find()
 
     def gather(self, value: Fact) -> list[Fact]:
-        return [value] * self._layout.data
+        return [value] * self.mesh.data
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -78,34 +81,34 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
         UserError: the run could not start.
     """
-    if launch.rank() != 0:
+    if not launch.is_first():
         return
     world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
-    layout = resolve_layout(config, world_size)
+    shape = resolve_shape(config, world_size)
     model = setup.read_model_info(config)
     check_precision(config)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The threads that a process of the run would have: `--partition_method profile` times layers with them.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    agreement = Alone(layout)
-    steps = _Steps(config, layout, agreement, model) if config.num_train_epochs > 0 else None
+    agreement = Alone(shape.mesh)
+    steps = _Steps(config, shape, agreement, model) if config.num_train_epochs > 0 else None
     family = setup.find_family(config)
-    plan = setup.plan_stages(config, layout, family, longest_row=steps.longest_row if steps is not None else None)
+    plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)
     stage = _whole_stage(config, family, plan)
     if config.from_ckpt is not None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
-    deepspeed_settings(config, layout)
+    deepspeed_settings(config, shape)
 
-    automatic = automatic_options(config, layout)
+    automatic = automatic_options(config, shape)
     if config.attn_implementation == "auto":
         automatic["attn_implementation"] = family.attention
     automatic |= steps.automatic if steps is not None else {}
     print(json.dumps({**resolved_options(config), **automatic}, indent=1))
     print(f"set automatically: {', '.join(automatic)}")
     print(plan.table)
-    print(f"{layout.pipe} stages x {layout.data} pipelines on {world_size} processes")
+    print(f"{shape.processes} on {world_size} processes")
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
         return
@@ -131,8 +134,8 @@ class _Steps:
         UserError: as a run does.
     """
 
-    def __init__(self, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> None:
-        self._config, self._layout = config, layout
+    def __init__(self, config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo) -> None:
+        self._config, self._shape = config, shape
         self.tokens: int | None = None
         self.longest_row: int | None = None
         self.automatic: dict[str, Any] = {}
@@ -140,10 +143,10 @@ class _Steps:
         training = [each.folder for each in weighted_folders(config)]
         evaluation = [named_folders((item,)).popitem()[1] for item in config.eval_data]
         self._texts = [path for path in (*training, *evaluation) if _is_text(path)]
-        data = self._open(config, layout, agreement, model, training)
+        data = self._open(config, shape, agreement, model, training)
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
-            open_evaluation_sets(dataclasses.replace(config, eval_data=shards), layout, agreement, model)
+            open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
         resumed = find_resume_point(config, agreement)
         self.resumed = CheckpointReader(Path(resumed.folder)) if resumed is not None else None
         if config.resume_ckpt is not None:
@@ -154,13 +157,13 @@ class _Steps:
             self._count(data)
 
     def _open(
-        self, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo, folders: list[Path]
+        self, config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo, folders: list[Path]
     ) -> Data | None:
         """The training data; None where some of them are text, which has no rows yet."""
         shards = tuple(item for item, path in zip(config.train_data, folders, strict=True) if not _is_text(path))
         if not shards:
             return None
-        data = open_training_data(dataclasses.replace(config, train_data=shards), layout, agreement, model)
+        data = open_training_data(dataclasses.replace(config, train_data=shards), shape, agreement, model)
         return data if len(shards) == len(folders) else None
 
     def _count(self, data: Data) -> None:
@@ -172,7 +175,7 @@ class _Steps:
         if self.resumed is not None:
             self._check_resumed(self.resumed, data, total)
         budget = config.batch_size_tokens is not None
-        rows_of_a_step = f"{facts.num_rows / per_epoch:.1f}" if budget else str(self._layout.global_batch)
+        rows_of_a_step = f"{facts.num_rows / per_epoch:.1f}" if budget else str(self._shape.global_batch)
         self._lines.append(
             f"{facts.num_rows:,} rows, {rows_of_a_step} a step, {per_epoch:,} steps an epoch, {total:,} steps"
             f" ({warmup} of warm-up)"
@@ -190,7 +193,7 @@ class _Steps:
             self.automatic["num_warmup_steps"] = warmup
 
     def _check_resumed(self, reader: CheckpointReader, data: Data, total_steps: int) -> None:
-        saved, record = reader.state, record_of_run(self._config, self._layout, total_steps)
+        saved, record = reader.state, record_of_run(self._config, self._shape, total_steps)
         now = dataclasses.replace(saved, fingerprint=data.facts.fingerprint, config=record)
         check_same_run(saved, now, forced=self._config.force_resume)
         check_steps_left(self._config, str(reader.folder), step=saved.step, total_steps=total_steps)
@@ -210,7 +213,7 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and any(suffix in TEXT_SUFFIXES for suffix in path.suffixes)
 
 
-def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) -> PipelineStage:
+def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.StagePlan) -> PipelineStage:
     """All layers as `setup.build_stage` makes those of a stage, without memory for their weights.
 
     Raises:
@@ -224,4 +227,5 @@ def _whole_stage(config: TrainConfig, family: setup.Family, plan: setup.Plan) ->
             attn_implementation=family.attention,
         )
     setup.attach(model, span, config)
-    return PipelineStage(model, span, TokenLoss())
+    select_trainable(model, span, setup.chosen_parameters(config))
+    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
-from jllm.train.config import Layout, TrainConfig, named_folders
+from jllm.train.config import TrainConfig, named_folders
 from jllm.train.data.loader import eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.deepspeed_engine import Engine
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.distributed.deepspeed_engine import TrainingEngine
+from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropyAndAccuracy
+from jllm.train.objectives.objective import ObjectiveInUse
+from jllm.train.shape import RunShape
 
 MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""
@@ -42,7 +44,7 @@ class Evaluation:
 
 
 def open_evaluation_sets(
-    config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo
+    config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo
 ) -> dict[str, Data]:
     """The sets of `--eval_data` by name.
 
@@ -51,7 +53,7 @@ def open_evaluation_sets(
     """
     found = {}
     for name, folder in named_folders(config.eval_data).items():
-        data = found[name] = open_evaluation_data(folder, config, layout, agreement, model)
+        data = found[name] = open_evaluation_data(folder, config, shape, agreement, model)
         if not agreement.from_first_reader(functools.partial(_has_targets, data)):
             raise UserError(
                 f"--eval_data {name}: no token of {folder} is a target (labels mask them all, or rows have one token);"
@@ -67,19 +69,19 @@ def _has_targets(data: Data) -> bool:
     return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
-def evaluate(engine: Engine, loss: TokenLoss, agreement: Agreement, data: Data) -> Evaluation:
+def evaluate(engine: TrainingEngine, objective: ObjectiveInUse, agreement: Agreement, data: Data) -> Evaluation:
     """Evaluate the model as it is; every process calls it."""
     share = dataclasses.replace(
         data.share, accumulation=max(data.share.accumulation, MICRO_BATCHES_PER_STAGE * engine.num_stages)
     )
-    loss.set_sum()
+    objective.use(CrossEntropyAndAccuracy())
     steps = eval_steps(data.index, share) if data.index is not None else None
     total, tokens = 0.0, 0
     for count in eval_micro_batches(data.facts.num_rows, share):
         step, facts = agreement.step(steps)
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
-    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(loss.correct))
+    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(objective.reported(CORRECT)))
 
 
 def mean_loss(evaluations: Iterable[Evaluation]) -> float:

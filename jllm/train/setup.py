@@ -12,16 +12,19 @@ from jllm.models.attention import choose_attention
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import partition, stage_table
-from jllm.models.pipeline.stage import PipelineStage, StageSpan, spans_of
+from jllm.models.pipeline.span import StageSpan, spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
-from jllm.models.trainable import Selection, select_trainable
+from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
+from jllm.models.weights.loading import init_stage, load_stage
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
-from jllm.models.weights.stage_weights import init_stage, load_stage
-from jllm.train.config import Layout, TrainConfig
+from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import MOMENTS
+from jllm.train.shape import RunShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
@@ -39,7 +42,7 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class FamilyInUse:
     """What `--model` is, before a weight is read.
 
     Attributes:
@@ -53,7 +56,7 @@ class Family:
     attention: str
 
 
-def find_family(config: TrainConfig) -> Family:
+def find_family(config: TrainConfig) -> FamilyInUse:
     """The family of `--model`, and the attention it gets on this process's device.
 
     Raises:
@@ -71,11 +74,11 @@ def find_family(config: TrainConfig) -> Family:
         wanted=config.attn_implementation,
         dropout=getattr(model_config.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
-    return Family(config=model_config, model_class=model_class, attention=attention)
+    return FamilyInUse(config=model_config, model_class=model_class, attention=attention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StagePlan:
     """How the layers go to the stages.
 
     Attributes:
@@ -91,12 +94,12 @@ class Plan:
 
 def plan_stages(
     config: TrainConfig,
-    layout: Layout,
-    family: Family,
+    shape: RunShape,
+    family: FamilyInUse,
     agreement: Agreement | None = None,
     *,
     longest_row: int | None = None,
-) -> Plan:
+) -> StagePlan:
     """Split the model by `--partition_method`.
 
     With `profile` the first process times layers, or reads the times that it kept, and tells the others, so that all
@@ -110,36 +113,35 @@ def plan_stages(
     """
     known = [config.seq_len, longest_row - 1 if longest_row is not None else None]
     length = max(1, min((each for each in known if each is not None), default=ASSUMED_LENGTH))
-    rows = layout.micro_batch
+    rows = shape.micro_batch
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
     dtype = DTYPES[config.precision]
-    costs, plain = (
-        estimate_costs(
-            family.config,
-            sequence_length=length,
-            micro_batch_size=rows,
-            dtype=dtype,
-            # What attention alone keeps is not estimated: the table then says what the layers need without it.
-            checkpoint_interval=0 if config.checkpoint_grad_attention else interval,
-            checkpoint_offload=config.checkpoint_grad_offload,
-            state=state_bytes(
-                dtype,
-                moments=MOMENTS[config.optimizer],
-                sharded_over=layout.data if config.resolved_zero_stage else None,
-            ),
-            selection=chosen_parameters(config),
-            family=family.model_class,
-            is_whole=layout.pipe == 1,
-        )
-        for interval in (config.checkpoint_grad_interval, 0)
+    costs = estimate_costs(
+        family.config,
+        sequence_length=length,
+        micro_batch_size=rows,
+        dtype=dtype,
+        # What attention alone keeps is not estimated: the table then says what the layers need without it.
+        checkpoint_interval=0 if config.checkpoint_grad_attention else config.checkpoint_grad_interval,
+        checkpoint_offload=config.checkpoint_grad_offload,
+        state=state_bytes(
+            dtype,
+            moments=MOMENTS[config.optimizer],
+            sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
+        ),
+        selection=chosen_parameters(config),
+        family=family.model_class,
+        is_whole=shape.mesh.pipe == 1,
     )
-    if config.partition_method == "profile" and layout.pipe > 1:
+    operations = costs.operations
+    if config.partition_method == "profile" and shape.mesh.pipe > 1:
 
         def measure() -> Costs:
             return measure_costs(
                 family.config,
                 costs,
+                objective=ObjectiveInUse(CrossEntropy()),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -154,18 +156,18 @@ def plan_stages(
         costs = measure() if agreement is None else agreement.from_first_reader(measure)
     boundaries = partition(
         # One stage has nothing to split, so nothing is timed for it.
-        "fast" if layout.pipe == 1 and config.partition_method == "profile" else config.partition_method,
+        "fast" if shape.mesh.pipe == 1 and config.partition_method == "profile" else config.partition_method,
         config=family.config,
-        num_stages=layout.pipe,
-        micro_batches=layout.accumulation,
+        num_stages=shape.mesh.pipe,
+        micro_batches=shape.accumulation,
         costs=costs,
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
-    return Plan(
+    return StagePlan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=layout.accumulation, memory_limit=_device_memory()),
-        flops_per_token=plain.time(0, len(plain.layers)) / (length * rows),
+        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=_device_memory()),
+        flops_per_token=operations / (length * rows),
     )
 
 
@@ -187,20 +189,23 @@ class Built:
     """
 
     stage: PipelineStage
-    plan: Plan
+    plan: StagePlan
     checkpointing: Checkpointing | None
     routers: RouterBalance | None
 
 
 def build_stage(
-    config: TrainConfig, layout: Layout, agreement: Agreement, loss: TokenLoss, *, longest_row: int | None = None
+    config: TrainConfig, shape: RunShape, agreement: Agreement, objective: Objective, *, longest_row: int | None = None
 ) -> Built:
     """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
-    `plan_stages`."""
+    `plan_stages`.
+
+    `objective` is what a last stage computes.
+    """
     assert config.model is not None
     family = find_family(config)
-    plan = plan_stages(config, layout, family, agreement, longest_row=longest_row)
-    span = spans_of(plan.boundaries)[agreement.rank % layout.pipe]
+    plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
+    span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     if config.init or config.from_ckpt is not None:
         model = init_stage(
@@ -220,9 +225,12 @@ def build_stage(
             device=device,
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
+            names_unused=agreement.place.is_first,
         )
     checkpointing, routers = attach(model, span, config)
-    stage = PipelineStage(model, span, loss)
+    attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
+    select_trainable(model, span, chosen_parameters(config), attached=attached)
+    stage = PipelineStage(model, span, objective)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, dtype, device)
     return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)
@@ -231,12 +239,13 @@ def build_stage(
 def attach(
     model: PreTrainedModel, span: StageSpan, config: TrainConfig
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
-    """Give a stage what the options ask of its model: which parameters train, recomputation, balanced routers.
+    """Give a loaded stage what the options ask of its model: recomputation, balanced routers.
+
+    Which parameters train is decided after that, over all that is there then.
 
     Raises:
-        UserError: what the options choose is not in the model.
+        UserError: what the options ask for is not in the model.
     """
-    select_trainable(model, span, chosen_parameters(config))
     checkpointing = None
     if config.checkpoint_grad_interval or config.checkpoint_grad_attention:
         checkpointing = checkpoint_activations(
@@ -252,9 +261,9 @@ def attach(
     return checkpointing, routers
 
 
-def chosen_parameters(config: TrainConfig) -> Selection:
+def chosen_parameters(config: TrainConfig) -> ParameterChoice:
     """What the options say about which parameters train."""
-    return Selection(
+    return ParameterChoice(
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,

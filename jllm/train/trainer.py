@@ -28,7 +28,7 @@ from jllm.train.checkpoint.resume import (
 from jllm.train.checkpoint.saver import CheckpointSaver
 from jllm.train.checkpoint.state import TrainingState
 from jllm.train.clean import remove_earlier_runs
-from jllm.train.config import Layout, TrainConfig, check_steps_left, resolve_layout, skipped_steps
+from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.open import epoch_steps, open_training_data
 from jllm.train.distributed import launch
@@ -36,11 +36,13 @@ from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets
-from jllm.train.objectives.cross_entropy import TokenLoss
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.throughput import peak_memory, utilisation
+from jllm.train.shape import RunShape, resolve_shape
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
 
 LARGE_EVALUATION_SHARE = 0.15
@@ -56,37 +58,37 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         dry_run(config)
         return
-    layout = resolve_layout(config, launch.world_size())
+    shape = resolve_shape(config, launch.world_size())
     model_info = setup.read_model_info(config)
     launch.join(config.timeout, deterministic=config.deterministic)
     check_precision(config)
-    agreement = Agreement(layout)
+    agreement = Agreement(shape.mesh)
     if config.num_train_epochs == 0:
-        convert(config, layout, agreement, model_info)
+        convert(config, shape, agreement, model_info)
         return
-    Run(config, layout, agreement, model_info).train()
+    Run(config, shape, agreement, model_info).train()
 
 
-def convert(config: TrainConfig, layout: Layout, agreement: Agreement, model_info: ModelInfo) -> None:
+def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
     """`--num_train_epochs 0`: the Hugging Face folder of a checkpoint."""
     assert config.output_dir is not None
     assert config.model is not None
-    stage = setup.build_stage(config, layout, agreement, TokenLoss()).stage
+    stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
     load_weights_only(stage, config, agreement)
     export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
-    if agreement.rank == 0:
+    if agreement.place.is_first:
         print(f"wrote {config.output_dir}", flush=True)
 
 
 class Run:
     """One run on one process: what it holds between its steps."""
 
-    def __init__(self, config: TrainConfig, layout: Layout, agreement: Agreement, model_info: ModelInfo) -> None:
-        self.config, self.layout, self.agreement, self.model_info = config, layout, agreement, model_info
+    def __init__(self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
+        self.config, self.shape, self.agreement, self.model_info = config, shape, agreement, model_info
         if config.clean:
             remove_earlier_runs(config, agreement)
-        self.data = open_training_data(config, layout, agreement, model_info)
-        self.eval_data = open_evaluation_sets(config, layout, agreement, model_info)
+        self.data = open_training_data(config, shape, agreement, model_info)
+        self.eval_data = open_evaluation_sets(config, shape, agreement, model_info)
         self.epochs = agreement.from_first_reader(
             lambda: epoch_steps(config, self.data.index, self.data.share, self.data.parts)
         )
@@ -95,35 +97,38 @@ class Run:
         self.skipped = skipped_steps(config)
         self.resumed = find_resume_point(config, agreement)
         self._check_model_folders()
-        self.loss = TokenLoss()
-        self.built = setup.build_stage(config, layout, agreement, self.loss, longest_row=self.data.facts.longest_row)
+        self.training = CrossEntropy()
+        self.objective = ObjectiveInUse(self.training)
+        self.built = setup.build_stage(
+            config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
+        )
         self.stage, self.plan = self.built.stage, self.built.plan
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
-        self.engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, layout)
+        self.engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, shape)
         self.state = TrainingState(self.engine, self.stage)
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
         self.eval_loss: float | None = None
         self.early_stop = EarlyStop(config.early_stop)
-        self.record = record_of_run(config, layout, self.total_steps)
+        self.record = record_of_run(config, shape, self.total_steps)
         self.fresh_optimizer = False
         self.other_length: str | None = None
         if self.resumed is not None:
             self._resume(self.resumed)
         self.had_ended = self.step == self.total_steps
         self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
-        self.requests = Requests(config, rank=agreement.rank, world_size=layout.world_size)
+        self.requests = Requests(config, is_first=agreement.place.is_first, world_size=shape.mesh.world_size)
         self.nan_guard, self.spike_watch = NanGuard(config.on_nan), SpikeWatch()
         self.saver: CheckpointSaver | None = None
         self.saves_alone = False
         if config.checkpoint is not None:
             self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
-            ranks = agreement.ranks_of_node() if self.saves_alone else list(range(layout.world_size))
+            ranks = agreement.ranks_of_node() if self.saves_alone else shape.mesh.ranks
             self.saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
         self.recorder = Recorder(
             config.resolved_log_dir,
-            enabled=agreement.rank == 0,
+            enabled=agreement.place.is_first,
             total_steps=self.total_steps,
             first_step=self.step + 1,
             steps_per_print=config.steps_per_print,
@@ -133,8 +138,8 @@ class Run:
         """Raises:
         UserError: the stages of a model are on several nodes, and what they write would not come together.
         """
-        nodes = self.agreement.gather(self.agreement.node)[: self.layout.pipe]
-        if len(set(nodes)) == 1:
+        nodes = self.agreement.gather(self.agreement.node)
+        if len({nodes[rank] for rank in self.shape.mesh.writers}) == 1:
             return
         model_only = self.config.checkpoint if self.config.only_ckpt_model else None
         for name, folder in (("--output_dir", self.config.output_dir), ("--checkpoint", model_only)):
@@ -184,10 +189,10 @@ class Run:
         self.recorder.say(f"wrote {folder}")
 
     def _introduce(self) -> None:
-        layout, facts = self.layout, self.data.facts
+        shape, facts = self.shape, self.data.facts
         self.recorder.say(self.plan.table)
         self.recorder.say(
-            f"{layout.pipe} stages x {layout.data} pipelines; a step is {layout.accumulation} micro-batches of"
+            f"{shape.processes}; a step is {shape.accumulation} micro-batches of"
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
@@ -205,14 +210,14 @@ class Run:
             if self.fresh_optimizer:
                 self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
         log_dir = self.config.resolved_log_dir
-        if self.agreement.rank == 0 and log_dir is not None:
-            record_options(log_dir, self.config, self.layout, first_step=self.step + 1)
+        if self.agreement.place.is_first and log_dir is not None:
+            record_options(log_dir, self.config, self.shape, first_step=self.step + 1)
 
     def _micro_batch(self, length: int | None = None) -> str:
         """The size of a micro-batch, for people."""
         if self.config.batch_size_tokens is not None:
             return f"at most {self.config.batch_size_tokens:,} tokens"
-        return f"{self.layout.micro_batch} rows" if length is None else f"{self.layout.micro_batch} x {length} tokens"
+        return f"{self.shape.micro_batch} rows" if length is None else f"{self.shape.micro_batch} x {length} tokens"
 
     def _evaluation_share(self) -> float:
         """About how much of the run's time evaluations take: a forward pass is a third of a training step."""
@@ -252,11 +257,12 @@ class Run:
             self.built.checkpointing.is_enabled = number <= self.config.no_checkpoint_grad_step
         if number not in self.skipped:
             set_learning_rate(self.engine.optimizer, rate)
-            self.loss.set_step(
+            scale = step_scale(
                 trained_tokens=facts.trained_tokens,
-                micro_batches=self.layout.accumulation,
-                data_parallel_size=self.layout.data,
+                micro_batches=self.shape.accumulation,
+                data_parallel_size=self.shape.mesh.data,
             )
+            self.objective.use(self.training, scale=scale)
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
@@ -278,7 +284,7 @@ class Run:
                 "tokens": facts.tokens,
                 "trained_tokens": facts.trained_tokens,
                 "tokens_per_second": speed,
-                "mfu": utilisation(speed, self.plan.flops_per_token, self.layout.world_size),
+                "mfu": utilisation(speed, self.plan.flops_per_token, self.shape.mesh.world_size),
                 **self._router_record(),
                 "data_wait": facts.waited / seconds,
                 "seconds": seconds,
@@ -301,9 +307,9 @@ class Run:
             return {}
         reports = self.agreement.gather(self.built.routers.take())
         load: dict[str, list[float]] = {}
-        for report in reports[: self.layout.pipe]:
-            load |= report.load
-        aux_loss = sum(report.loss for report in reports) / self.layout.data
+        for rank in self.shape.mesh.writers:
+            load |= reports[rank].load
+        aux_loss = sum(report.loss for report in reports) / self.shape.mesh.data
         return {"aux_loss": aux_loss, "max_expert_load": max(max(shares) for shares in load.values()) if load else None}
 
     def _advance(self, facts: StepFacts) -> None:
@@ -317,7 +323,7 @@ class Run:
         results: dict[str, Evaluation] = {}
         for name, data in self.eval_data.items():
             started = time.perf_counter()
-            results[name] = result = evaluate(self.engine, self.loss, self.agreement, data)
+            results[name] = result = evaluate(self.engine, self.objective, self.agreement, data)
             self.recorder.evaluation(
                 {
                     "step": self.step,
@@ -340,7 +346,7 @@ class Run:
         started = time.perf_counter()
         if self.config.only_ckpt_model:
             folder = self.saver.save_model(
-                self.stage, self.step, self.eval_loss, dtype=self.model_info.dtype, stages=self.layout.pipe
+                self.stage, self.step, self.eval_loss, dtype=self.model_info.dtype, writers=self.shape.mesh.writers
             )
         else:
             folder = self.saver.save(self.state.pieces(alone=self.saves_alone), rng_states(), self._run_state())

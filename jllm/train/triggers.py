@@ -127,9 +127,9 @@ class Requests:
     save all the same (`jllm.train.distributed.launch`).
     """
 
-    def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
-        self._root: Path | None = config.checkpoint if rank == 0 else None
-        self._minutes = config.minutes_per_checkpoint if rank == 0 else 0.0
+    def __init__(self, config: TrainConfig, *, is_first: bool, world_size: int) -> None:
+        self._root: Path | None = config.checkpoint if is_first else None
+        self._minutes = config.minutes_per_checkpoint if is_first else 0.0
         self._saved_at = time.monotonic()
         self._world_size = world_size
         self._agreed = threading.Event()

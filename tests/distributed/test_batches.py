@@ -111,14 +111,15 @@ def test_token_budget(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Pat
 def longest_of_first_steps(runs: list[dict[str, Any]]) -> list[int | None]:
     """What the first step of each of these runs is padded to."""
     from jllm.train import setup
-    from jllm.train.config import TrainConfig, resolve_layout
+    from jllm.train.config import TrainConfig
     from jllm.train.data.open import open_training_data
     from jllm.train.dry_run import Alone
+    from jllm.train.shape import resolve_shape
 
     found = []
     for config in (TrainConfig(**options) for options in runs):
-        layout = resolve_layout(config, 1)
-        data = open_training_data(config, layout, Alone(layout), setup.read_model_info(config))
+        shape = resolve_shape(config, 1)
+        data = open_training_data(config, shape, Alone(shape.mesh), setup.read_model_info(config))
         found.append(data.share.longest)
     return found
 

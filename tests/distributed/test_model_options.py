@@ -92,12 +92,12 @@ def train_in_fp16(options: dict[str, Any]) -> tuple[str | None, list[float]]:
     """A rank's answer, and what its part of the balance loss was multiplied with in each step, on any CPU."""
     from deepspeed.accelerator import get_accelerator
 
-    from jllm.train.distributed.deepspeed_engine import Engine
+    from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
     get_accelerator().is_fp16_supported = lambda: True  # to be slow is not to be unable
     scales = []
-    real = Engine.gradient_scale
-    Engine.gradient_scale = property(lambda engine: scales.append(real.fget(engine)) or scales[-1])
+    real = TrainingEngine.gradient_scale
+    TrainingEngine.gradient_scale = property(lambda engine: scales.append(real.fget(engine)) or scales[-1])
     return train_rank(options), scales
 
 

@@ -41,19 +41,20 @@ def train_with_cache(options: dict[str, Any], cache: Path) -> str | None:
 def plan_rank(options: dict[str, Any], cache: Path) -> list[int]:
     """The boundaries of a rank; ranks other than 0 cannot measure."""
     from jllm.train import setup
-    from jllm.train.config import TrainConfig, resolve_layout
+    from jllm.train.config import TrainConfig
     from jllm.train.distributed import launch
     from jllm.train.distributed.agreement import Agreement
+    from jllm.train.shape import resolve_shape
 
     config = TrainConfig(**options)
     launch.join(config.timeout)
-    layout = resolve_layout(config, launch.world_size())
+    shape = resolve_shape(config, launch.world_size())
     measure = setup.measure_costs
     if launch.rank() != 0:
         setup.measure_costs = None  # type: ignore[assignment]
     try:
-        family, agreement = setup.find_family(config), Agreement(layout)
-        plan = with_cache(cache, lambda: setup.plan_stages(config, layout, family, agreement))
+        family, agreement = setup.find_family(config), Agreement(shape.mesh)
+        plan = with_cache(cache, lambda: setup.plan_stages(config, shape, family, agreement))
     finally:
         setup.measure_costs = measure
     boundaries: list[int] = plan.boundaries

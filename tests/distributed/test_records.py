@@ -148,16 +148,16 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
     from jllm.train import triggers
-    from jllm.train.distributed.deepspeed_engine import Engine
+    from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
     passed = [0.0]
-    train_step = Engine.train_step
+    train_step = TrainingEngine.train_step
 
     def slow(*arguments: Any) -> float:
         passed[0] += 20
         return train_step(*arguments)
 
-    Engine.train_step = slow  # type: ignore[method-assign]
+    TrainingEngine.train_step = slow  # type: ignore[method-assign]
     triggers.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
     return train_rank(options)
 

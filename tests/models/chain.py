@@ -1,6 +1,6 @@
 """Helpers: a whole model and its stages chained in one process, side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jllm.models.attention import packing
-from jllm.models.pipeline.stage import PipelineStage, accepted_arguments, published_names, spans_of, tied_parameter
-from jllm.models.weights.stage_weights import load_stage
+from jllm.models.pipeline.carving import published_names, tied_parameter
+from jllm.models.pipeline.head import Head
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage, accepted_arguments
+from jllm.models.weights.loading import load_stage
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over trained tokens; labels are already shifted."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+
+def token_objective(hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
+    """The same of a last stage."""
+    return token_loss(head(hidden), fields["labels"])
+
+
+def kept_logits(kept: list[Tensor]) -> Objective:
+    """An objective that appends the logits to `kept`, and returns their sum."""
+
+    def keep(hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
+        logits = head(hidden)
+        kept.append(logits.detach())
+        return logits.sum()
+
+    return keep
 
 
 def packed_batch(vocab: int, *, batch: int = 2, length: int = 24, packed: bool = True) -> tuple[Tensor, Tensor]:
@@ -45,10 +64,20 @@ def whole_loss_and_gradients(model: PreTrainedModel, ids: Tensor, integers: Tens
     return loss.detach(), {copies.get(n, n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def load_chain(folder: Path, boundaries: list[int], **keywords: Any) -> list[PipelineStage]:
+def load_chain(
+    folder: Path,
+    boundaries: list[int],
+    *,
+    objective: Objective = token_objective,
+    head_apart: bool | None = None,
+    **keywords: Any,
+) -> list[PipelineStage]:
     """All stages, each loaded on its own."""
     options: dict[str, Any] = {"dtype": torch.float32, **keywords}
-    return [PipelineStage(load_stage(folder, span, **options), span, token_loss) for span in spans_of(boundaries)]
+    return [
+        PipelineStage(load_stage(folder, span, **options), span, objective, head_apart=head_apart)
+        for span in spans_of(boundaries)
+    ]
 
 
 def chained_loss_and_gradients(

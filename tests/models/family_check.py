@@ -4,7 +4,7 @@ And whether kernels that know documents by their lengths, and build no mask, com
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from jllm.errors import UserError
 from jllm.models.attention import VARLEN, packing, varlen_attention
+from jllm.models.pipeline.head import Head
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.weights.stage_weights import save_stage, write_companions, write_index
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,
     packed_batch,
+    token_loss,
     whole_loss_and_gradients,
     worst_gradient,
 )
@@ -126,6 +128,55 @@ def compare_export(whole: PreTrainedModel, stages: list[PipelineStage], source: 
     with torch.no_grad():
         before, after = (plain.eval()(input_ids=ids).logits for plain in (whole, load_whole(target)))
     return Difference(logits=(before - after).abs().max().item(), where="logits of the exported folder")
+
+
+@dataclass(kw_only=True)
+class HeadProbe:
+    """An objective that keeps the logits, and what the head makes of runs of the tokens, one token and all of them."""
+
+    logits: Tensor | None = None
+    off: float = 0.0
+    """The largest difference between a token's logits in a run and among all, as in `worst_gradient`."""
+
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
+        logits = head(hidden)
+        self.logits = logits.detach()
+        with torch.no_grad():
+            flat, expected = hidden.flatten(0, -2), self.logits.flatten(0, -2)
+            runs = [(head(flat[run]), expected[run]) for run in (slice(3, 10), slice(7, 8), slice(None))]
+            runs.append((head(hidden[:, 3:10]), self.logits[:, 3:10]))
+            for found, among_all in runs:
+                scale = max(1.0, among_all.abs().max().item())
+                self.off = max(self.off, (found - among_all).abs().max().item() / scale)
+        return token_loss(logits, fields["labels"])
+
+
+def head_is_apart(folder: Path, config: PretrainedConfig) -> bool:
+    """Whether the head works apart from the rest of the model, on one stage and on the last of two.
+
+    Then logits, loss and every gradient are those of the family's whole forward, bit for bit, and logits of a run of
+    tokens are those among all tokens.
+    """
+    layers = count_layers(config)
+    vocab = config.get_text_config(decoder=True).vocab_size
+    for boundaries in ([0, layers], boundaries_of(config, 2)):
+        found = []
+        for is_apart in (False, True):
+            probe = HeadProbe()
+            stages = load_chain(folder, boundaries, objective=probe, head_apart=is_apart)
+            torch.manual_seed(0)
+            try:
+                loss, gradients = chained_loss_and_gradients(stages, *packed_batch(vocab, packed=False))
+            except Exception:  # whatever it is, such a run would end in a traceback
+                return False
+            assert probe.logits is not None
+            found.append({"logits": probe.logits, "loss": loss, **gradients})
+        whole, apart = found
+        if whole.keys() != apart.keys() or not all(torch.equal(whole[name], apart[name]) for name in whole):
+            return False
+        if probe.off > LIMIT:
+            return False
+    return True
 
 
 def isolates_documents(whole: PreTrainedModel) -> bool:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from jllm.commands import list_models
 from jllm.errors import UserError
 from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split
-from jllm.models.pipeline.stage import StageSpan, carve
+from jllm.models.pipeline.carving import carve
+from jllm.models.pipeline.span import StageSpan
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jllm.errors import UserError
-from jllm.models.trainable import Selection, choose, parse_layers, select_trainable
+from jllm.models.trainable import ParameterChoice, attached_parameters, choose, parse_layers, select_trainable
+from tests.models.adapters import attach_adapters
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -25,7 +26,7 @@ NAMES = (
 
 
 def chosen(**options: str) -> list[str]:
-    return choose(NAMES, Selection(**options), layers="model.layers", num_layers=12)
+    return choose(NAMES, ParameterChoice(**options), layers="model.layers", num_layers=12)
 
 
 def test_patterns() -> None:
@@ -69,9 +70,9 @@ def test_stages_train_what_the_whole_model_would(family: str, tmp_path: Path) ->
     make_folder(tiny_config(family, tied=tied), tmp_path)
     ids, integers = packed_batch(96)
     for selection in (
-        Selection(layers_to_transform="3"),
-        Selection(target_modules="q_proj", layers_to_transform="0:1"),
-        Selection(frozen_modules="embed_tokens"),
+        ParameterChoice(layers_to_transform="3"),
+        ParameterChoice(target_modules="q_proj", layers_to_transform="0:1"),
+        ParameterChoice(frozen_modules="embed_tokens"),
     ):
         results = []
         for boundaries in ([0, 4], [0, 1, 3, 4]):
@@ -82,3 +83,43 @@ def test_stages_train_what_the_whole_model_would(family: str, tmp_path: Path) ->
         assert results[0][1].keys() == results[1][1].keys()
         for name, gradient in results[0][1].items():
             torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "adapters"),
+    [
+        ({}, True, [0, 1, 3]),
+        ({"frozen_modules": "model,lm_head"}, False, []),
+        ({"frozen_modules": ".*_proj,.*norm,embed_tokens,lm_head"}, False, [0, 1, 3]),
+        ({"frozen_modules": "adapter"}, True, []),
+        ({"frozen_modules": r"layers\.0\.adapter"}, True, [1, 3]),
+        ({"target_modules": "q_proj", "layers_to_transform": "2"}, True, [0, 1, 3]),
+    ],
+)
+def test_what_is_attached_trains_unless_it_is_frozen(
+    options: dict[str, str], own: bool, adapters: list[int], tmp_path: Path
+) -> None:
+    """On every stage alike, one with nothing attached to it included; and gradients are those of one stage."""
+    make_folder(tiny_config("llama"), tmp_path)
+    choice = ParameterChoice(**options)
+    results = []
+    for boundaries in ([0, 4], [0, 2, 3, 4]):
+        stages = load_chain(tmp_path, boundaries)
+        attached = [name for stage in stages for name in attach_adapters(stage.model, stage.span, (0, 1, 3))]
+        assert [name for stage in stages for name in attached_parameters(stage.model, stage.span)] == attached
+        if not own and not adapters:
+            for stage in stages:
+                with pytest.raises(UserError, match="nothing to train"):
+                    select_trainable(stage.model, stage.span, choice, attached=attached)
+            continue
+        picked = [select_trainable(stage.model, stage.span, choice, attached=attached) for stage in stages]
+        trained = {name for selected in picked for name in selected.names}
+        assert trained & set(attached) == {f"model.layers.{index}.adapter.weight" for index in adapters}
+        assert bool(trained - set(attached)) == own
+        results.append(chained_loss_and_gradients(stages, *packed_batch(96)))
+        assert results[-1][1].keys() == trained
+    if results:
+        (_, whole), (_, chained) = results
+        for name, gradient in whole.items():
+            assert gradient.any(), name
+            torch.testing.assert_close(chained[name], gradient, atol=1e-5, rtol=1e-4)

@@ -31,7 +31,7 @@ Targets = dict[str, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class PublishedLayout:
     """One published layout."""
 
     name: str
@@ -41,7 +41,7 @@ class Layout:
     """Published tensor name → our tensors made from it."""
 
 
-def layout_of(raw_config: dict[str, Any]) -> Layout | None:
+def layout_of(raw_config: dict[str, Any]) -> PublishedLayout | None:
     """The layout of a published config.json, if it is one of these."""
     return LAYOUTS.get(str(raw_config.get("model_type")))
 
@@ -272,7 +272,7 @@ def _baichuan_targets(name: str, config: PretrainedConfig, raw: dict[str, Any]) 
 
 
 LAYOUTS = {
-    "qwen": Layout(name="Qwen-1", read_config=_qwen_config, targets=_qwen_targets),
-    "internlm2": Layout(name="InternLM2", read_config=_internlm2_config, targets=_internlm2_targets),
-    "baichuan": Layout(name="Baichuan", read_config=_baichuan_config, targets=_baichuan_targets),
+    "qwen": PublishedLayout(name="Qwen-1", read_config=_qwen_config, targets=_qwen_targets),
+    "internlm2": PublishedLayout(name="InternLM2", read_config=_internlm2_config, targets=_internlm2_targets),
+    "baichuan": PublishedLayout(name="Baichuan", read_config=_baichuan_config, targets=_baichuan_targets),
 }

@@ -16,11 +16,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.legacy.layouts import Layout
+from jllm.models.legacy.layouts import PublishedLayout
 
 
 def read_tensors(
-    folder: Path, layout: Layout, raw: dict[str, Any], config: PretrainedConfig, wanted: set[str], dtype: torch.dtype
+    folder: Path,
+    layout: PublishedLayout,
+    raw: dict[str, Any],
+    config: PretrainedConfig,
+    wanted: set[str],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The tensors among `wanted` (our names) in `dtype`, in memory of their own.
 

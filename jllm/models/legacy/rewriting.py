@@ -14,10 +14,11 @@ from jllm.errors import UserError
 from jllm.models.legacy.alibi import AlibiLlamaConfig
 from jllm.models.legacy.layouts import LAYOUTS, layout_of
 from jllm.models.legacy.reading import read_raw_config
-from jllm.models.pipeline.stage import spans_of
+from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.loading import load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.models.weights.source import model_info, read_config
-from jllm.models.weights.stage_weights import load_stage, save_stage, write_companions, write_index
 
 LAYERS_AT_A_TIME = 4
 

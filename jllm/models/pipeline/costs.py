@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.pipeline.structure import Anatomy, find_anatomy, whole_anatomy
-from jllm.models.trainable import Selection, choose
+from jllm.models.families import has_head_apart
+from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
+from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
+from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
@@ -101,12 +103,14 @@ class Costs:
     head_time: float
     embedding_activation_bytes: float
     head_activation_bytes: float
-    """Logits and their gradient: held for one micro-batch at a time, by the last stage only."""
+    """Logits and their gradient: held for one micro-batch, or one chunk of it, at a time, by the last stage only."""
     boundary_bytes: float
     """The hidden state that a stage receives and keeps per micro-batch in flight."""
     transient_bytes: float
     """Activations that exist only while checkpointed layers are recomputed."""
     state: StateBytes
+    operations: float
+    """Of a forward and a backward pass of the whole model, none of them repeated."""
     tied_parameters: Parameters
     """Of the embedding and of the head: one stage that has both holds them once."""
     is_measured: bool = False
@@ -147,7 +151,7 @@ def estimate_costs(
     checkpoint_interval: int = 0,
     checkpoint_offload: bool = False,
     state: StateBytes | None = None,
-    selection: Selection | None = None,
+    selection: ParameterChoice | None = None,
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
@@ -171,14 +175,14 @@ def estimate_costs(
     """
     with torch.device("meta"):
         model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
-    anatomy = whole_anatomy(model) if is_whole else find_anatomy(model)
+    structure = whole_structure(model) if is_whole else find_structure(model)
     text = config.get_text_config(decoder=True)
-    layers = _layers(model, anatomy)
+    layers = _layers(model, structure)
     tokens = sequence_length * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
     # Layers that differ in shape have configurations of their own (Gemma 4).
-    by_layer = anatomy.layers and getattr(text, "is_heterogeneous", False)
+    by_layer = structure.layers and getattr(text, "is_heterogeneous", False)
     configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
     full = [
         tokens * _activation_bytes_per_token(layer, own, dtype.itemsize)
@@ -188,12 +192,12 @@ def estimate_costs(
     if checkpoint_interval:
         kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
     chosen = (
-        set(choose(anatomy.parameters, selection, layers=anatomy.layers, num_layers=anatomy.num_layers))
+        set(matching(structure.parameters, selection, layers=structure.layers, num_layers=structure.num_layers))
         if selection is not None
-        else set(anatomy.parameters)
+        else set(structure.parameters)
     )
     # In the order of the model's parameters, a tied one under the name that it is published by.
-    names = zip(model.parameters(), anatomy.parameters, strict=True)
+    names = zip(model.parameters(), structure.parameters, strict=True)
     trained = {id(parameter) for parameter, name in names if name in chosen}
 
     def count(parameters: Iterable[nn.Parameter]) -> Parameters:
@@ -203,32 +207,41 @@ def estimate_costs(
             trained=sum(each.numel() for each in known if id(each) in trained),
         )
 
-    before, after = ([*_parameters(model, names)] for names in (anatomy.before, anatomy.after))
+    before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
-    head_products = sum(_weights_used(model.get_submodule(name), text) for name in anatomy.after)
-    types = (anatomy.layers and getattr(text, "layer_types", None)) or [""] * len(full)
+    head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after)
+    # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
+    logits = held = tokens * text.vocab_size
+    is_apart = has_head_apart(type(model))
+    if logits > CHUNK_ELEMENTS:
+        held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
+    types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
+    per_token = [
+        2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
+        for layer, own, kind in zip(layers, configs, types, strict=True)
+    ]
+    head_per_token = 2.0 * head_products
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=f"{type(layer).__name__} {types[index]}".rstrip(),
                 parameters=count(layer.parameters()),
-                time=passes
-                * tokens
-                * (2.0 * _weights_used(layer, own) + _attention_operations(own, types[index], sequence_length)),
+                time=passes * tokens * per_token[index],
                 activation_bytes=kept[index],
             )
-            for index, (layer, own) in enumerate(zip(layers, configs, strict=True))
+            for index, layer in enumerate(layers)
         ),
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
-        head_time=_TRAINING * tokens * 2.0 * head_products,
+        head_time=(_RECOMPUTED if is_apart and held < logits else _TRAINING) * tokens * head_per_token,
         embedding_activation_bytes=8.0 * tokens,
         # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
-        head_activation_bytes=float(tokens * text.vocab_size * (dtype.itemsize + 8)),
+        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),
+        operations=_TRAINING * tokens * (sum(per_token) + head_per_token),
         tied_parameters=count(each for each in before if id(each) in in_both),
     )
 
@@ -246,9 +259,9 @@ def _parameters(model: PreTrainedModel, names: Iterable[str]) -> Iterator[nn.Par
     return modules.parameters()
 
 
-def _layers(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
+def _layers(model: PreTrainedModel, structure: Structure) -> list[nn.Module]:
     """The decoder layers, or the model itself where it has no list of them."""
-    listed = model.get_submodule(anatomy.layers)
+    listed = model.get_submodule(structure.layers)
     return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
 
 

@@ -30,7 +30,7 @@ INDEXED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class Structure:
     """Dotted names of the parts of a causal model, relative to the model itself."""
 
     layers: str
@@ -100,7 +100,7 @@ def find_layers(model: PreTrainedModel) -> str:
     )
 
 
-def find_anatomy(model: PreTrainedModel) -> Anatomy:
+def find_structure(model: PreTrainedModel) -> Structure:
     """The parts of `model`, or a `UserError` where it does not have the shape that a pipeline needs."""
     layers = find_layers(model)
     before: list[str] = []
@@ -129,7 +129,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
             f"model type {model.config.model_type!r} has no token embedding before its decoder layers; "
             "a pipeline cannot feed it"
         )
-    return Anatomy(
+    return Structure(
         layers=layers,
         num_layers=count_layers(model.config),
         before=tuple(before),
@@ -144,12 +144,12 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def whole_anatomy(model: PreTrainedModel) -> Anatomy:
-    """The anatomy for a single stage, which nothing is taken from: a model of any shape will do."""
+def whole_structure(model: PreTrainedModel) -> Structure:
+    """The structure for a single stage, which nothing is taken from: a model of any shape will do."""
     try:
-        return find_anatomy(model)
+        return find_structure(model)
     except UserError:
-        return Anatomy(
+        return Structure(
             layers="",
             num_layers=0,
             before=(),
@@ -203,7 +203,7 @@ def _returned_by_layers(container: nn.Module, name: str) -> int:
 
 
 def _unpacked(target: ast.expr, loop: ast.For) -> int:
-    """What the loop does with the result that it assigns to `target`, in terms of `Anatomy.returned`."""
+    """What the loop does with the result that it assigns to `target`, in terms of `Structure.returned`."""
     if isinstance(target, ast.Tuple):
         return len(target.elts)
     subscripted = {

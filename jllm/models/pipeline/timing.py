@@ -31,13 +31,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm import atomic
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.families import check_split
+from jllm.models.pipeline.bundle import POSITION_IDS
+from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.costs import Costs, with_timings
-from jllm.models.pipeline.stage import PipelineStage, StageSpan, anatomy_of, spans_of
+from jllm.models.pipeline.span import StageSpan, spans_of
+from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.weights.stage_weights import init_stage
+from jllm.models.weights.loading import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
-_FORMAT = 2
+_FORMAT = 3
 _WARM_UP, _REPEATS = 2, 5
 
 
@@ -50,6 +53,7 @@ def measure_costs(
     config: PretrainedConfig,
     costs: Costs,
     *,
+    objective: Objective,
     sequence_length: int,
     micro_batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
@@ -62,8 +66,9 @@ def measure_costs(
 ) -> Costs:
     """`costs` with seconds in place of estimated time.
 
-    `cache` is the folder of kept times; None measures anew and stores nothing. `checkpoint_interval` and
-    `checkpoint_attention` are those of `jllm.models.activation_checkpointing`.
+    `objective` is what the last stage of the run computes. `cache` is the folder of kept times; None measures anew and
+    stores nothing. `checkpoint_interval` and `checkpoint_attention` are those of
+    `jllm.models.activation_checkpointing`.
 
     Raises:
         UserError: the model cannot be split at all.
@@ -105,11 +110,13 @@ def measure_costs(
                 attn_implementation=attn_implementation,
                 family=family,
             )
-            has_attention = bool(find_attention(model.get_submodule(f"{anatomy_of(model).layers}.{span.first_layer}")))
+            has_attention = bool(
+                find_attention(model.get_submodule(f"{structure_of(model).layers}.{span.first_layer}"))
+            )
             if has_attention if checkpoint_attention else checkpoint_interval:
                 # Each layer runs again once, however many a group has; so groups of one show what a layer costs.
                 checkpoint_activations(model, span, attention_only=checkpoint_attention)
-            median, handed_on = _time_stage(PipelineStage(model, span, _cross_entropy), batch, hidden)
+            median, handed_on = _time_stage(PipelineStage(model, span, objective), batch, hidden)
             if span.is_first:
                 hidden = handed_on
             return median
@@ -180,28 +187,20 @@ def _time_stage(stage: PipelineStage, batch: tuple[int, int], hidden: torch.Size
         torch.manual_seed(0)
         ids = torch.randint(stage.model.config.get_text_config(decoder=True).vocab_size, batch, device=device)
         positions = torch.arange(batch[1], device=device).expand(batch)
-        planes = (
-            [ids, positions] if stage.span.is_first or not anatomy_of(stage.model).needs_ids else [ids, positions, ids]
-        )
-        integers = torch.stack(planes)
+        planes = torch.stack([positions if name == POSITION_IDS else ids for name in stage.receives])
         for _ in range(_WARM_UP + _REPEATS):
             received = ids
             if not stage.span.is_first:
                 received = torch.randn(hidden, dtype=parameter.dtype, device=device, requires_grad=True)
             _wait(device)
             start = time.perf_counter()
-            output = stage((received, integers))
+            output = stage((received, planes))
             result = output if isinstance(output, Tensor) else output[0]
             result.backward(None if result.dim() == 0 else torch.ones_like(result))
             _wait(device)
             samples.append(time.perf_counter() - start)
             stage.zero_grad()
     return statistics.median(samples[_WARM_UP:]), result.shape
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Costs what the training loss costs."""
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def _wait(device: torch.device) -> None:

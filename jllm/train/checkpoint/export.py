@@ -7,7 +7,7 @@ import torch
 
 from jllm import atomic
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.stage_weights import save_stage, write_companions, write_index
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.train.distributed.agreement import Agreement
 
 CONFIG_NAME = "config.json"
@@ -19,14 +19,14 @@ def export(stage: PipelineStage, agreement: Agreement, folder: Path, *, source: 
     Every process calls it. The folder appears, or is replaced, when it is complete; the weights have `dtype`.
     """
     temporary = folder.with_name(f".{folder.name}{atomic.TEMPORARY_SUFFIX}")
-    if agreement.rank == 0:
+    if agreement.place.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     agreement.barrier()
-    if agreement.data_rank == 0:
+    if agreement.place.is_writer:
         save_stage(stage.model, stage.span, temporary, dtype=dtype)
     agreement.barrier()
-    if agreement.rank == 0:
+    if agreement.place.is_first:
         write_index(temporary)
         write_companions(stage.model, temporary, dtype=dtype, source=source)
         for path in temporary.iterdir():

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.models.pipeline.carving import published_names
+from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.source import read_config, weight_files
 from jllm.train.checkpoint.export import CONFIG_NAME
 from jllm.train.checkpoint.folders import (
@@ -26,8 +27,9 @@ from jllm.train.checkpoint.folders import (
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState, region_of
-from jllm.train.config import Layout, TrainConfig, resolved_options
+from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
     "optimizer",
@@ -149,13 +151,13 @@ def other_length(saved: RunState, now: RunState) -> str | None:
     )
 
 
-def record_of_run(config: TrainConfig, layout: Layout, total_steps: int) -> dict[str, Any]:
+def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int) -> dict[str, Any]:
     """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
     assert config.model is not None
     family = read_config(config.model, trust_remote_code=config.trust_remote_code)
     return {
         **resolved_options(config),
-        "global_batch": layout.global_batch,
+        "global_batch": shape.global_batch,
         TOTAL_STEPS: total_steps,
         ARCHITECTURE: architecture_of(family),
     }
@@ -222,7 +224,7 @@ def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agr
             found = "missing" if shape is None else list(shape)
             mistake = f"{names[name]} is {found}; --model needs {list(needed)}"
             break
-    told = agreement.gather(set(names.values()) if agreement.data_rank == 0 else set())
+    told = agreement.gather(set(names.values()) if agreement.place.is_writer else set())
     left_over = reader.names(WEIGHT).difference(*told)  # a node's own folder may have less than the others
     if mistake is None and left_over:
         mistake = f"{min(left_over)} has no place in --model"

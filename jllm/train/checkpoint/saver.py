@@ -29,7 +29,7 @@ from torch import Tensor
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.stage_weights import STAGE_METADATA, stage_files, write_companions, write_index
+from jllm.models.weights.saving import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.checkpoint import folders
 from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file
@@ -83,20 +83,19 @@ class CheckpointSaver:
         return folder
 
     def save_model(
-        self, stage: PipelineStage, step: int, eval_loss: float | None, *, dtype: torch.dtype, stages: int
+        self, stage: PipelineStage, step: int, eval_loss: float | None, *, dtype: torch.dtype, writers: Sequence[int]
     ) -> Path:
         """Begin a checkpoint that is a Hugging Face folder (`--only_ckpt_model`); every process calls it.
 
         Args:
-            stage: of this process; those of the first pipeline are written.
+            stage: of this process.
             eval_loss: of the newest evaluation.
             dtype: of the weights.
-            stages: how many there are; the first processes, by rank, have one each.
+            writers: the processes that write the weights of their stage.
         """
         assert self._config.model is not None
         folder = self._begin(step)
         temporary = folders.temporary_folder(folder)
-        writers = range(stages)
         files = []
         if self._rank in writers:
             files = [

@@ -10,11 +10,12 @@ Cost: views only; nothing is copied.
 import torch
 from torch import Tensor, nn
 
-from jllm.models.pipeline.stage import PipelineStage, published_names
+from jllm.models.pipeline.carving import published_names
+from jllm.models.pipeline.stage import PipelineStage
 from jllm.train.checkpoint.format import Piece
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.regions import Region
-from jllm.train.distributed.deepspeed_engine import Engine
+from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
 WEIGHT = "weight"
 MASTER = "master"
@@ -25,7 +26,7 @@ ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """The state of this process's stage, as pieces with names that do not depend on the number of stages."""
 
-    def __init__(self, engine: Engine, stage: PipelineStage) -> None:
+    def __init__(self, engine: TrainingEngine, stage: PipelineStage) -> None:
         self._engine = engine
         self._stage = stage
         names = published_names(stage.model, stage.span)
@@ -41,12 +42,11 @@ class TrainingState:
     def pieces(self, *, alone: bool = False) -> list[Piece]:
         """What this process has to save: its share of its stage, or, `alone`, all that it needs to go on by itself."""
         found = []
-        data_rank, data_size = self._engine.grid.data_parallel_id, self._engine.grid.data_parallel_size
         for number, (name, parameter) in enumerate(self._parameters.items()):
             if self._copied_from_first_stage(parameter) and not alone:
                 continue
             region = region_of(parameter)
-            mine = alone or number % data_size == data_rank
+            mine = alone or self._engine.place.owns(number)
             if mine:
                 found.append(Piece(kind=WEIGHT, name=name, region=region, tensor=parameter.detach().reshape(-1)))
             if not parameter.requires_grad:

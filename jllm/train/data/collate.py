@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX, Int64
+from jllm.models.pipeline.bundle import LABELS, POSITION_IDS, READ, Bundle, Planes
 from jllm.train.data.rows import Row
 
 
@@ -23,11 +24,16 @@ class MicroBatch:
 
     Attributes:
         input_ids: [B, S] int64.
-        integers: [2, B, S] int64: targets (shifted, `IGNORE_INDEX` where not trained on), and position ids.
+        planes: `READ`, each [B, S] int64: labels (shifted, `IGNORE_INDEX` where not trained on), and position ids.
     """
 
     input_ids: Tensor
-    integers: Tensor
+    planes: Planes
+
+    @property
+    def sent(self) -> tuple[Tensor, Tensor]:
+        """What the first stage takes, as it takes a bundle."""
+        return Bundle(self.input_ids, self.planes).sent
 
 
 def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_mask: bool) -> list[MicroBatch]:
@@ -37,30 +43,31 @@ def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_
     """
     shape = (len(rows) // micro_batch, micro_batch, length)
     input_ids = np.empty(shape, dtype=np.int64)
-    integers = np.empty((shape[0], 2, *shape[1:]), dtype=np.int64)
+    stacked = np.empty((shape[0], len(READ), *shape[1:]), dtype=np.int64)
+    labels, position_ids = (stacked[:, READ.index(name)] for name in (LABELS, POSITION_IDS))
     for place, row in enumerate(rows):
         number, within = divmod(place, micro_batch)
         inputs = trained = 0
         if row is not None and len(row.ids) > 1:
             inputs, trained = len(row.ids) - 1, max(row.real_length - 1, 0)
             input_ids[number, within, :inputs] = row.ids[:-1]
-            integers[number, 0, within, :trained] = (row.ids if row.labels is None else row.labels)[1 : trained + 1]
+            labels[number, within, :trained] = (row.ids if row.labels is None else row.labels)[1 : trained + 1]
         input_ids[number, within, inputs:] = 0
-        integers[number, 0, within, trained:] = IGNORE_INDEX
+        labels[number, within, trained:] = IGNORE_INDEX
     row_of, starts = _document_starts(rows, length)
     later = starts > 0
     batch_of, place_of = np.divmod(row_of[later], micro_batch)
-    integers[batch_of, 0, place_of, starts[later] - 1] = IGNORE_INDEX
+    labels[batch_of, place_of, starts[later] - 1] = IGNORE_INDEX
     positions = np.arange(input_ids.size).reshape(shape)
     if block_mask:
         # Each position less the start of its document; padding continues the last document.
         edges = np.append(row_of * length + starts, input_ids.size)
-        np.subtract(positions, np.repeat(edges[:-1], edges[1:] - edges[:-1]).reshape(shape), out=integers[:, 1])
+        np.subtract(positions, np.repeat(edges[:-1], edges[1:] - edges[:-1]).reshape(shape), out=position_ids)
     else:
-        integers[:, 1] = positions[0, 0]
+        position_ids[:] = positions[0, 0]
     return [
-        MicroBatch(input_ids=torch.from_numpy(ids), integers=torch.from_numpy(rest))
-        for ids, rest in zip(input_ids, integers, strict=True)
+        MicroBatch(input_ids=torch.from_numpy(ids), planes=Planes(READ, torch.from_numpy(planes)))
+        for ids, planes in zip(input_ids, stacked, strict=True)
     ]
 
 

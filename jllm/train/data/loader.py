@@ -22,6 +22,7 @@ import numpy as np
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
+from jllm.models.pipeline.bundle import LABELS
 from jllm.train.data.batching import LENGTH_MULTIPLE, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.rows import Row, ShardIndex, read_rows
@@ -65,7 +66,7 @@ class RowError(UserError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
+class BatchShare:
     """Which rows of a global batch one pipeline takes, and in what shape.
 
     Attributes:
@@ -149,7 +150,7 @@ class Share:
             rows=len(rows) if rows_everywhere is None else rows_everywhere,
             tokens=sum(max(min(rows[place].real_length, len(rows[place].ids)) - 1, 0) for place in places),
             trained_tokens=sum(
-                int(np.count_nonzero(batch.integers[0].numpy() != IGNORE_INDEX)) for batch in micro_batches
+                int(np.count_nonzero(batch.planes[LABELS].numpy() != IGNORE_INDEX)) for batch in micro_batches
             ),
             length=max(batch.input_ids.shape[1] for batch in micro_batches),
             start=start,
@@ -204,7 +205,7 @@ class Share:
 
 def train_steps(
     index: ShardIndex,
-    share: Share,
+    share: BatchShare,
     *,
     seed: int,
     shuffle: bool,
@@ -239,14 +240,14 @@ def train_steps(
         epoch, taken = epoch + 1, parts.taken_after(0)
 
 
-def eval_micro_batches(num_rows: int, share: Share) -> list[int]:
+def eval_micro_batches(num_rows: int, share: BatchShare) -> list[int]:
     """How many micro-batches each step of an evaluation has, so that the last one holds little filling."""
     steps, rest = divmod(num_rows, share.global_batch)
     last = -(-rest // (share.micro_batch * share.data_size))
     return [share.accumulation] * steps + ([last] if last else [])
 
 
-def eval_steps(index: ShardIndex, share: Share) -> Iterator[Step]:
+def eval_steps(index: ShardIndex, share: BatchShare) -> Iterator[Step]:
     """Every row of a data set once, in the order of its files; the shapes are those of `eval_micro_batches`."""
     order = index.order(seed=0, epoch=0, shuffle=False)
     rows = read_rows(index, order, 0, ahead=False)

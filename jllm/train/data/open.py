@@ -16,11 +16,12 @@ from jllm.data.dataset.manifest import DataSet, open_data_set
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
-from jllm.train.config import Layout, TrainConfig, WeightedFolder, weighted_folders
+from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
 from jllm.train.data.batching import EpochSteps, Parts, TokenBudget, padded_length
-from jllm.train.data.loader import Share
+from jllm.train.data.loader import BatchShare
 from jllm.train.data.rows import ShardIndex, row_lengths
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.shape import RunShape
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 DEFAULT_ROW = 2049
@@ -56,20 +57,20 @@ class Data:
 
     facts: DataFacts
     index: ShardIndex | None
-    share: Share
+    share: BatchShare
     parts: Parts
 
 
-def share_of(config: TrainConfig, layout: Layout, model: ModelInfo, *, data_rank: int, data_size: int) -> Share:
+def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_rank: int, data_size: int) -> BatchShare:
     """What one of `data_size` pipelines takes of a global batch."""
     budget = None
     if config.batch_size_tokens is not None:
         budget = TokenBudget(
-            tokens=config.batch_size_tokens, micro_batches=layout.accumulation * data_size, seq_len=config.seq_len
+            tokens=config.batch_size_tokens, micro_batches=shape.accumulation * data_size, seq_len=config.seq_len
         )
-    return Share(
-        micro_batch=layout.micro_batch,
-        accumulation=layout.accumulation,
+    return BatchShare(
+        micro_batch=shape.micro_batch,
+        accumulation=shape.accumulation,
         data_rank=data_rank,
         data_size=data_size,
         seq_len=config.seq_len,
@@ -79,7 +80,7 @@ def share_of(config: TrainConfig, layout: Layout, model: ModelInfo, *, data_rank
     )
 
 
-def open_training_data(config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo) -> Data:
+def open_training_data(config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo) -> Data:
     """Open `--train_data` on the readers, and tell every process about it.
 
     Raises:
@@ -87,17 +88,17 @@ def open_training_data(config: TrainConfig, layout: Layout, agreement: Agreement
             nodes that have different data.
     """
     given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
-    data = _open(given, config, layout, agreement, model, distributed=config.dist_data)
+    data = _open(given, config, shape, agreement, model, distributed=config.dist_data)
     return _with_first_step_largest(data, config, model)
 
 
 def open_evaluation_data(
-    folder: Path, config: TrainConfig, layout: Layout, agreement: Agreement, model: ModelInfo
+    folder: Path, config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo
 ) -> Data:
     """Open one set of `--eval_data`, which is the same on all nodes, likewise."""
     given = agreement.from_first_reader(lambda: [_as_shards(WeightedFolder(folder=folder), config)])
     by_rows = dataclasses.replace(config, batch_size_tokens=None)
-    return _open(given, by_rows, layout, agreement, model, distributed=False)
+    return _open(given, by_rows, shape, agreement, model, distributed=False)
 
 
 def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIndex, DataFacts]:
@@ -141,14 +142,14 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
 def _open(
     given: list[WeightedFolder],
     config: TrainConfig,
-    layout: Layout,
+    shape: RunShape,
     agreement: Agreement,
     model: ModelInfo,
     *,
     distributed: bool,
 ) -> Data:
     index, facts, mistake = None, None, None
-    if agreement.is_reader:
+    if agreement.place.is_reader:
         try:
             index, facts = open_sets(given, config)
         except UserError as error:
@@ -174,14 +175,14 @@ def _open(
     ranks = nodes.get(mine, [])
     share = share_of(
         config,
-        layout,
+        shape,
         model,
-        data_rank=ranks.index(agreement.rank) if agreement.is_reader else 0,
+        data_rank=ranks.index(agreement.rank) if agreement.place.is_reader else 0,
         data_size=max(len(ranks), 1),
     )
     parts = Parts(
         rows=tuple(view.num_rows for _, view in views.values()),
-        batch=tuple(layout.micro_batch * layout.accumulation * len(nodes[place]) for place in views),
+        batch=tuple(shape.micro_batch * shape.accumulation * len(nodes[place]) for place in views),
         mine=list(views).index(mine) if mine in views else 0,
     )
     return Data(facts=_together([view for _, view in views.values()]), index=index, share=share, parts=parts)
@@ -213,7 +214,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
     )
 
 
-def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: Share, parts: Parts) -> EpochSteps:
+def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare, parts: Parts) -> EpochSteps:
     """The steps of every epoch of the run. With a token budget, reads the length of every row, in the run's order.
 
     `index` is needed for that only.

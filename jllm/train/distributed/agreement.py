@@ -12,19 +12,13 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
 
 from jllm.errors import UserError
-from jllm.train.config import Layout
+from jllm.parallel.collectives import Collectives
 from jllm.train.data.loader import ReadAhead, Step
 from jllm.train.triggers import Request
-
-Fact = TypeVar("Fact")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,41 +52,8 @@ class StepFacts:
         return self.rows_before + self.rows
 
 
-class Agreement:
+class Agreement(Collectives):
     """The processes of one run; every method is called by all of them together."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._group = dist.new_group(backend="gloo")
-        self.rank = dist.get_rank()
-
-    @property
-    def reader(self) -> int:
-        """The rank of this process's pipeline that reads data."""
-        return self.rank - self.rank % self._layout.pipe
-
-    @property
-    def is_reader(self) -> bool:
-        return self.rank == self.reader
-
-    @property
-    def data_rank(self) -> int:
-        """The number of this process's pipeline."""
-        return self.rank // self._layout.pipe
-
-    def from_first_reader(self, find: Callable[[], Fact]) -> Fact:
-        """What `find` returns on rank 0, on every process; its `UserError` is raised on every process."""
-        outcome: list[tuple[Fact | None, str | None]] = [(None, None)]
-        if self.rank == 0:
-            try:
-                outcome = [(find(), None)]
-            except UserError as error:
-                outcome = [(None, str(error))]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        fact, mistake = outcome[0]
-        if mistake is not None:
-            raise UserError(mistake)
-        return fact  # type: ignore[return-value]
 
     def step(
         self, steps: Iterator[Step] | ReadAhead | None, request: Request = Request.NOTHING, memory: int = 0
@@ -114,12 +75,10 @@ class Agreement:
             start = step.start
             mine[:6] = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
         mine[6:] = [int(request), memory, int(mistake is not None)]
-        gathered = [torch.zeros(len(mine), dtype=torch.int64) for _ in range(self._layout.world_size)]
-        dist.all_gather(gathered, torch.tensor(mine, dtype=torch.int64), group=self._group)
-        everyone = torch.stack(gathered)
+        everyone = self.gather_numbers(mine)
         if everyone[:, 8].any():
             raise UserError(next(each for each in self.gather(mistake) if each is not None))
-        readers = everyone[:: self._layout.pipe]
+        readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
         if len(views) > 1:
             one, other = (f"epoch {view[1]} row {view[2]} with {view[0]} rows" for view in views[:2])
@@ -129,50 +88,25 @@ class Agreement:
         rows, epoch, rows_before = views[0]
         return step, StepFacts(
             waited=waited,
-            length=int(gathered[self.reader][0]),
+            length=int(everyone[self.place.reader, 0]),
             tokens=int(readers[:, 1].sum()),
             trained_tokens=int(readers[:, 2].sum()),
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
             request=functools.reduce(operator.or_, map(Request, everyone[:, 6].tolist())),
-            memory=tuple(everyone[:, 7].view(self._layout.data, self._layout.pipe).amax(dim=0).tolist()),
+            memory=tuple(max(each) for each in self.mesh.by_stage(everyone[:, 7].tolist())),
         )
-
-    def gather(self, value: Fact) -> list[Fact]:
-        """Every process's value, by rank."""
-        found: list[Fact | None] = [None] * self._layout.world_size
-        dist.all_gather_object(found, value, group=self._group)
-        return found  # type: ignore[return-value]
-
-    def total(self, value: int) -> int:
-        """The sum of a number over all processes."""
-        number = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(number, group=self._group)
-        return int(number)
-
-    @property
-    def node(self) -> int:
-        """This process's node, by its first process: the launcher numbers those of a node without gaps."""
-        return self.rank - int(os.environ.get("LOCAL_RANK", "0"))
-
-    def ranks_of_node(self) -> list[int]:
-        """The processes on this process's node."""
-        return [rank for rank, other in enumerate(self.gather(self.node)) if other == self.node]
 
     def sees_one_folder(self, folder: Path) -> bool:
         """Whether `folder` is the same one on all nodes; it is made where it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
         token = folder / ".shared-by-all-nodes"
-        if self.rank == 0:
+        if self.place.is_first:
             token.touch()
         self.barrier()
         # A network file system may show a new file late to a process that looked before; a listing asks anew.
         seen = all(self.gather(token.name in os.listdir(folder)))
-        if self.rank == 0:
+        if self.place.is_first:
             token.unlink()
         return seen
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        dist.barrier(group=self._group)

@@ -25,24 +25,27 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import PipelineStage, anatomy_of, tied_parameter
-from jllm.train.config import Layout, TrainConfig
+from jllm.models.pipeline.carving import structure_of, tied_parameter
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.parallel.mesh import Mesh, Place
+from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch
 from jllm.train.distributed import launch
+from jllm.train.shape import RunShape
 
 
 class Pipeline(PipelineModule):
     """The stages of one model over the processes of a run; this process builds its own.
 
-    Ranks are numbered with the stage fastest: ranks 0..P-1 are the first pipeline. Where the micro-batches of a step
-    differ in shape, the stages tell each other every one's.
+    Where the micro-batches of a step differ in shape, the stages tell each other every one's.
     """
 
-    def __init__(self, stage: PipelineStage, layout: Layout, *, shapes_vary: bool) -> None:
+    def __init__(self, stage: PipelineStage, mesh: Mesh, *, shapes_vary: bool) -> None:
+        self.mesh = mesh
         with launch.quiet():
             super().__init__(
-                layers=[stage] * layout.pipe,  # of which this process keeps the one at its own place
-                topology=ProcessTopology(axes=["data", "pipe"], dims=[layout.data, layout.pipe]),
+                layers=[stage] * mesh.pipe,  # of which this process keeps the one at its own place
+                topology=topology_of(mesh),
                 partition_method="uniform",
                 loss_fn=None,
                 dynamic_shape=shapes_vary,
@@ -52,19 +55,19 @@ class Pipeline(PipelineModule):
         """DeepSpeed's record of tied weights, for the embedding on the first stage and the head on the last."""
         stage = self.forward_funcs[0]
         span = stage.span
-        if span.count == 1 or not anatomy_of(stage.model).tied:
+        if span.count == 1 or not structure_of(stage.model).tied:
             return {}
         found: dict[str, Any] = {}
-        for data_rank in range(self._grid.data_parallel_size):
-            ranks = [self._grid.stage_to_global(owner, data=data_rank) for owner in (0, span.count - 1)]
-            group = dist.new_group(ranks=ranks)  # every process takes part in making every group
-            if self.global_rank in ranks:
+        place = self.mesh.place(self.global_rank)
+        for ranks in self.mesh.ends:
+            group = dist.new_group(ranks=list(ranks))  # every process takes part in making every group
+            if place.rank in ranks:
                 tied = tied_parameter(stage.model, span)
                 assert tied is not None
                 holder = nn.Module()
                 holder.weight = tied[1]
-                found[tied[0]] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": holder}
-                tied[1].ds_pipe_replicated = not span.is_first  # type: ignore[attr-defined]
+                found[tied[0]] = {"ranks": list(ranks), "group": group, "weight_attr": ["weight"], "module": holder}
+                tied[1].ds_pipe_replicated = not place.leads(ranks)  # type: ignore[attr-defined]
         return found
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
@@ -72,9 +75,10 @@ class Pipeline(PipelineModule):
         return [(weight, group) for weight, group in tied if weight.requires_grad]
 
 
-class Engine(PipelineEngine):
+class TrainingEngine(PipelineEngine):
     """DeepSpeed's pipeline engine, with exact gradient norms and micro-batches of a new shape at any step."""
 
+    place: Place
     _length: int | None = None
     _global_grad_norm: Tensor | None = None
 
@@ -134,7 +138,7 @@ class Engine(PipelineEngine):
         self._length = length
 
     def train_step(self, micro_batches: Sequence[MicroBatch] | None, length: int) -> float:
-        """One optimizer step; `micro_batches` on the first stage only. The loss, as `TokenLoss` defines it."""
+        """One optimizer step; `micro_batches` on the first stage only. The loss, as the objective in use scales it."""
         self._new_length(length)
         return float(self.train_batch(data_iter=self._iterator(micro_batches)))
 
@@ -145,14 +149,21 @@ class Engine(PipelineEngine):
         self.reset_activation_shape()
         mean = self.eval_batch(data_iter=self._iterator(micro_batches), num_micro_batches=count)
         self.reset_activation_shape()
-        total: float = float(mean) * count * self.grid.data_parallel_size
+        total: float = float(mean) * count * self.place.mesh.data
         return total
 
     def _iterator(self, micro_batches: Sequence[MicroBatch] | None) -> Iterator[Any] | None:
         if self.is_first_stage():
             assert micro_batches is not None
-            return iter([((batch.input_ids, batch.integers), None) for batch in micro_batches])
+            return iter([(batch.sent, None) for batch in micro_batches])
         return itertools.repeat((None, None)) if self.is_last_stage() else None
+
+
+def topology_of(mesh: Mesh) -> ProcessTopology:
+    """The mesh in DeepSpeed's terms, which knows these two axes."""
+    assert mesh.sequence == mesh.tensor == 1, mesh
+    axes = [axis for axis in mesh.order if axis in ("data", "pipe")]
+    return ProcessTopology(axes=axes, dims=[mesh.size(axis) for axis in axes])
 
 
 def check_precision(config: TrainConfig) -> None:
@@ -169,11 +180,11 @@ def check_precision(config: TrainConfig) -> None:
         )
 
 
-def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
+def deepspeed_settings(config: TrainConfig, shape: RunShape) -> dict[str, Any]:
     """The DeepSpeed configuration: what the options say, then `--ds_config`, which may add but not contradict."""
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.accumulation,
+        "train_micro_batch_size_per_gpu": shape.micro_batch,
+        "gradient_accumulation_steps": shape.accumulation,
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": {"stage": config.resolved_zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},
@@ -204,13 +215,15 @@ def deepspeed_settings(config: TrainConfig, layout: Layout) -> dict[str, Any]:
     return settings
 
 
-def build_engine(stage: PipelineStage, optimizer: torch.optim.Optimizer, config: TrainConfig, layout: Layout) -> Engine:
+def build_engine(
+    stage: PipelineStage, optimizer: torch.optim.Optimizer, config: TrainConfig, shape: RunShape
+) -> TrainingEngine:
     """The engine of this process."""
-    module = Pipeline(stage, layout, shapes_vary=config.batch_size_tokens is not None)
+    module = Pipeline(stage, shape.mesh, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
-    settings = deepspeed_settings(config, layout)
+    settings = deepspeed_settings(config, shape)
     with launch.quiet():
-        return Engine(
+        engine = TrainingEngine(
             args=None,
             model=module,
             optimizer=optimizer,
@@ -223,3 +236,5 @@ def build_engine(stage: PipelineStage, optimizer: torch.optim.Optimizer, config:
             config=settings,
             config_class=DeepSpeedConfig(settings, mpu),
         )
+    engine.place = shape.mesh.place(engine.global_rank)
+    return engine

@@ -46,6 +46,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_first() -> bool:
+    """Whether this process speaks for the whole run."""
+    return rank() == 0
+
+
 def world_size() -> int:
     """The number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))

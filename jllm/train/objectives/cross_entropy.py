@@ -1,54 +1,52 @@
-"""Token-exact loss.
+"""Cross-entropy summed over trained tokens; for training, and with the count of right answers for evaluation.
 
-For one optimizer step over the whole world the loss is (sum of the token losses) / (number of trained tokens), however
-the tokens fall on micro-batches and ranks. DeepSpeed divides what the last stage returns by the number of
-micro-batches and averages over data-parallel ranks, in the gradient and in the reported loss alike; `TokenLoss`
-multiplies by both beforehand, so the two cancel and what is left is the sum over the step divided by its trained
-tokens.
-
-Cost: the logits of one micro-batch in fp32.
+Works in chunks of the sequence, as `jllm.train.objectives.chunks` cuts them. Cost: the logits of one chunk in the
+compute type and in fp32; where there is more than one, each is computed once more in the backward pass.
 """
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jllm.data.dataset.shards import IGNORE_INDEX
+from jllm.models.pipeline.bundle import LABELS
+from jllm.models.pipeline.head import Head
+from jllm.train.objectives.chunks import sum_over_chunks
+from jllm.train.objectives.objective import Sums
+
+CORRECT = "correct"
+"""The reported number of trained tokens that had the highest logit."""
 
 
-class TokenLoss:
-    """Cross-entropy summed over the trained tokens of a micro-batch, times `scale`.
+class CrossEntropy:
+    """The objective of training: needs the plane `LABELS`, shifted, `IGNORE_INDEX` where not trained on.
 
-    Args of a call: logits [B, S, V] of any float type, targets [B, S] int64, already shifted, `IGNORE_INDEX` where not
-    trained on. Returns a scalar in fp32; zero, with zero gradients, where nothing is trained on.
+    The loss is zero, with zero gradients, where nothing is trained on.
     """
 
-    def __init__(self) -> None:
-        self.scale = 1.0
-        self._correct: Tensor | None = None
-        self._counting = False
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
+        """The summed cross-entropy."""
+        [loss] = sum_over_chunks(lambda logits, labels: (_summed(logits, labels),), hidden, head, fields[LABELS])
+        return Sums(loss=loss)
 
-    def set_step(self, *, trained_tokens: int, micro_batches: int, data_parallel_size: int) -> None:
-        """The next forward passes belong to a step with this many trained tokens in the whole world."""
-        self.scale = micro_batches * data_parallel_size / max(trained_tokens, 1)
-        self._counting = False
 
-    def set_sum(self) -> None:
-        """The next forward passes return plain sums, for evaluation, and count the targets ranked first."""
-        self.scale = 1.0
-        self._counting, self._correct = True, None
+class CrossEntropyAndAccuracy:
+    """The objective of evaluation: the same loss, and `CORRECT`."""
 
-    @property
-    def correct(self) -> int:
-        """Targets that had the highest logit, since `set_sum`; 0 on stages that have no loss."""
-        return 0 if self._correct is None else int(self._correct)
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        vocabulary = logits.shape[-1]
-        if self._counting:
-            hits = (logits.argmax(-1) == targets).sum()
-            self._correct = hits if self._correct is None else self._correct + hits
-        summed = cross_entropy(
-            logits.float().view(-1, vocabulary), targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum"
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
+        """The summed cross-entropy, and how many tokens were ranked first."""
+        loss, correct = sum_over_chunks(
+            lambda logits, labels: (_summed(logits, labels), (logits.argmax(-1) == labels).sum()),
+            hidden,
+            head,
+            fields[LABELS],
         )
-        return summed * torch.tensor(self.scale, dtype=torch.float32, device=summed.device)
+        return Sums(loss=loss, reported={CORRECT: correct})
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [..., V] of any float type, labels [...] → scalar, fp32."""
+    return cross_entropy(
+        logits.float().view(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

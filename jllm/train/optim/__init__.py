@@ -1,1 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers and learning-rate schedules.
+
+Imports torch and the run's options only.
+"""

@@ -10,29 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
-from jllm.train.config import Layout, TrainConfig, automatic_options, resolved_options
+from jllm.train.config import TrainConfig, resolved_options
+from jllm.train.shape import RunShape, automatic_options
 
 FIRST_NAME = "config.toml"
 LATER_NAME = "config-from-step-{step:08d}.toml"
 
 
-def record_options(folder: Path, config: TrainConfig, layout: Layout, *, first_step: int) -> None:
+def record_options(folder: Path, config: TrainConfig, shape: RunShape, *, first_step: int) -> None:
     """Write what this start of a run was given."""
     folder.mkdir(parents=True, exist_ok=True)
     name = FIRST_NAME if first_step == 1 else LATER_NAME.format(step=first_step)
-    atomic.write_text(folder / name, toml_of(config, layout))
+    atomic.write_text(folder / name, toml_of(config, shape))
     for later in folder.glob(LATER_NAME.replace("{step:08d}", "*")):
         if first_step == 1 or later.name > name:
             later.unlink()
 
 
-def toml_of(config: TrainConfig, layout: Layout) -> str:
+def toml_of(config: TrainConfig, shape: RunShape) -> str:
     """The options, with comments for what was not given: the value it got, or none."""
-    automatic = automatic_options(config, layout)
-    lines = [
-        f"# jllm {__version__}, {layout.pipe} stages x {layout.data} pipelines on {layout.world_size} processes,"
-        f" started in {Path.cwd()}"
-    ]
+    automatic = automatic_options(config, shape)
+    lines = [f"# jllm {__version__}, {shape.processes} on {shape.mesh.world_size} processes, started in {Path.cwd()}"]
     for key, value in resolved_options(config).items():
         if key in ("config", "dry_run"):
             continue

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 from jllm.commands import convert
 from jllm.errors import UserError
 from jllm.models.legacy.rewriting import convert_checkpoint
-from jllm.models.pipeline.stage import spans_of
+from jllm.models.pipeline.span import spans_of
+from jllm.models.weights.loading import load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.models.weights.source import model_info, read_config
-from jllm.models.weights.stage_weights import load_stage, save_stage, write_companions, write_index
-from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
+from tests.models.chain import chained_loss_and_gradients, kept_logits, load_chain, packed_batch
 
 torch.set_num_threads(1)
 VOCAB, WIDTH, HEADS, SIZE, INNER, LAYERS = 96, 48, 6, 8, 40, 3
@@ -214,7 +215,7 @@ def chained_logits(
 ) -> Tensor:
     kept: list[Tensor] = []
     stages = load_chain(folder, boundaries, dtype=dtype)
-    stages[-1].loss_fn = lambda logits, labels: (kept.append(logits.detach()), logits.sum())[1]
+    stages[-1].objective = kept_logits(kept)
     positions = (torch.arange(len(ids)) if positions is None else positions)[None]
     chained_loss_and_gradients(stages, ids[None], torch.stack([ids[None], positions]))
     return kept[0][0]
@@ -282,7 +283,7 @@ def test_packed_documents_stay_apart_with_alibi(tmp_path: Path) -> None:
     publish("baichuan-13b", tmp_path)
     kept: list[Tensor] = []
     stages = load_chain(tmp_path, [0, 1, 3])
-    stages[-1].loss_fn = lambda logits, labels: (kept.append(logits.detach()), logits.sum())[1]
+    stages[-1].objective = kept_logits(kept)
     ids, integers = packed_batch(VOCAB)
     chained_loss_and_gradients(stages, ids, integers)
     alone = torch.stack([torch.zeros(1, 9, dtype=torch.long), torch.arange(9)[None]])

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from jllm.errors import UserError
 from jllm.models.families import check_split
+from jllm.models.pipeline.carving import stage_class
 from jllm.models.pipeline.costs import (
     Costs,
     LayerCost,
@@ -30,8 +31,8 @@ from jllm.models.pipeline.partition import (
     partition,
     stage_table,
 )
-from jllm.models.pipeline.stage import spans_of, stage_class
-from jllm.models.trainable import Selection, select_trainable
+from jllm.models.pipeline.span import spans_of
+from jllm.models.trainable import ParameterChoice, select_trainable
 from jllm.models.weights.source import causal_class
 from jllm.train.config import TrainConfig
 from tests.models.tiny import tiny_config
@@ -65,6 +66,7 @@ def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, 
         boundary_bytes=1.0,
         transient_bytes=0.0,
         state=StateBytes(trained=1.0, frozen=0.25),
+        operations=0.0,
         tied_parameters=all_of(7 if tied else 0),
     )
 
@@ -211,7 +213,7 @@ def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
     state = StateBytes(trained=100.0, frozen=1.0)
     whole = estimate_costs(config, state=state, sequence_length=1)
     some = estimate_costs(
-        config, state=state, sequence_length=1, selection=Selection(frozen_modules="mlp,embed_tokens")
+        config, state=state, sequence_length=1, selection=ParameterChoice(frozen_modules="mlp,embed_tokens")
     )
     mlp = 3 * 16 * 32
     assert whole.parameters(0, 2) == all_of(some.parameters(0, 2).total)
@@ -234,7 +236,7 @@ def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
 def test_parameters_are_those_of_the_stages(family: str, boundaries: list[int], is_frozen: bool) -> None:
     """Learned positions beside a tied embedding, layers with configurations of their own."""
     config = tiny_config(family)
-    selection = Selection(frozen_modules=EMBEDDINGS.get(family, "embed_tokens") if is_frozen else None)
+    selection = ParameterChoice(frozen_modules=EMBEDDINGS.get(family, "embed_tokens") if is_frozen else None)
     costs = estimate_costs(config, sequence_length=16, selection=selection)
     for span in spans_of(boundaries):
         with torch.device("meta"):

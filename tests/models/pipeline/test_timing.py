@@ -11,11 +11,13 @@ from jllm.errors import UserError
 from jllm.models.pipeline import timing
 from jllm.models.pipeline.costs import Costs, estimate_costs
 from jllm.models.pipeline.partition import partition
-from jllm.models.pipeline.stage import StageSpan
+from jllm.models.pipeline.span import StageSpan
+from tests.models.chain import token_objective
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
 OPTIONS: dict[str, Any] = {"sequence_length": 32, "dtype": torch.float32}
+TIMED: dict[str, Any] = {**OPTIONS, "objective": token_objective}
 
 
 def costs_of(family: str, **overrides: Any) -> tuple[Any, Costs]:
@@ -39,7 +41,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[StageSpan]:
 
 def test_measured_split(tmp_path: Path) -> None:
     config, costs = costs_of("llama", num_hidden_layers=8, vocab_size=30_000)
-    measured = timing.measure_costs(config, costs, **OPTIONS, cache=tmp_path)
+    measured = timing.measure_costs(config, costs, **TIMED, cache=tmp_path)
     assert measured.is_measured
     assert measured.head_time > measured.layers[0].time > 0
     bounds = partition("profile", config=config, num_stages=2, costs=measured)
@@ -49,15 +51,15 @@ def test_measured_split(tmp_path: Path) -> None:
 def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
     config, costs = costs_of("llama")
     state = torch.get_rng_state()
-    first = timing.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new")
+    first = timing.measure_costs(config, costs, **TIMED, cache=tmp_path / "new")
     assert [(span.first_layer, span.end_layer) for span in spans] == [(0, 1), (1, 2), (3, 4)]
     assert torch.equal(torch.get_rng_state(), state), "measuring drew from the run's random numbers"
     spans.clear()
-    assert timing.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new") == first
+    assert timing.measure_costs(config, costs, **TIMED, cache=tmp_path / "new") == first
     assert not spans
     [stored] = (tmp_path / "new").iterdir()
     for changed in ({"sequence_length": 16}, {"micro_batch_size": 2}, {"checkpoint_interval": 1}):
-        timing.measure_costs(config, costs, **{**OPTIONS, **changed}, cache=tmp_path / "new")
+        timing.measure_costs(config, costs, **{**TIMED, **changed}, cache=tmp_path / "new")
         assert spans, f"{changed} read the times of something else"
         spans.clear()
     kept = json.loads(stored.read_text())
@@ -70,7 +72,7 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         json.dumps({**kept, "head": float("nan")}),
     ):
         stored.write_text(damage)
-        assert timing.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "new").is_measured
+        assert timing.measure_costs(config, costs, **TIMED, cache=tmp_path / "new").is_measured
         assert spans, f"{damage} was taken for times"
         spans.clear()
         assert len(json.loads(stored.read_text())["layers"]) == 4
@@ -79,7 +81,7 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config, costs = costs_of("llama")
-    assert timing.measure_costs(config, costs, **OPTIONS, cache=tmp_path / "file").is_measured
+    assert timing.measure_costs(config, costs, **TIMED, cache=tmp_path / "file").is_measured
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 )
 def test_layers_of_several_kinds(family: str, more: dict[str, Any], spans: list[StageSpan]) -> None:
     config, costs = costs_of(family)
-    measured = timing.measure_costs(config, costs, **OPTIONS, **more)
+    measured = timing.measure_costs(config, costs, **TIMED, **more)
     assert all(layer.time > 0 for layer in measured.layers)
     kinds = {(layer.kind, layer.parameters) for layer in costs.layers}
     alone = {(layer.kind, layer.parameters) for layer in costs.layers[1:-1]}
@@ -103,4 +105,4 @@ def test_layers_of_several_kinds(family: str, more: dict[str, Any], spans: list[
 def test_what_cannot_be_split_is_not_measured() -> None:
     config = tiny_config("hrm_text")
     with pytest.raises(UserError, match="over and over"):
-        timing.measure_costs(config, estimate_costs(config, is_whole=True), **OPTIONS)
+        timing.measure_costs(config, estimate_costs(config, is_whole=True), **TIMED)

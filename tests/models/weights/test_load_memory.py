@@ -17,8 +17,9 @@ import json, sys, threading, time
 import torch
 from transformers import LlamaConfig
 from benchmarks.load_memory import memory_bytes
-from jllm.models.pipeline.stage import spans_of
-from jllm.models.weights.stage_weights import init_stage, load_stage, save_stage, write_companions, write_index
+from jllm.models.pipeline.span import spans_of
+from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 
 torch.set_num_threads(1)
 folder, results = sys.argv[1], []

@@ -11,9 +11,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jllm.errors import UserError
 from jllm.models.pipeline.costs import estimate_costs
-from jllm.models.pipeline.stage import spans_of
+from jllm.models.pipeline.span import spans_of
+from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.saving import save_stage, write_companions, write_index
 from jllm.models.weights.source import causal_class, model_info, read_config
-from jllm.models.weights.stage_weights import init_stage, load_stage, save_stage, write_companions, write_index
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, whole_loss_and_gradients
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config

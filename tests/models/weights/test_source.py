@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from jllm.errors import UserError
-from jllm.models.pipeline.stage import StageSpan, spans_of
-from jllm.models.weights import stage_weights
+from jllm.models.pipeline.span import StageSpan, spans_of
+from jllm.models.weights import loading
 from jllm.models.weights.source import model_info, read_config
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -75,7 +75,7 @@ def test_only_the_stage_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("transformers.modeling_utils.safe_open", Spy)
     for span in spans_of([0, 1, 3, 4]):
         read.clear()
-        model = stage_weights.load_stage(folder, span, dtype=torch.float32)
+        model = loading.load_stage(folder, span, dtype=torch.float32)
         assert sorted(read) == sorted(name for name, _ in model.named_parameters())
         assert not any(parameter.is_meta for parameter in model.parameters())
 
@@ -103,10 +103,10 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, boundaries: list[in
     spans = spans_of(boundaries)
     for span in {spans[0], spans[-1]}:
         with pytest.raises(UserError, match=r"model\.safetensors holds a lm_head\.weight that differs"):
-            stage_weights.load_stage(tmp_path, span, dtype=torch.float32)
+            loading.load_stage(tmp_path, span, dtype=torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    models = [stage_weights.load_stage(tmp_path, span, dtype=torch.float32) for span in spans]
+    models = [loading.load_stage(tmp_path, span, dtype=torch.float32) for span in spans]
     assert not torch.equal(models[0].model.embed_tokens.weight, models[-1].lm_head.weight)
 
 
@@ -118,7 +118,7 @@ def test_either_of_a_tied_pair_is_enough(tmp_path: Path, boundaries: list[int]) 
     tied_folder(tmp_path / "both", lm_head__weight=embedding.clone(), model__embed_tokens__weight=embedding)
     tied_folder(tmp_path / "head", lm_head__weight=embedding.clone(), model__embed_tokens__weight=None)
     for name in ("one", "both", "head"):
-        models = [stage_weights.load_stage(tmp_path / name, span, dtype=torch.float32) for span in spans_of(boundaries)]
+        models = [loading.load_stage(tmp_path / name, span, dtype=torch.float32) for span in spans_of(boundaries)]
         first, last = models[0], models[-1]
         assert torch.equal(first.model.embed_tokens.weight, embedding), name
         assert torch.equal(last.lm_head.weight, embedding), name
@@ -135,7 +135,7 @@ def test_tensors_without_a_place_are_named_once(
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "more/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     for span in spans_of(boundaries):
-        stage_weights.load_stage(tmp_path / "more", span, dtype=torch.bfloat16)
+        loading.load_stage(tmp_path / "more", span, dtype=torch.bfloat16)
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: 9 tensors in ")
     assert "(model.layers.3.input_layernorm.weight, " in line
@@ -152,7 +152,7 @@ def test_tensors_of_other_stages_are_not_named(family: str, tmp_path: Path, capf
         renamed = {names[name]: tensor for name, tensor in tensors.items()}
         save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         for span in spans_of([0, 1, 3, 4]):
-            stage_weights.load_stage(tmp_path, span, dtype=torch.float32)
+            loading.load_stage(tmp_path, span, dtype=torch.float32)
     assert "warning" not in capfd.readouterr().err
 
 
@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
 
     def refuse(path: Path, says: str, span: StageSpan = WHOLE) -> None:
         with pytest.raises(UserError, match=says) as caught:
-            stage_weights.load_stage(path, span, dtype=torch.float32)
+            loading.load_stage(path, span, dtype=torch.float32)
         assert "\n" not in str(caught.value)
 
     refuse(tmp_path / "nowhere", "does not exist")

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from jllm.data.dataset import files
 from jllm.data.dataset.manifest import open_data_set
 from jllm.errors import UserError
+from jllm.models.pipeline.bundle import LABELS, POSITION_IDS
 from jllm.train.data import rows as rows_module
 from jllm.train.data.batching import TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.loader import (
+    BatchShare,
     Cursor,
     ReadAhead,
-    Share,
     Step,
     eval_micro_batches,
     eval_steps,
@@ -36,7 +37,7 @@ from tests.fixtures import VOCABULARY, random_rows, write_rows
 SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
 EXAMPLES = max(10, int(50 * SIZE))
 ROWS = 61
-SHARE = Share(
+SHARE = BatchShare(
     micro_batch=2, accumulation=2, data_rank=0, data_size=1, seq_len=None, block_mask=False, vocab_size=VOCABULARY
 )
 
@@ -60,14 +61,14 @@ def numbers(step: Step) -> list[int]:
     """The rows of a step by their first token, in order; -1 for a filling row, which is fully masked."""
     found = []
     for batch in step.micro_batches:
-        for ids, targets in zip(batch.input_ids.tolist(), batch.integers[0].tolist(), strict=True):
+        for ids, targets in zip(batch.input_ids.tolist(), batch.planes[LABELS].tolist(), strict=True):
             filling = not any(ids)
             assert not filling or set(targets) == {-100}
             found.append(-1 if filling and set(targets) == {-100} and ids[0] == 0 else ids[0])
     return found
 
 
-def take(index: ShardIndex, share: Share, count: int, cursor: Cursor = Cursor(), **more: Any) -> list[Step]:  # noqa: B008
+def take(index: ShardIndex, share: BatchShare, count: int, cursor: Cursor = Cursor(), **more: Any) -> list[Step]:  # noqa: B008
     given = {"seed": 5, "shuffle": True, "ahead": True, **more}
     return list(itertools.islice(train_steps(index, share, cursor=cursor, **given), count))
 
@@ -81,7 +82,7 @@ def same(one: Step, other: Step) -> bool:
     if dataclasses.replace(one, micro_batches=[]) != dataclasses.replace(other, micro_batches=[]):
         return False
     pairs = zip(one.micro_batches, other.micro_batches, strict=True)
-    return all(a.input_ids.equal(b.input_ids) and a.integers.equal(b.integers) for a, b in pairs)
+    return all(a.input_ids.equal(b.input_ids) and a.planes.stacked.equal(b.planes.stacked) for a, b in pairs)
 
 
 def test_every_epoch_has_every_row_once_and_its_own_order(index: ShardIndex) -> None:
@@ -121,7 +122,7 @@ def tokens_of(step: Step) -> list[tuple[list[int], list[int]]]:
     """Inputs and targets of every row that is not all padding, without what is masked behind them."""
     found = []
     for batch in step.micro_batches:
-        for ids, targets in zip(batch.input_ids.tolist(), batch.integers[0].tolist(), strict=True):
+        for ids, targets in zip(batch.input_ids.tolist(), batch.planes[LABELS].tolist(), strict=True):
             if any(ids):
                 end = max(place for place, token in enumerate(ids) if token) + 1
                 assert set(targets[end:]) <= {-100}
@@ -214,7 +215,9 @@ def test_the_division_of_a_batch_changes_nothing(index: ShardIndex, divided: tup
     for step in steps:
         assert len(step.micro_batches) == accumulation
         assert {tuple(batch.input_ids.shape) for batch in step.micro_batches} == {(micro_batch, step.length)}
-        assert all(batch.integers.is_contiguous() and batch.input_ids.is_contiguous() for batch in step.micro_batches)
+        assert all(
+            batch.planes.stacked.is_contiguous() and batch.input_ids.is_contiguous() for batch in step.micro_batches
+        )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 40])
@@ -279,7 +282,9 @@ def test_collate_equals_a_walk_over_the_tokens(given_rows: tuple[list[Row | None
     found = [
         (ids.tolist(), targets.tolist(), positions.tolist())
         for batch in batches
-        for ids, targets, positions in zip(batch.input_ids, batch.integers[0], batch.integers[1], strict=True)
+        for ids, targets, positions in zip(
+            batch.input_ids, batch.planes[LABELS], batch.planes[POSITION_IDS], strict=True
+        )
     ]
     assert found == [reference_row(row, length, block_mask) for row in rows]
 
@@ -295,13 +300,13 @@ def test_collate_by_hand() -> None:
         {"ids": [11, 12, 13, 21, 22, 99], "labels": [11, -100, 13, 21, 22, 99], "ends": [0, 3, 5]}, length=6
     )
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 0]]
-    assert batch.integers[0].tolist() == [[-100, 13, -100, 22, -100, -100]]
-    assert batch.integers[1].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch.planes[LABELS].tolist() == [[-100, 13, -100, 22, -100, -100]]
+    assert batch.planes[POSITION_IDS].tolist() == [[0, 1, 2, 0, 1, 2]]
 
 
 def test_an_empty_last_document_of_a_full_row() -> None:
     batch = one_batch({"ids": [1, 2, 3], "ends": [0, 2, 3, 3]}, length=2)
-    assert batch.integers.tolist() == [[[2, -100]], [[0, 1]]]
+    assert batch.planes.stacked.tolist() == [[[2, -100]], [[0, 1]]]
 
 
 def test_mistakes_name_what_is_wrong(index: ShardIndex) -> None:

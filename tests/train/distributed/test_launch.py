@@ -79,7 +79,7 @@ from pathlib import Path
 from jllm.train.triggers import Requests
 from jllm.train.config import TrainConfig
 
-Requests(TrainConfig(model=Path("model"), train_data=("data",)), rank=1, world_size=2).listen()
+Requests(TrainConfig(model=Path("model"), train_data=("data",)), is_first=False, world_size=2).listen()
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 print(flush=True)
 while True:

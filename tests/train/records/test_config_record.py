@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from jllm.options import command
-from jllm.train.config import TrainConfig, resolve_layout
+from jllm.train.config import TrainConfig
 from jllm.train.records.config_record import record_options, toml_of
+from jllm.train.shape import resolve_shape
 
 GIVEN: dict[str, Any] = {
     "model": Path('a "model"\\with\x7f strange\tname ü'),
@@ -35,14 +36,14 @@ def parse(*arguments: str) -> TrainConfig:
 def test_config_reads_what_was_recorded(tmp_path: Path, given: dict[str, Any]) -> None:
     config = TrainConfig(**given, local_rank=1)
     path = tmp_path / "log/config.toml"
-    record_options(path.parent, config, resolve_layout(config, 4), first_step=1)
+    record_options(path.parent, config, resolve_shape(config, 4), first_step=1)
     assert dataclasses.replace(parse("--config", str(path)), config=None, local_rank=1) == config
     assert parse("--config", str(path), "--seed", "7").seed == 7
 
 
 def test_values_that_were_set_automatically_are_there_as_comments() -> None:
     config = TrainConfig(model=Path("model"), train_data=("data",), global_batch_size=8, output_dir=Path("out"))
-    lines = toml_of(config, resolve_layout(config, 2)).splitlines()
+    lines = toml_of(config, resolve_shape(config, 2)).splitlines()
     assert lines[0].startswith("# jllm ")
     assert "1 stages x 2 pipelines on 2 processes" in lines[0]
     for line in (
@@ -58,7 +59,7 @@ def test_values_that_were_set_automatically_are_there_as_comments() -> None:
 def test_a_run_that_goes_on_leaves_the_first_record(tmp_path: Path) -> None:
     def start(first_step: int, **more: Any) -> list[str]:
         config = TrainConfig(**{**GIVEN, **more})
-        record_options(tmp_path, config, resolve_layout(config, 1), first_step=first_step)
+        record_options(tmp_path, config, resolve_shape(config, 1), first_step=first_step)
         return sorted(path.name for path in tmp_path.iterdir())
 
     assert start(1) == ["config.toml"]

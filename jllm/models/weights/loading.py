@@ -1,19 +1,13 @@
-"""Weights of one pipeline stage: from and to Hugging Face folders, without ever holding the whole model.
+"""Weights of one pipeline stage, from a Hugging Face folder or at random, without ever holding the whole model.
 
 `load_stage` reads only the tensors that the stage owns (the files are mapped, not read). `init_stage` draws random
 weights module by module, each module from its own seed, so the weights do not depend on the number of stages.
-`save_stage` and `write_index` write what plain `from_pretrained` reads: published names, the published layout (per
-expert where the family's checkpoints are), and one copy of a tied embedding.
 
-Costs: loading holds the stage's own weights once, plus the tensors in flight; saving holds one file's worth (`shard`
-bytes) beside the model where the dtype changes, and nothing where it does not. Weights on CPU are copied out of the
+Costs: loading holds the stage's own weights once, plus the tensors in flight. Weights on CPU are copied out of the
 mapped files one tensor at a time, so that these may be replaced while the model lives.
 """
 
 import copy
-import json
-import os
-import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,42 +23,26 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.utils import logging as transformers_logging
 
-from jllm import atomic
 from jllm.errors import UserError
-from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
-from jllm.models.legacy.layouts import layout_of, published_config
-from jllm.models.legacy.reading import read_raw_config, read_tensors, to_published
-from jllm.models.pipeline.stage import (
-    AbsentEmbedding,
-    AbsentLayer,
-    AbsentModule,
-    StageSpan,
-    anatomy_of,
-    seal,
-    stage_class,
-)
+from jllm.models.legacy.layouts import layout_of
+from jllm.models.legacy.reading import read_raw_config, read_tensors
+from jllm.models.pipeline.carving import seal, stage_class, structure_of
+from jllm.models.pipeline.span import StageSpan
+from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.initial import initialise
 from jllm.models.weights.source import (
-    INDEX_NAME,
-    SINGLE_NAME,
     causal_class,
     read_config,
     read_header,
     stored_dtypes,
     weight_files,
 )
-from jllm.models.weights.tensor_file import tensor_file
 
-SHARD_BYTES = 4 * 2**30
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
-STAGE_METADATA = {"format": "pt"}
-"""What transformers wants to see in the header of a file of weights."""
-_STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
 
 
 def load_stage(
@@ -75,8 +53,11 @@ def load_stage(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    names_unused: bool = True,
 ) -> PreTrainedModel:
     """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
+
+    With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
 
     Raises:
         UserError: the folder holds no model, one that cannot be split this way, or not all of its weights.
@@ -121,7 +102,7 @@ def load_stage(
         )
     if span.is_first or span.is_last:
         _check_ties(model, folder)
-    if span.is_first and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+    if span.is_first and names_unused:
         _name_unused(model, report["unexpected_keys"], folder)
     seal(model, span)
     if device.type == "cpu" and layout is None:
@@ -163,117 +144,12 @@ def init_stage(
 
     model = construct()
     initialise(model, construct, seed=seed, device=torch.device(device), skipped=_STAND_INS)
-    for duplicate, original in anatomy_of(model).tied if span.is_last else ():
+    for duplicate, original in structure_of(model).tied if span.is_last else ():
         owner, _, leaf = duplicate.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(original))
     seal(model, span)
     model.train()
     return model
-
-
-def stage_files(
-    model: PreTrainedModel,
-    span: StageSpan,
-    *,
-    dtype: torch.dtype | None = None,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """This stage's tensors under their published names, in host memory, one file at a time: its name and content.
-
-    File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
-    tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
-    the last stage is left out: the published file has the embedding only.
-    """
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    for duplicate, _ in anatomy_of(model).tied:
-        tensors.pop(duplicate, None)
-    for ignored in model._keys_to_ignore_on_save or ():
-        tensors.pop(ignored, None)
-    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
-    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
-    for part, names in enumerate(_parts(published, shard_bytes)):
-        file_name = _STAGE_FILE.format(stage=span.index, part=part)
-        yield file_name, {name: _as_stored(published[name], dtype) for name in names}
-
-
-def save_stage(
-    model: PreTrainedModel,
-    span: StageSpan,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, str]:
-    """Write the files of `stage_files`; returns published name → file name."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    files = stage_files(model, span, dtype=dtype, state_dict=state_dict, shard_bytes=shard_bytes)
-    for file_name, tensors in files:
-        tensor_file(tensors, STAGE_METADATA, copy=False).write(folder / file_name)
-        weight_map.update(dict.fromkeys(tensors, file_name))
-    return weight_map
-
-
-def write_index(folder: str | Path) -> dict[str, str]:
-    """Give the files of all stages in `folder` their final names and write the index over them.
-
-    One process calls it, after every stage's `save_stage` returned. One file becomes `model.safetensors` (no index),
-    several become `model-00001-of-0000N.safetensors`. Returns tensor name → file name.
-    """
-    folder = Path(folder)
-    files = sorted(folder.glob("model-stage-*.safetensors"))
-    if not files:
-        raise UserError(f"{str(folder)!r} has no stage files to index; save the stages there first")
-    weight_map: dict[str, str] = {}
-    total_size = total_parameters = 0
-    for number, path in enumerate(files, start=1):
-        name = SINGLE_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        for key, entry in read_header(path).items():
-            assert key not in weight_map, f"{key} written by two stages"
-            weight_map[key] = name
-            start, end = entry["data_offsets"]
-            total_size += end - start
-            total_parameters += torch.Size(entry["shape"]).numel()
-        os.replace(path, folder / name)
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_parameters": total_parameters, "total_size": total_size},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        atomic.write_text(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return weight_map
-
-
-def write_companions(
-    model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtype, source: str | Path | None = None
-) -> None:
-    """Everything of a Hugging Face folder that is not a weight: configuration, tokenizer, chat template, licence, ...
-
-    Small files of `source` are copied as they are, except config.json, which is written from the model with `dtype`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    is_alibi = isinstance(model.config, AlibiLlamaConfig)
-    is_converted = source is not None and layout_of(read_raw_config(Path(source))) is not None and not is_alibi
-    if source is not None:
-        for path in sorted(Path(source).iterdir()):
-            # An older checkpoint that became a native one needs none of the code it came with.
-            is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
-            if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
-                shutil.copyfile(path, folder / path.name)
-    if isinstance(model.config, AlibiLlamaConfig):
-        fields = published_config(model.config, read_raw_config(Path(source)) if source is not None else {}, dtype)
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        return
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if model.generation_config is not None and not (folder / "generation_config.json").exists():
-        model.generation_config.save_pretrained(folder)
 
 
 def _check_ties(model: PreTrainedModel, folder: str | Path) -> None:
@@ -282,7 +158,7 @@ def _check_ties(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         UserError: config.json ties two such tensors.
     """
-    for copied, original in anatomy_of(model).tied:
+    for copied, original in structure_of(model).tied:
         if copied not in model.all_tied_weights_keys:
             holders = [path for path in weight_files(folder) if copied in read_header(path)]
             raise UserError(
@@ -296,7 +172,7 @@ def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: st
 
     `unexpected` is what transformers found no place for in this stage, less what the family ignores by design.
     """
-    stored, prefix = anatomy_of(model).stored, model.base_model_prefix + "."
+    stored, prefix = structure_of(model).stored, model.base_model_prefix + "."
     # A base model's file has names without the prefix, which are only found where their place is.
     unused = {name for name in unexpected if not stored & {name, prefix + name, name.removeprefix(prefix)}}
     if unused:
@@ -332,32 +208,6 @@ def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
             f"stage {span.index} would own layers {span.first_layer} to {span.end_layer} of a model with {layers}; "
             "every stage needs at least one layer: use fewer stages or other boundaries"
         )
-
-
-def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `shard_bytes` (a larger tensor is a group of its own)."""
-    group: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if group and size + bytes_ > shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += bytes_
-    if group:
-        yield group
-
-
-def _as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.cpu().contiguous()
-
-
-def _is_weight_file(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".tmp"))
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""Stand-ins for what other stages own: a layer, an embedding, a norm or head.
+
+They keep the family's own forward running: what it walks and calls is there, in the right shape, and does nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AbsentLayer(nn.Module):
+    """Stands in for a decoder layer of another stage: hands the hidden state on.
+
+    It answers for the plain attributes of the layer it replaces (`attention_type`, ...), which some families read
+    while they walk the list. On a later stage layer 0 is the entrance: it returns what was received. On all stages but
+    the last one, the stand-in after the stage's own layers is the exit: it keeps what is to be sent.
+    """
+
+    def __init__(self, replaced: nn.Module, returned: int) -> None:
+        super().__init__()
+        own = set(nn.Module().__dict__)
+        for name, value in replaced.__dict__.items():
+            if name not in own and isinstance(value, (int, float, str, bool)):
+                setattr(self, name, value)
+        self.__dict__["_replaced"] = type(replaced)
+        self.returned = returned
+        self.is_exit = False
+        self.received: Tensor | None = None
+        self.sent: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """The class attributes of the replaced layer; its methods (to set a mode, ...) do nothing here."""
+        value = getattr(self.__dict__.get("_replaced"), name, None)
+        if value is None or isinstance(value, property):
+            return super().__getattr__(name)
+        return _do_nothing if callable(value) else value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The received hidden state on an entrance, else the first argument."""
+        hidden = self.received if self.received is not None else args[0] if args else kwargs["hidden_states"]
+        if self.is_exit:
+            self.sent = hidden
+        return (hidden, *[None] * (self.returned - 1)) if self.returned else hidden
+
+
+class AbsentEmbedding(nn.Module):
+    """Stands in for an embedding (of tokens or positions) of the first stage: adds nothing."""
+
+    weight: Tensor
+
+    def __init__(self, replaced: nn.Embedding) -> None:
+        super().__init__()
+        self.width = replaced.embedding_dim
+        # Without elements: some families look at it for the device.
+        empty = torch.empty(0, dtype=replaced.weight.dtype, device=replaced.weight.device)
+        self.register_buffer("weight", empty, persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros in the shape of an embedding of the first tensor argument."""
+        ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return torch.zeros(*ids.shape, self.width, dtype=self.weight.dtype, device=ids.device)
+
+
+class AbsentModule(nn.Module):
+    """Stands in for a norm, a projection or a head of another stage: hands its input on, in the right shape."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.width: int | None = None
+        if isinstance(replaced, nn.Linear) and replaced.in_features != replaced.out_features:
+            self.width = replaced.out_features
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Its input, or zeros of the width that the replaced projection would give."""
+        return hidden if self.width is None else hidden.new_zeros(1).expand(*hidden.shape[:-1], self.width)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """A method of a layer that is elsewhere."""

@@ -1,0 +1,170 @@
+"""Weights of one pipeline stage to a Hugging Face folder, without ever holding the whole model.
+
+`save_stage` and `write_index` write what plain `from_pretrained` reads: published names, the published layout (per
+expert where the family's checkpoints are), and one copy of a tied embedding.
+
+Costs: saving holds one file's worth (`shard` bytes) beside the model where the dtype changes, and nothing where it does
+not.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    revert_weight_conversion,
+)
+
+from jllm import atomic
+from jllm.errors import UserError
+from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
+from jllm.models.legacy.layouts import layout_of, published_config
+from jllm.models.legacy.reading import read_raw_config, to_published
+from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    read_header,
+)
+from jllm.models.weights.tensor_file import tensor_file
+
+SHARD_BYTES = 4 * 2**30
+STAGE_METADATA = {"format": "pt"}
+"""What transformers wants to see in the header of a file of weights."""
+_STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
+
+
+def stage_files(
+    model: PreTrainedModel,
+    span: StageSpan,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """This stage's tensors under their published names, in host memory, one file at a time: its name and content.
+
+    File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
+    tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
+    the last stage is left out: the published file has the embedding only.
+    """
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    for duplicate, _ in structure_of(model).tied:
+        tensors.pop(duplicate, None)
+    for ignored in model._keys_to_ignore_on_save or ():
+        tensors.pop(ignored, None)
+    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
+    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
+    for part, names in enumerate(_parts(published, shard_bytes)):
+        file_name = _STAGE_FILE.format(stage=span.index, part=part)
+        yield file_name, {name: _as_stored(published[name], dtype) for name in names}
+
+
+def save_stage(
+    model: PreTrainedModel,
+    span: StageSpan,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write the files of `stage_files`; returns published name → file name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    files = stage_files(model, span, dtype=dtype, state_dict=state_dict, shard_bytes=shard_bytes)
+    for file_name, tensors in files:
+        tensor_file(tensors, STAGE_METADATA, copy=False).write(folder / file_name)
+        weight_map.update(dict.fromkeys(tensors, file_name))
+    return weight_map
+
+
+def write_index(folder: str | Path) -> dict[str, str]:
+    """Give the files of all stages in `folder` their final names and write the index over them.
+
+    One process calls it, after every stage's `save_stage` returned. One file becomes `model.safetensors` (no index),
+    several become `model-00001-of-0000N.safetensors`. Returns tensor name → file name.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("model-stage-*.safetensors"))
+    if not files:
+        raise UserError(f"{str(folder)!r} has no stage files to index; save the stages there first")
+    weight_map: dict[str, str] = {}
+    total_size = total_parameters = 0
+    for number, path in enumerate(files, start=1):
+        name = SINGLE_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        for key, entry in read_header(path).items():
+            assert key not in weight_map, f"{key} written by two stages"
+            weight_map[key] = name
+            start, end = entry["data_offsets"]
+            total_size += end - start
+            total_parameters += torch.Size(entry["shape"]).numel()
+        os.replace(path, folder / name)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_parameters": total_parameters, "total_size": total_size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        atomic.write_text(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return weight_map
+
+
+def write_companions(
+    model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtype, source: str | Path | None = None
+) -> None:
+    """Everything of a Hugging Face folder that is not a weight: configuration, tokenizer, chat template, licence, ...
+
+    Small files of `source` are copied as they are, except config.json, which is written from the model with `dtype`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    is_alibi = isinstance(model.config, AlibiLlamaConfig)
+    is_converted = source is not None and layout_of(read_raw_config(Path(source))) is not None and not is_alibi
+    if source is not None:
+        for path in sorted(Path(source).iterdir()):
+            # An older checkpoint that became a native one needs none of the code it came with.
+            is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
+            if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
+                shutil.copyfile(path, folder / path.name)
+    if isinstance(model.config, AlibiLlamaConfig):
+        fields = published_config(model.config, read_raw_config(Path(source)) if source is not None else {}, dtype)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        return
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None and not (folder / "generation_config.json").exists():
+        model.generation_config.save_pretrained(folder)
+
+
+def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, in groups of at most `shard_bytes` (a larger tensor is a group of its own)."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if group and size + bytes_ > shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += bytes_
+    if group:
+        yield group
+
+
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.cpu().contiguous()
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".tmp"))

@@ -1,0 +1,72 @@
+"""What an objective is, and the one that is in use on a last stage.
+
+An objective returns a sum over the trained tokens of a micro-batch. For one optimizer step over the whole world the
+loss is (sum of these) / (number of trained tokens), however the tokens fall on micro-batches and ranks. DeepSpeed
+divides what the last stage returns by the number of micro-batches and averages over data-parallel ranks, in the
+gradient and in the reported loss alike; `step_scale` multiplies by both beforehand, so the two cancel and what is left
+is the sum over the step divided by its trained tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jllm.models.pipeline.head import Head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What an objective makes of a micro-batch.
+
+    Attributes:
+        loss: scalar, fp32, to be differentiated.
+        reported: scalars by name, to be added up over micro-batches and processes.
+    """
+
+    loss: Tensor
+    reported: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Final hidden states → sums."""
+
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
+        """The sums of a micro-batch.
+
+        Args:
+            hidden: [B, S, width] of any float type: what `head` takes.
+            head: gives the logits of any part of it.
+            fields: the named integer planes [B, S] of the micro-batch.
+        """
+
+
+def step_scale(*, trained_tokens: int, micro_batches: int, data_parallel_size: int) -> float:
+    """What a sum is multiplied with in a step that has this many trained tokens in the whole world."""
+    return micro_batches * data_parallel_size / max(trained_tokens, 1)
+
+
+class ObjectiveInUse:
+    """What a last stage calls: an objective, the scale of the step, and what is reported since they were set."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.use(objective)
+
+    def use(self, objective: Objective, *, scale: float = 1.0) -> None:
+        """The next forward passes compute this; without a scale they return plain sums."""
+        self._objective, self._scale = objective, scale
+        self._reported: dict[str, Tensor] = {}
+
+    def reported(self, name: str) -> int:
+        """The sum of this name since `use`, waiting for the device; 0 on stages that have no objective."""
+        return int(self._reported[name]) if name in self._reported else 0
+
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
+        """The scaled sum of a micro-batch, to be differentiated."""
+        sums = self._objective(hidden, head, fields)
+        for name, value in sums.reported.items():
+            known = self._reported.get(name)
+            self._reported[name] = value if known is None else known + value
+        return sums.loss * torch.tensor(self._scale, dtype=torch.float32, device=sums.loss.device)
