@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import graphlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -189,31 +188,6 @@ def test_data_never_imports_torch_and_models_never_import_train() -> None:
                 for module in imported:
                     wrong = [bad for bad in modules if module == bad or module.startswith(bad + ".")]
                     assert not wrong, f"{name} imports {module}"
-
-
-def imports_of(name: str, known: set[str]) -> set[str]:
-    """The modules among `known` that a file imports anywhere: in functions and for type checkers too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & known
-
-
-def test_nothing_imports_in_a_circle() -> None:
-    """Of what a run is made of."""
-    folders = ("jllm/models/", "jllm/parallel/", "jllm/train/")
-    modules = {
-        name.removesuffix(".py").replace("/", "."): name
-        for name in tracked()
-        if name.startswith(folders) and name.endswith(".py") and not name.endswith("__init__.py")
-    }
-    graph = {module: imports_of(name, set(modules)) for module, name in modules.items()}
-    assert len(graph) > 50
-    assert any(graph.values())
-    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_every_config_field_explains_itself() -> None:

@@ -73,6 +73,11 @@ class Collectives:
         """This process's node, by its first process: the launcher numbers those of a node without gaps."""
         return self.rank - int(os.environ.get("LOCAL_RANK", "0"))
 
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what a node needs once."""
+        return self.rank == self.node
+
     def ranks_of_node(self) -> list[int]:
         """The processes on this process's node."""
         return [rank for rank, other in enumerate(self.gather(self.node)) if other == self.node]
