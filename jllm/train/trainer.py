@@ -66,7 +66,7 @@ def run(config: TrainConfig) -> None:
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return
-    Run(config, shape, agreement, model_info).train()
+    TrainingRun(config, shape, agreement, model_info).train()
 
 
 def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
@@ -80,7 +80,7 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_in
         print(f"wrote {config.output_dir}", flush=True)
 
 
-class Run:
+class TrainingRun:
     """One run on one process: what it holds between its steps."""
 
     def __init__(self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
