@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.errors import UserError
-from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_path, temporary_folder
-from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file
-from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.folders import INDEX_NAME, temporary_folder
+from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file, write_file, write_index
+from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.regions import Region
 from jllm.train.data.loader import Cursor
 from tests.train.checkpoint.layouts import regions, tilings
@@ -48,9 +48,7 @@ def write(root: Path, files: list[list[Region]]) -> Path:
     temporary_folder(folder).mkdir(parents=True)
     for rank, held in enumerate(files):
         pieces = [Piece(kind="weight", name="w", region=region, tensor=elements(region)) for region in held]
-        prepare_file(pieces, {"cpu": torch.tensor([rank], dtype=torch.uint8)}, copy=False).write(
-            rank_file_path(folder, rank)
-        )
+        write_file(prepare_file(pieces, {"cpu": torch.tensor([rank], dtype=torch.uint8)}, copy=False), folder, rank)
     commit(folder, STATE, range(len(files)))
     return folder
 
@@ -111,6 +109,7 @@ def as_format_1(folder: Path) -> None:
     """Rewrite an index as the first version wrote it: runs of the whole tensor under the tensor's own key."""
     index = json.loads((folder / INDEX_NAME).read_text())
     index["format"] = 1
+    del index["files"], index["checksum"]
     for entry in index["tensors"].values():
         entry["parts"] = [{name: part[name] for name in ("file", "start", "stop")} for part in entry["parts"]]
     (folder / INDEX_NAME).write_text(json.dumps(index))
@@ -128,15 +127,51 @@ def test_format_1_is_read(tmp_path: Path, wanted: Region) -> None:
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, [[Region.of((2,))]])
     index = json.loads((folder / INDEX_NAME).read_text())
-    (folder / INDEX_NAME).write_text(json.dumps({**index, "format": 3}))
+    write_index(folder, {**index, "format": 3})
     with pytest.raises(UserError, match="checkpoint format 3; this version reads 1 and 2"):
         CheckpointReader(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_flipped_bit_is_found(data: st.DataObject) -> None:
+    """Whatever byte of whatever file is another one, reading everything says so, and names the file."""
+    with tempfile.TemporaryDirectory() as root:
+        whole = Region.of((3, 4))
+        folder = write(Path(root), [[whole.run(0, 5)], [whole.run(5, 12)]])
+        assert CheckpointReader(folder).check_all() == []
+        path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+        written = path.read_bytes()
+        content = bytearray(written)
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        try:
+            problems = CheckpointReader(folder).check_all()
+        except DamagedCheckpointError as error:
+            problems = [str(error)]
+        # White space between the values of the index says nothing.
+        assert problems or (path.name == INDEX_NAME and json.loads(content) == json.loads(written))
+        assert all(path.name in problem for problem in problems)
+
+
+def test_damage_is_found_by_who_reads_it_alone(tmp_path: Path) -> None:
+    whole = Region.of((3, 4))
+    folder = write(tmp_path, [[whole.run(0, 5)], [whole.run(5, 12)]])
+    path = folder / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # of the state of the random numbers, or of the piece
+    path.write_bytes(content)
+    reader = CheckpointReader(folder)
+    assert reader.read("weight", "w", whole.run(1, 4)) is not None
+    with pytest.raises(DamagedCheckpointError, match=r"rank-00001\.safetensors: is damaged"):
+        reader.read("weight", "w", whole.run(4, 8))
 
 
 def test_a_damaged_index_or_file_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, [[Region.of((2,))]])
     (folder / "rank-00000.safetensors").write_bytes(b"\0" * 4)
-    with pytest.raises(UserError, match=r"rank-00000\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"rank-00000\.safetensors: is damaged: it has 4 bytes"):
         CheckpointReader(folder).read("weight", "w", Region.of((2,)))
     (folder / INDEX_NAME).write_text("{")
     with pytest.raises(UserError, match=r"index\.json: cannot be read"):
