@@ -34,5 +34,7 @@ def main(config: CheckpointConfig) -> None:
     damaged = [problem for each in problems.values() for problem in each]
     if damaged:
         good = [folder for folder in found if not problems[folder]]
-        newest = f"the newest good one is {good[-1]}" if good else "no other one is good"
-        raise UserError(f"{'; '.join(damaged)}; {newest}")
+        advice = "use another checkpoint"
+        if found != [config.folder]:  # else the others were not looked at
+            advice = f"the newest good one is {good[-1]}" if good else "none of them is good"
+        raise UserError("; ".join([*damaged, advice]))

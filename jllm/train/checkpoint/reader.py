@@ -215,7 +215,7 @@ class CheckpointReader:
         self._checked.add((name, key))
 
     def _damage(self, name: str, what: str) -> DamagedCheckpointError:
-        return DamagedCheckpointError(f"{self.folder / name}: {what}; use another checkpoint")
+        return DamagedCheckpointError(f"{self.folder / name}: {what}")
 
 
 def _stored_boxes(tensor: str, entry: dict[str, Any]) -> Iterator[_StoredBox]:
