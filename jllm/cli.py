@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": ("jllm.commands.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
     "plot": ("jllm.commands.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
+    "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
     "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
     "train": ("jllm.commands.train_pipe:main", "train (start it through the deepspeed launcher)"),
 }

@@ -49,6 +49,7 @@ class OptionFacts:
     choices: tuple[str, ...] | None
     metavar: str | None
     hidden: bool
+    positional: bool
 
 
 def option(
@@ -58,6 +59,7 @@ def option(
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
     hidden: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also an option.
 
@@ -68,9 +70,15 @@ def option(
         choices: the allowed values, where they are few.
         metavar: how the value is shown in `--help`.
         hidden: not shown in `--help`.
+        positional: given without a flag, by its place.
     """
     facts = OptionFacts(
-        flags=flags, help=help, choices=tuple(choices) if choices else None, metavar=metavar, hidden=hidden
+        flags=flags,
+        help=help,
+        choices=tuple(choices) if choices else None,
+        metavar=metavar,
+        hidden=hidden,
+        positional=positional,
     )
     return dataclasses.field(default=default, metadata={"option": facts})
 
@@ -164,7 +172,7 @@ def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Conf
 def _parameters(config_type: type[Any]) -> list[click.Parameter]:
     hints = typing.get_type_hints(config_type)
     parameters: list[click.Parameter] = [
-        _click_option(field, hints[field.name], config_type) for field in dataclasses.fields(config_type)
+        _click_parameter(field, hints[field.name], config_type) for field in dataclasses.fields(config_type)
     ]
     version = click.Option(
         ["--version"],
@@ -195,10 +203,13 @@ def value_type(hint: Any) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
-def _click_option(field: "dataclasses.Field[Any]", hint: Any, config_type: type[Any]) -> click.Option:
+def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: type[Any]) -> click.Parameter:
     facts: OptionFacts = field.metadata["option"]
     scalar, repeated, _ = value_type(hint)
     required = field.default is dataclasses.MISSING
+    if facts.positional:
+        kind = click.Choice(facts.choices) if facts.choices else click.Path(path_type=Path)
+        return click.Argument([field.name], type=kind, nargs=-1 if repeated else 1, required=required)
     settings: dict[str, Any] = {
         "help": facts.help,
         "metavar": facts.metavar,

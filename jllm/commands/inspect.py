@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import click
-
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -13,7 +11,7 @@ from jllm.options import command, option
 class InspectConfig:
     """Options of `inspect`."""
 
-    folder: Path = option(dataclasses.MISSING, help="folder of a data set")
+    folder: Path = option(dataclasses.MISSING, help="folder of a data set", positional=True)
     tokenizer: str | None = option(None, help="Hugging Face folder or name; without it ids are shown, not text")
     rows: int = option(2, "-n", help="rows to show", metavar="N")
     start: int = option(0, help="number of the first row to show", metavar="N")
@@ -41,10 +39,3 @@ def main(config: InspectConfig) -> None:
         show_rows(data, decode, rows=config.rows, start=config.start, color=config.color)
     if config.verify:
         show_verified(data)
-
-
-# The folder is given without a flag.
-main.params = [
-    click.Argument(["folder"], type=click.Path(path_type=Path)) if parameter.name == "folder" else parameter
-    for parameter in main.params
-]

@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import click
-
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -13,7 +11,7 @@ from jllm.options import command, option
 class ManifestConfig:
     """Options of `manifest`."""
 
-    folder: Path = option(dataclasses.MISSING, help="folder of shards")
+    folder: Path = option(dataclasses.MISSING, help="folder of shards", positional=True)
     tokenizer: str | None = option(None, help="the tokenizer that made the ids, to record it", metavar="FOLDER")
     cores: int = option(-1, help="workers; negative: all cores")
     verify: bool = option(False, help="check every file against the manifest instead of making one")
@@ -51,10 +49,3 @@ def main(config: ManifestConfig) -> None:
         f"{config.folder}: {manifest.rows:,} rows, {manifest.total('tokens'):,} tokens,"
         f" {manifest.total('trained_tokens'):,} trained, in {len(manifest.files)} files"
     )
-
-
-# The folder is given without a flag.
-main.params = [
-    click.Argument(["folder"], type=click.Path(path_type=Path)) if parameter.name == "folder" else parameter
-    for parameter in main.params
-]

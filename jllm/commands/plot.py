@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import click
-
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -13,7 +11,9 @@ from jllm.options import command, option
 class PlotConfig:
     """Options of `plot`."""
 
-    runs: tuple[Path, ...] = option(dataclasses.MISSING, help="folders of runs, or metrics.jsonl files")
+    runs: tuple[Path, ...] = option(
+        dataclasses.MISSING, help="folders of runs, or metrics.jsonl files", positional=True
+    )
     output: Path | None = option(None, "-o", help=".html or .png file to write [default: plot.html beside the records]")
 
     def __post_init__(self) -> None:
@@ -28,12 +28,3 @@ def main(config: PlotConfig) -> None:
     from jllm.train.records.curves import plot
 
     print(f"wrote {plot(list(config.runs), config.output)}")
-
-
-# The runs are given without a flag.
-main.params = [
-    click.Argument(["runs"], type=click.Path(path_type=Path), nargs=-1, required=True)
-    if parameter.name == "runs"
-    else parameter
-    for parameter in main.params
-]

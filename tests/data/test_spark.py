@@ -22,7 +22,7 @@ def test_names_of_any_characters() -> None:
 @pytest.mark.parametrize(
     ("uri", "root"),
     [
-        ("file:///data/a%20b/lang=de/0.parquet", "file:/data/a b"),
+        ("file:" + "///data/a%20b/lang=de/0.parquet", "file:/data/a b"),
         ("file:/data/a b/lang=de/0.parquet", "/data/a b/"),
         ("hdfs://host:80/a/lang=de/0.parquet", "hdfs://host:80/a"),
     ],

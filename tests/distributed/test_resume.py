@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jllm.train.checkpoint.format import write_index
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -239,7 +240,7 @@ def test_the_same_model_in_another_place_goes_on(ranks: Callable[[int], Ranks], 
     index = tmp_path / "ckpt/step-00000003/index.json"
     saved = json.loads(index.read_text())
     saved["config"]["architecture"] |= {"transformers_version": "4.0.0", "gone_since": 3}
-    index.write_text(json.dumps(saved))
+    write_index(index.parent, saved)
     more = {"model": tmp_path / "model", "resume_ckpt": "auto", "checkpoint": tmp_path / "ckpt"}
     options = options_of(folder, "elsewhere", **more)
     assert ranks(2).run(train_rank, options) == [None] * 2
@@ -276,7 +277,7 @@ def test_an_optimizer_without_state_starts_afresh_or_is_refused(
     index = folder / "mlp-fp32/step-00000006/index.json"
     saved = json.loads(index.read_text())
     del saved["tensors"]["exp_avg/model.layers.3.mlp.up_proj.weight"]
-    index.write_text(json.dumps(saved))
+    write_index(index.parent, saved)
     options = options_of(folder, "mlp-fp32", target_modules="mlp", resume_ckpt="auto")
     [answer] = train_each(ranks, [options], console)
     assert answer is not None

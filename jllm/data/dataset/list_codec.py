@@ -149,7 +149,7 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
 def _read_header(data: memoryview, position: int) -> tuple[int, int, int, int, int]:
     """Of the page whose header stands at `position`: where it begins, its size before compression, where it ends, its
     checksum and its number of entries."""
-    reader = thrift.Reader(data, position)
+    reader = thrift.StructReader(data, position)
     fields = reader.struct()
     try:
         plain, packed, checksum, entries = fields[2], fields[3], fields[4] & 0xFFFFFFFF, fields[5][1]
@@ -173,7 +173,7 @@ def _values_before(entries: Int64, has_element: NDArray[np.bool_]) -> Int64:
 def _read_levels(page: NDArray[np.uint8], at: int, count: int) -> tuple[NDArray[np.bool_], int]:
     """The inverse of `_levels` and `_all_one`, and where it ends in the page."""
     end = at + 4 + int.from_bytes(page[at : at + 4].tobytes(), "little")
-    reader = thrift.Reader(page.data, at + 4)
+    reader = thrift.StructReader(page.data, at + 4)
     head = reader.varint()
     if head & 1:
         return np.unpackbits(page[reader.position : end], count=count, bitorder="little").view(np.bool_), end

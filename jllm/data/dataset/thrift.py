@@ -70,7 +70,7 @@ def struct(fields: Iterable[tuple[int, Encoded | None]]) -> Encoded:
     return _STRUCT, bytes(result)
 
 
-class Reader:
+class StructReader:
     """Reads structs of numbers and structs, which is all that the header of a data page is, from a buffer.
 
     Raises:

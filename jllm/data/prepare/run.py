@@ -67,7 +67,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
             for each in outputs:
                 held.enter_context(each.place.locked())
             # Before anything is removed, the run finds out what is wrong with its options.
-            run = _Run(config, given, facts, outputs, cores, progress, early, renderers)
+            run = _Preparation(config, given, facts, outputs, cores, progress, early, renderers)
             if config.clean:
                 run.clean()
             try:
@@ -89,7 +89,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     return manifest
 
 
-class _Run:
+class _Preparation:
     """One run of the command: as many attempts as it takes."""
 
     def __init__(

@@ -20,7 +20,7 @@ SOURCES, ITEMS = 3, 2
 T = TypeVar("T")
 
 
-class _Reader(Generic[T]):
+class _AheadReader(Generic[T]):
     """One source, read on a thread until `stop`."""
 
     def __init__(self, items: Iterator[T]) -> None:
@@ -65,18 +65,18 @@ def in_order(
         here: numbers of sources that the calling thread reads, such as standard input: a thread that waits for it
             cannot be stopped.
     """
-    readers: deque[_Reader[T] | Iterator[T]] = deque()
+    readers: deque[_AheadReader[T] | Iterator[T]] = deque()
     begun = 0
     try:
         for number in range(len(sources)):
             while begun < min(len(sources), number + 1 + SOURCES):
                 items = sources[begun]()
-                readers.append(items if begun in here else _Reader(items))
+                readers.append(items if begun in here else _AheadReader(items))
                 begun += 1
             for item in readers[0]:
                 yield number, item
             readers.popleft()
     finally:
         for reader in readers:
-            if isinstance(reader, _Reader):
+            if isinstance(reader, _AheadReader):
                 reader.stop()

@@ -6,6 +6,7 @@ Cost: a copy to host memory for tensors that are elsewhere; none for those that 
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,37 @@ _DTYPE_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FileChecksums:
+    """CRC-32 of everything that a file holds. They find damage, not forgery.
+
+    Attributes:
+        bytes: the file's size.
+        header: the checksum of its header, the length in front of it included.
+        tensors: that of each tensor's bytes, by name.
+    """
+
+    bytes: int
+    header: int
+    tensors: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """A file, ready to be written: a header and raw buffers in host memory."""
+    """A file, ready to be written: a header and, by tensor, raw buffers in host memory."""
 
     header: bytes
-    buffers: list[NDArray[np.uint8]]
+    buffers: dict[str, NDArray[np.uint8]]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> FileChecksums:
         """Write the file, completely or not at all; no tensor operation takes place."""
+        checksums: dict[str, int] = {}
         with atomic.replacing(path) as temporary, temporary.open("wb") as file:
             file.write(self.header)
-            for buffer in self.buffers:
+            for name, buffer in self.buffers.items():
                 file.write(buffer.data)
+                checksums[name] = zlib.crc32(buffer.data)
+            size = file.tell()
+        return FileChecksums(bytes=size, header=zlib.crc32(self.header), tensors=checksums)
 
 
 def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, copy: bool) -> TensorFile:
@@ -57,7 +77,7 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, c
         copy: whether tensors that are in host memory already are copied too, so that they may go on changing.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    buffers = []
+    buffers: dict[str, NDArray[np.uint8]] = {}
     position = 0
     for name, tensor in tensors.items():
         host = tensor.detach().to("cpu", copy=copy).contiguous()
@@ -66,7 +86,7 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, c
         flat = host.reshape(-1)
         if flat.stride() != (1,):  # one element of a view counts as contiguous whatever its stride
             flat = flat.clone(memory_format=torch.contiguous_format)
-        buffers.append(flat.view(torch.uint8).numpy())
+        buffers[name] = flat.view(torch.uint8).numpy()
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its data

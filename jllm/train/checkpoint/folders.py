@@ -40,9 +40,9 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def rank_file_path(folder: Path, rank: int) -> Path:
-    """Where process `rank` writes its file of checkpoint `folder`."""
-    return temporary_folder(folder) / rank_file_name(rank)
+def receipt_path(folder: Path, rank: int) -> Path:
+    """What process `rank` writes, into the temporary folder, when its file of checkpoint `folder` is complete."""
+    return (temporary_folder(folder) / rank_file_name(rank)).with_suffix(".json")
 
 
 def publish(folder: Path) -> None:

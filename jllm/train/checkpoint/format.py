@@ -2,7 +2,8 @@
 
     step-00000010/
       rank-00000.safetensors ...   pieces, each a flat tensor
-      index.json                   written last: step, cursor, options, data fingerprint, and where every piece is
+      index.json                   written last: step, cursor, options, data fingerprint, where every piece is, and
+                                   a checksum of everything, the index included
 
 A piece is of one kind (the weight, the fp32 master weight, or a state of the optimizer) of one parameter, and says
 which elements of the whole tensor it has (`jllm.train.checkpoint.regions`). Parameters have the whole model's names.
@@ -17,7 +18,8 @@ Cost: each process writes what it owns once.
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from jllm import atomic
 from jllm.models.weights.source import read_metadata
 from jllm.models.weights.tensor_file import TensorFile, tensor_file
-from jllm.train.checkpoint.folders import INDEX_NAME, publish, rank_file_name, temporary_folder
+from jllm.train.checkpoint.folders import INDEX_NAME, publish, rank_file_name, receipt_path, temporary_folder
 from jllm.train.checkpoint.regions import Region
 from jllm.train.data.loader import Cursor
 
@@ -35,6 +37,8 @@ READABLE_VERSIONS = (1, 2)
 PIECES = "pieces"
 """The name, in a file's metadata, of the table of its pieces."""
 RNG_PREFIX = "rng/"
+CHECKSUM = "checksum"
+"""The index's own, in the index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ def tensor_key(kind: str, name: str) -> str:
     return f"{kind}/{name}"
 
 
-def prepare_file(pieces: Iterable[Piece], rng: dict[str, Tensor], *, copy: bool) -> TensorFile:
+def prepare_file(pieces: Sequence[Piece], rng: dict[str, Tensor], *, copy: bool) -> TensorFile:
     """A process's file in host memory.
 
     Args:
@@ -107,16 +111,25 @@ def prepare_file(pieces: Iterable[Piece], rng: dict[str, Tensor], *, copy: bool)
     return tensor_file(tensors, {PIECES: json.dumps(table)}, copy=copy)
 
 
-def commit(folder: Path, state: RunState, ranks: Iterable[int]) -> None:
-    """Write the index over the files of these processes, which are all there, and give the folder its name.
+def write_file(file: TensorFile, folder: Path, rank: int) -> None:
+    """Write the file of process `rank` into the temporary folder of a checkpoint, and then its receipt."""
+    name = rank_file_name(rank)
+    checksums = file.write(temporary_folder(folder) / name)
+    atomic.write_json(receipt_path(folder, rank), dataclasses.asdict(checksums))
+
+
+def commit(folder: Path, state: RunState, ranks: Sequence[int]) -> None:
+    """Write the index over the files of these processes, whose receipts are all there, and give the folder its name.
 
     `ranks` are all processes, or those of one node where each node has a checkpoint folder of its own; then several
     files may hold the same elements.
     """
     temporary = temporary_folder(folder)
     tensors: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
     for rank in ranks:
         name = rank_file_name(rank)
+        files[name] = json.loads(receipt_path(folder, rank).read_text(encoding="utf-8"))
         for key, piece in json.loads(read_metadata(temporary / name)[PIECES]).items():
             entry = tensors.setdefault(piece["tensor"], {"shape": piece["shape"], "parts": []})
             region = Region.from_json(piece["shape"], piece).to_json()
@@ -124,6 +137,24 @@ def commit(folder: Path, state: RunState, ranks: Iterable[int]) -> None:
                 entry["parts"].append({"file": name, "key": key, **region})
     for entry in tensors.values():
         entry["parts"].sort(key=lambda part: (part["offset"], part["start"]))
-    index = {"format": FORMAT_VERSION, **dataclasses.asdict(state), "tensors": dict(sorted(tensors.items()))}
-    atomic.write_json(temporary / INDEX_NAME, index)
+    index = {
+        "format": FORMAT_VERSION,
+        **dataclasses.asdict(state),
+        "files": files,
+        "tensors": dict(sorted(tensors.items())),
+    }
+    write_index(temporary, index)
+    for rank in ranks:
+        receipt_path(folder, rank).unlink()
     publish(folder)
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write an index with its checksum."""
+    atomic.write_json(folder / INDEX_NAME, {**index, CHECKSUM: checksum_of_index(index)})
+
+
+def checksum_of_index(index: dict[str, Any]) -> int:
+    """CRC-32 of an index, whatever its white space and the order of its keys; its own checksum does not count."""
+    content = {name: value for name, value in index.items() if name != CHECKSUM}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

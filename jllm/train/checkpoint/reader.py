@@ -1,10 +1,15 @@
 """Reads elements of parameters from a complete checkpoint, of format 1 or 2, whatever files hold them.
 
-Cost: files are mapped; what is read is what was asked for. A region that one file holds in one run is not copied twice.
+What is read is compared with its checksum before it is used, once for each tensor of a file. A checkpoint of format 1
+has none.
+
+Cost: files are mapped; of each file only the tensors that are asked for are read. A region that one file holds in one
+run is not copied twice.
 """
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,14 @@ from torch import Tensor
 
 from jllm.errors import UserError
 from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
-from jllm.train.checkpoint.format import READABLE_VERSIONS, RNG_PREFIX, RunState, tensor_key
+from jllm.train.checkpoint.format import (
+    CHECKSUM,
+    READABLE_VERSIONS,
+    RNG_PREFIX,
+    RunState,
+    checksum_of_index,
+    tensor_key,
+)
 from jllm.train.checkpoint.regions import Box, Region, strides
 from jllm.train.data.loader import Cursor
 
@@ -37,23 +49,33 @@ class _StoredBox:
     box: Box
 
 
+class DamagedCheckpointError(UserError):
+    """What is on disk is not what was written: an earlier checkpoint may be good."""
+
+
 class CheckpointReader:
     """See the module.
 
     Raises:
-        UserError: the index cannot be read, or is of a format that this version does not know.
+        DamagedCheckpointError: the index, or later a file, cannot be read or is not what was written.
+        UserError: the checkpoint is of a format that this version does not know.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self._index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder / INDEX_NAME}: cannot be read ({error}); use another checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise self._damage(INDEX_NAME, f"cannot be read ({error})") from None
+        if not isinstance(self._index, dict):
+            raise self._damage(INDEX_NAME, "is no JSON object")
+        if self._index.get("format") != 1 and self._index.get(CHECKSUM) != checksum_of_index(self._index):
+            raise self._damage(INDEX_NAME, "is damaged: it is not what its checksum says")
         if self._index.get("format") not in READABLE_VERSIONS:
             given, known = self._index.get("format"), " and ".join(map(str, READABLE_VERSIONS))
             raise UserError(f"{folder}: checkpoint format {given!r}; this version reads {known}")
         self._files: dict[str, Any] = {}
+        self._checked: set[tuple[str, str]] = set()
 
     @property
     def state(self) -> RunState:
@@ -121,6 +143,8 @@ class CheckpointReader:
             return {}
         file = self._open(rank_file_name(rank))
         names = [key for key in file.keys() if key.startswith(RNG_PREFIX)]  # noqa: SIM118 (not a dict)
+        for name in names:
+            self._check_tensor(rank_file_name(rank), name)
         return {name.removeprefix(RNG_PREFIX): file.get_tensor(name) for name in names}
 
     def _load(self, stored: _StoredBox, box: Box) -> Tensor:
@@ -129,16 +153,69 @@ class CheckpointReader:
         first = sum(place.start * step for place, step in zip(box.within(stored.box), steps, strict=True))
         count = 1 + sum((length - 1) * step for length, step in zip(box.extent, steps, strict=True))
         begin = stored.place + first
-        flat: Tensor = self._open(stored.file).get_slice(stored.key)[begin : begin + count]
+        file = self._open(stored.file)
+        self._check_tensor(stored.file, stored.key)
+        flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
         return flat.as_strided(box.extent, steps)
+
+    def check_all(self) -> list[str]:
+        """Read everything and compare it with its checksum: what is damaged, each on a line."""
+        problems = []
+        names = sorted({part["file"] for entry in self._index["tensors"].values() for part in entry["parts"]})
+        for name in names:
+            try:
+                keys = list(self._open(name).keys())
+            except DamagedCheckpointError as error:
+                problems.append(str(error))
+                continue
+            for key in keys:
+                try:
+                    self._check_tensor(name, key)
+                except DamagedCheckpointError as error:
+                    problems.append(str(error))
+        return problems
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage can be found; a checkpoint of format 1 has no checksums."""
+        return "files" in self._index
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
+            path = self.folder / name
             try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
+                self._check_header(path)
+                self._files[name] = safe_open(path, framework="pt")
+            except DamagedCheckpointError:
+                raise
             except Exception as error:  # safetensors raises its own kinds
-                raise UserError(f"{self.folder / name}: cannot be read ({error}); use another checkpoint") from None
+                raise self._damage(name, f"cannot be read ({error})") from None
         return self._files[name]
+
+    def _check_header(self, path: Path) -> None:
+        expected = self._index.get("files", {}).get(path.name)
+        if expected is None:
+            return
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise self._damage(path.name, f"is damaged: it has {size:,} bytes and had {expected['bytes']:,}")
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = length + file.read(min(int.from_bytes(length, "little"), size))
+        if zlib.crc32(header) != expected["header"]:
+            raise self._damage(path.name, "is damaged: its header is not what its checksum says")
+
+    def _check_tensor(self, name: str, key: str) -> None:
+        expected = self._index.get("files", {}).get(name)
+        if expected is None or (name, key) in self._checked:
+            return
+        content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
+        if zlib.crc32(content.data) != expected["tensors"][key]:
+            raise self._damage(name, f"is damaged: {key} is not what its checksum says")
+        self._checked.add((name, key))
+
+    def _damage(self, name: str, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self.folder / name}: {what}")
 
 
 def _stored_boxes(tensor: str, entry: dict[str, Any]) -> Iterator[_StoredBox]:

@@ -32,7 +32,7 @@ from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import STAGE_METADATA, stage_files, write_companions, write_index
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.checkpoint import folders
-from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file
+from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file, write_file
 from jllm.train.config import TrainConfig
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -73,9 +73,9 @@ class CheckpointSaver:
         file = prepare_file(pieces, rng, copy=self._copies)
 
         def write() -> None:
-            file.write(folders.rank_file_path(folder, self._rank))
+            write_file(file, folder, self._rank)
             if self._completes:
-                self._await([folders.rank_file_path(folder, rank) for rank in self._ranks])
+                self._await([folders.receipt_path(folder, rank) for rank in self._ranks])
                 commit(folder, state, self._ranks)
                 retain(self.root, max_num=self._config.max_num_checkpoints, best_of=self._config.best_of)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import tempfile
 from pathlib import Path
 
@@ -12,47 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.errors import UserError
-from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_path, temporary_folder
-from jllm.train.checkpoint.format import Piece, RunState, commit, prepare_file
-from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.folders import INDEX_NAME
+from jllm.train.checkpoint.format import write_index
+from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.regions import Region
-from jllm.train.data.loader import Cursor
 from tests.train.checkpoint.layouts import regions, tilings
-
-STATE = RunState(
-    step=3,
-    cursor=Cursor(epoch=1, rows=20),
-    fingerprint="f",
-    optimizer_steps=2,
-    consumed_tokens=5,
-    consumed_rows=6,
-    eval_loss=None,
-    rebounds=0,
-    config={"seed": 1},
-)
-
-
-def whole_tensor(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-
-
-def elements(region: Region) -> torch.Tensor:
-    """The elements of a region of `whole_tensor`, by torch alone."""
-    rectangle = tuple(slice(begin, begin + count) for begin, count in zip(region.offset, region.extent, strict=True))
-    return whole_tensor(region.shape)[rectangle].reshape(-1)[region.start : region.stop]
-
-
-def write(root: Path, files: list[list[Region]]) -> Path:
-    """A checkpoint of one parameter, of which each file has some regions."""
-    folder = root / "step-00000003"
-    temporary_folder(folder).mkdir(parents=True)
-    for rank, held in enumerate(files):
-        pieces = [Piece(kind="weight", name="w", region=region, tensor=elements(region)) for region in held]
-        prepare_file(pieces, {"cpu": torch.tensor([rank], dtype=torch.uint8)}, copy=False).write(
-            rank_file_path(folder, rank)
-        )
-    commit(folder, STATE, range(len(files)))
-    return folder
+from tests.train.checkpoint.written import elements, state_of, whole_tensor, write_checkpoint
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,14 +30,14 @@ def test_any_region_from_any_layout(data: st.DataObject) -> None:
         files[data.draw(st.integers(0, len(files) - 1)) if number else 0].append(region)
     wanted = data.draw(regions(shape))
     with tempfile.TemporaryDirectory() as root:
-        reader = CheckpointReader(write(Path(root), files))
+        reader = CheckpointReader(write_checkpoint(Path(root), files))
         assert reader.shape("weight", "w") == shape
         assert reader.names("weight") == {"w"}
         found = reader.read("weight", "w", wanted)
         assert found is not None
         assert torch.equal(found, elements(wanted))
         assert reader.read("master", "w", wanted) is None
-        assert reader.state == STATE
+        assert reader.state == state_of(3)
         assert [reader.rng(rank)["cpu"].item() for rank in range(len(files))] == list(range(len(files)))
         assert reader.rng(len(files)) == {}
 
@@ -88,7 +52,7 @@ def test_elements_that_no_file_holds_are_counted(data: st.DataObject) -> None:
     whole = Region.of(tiling[0].shape)
     have, need = sum(region.size for region in held), whole.size
     with tempfile.TemporaryDirectory() as root:
-        reader = CheckpointReader(write(Path(root), [held]))
+        reader = CheckpointReader(write_checkpoint(Path(root), [held]))
         if have == need:
             reader.read("weight", "w", whole)
             return
@@ -101,9 +65,9 @@ def test_parts_may_overlap(tmp_path: Path) -> None:
     whole = Region.of((4, 3))
     held = [[whole.run(0, 8)], [whole.run(5, 12)], [whole]]
     with pytest.raises(UserError, match="8 of the 12"):
-        CheckpointReader(write(tmp_path / "1", held[:1])).read("weight", "w", whole)
+        CheckpointReader(write_checkpoint(tmp_path / "1", held[:1])).read("weight", "w", whole)
     for number in (2, 3):
-        found = CheckpointReader(write(tmp_path / str(number), held[:number])).read("weight", "w", whole)
+        found = CheckpointReader(write_checkpoint(tmp_path / str(number), held[:number])).read("weight", "w", whole)
         assert torch.equal(found, whole_tensor((4, 3)).reshape(-1))  # type: ignore[arg-type]
 
 
@@ -111,6 +75,7 @@ def as_format_1(folder: Path) -> None:
     """Rewrite an index as the first version wrote it: runs of the whole tensor under the tensor's own key."""
     index = json.loads((folder / INDEX_NAME).read_text())
     index["format"] = 1
+    del index["files"], index["checksum"]
     for entry in index["tensors"].values():
         entry["parts"] = [{name: part[name] for name in ("file", "start", "stop")} for part in entry["parts"]]
     (folder / INDEX_NAME).write_text(json.dumps(index))
@@ -118,25 +83,61 @@ def as_format_1(folder: Path) -> None:
 
 @pytest.mark.parametrize("wanted", [Region.of((5, 4)), Region.of((5, 4), start=3, stop=13)])
 def test_format_1_is_read(tmp_path: Path, wanted: Region) -> None:
-    folder = write(tmp_path, [[Region.of((5, 4), start=0, stop=7)], [Region.of((5, 4), start=7, stop=20)]])
+    folder = write_checkpoint(tmp_path, [[Region.of((5, 4), start=0, stop=7)], [Region.of((5, 4), start=7, stop=20)]])
     as_format_1(folder)
     reader = CheckpointReader(folder)
     assert torch.equal(reader.read("weight", "w", wanted), elements(wanted))  # type: ignore[arg-type]
-    assert dataclasses.asdict(reader.state) == dataclasses.asdict(STATE)
+    assert dataclasses.asdict(reader.state) == dataclasses.asdict(state_of(3))
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path, [[Region.of((2,))]])
+    folder = write_checkpoint(tmp_path, [[Region.of((2,))]])
     index = json.loads((folder / INDEX_NAME).read_text())
-    (folder / INDEX_NAME).write_text(json.dumps({**index, "format": 3}))
+    write_index(folder, {**index, "format": 3})
     with pytest.raises(UserError, match="checkpoint format 3; this version reads 1 and 2"):
         CheckpointReader(folder)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_flipped_bit_is_found(data: st.DataObject) -> None:
+    """Whatever byte of whatever file is another one, reading everything says so, and names the file."""
+    with tempfile.TemporaryDirectory() as root:
+        whole = Region.of((3, 4))
+        folder = write_checkpoint(Path(root), [[whole.run(0, 5)], [whole.run(5, 12)]])
+        assert CheckpointReader(folder).check_all() == []
+        path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+        written = path.read_bytes()
+        content = bytearray(written)
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        try:
+            problems = CheckpointReader(folder).check_all()
+        except DamagedCheckpointError as error:
+            problems = [str(error)]
+        # White space between the values of the index says nothing.
+        assert problems or (path.name == INDEX_NAME and json.loads(content) == json.loads(written))
+        assert all(path.name in problem for problem in problems)
+
+
+def test_damage_is_found_by_who_reads_it_alone(tmp_path: Path) -> None:
+    whole = Region.of((3, 4))
+    folder = write_checkpoint(tmp_path, [[whole.run(0, 5)], [whole.run(5, 12)]])
+    path = folder / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # of the state of the random numbers, or of the piece
+    path.write_bytes(content)
+    reader = CheckpointReader(folder)
+    assert reader.read("weight", "w", whole.run(1, 4)) is not None
+    with pytest.raises(DamagedCheckpointError, match=r"rank-00001\.safetensors: is damaged"):
+        reader.read("weight", "w", whole.run(4, 8))
+
+
 def test_a_damaged_index_or_file_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path, [[Region.of((2,))]])
+    folder = write_checkpoint(tmp_path, [[Region.of((2,))]])
     (folder / "rank-00000.safetensors").write_bytes(b"\0" * 4)
-    with pytest.raises(UserError, match=r"rank-00000\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"rank-00000\.safetensors: is damaged: it has 4 bytes"):
         CheckpointReader(folder).read("weight", "w", Region.of((2,)))
     (folder / INDEX_NAME).write_text("{")
     with pytest.raises(UserError, match=r"index\.json: cannot be read"):
