@@ -153,6 +153,8 @@ BESIDE_THE_PACKAGE = ("distributed", "spark")
 """Folders of tests that are about several packages at once."""
 TESTED_ELSEWHERE: dict[str, str] = {
     # What only a run of several processes shows.
+    "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
+    "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",
     "jllm/train/clean.py": "tests/distributed/test_run.py",
     "jllm/train/data/open.py": "tests/distributed/test_data_path.py",
     "jllm/train/distributed/agreement.py": "tests/distributed/test_data_path.py",
