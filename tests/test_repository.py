@@ -161,6 +161,26 @@ def test_nothing_names_a_machine() -> None:
         assert found is None, f"{name}: {found and found[0]}"
 
 
+def test_modules_and_files_that_are_named_exist() -> None:
+    """What a docstring, a comment or a document calls by its name was not moved away since."""
+    names = tracked()
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in names}
+    wrong = []
+    for name in names:
+        if not name.endswith((".py", ".md")):
+            continue
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for found in re.findall(r"`(jllm(?:\.\w+)+)`", text):
+            module, _, attribute = found.rpartition(".")
+            defined = module in modules and re.search(rf"\b{attribute}\b", (ROOT / modules[module]).read_text("utf-8"))
+            if found not in modules and not defined and found != "jllm.zip":  # a file
+                wrong.append(f"{name}: {found}")
+        for found in re.findall(r"[`(\[ ]((?:\w+/)*\w+\.py)\b", text):
+            if not any(f"/{other}".endswith(f"/{found}") for other in names):
+                wrong.append(f"{name}: {found}")
+    assert not wrong
+
+
 def test_modules_say_what_they_do() -> None:
     for name in tracked():
         if not name.endswith(".py"):

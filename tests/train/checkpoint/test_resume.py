@@ -64,9 +64,8 @@ def test_another_architecture_is_refused_by_what_differs() -> None:
 
 
 def test_what_computes_nothing_is_no_architecture() -> None:
-    one, other = (
-        LlamaConfig(dtype=dtype, use_cache=cached) for dtype, cached in (("float32", True), ("bfloat16", False))
-    )
+    one = LlamaConfig(dtype="float32", use_cache=True)
+    other = LlamaConfig(dtype="bfloat16", use_cache=False)
     assert architecture_of(one) == architecture_of(other)
 
 
