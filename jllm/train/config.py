@@ -49,6 +49,9 @@ class TrainConfig:
     resume_ckpt: str | None = option(
         None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
     )
+    lock_wait: int = option(
+        300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
+    )
     force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
     tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
     output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
@@ -157,7 +160,7 @@ class TrainConfig:
         _at_least(self, 1, "batch_size_tokens")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
         _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
-        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint")
+        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint", "lock_wait")
         _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
         _at_least(self, 0, "force_constant_lr")
         _below_one(self, "adam_beta1", "adam_beta2")

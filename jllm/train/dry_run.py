@@ -53,6 +53,7 @@ from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
+from jllm.train.run_folders import check_folders_are_free
 from jllm.train.shape import RunShape, automatic_options, resolve_shape
 
 TYPICAL_UTILISATION = 0.4
@@ -91,6 +92,8 @@ def dry_run(config: TrainConfig) -> None:
         # The threads that a process of the run would have: `--partition_method profile` times layers with them.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     agreement = Alone(shape.mesh)
+    if config.num_train_epochs > 0:
+        check_folders_are_free(config)
     steps = _Steps(config, shape, agreement, model) if config.num_train_epochs > 0 else None
     family = setup.find_family(config)
     plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)

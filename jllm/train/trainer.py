@@ -43,6 +43,7 @@ from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_lear
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.throughput import peak_memory, utilisation
+from jllm.train.run_folders import check_folders_are_free, locked, run_id
 from jllm.train.shape import RunShape, resolve_shape
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
 
@@ -67,7 +68,10 @@ def run(config: TrainConfig) -> None:
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return
-    TrainingRun(config, shape, agreement, model_info).train()
+    agreement.from_first_reader(lambda: check_folders_are_free(config))
+    run = agreement.from_first_reader(lambda: run_id(config))
+    with locked(config, agreement, run):
+        TrainingRun(config, shape, agreement, model_info, run=run).train()
 
 
 def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
@@ -84,8 +88,10 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_in
 class TrainingRun:
     """One run on one process: what it holds between its steps."""
 
-    def __init__(self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
-        self.config, self.shape, self.agreement, self.model_info = config, shape, agreement, model_info
+    def __init__(
+        self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo, *, run: str
+    ) -> None:
+        self.config, self.shape, self.agreement, self.model_info, self.id = config, shape, agreement, model_info, run
         if config.clean:
             remove_earlier_runs(config, agreement)
         self.data = open_training_data(config, shape, agreement, model_info)
@@ -368,6 +374,7 @@ class TrainingRun:
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
             config=self.record,
+            run=self.id,
         )
 
     def _resume(self, candidates: list[Path]) -> None:

@@ -54,6 +54,7 @@ class RunState:
         eval_loss: of the newest evaluation, None before the first.
         rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
+        run: the run's id; "" for checkpoints from before there were ids.
     """
 
     step: int
@@ -65,6 +66,7 @@ class RunState:
     eval_loss: float | None
     rebounds: int
     config: dict[str, Any]
+    run: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import functools
 import operator
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,7 +102,8 @@ class Agreement(Collectives):
     def sees_one_folder(self, folder: Path) -> bool:
         """Whether `folder` is the same one on all nodes; it is made where it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
-        token = folder / ".shared-by-all-nodes"
+        # Of this run alone: another one may ask the same at the same time.
+        token = folder / f".shared-by-all-nodes-{self.from_first_reader(lambda: uuid.uuid4().hex)}"
         if self.place.is_first:
             token.touch()
         self.barrier()
