@@ -28,7 +28,7 @@ from jllm.data.prepare.totals import Totals, describe
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks
-from jllm.data.sources.inputs import STDIN, Source
+from jllm.data.sources.inputs import Source
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES, IN_FLIGHT_CHUNKS = 48 << 20, 24
@@ -138,7 +138,7 @@ def _in_order(
 
     numbers = range(point.source, len(run.sources))
     readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
-    here = [number - point.source for number in numbers if run.sources[number].path == STDIN]
+    here = [number - point.source for number in numbers if run.sources[number].once]
     with contextlib.closing(read_ahead.in_order(readers, here)) as items:
         failure: UserError | None = None
         while True:

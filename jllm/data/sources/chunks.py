@@ -8,8 +8,8 @@ Guarantees: the chunks of a source are a function of its content alone.
 Cost: one pass over the bytes; memory for one chunk, or one record where that is larger.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from jllm.data.sources import json_lines, json_list, parquet, text
 from jllm.data.sources.chunk import Chunk
@@ -50,20 +50,27 @@ def read_chunks(
 def _byte_chunks(source: Source, number: int, start: int, line: int, index: int) -> Iterator[Chunk]:
     stream = open_source(source)
     kind = source.kind
-    is_plain = source.compression is None and source.path != STDIN and "://" not in source.path
-    file = source.path if is_plain and Path(source.path).is_file() else None  # and no pipe, which is read once
+    is_plain = source.compression is None and source.is_local and not source.once
+    file = source.path if is_plain else None
     try:
-        skip(stream, start, seekable=source.compression is None and source.path != STDIN)
+        skip(stream, start, seekable=source.compression is None and not source.once)
         held, position = b"", start
         if start == 0:
             held = read_exactly(stream, 64)
             if held.startswith(_BYTE_ORDER_MARK):  # which is no text
                 held, position = held[3:], 3
+            _refuse_other_bytes(held, source)
         if kind == "json":
-            if start or held.lstrip()[:1] == b"[":
-                yield from json_list.chunks(stream, held, number, position, line, index, CHUNK_BYTES)
+            if start == 0:
+                held += read_exactly(stream, CHUNK_BYTES - len(held))
+            form = json_list.layout(held if start == 0 else _head_of(source))
+            if form != "lines":
+                goes_on = start > 0 and _byte_before(source, start) == b","
+                yield from json_list.chunks(
+                    stream, held, number, position, line, index, CHUNK_BYTES, form=form, goes_on=goes_on
+                )
                 return
-            kind = "jsonl"  # JSON lines under the name of .json
+            kind = "jsonl"  # under the name of .json
         last_boundary = _LAST_BOUNDARY[kind]
         searched, window = 0, CHUNK_BYTES
         while True:
@@ -89,3 +96,44 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
     finally:
         if source.path != STDIN:
             stream.close()
+
+
+def _head_of(source: Source) -> bytes:
+    with contextlib.closing(open_source(source)) as stream:
+        return read_exactly(stream, CHUNK_BYTES + 3).removeprefix(_BYTE_ORDER_MARK)[:CHUNK_BYTES]
+
+
+def _byte_before(source: Source, position: int) -> bytes:
+    with contextlib.closing(open_source(source)) as stream:
+        skip(stream, position - 1, seekable=source.compression is None)
+        return stream.read(1)
+
+
+_OTHER_BYTES = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    (b"\x1f\x8b\x08", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"BZh", "bz2"),
+    (b"PAR1", "parquet"),
+)
+
+
+def _refuse_other_bytes(head: bytes, source: Source) -> None:
+    """Raises:
+    UserError: these first bytes of a source are no text in UTF-8, but something that is known.
+    """
+    name = next((name for mark, name in _OTHER_BYTES if head.startswith(mark)), None)
+    if name == "bz2" and head[4:10] != b"1AY&SY":  # text may begin so
+        name = None
+    if name is None and len(head) >= 8:
+        even, odd = head[::2].count(0), head[1::2].count(0)
+        if max(even, odd) > len(head) // 4 and min(even, odd) <= len(head) // 16:
+            name = "UTF-16"  # without a mark
+    if name is None:
+        return
+    advice = f"convert it, as with: iconv -f {name} -t UTF-8" if "UTF" in name else f"give it the suffix of {name}"
+    raise UserError(f"-i {without_password(source.path)}: is {name}, which its name does not say; {advice}")
