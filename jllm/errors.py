@@ -53,6 +53,8 @@ def of_file_system(error: OSError) -> UserError | None:
         return None
     place = " and ".join(map(os.fsdecode, named)) or "a file"
     reason = os.strerror(error.errno)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = f"the disk is full ({reason})"
     if error.errno in _FULL:
         advice = "free some space and run the same command again: what is finished stays"
     elif error.errno in _FORBIDDEN:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, printable
 from jllm.options import command, option
 
 
@@ -40,9 +40,9 @@ def main(config: ManifestConfig) -> None:
         tokenizer = load_tokenizer(config.tokenizer).for_manifest
     manifest = describe(config.folder, cores=usable_cores(config.cores), tokenizer=tokenizer)
     for name, kind in manifest.further.types.items():
-        print(f"column {name}: {kind}")
+        print(printable(f"column {name}: {kind}"))
     for line in manifest.further.warnings():
-        print(f"when rows are rewritten, {line}")
+        print(printable(f"when rows are rewritten, {line}"))
     for warning in warnings_about(config.folder):
         print(f"warning: {warning}")
     print(
