@@ -91,8 +91,10 @@ class Workplace:
         codecs = "|".join(CODECS)
         for path in list_shards(self.folder):
             split = path.parent.name
-            ours = path.parent.parent == self.folder and re.fullmatch(
-                rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split
+            ours = (
+                path.parent.parent == self.folder
+                and not path.parent.is_symlink()
+                and re.fullmatch(rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split)
             )
             if ours and re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.({codecs})\.parquet", path.name):
                 path.unlink()

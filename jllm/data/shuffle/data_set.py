@@ -17,7 +17,6 @@ permutation, and the cap for everything else.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,7 +112,7 @@ def _said(plan: dict[str, Any]) -> str:
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != plan:
+        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
             raise UserError(
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"

@@ -230,9 +230,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
 def _link_others(folder: Path, parting: Path, plan: PartitionPlan) -> None:
     """Link what belongs to no data set into the new tree, at the same place."""
     dealt = {block.path for blocks in plan.partitions for block in blocks}
-    for parent, _, files in os.walk(folder):
+    for parent, _, files in atomic.walk(folder):
         for name in files:
-            path = Path(parent, name)
+            path = parent / name
             inside = path.relative_to(folder)
             ours = inside.as_posix() in dealt or name == MANIFEST_NAME or inside.as_posix() == INFO_NAME
             if ours or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":

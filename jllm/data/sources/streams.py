@@ -65,7 +65,8 @@ def expansion(source: Source) -> float | None:
     raw = _open_raw(source)
     try:
         found = len(read_exactly(_decompressed(raw, source.compression), _ESTIMATED_FROM))
-        return found * max(1.0, source.size / max(1, raw.tell()))
+        read: int = raw.tell()
+        return found * max(1.0, source.size / max(1, read))
     finally:
         raw.close()
 
