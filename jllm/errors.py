@@ -46,8 +46,18 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def of_file_system(error: OSError) -> UserError | None:
-    """What a file system refused, as a mistake that names the path and the reason; None where it is something else."""
+def say(text: str) -> None:
+    """Print lines about data: `print` for what may hold control codes."""
+    print(printable(text), flush=True)
+
+
+def of_file_system(error: OSError | RuntimeError) -> UserError | None:
+    """What a file system refused, as a mistake that names the path and the reason; None where it is something else.
+
+    `Path.resolve` makes a RuntimeError of a link that leads to itself; the reason is what it was made of.
+    """
+    if not isinstance(error, OSError):
+        return of_file_system(error.__context__) if isinstance(error.__context__, OSError) else None
     named = [path for path in (error.filename, error.filename2) if isinstance(path, str | bytes | os.PathLike)]
     if error.errno is None or error.errno not in (_OF_FILE_SYSTEMS if named else _ALSO_WITHOUT_PATH):
         return None

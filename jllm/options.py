@@ -106,7 +106,7 @@ class _OneLineErrors(click.Command):
             _report(error.format_message())
         except UserError as error:
             _report(str(error))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             mistake = of_file_system(error)
             if mistake is None:
                 raise

@@ -16,7 +16,7 @@ from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
 from jllm.data.dataset.describe import further_columns
 from jllm.data.dataset.manifest import DataSet, verify
 from jllm.data.dataset.reader import ShardReader
-from jllm.errors import UserError, printable
+from jllm.errors import UserError, printable, say
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -44,9 +44,9 @@ def show_summary(data: DataSet) -> None:
             print(f"  {name} {manifest.extra[name]}")
     further = further_columns(data.paths, data.folder)
     for column in further.carried:
-        print(printable(f"  column {column.name} {column.type_name}"))
+        say(f"  column {column.name} {column.type_name}")
     for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
-        print(printable(f"  column {name} left out: {reason}"))
+        say(f"  column {name} left out: {reason}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
     longest = 0
@@ -117,7 +117,7 @@ def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool)
             begin = end
     print("".join(shown))
     for name in [name for name in row if name not in COLUMNS]:
-        print(printable(f"{name}: {_value(row[name])}"))
+        say(f"{name}: {_value(row[name])}")
 
 
 def _value(value: Any) -> str:

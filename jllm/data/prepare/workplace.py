@@ -74,8 +74,13 @@ class Workplace:
 
     def _leave_nothing(self, made: list[Path]) -> None:
         """Remove the work folder of a run that made nothing, and the folders made for it, innermost first."""
-        if {path.name for path in self.work.glob("*")} <= {"lock", "run.json", BAD_RECORDS}:
-            shutil.rmtree(self.work, ignore_errors=True)
+        left = list(self.work.glob("*"))
+        if {path.name for path in left} <= {"lock", "run.json", BAD_RECORDS}:
+            for path in left:
+                with contextlib.suppress(OSError):  # of that name, and not ours
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                self.work.rmdir()
         with contextlib.suppress(OSError):
             self._remove(made)
 

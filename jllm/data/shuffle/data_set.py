@@ -27,7 +27,7 @@ from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_da
 from jllm.data.shuffle.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle.passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle.passes import Resources as Resources
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 
 COMMAND = "shuffle_datasets"
 PLAN_NAME = ".plan.json"
@@ -51,7 +51,7 @@ def shuffle_set(
     seed: int,
     resources: Resources,
     recipe: Recipe = ALL_ONCE,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = say,
 ) -> Outcome:
     """Shuffle a data set, or what `recipe` takes of it, into `folder`; finish what a killed run began; or find it done.
 

@@ -204,6 +204,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
     if present is not None and present.to_json() == plan.manifest.to_json():
         return False
     parting, parted = _beside(folder)
+    for place, _, _ in atomic.walk(folder):
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"{place}: must be writable: its files get another place; allow that")
     parting.mkdir()
     _link_others(folder, parting, plan)
     try:

@@ -11,7 +11,7 @@ Cost: one pass over the bytes; memory for one chunk, or one record where that is
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from jllm.data.sources import json_lines, json_list, parquet, text
+from jllm.data.sources import first_bytes, json_lines, json_list, parquet, text
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import STDIN, Source, safe, without_password
 from jllm.data.sources.streams import open_source, read_exactly, reading_errors, skip
@@ -59,7 +59,9 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
             held = read_exactly(stream, 64)
             if held.startswith(_BYTE_ORDER_MARK):  # which is no text
                 held, position = held[3:], 3
-            _refuse_other_bytes(held, source)
+            other = first_bytes.found(held)
+            if other is not None:
+                raise UserError(f"-i {without_password(source.path)}: {first_bytes.mistake(other)}")
         if kind == "json":
             if start == 0:
                 held += read_exactly(stream, CHUNK_BYTES - len(held))
@@ -107,33 +109,3 @@ def _byte_before(source: Source, position: int) -> bytes:
     with contextlib.closing(open_source(source)) as stream:
         skip(stream, position - 1, seekable=source.compression is None)
         return stream.read(1)
-
-
-_OTHER_BYTES = (
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-    (b"\x1f\x8b\x08", "gzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-    (b"\xfd7zXZ\0", "xz"),
-    (b"BZh", "bz2"),
-    (b"PAR1", "parquet"),
-)
-
-
-def _refuse_other_bytes(head: bytes, source: Source) -> None:
-    """Raises:
-    UserError: these first bytes of a source are no text in UTF-8, but something that is known.
-    """
-    name = next((name for mark, name in _OTHER_BYTES if head.startswith(mark)), None)
-    if name == "bz2" and head[4:10] != b"1AY&SY":  # text may begin so
-        name = None
-    if name is None and len(head) >= 8:
-        even, odd = head[::2].count(0), head[1::2].count(0)
-        if max(even, odd) > len(head) // 4 and min(even, odd) <= len(head) // 16:
-            name = "UTF-16"  # without a mark
-    if name is None:
-        return
-    advice = f"convert it, as with: iconv -f {name} -t UTF-8" if "UTF" in name else f"give it the suffix of {name}"
-    raise UserError(f"-i {without_password(source.path)}: is {name}, which its name does not say; {advice}")

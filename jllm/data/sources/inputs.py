@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from jllm import atomic
+from jllm.data.sources import first_bytes
 from jllm.errors import UserError, printable
 
 KINDS = ("text", "jsonl", "json", "parquet", "ids")
@@ -208,11 +209,17 @@ def _local_source(path: Path, name: str, kind: str | None, *, alone: bool) -> So
         once = not stat.S_ISREG(facts.st_mode)
         if once and not alone:
             raise UserError(f"-i {path}: is no regular file; leave it out, or give it by its own name")
+        head = b""
         if not once:
-            path.open("rb").close()
+            with path.open("rb", buffering=0) as file:
+                head = file.read(first_bytes.LOOKED_AT)
     except OSError as error:
         raise UserError(f"-i {path}: cannot be read: {error.strerror or error}; repair it, or leave it out") from None
-    return _source(str(path), name, None if once else facts.st_size, kind, once=once)
+    source = _source(str(path), name, None if once else facts.st_size, kind, once=once)
+    wrong = first_bytes.check(head, kind=source.kind, compression=source.compression)
+    if wrong is not None:
+        raise UserError(f"-i {path}: {wrong}")
+    return source
 
 
 def _resolve_url(
