@@ -3,19 +3,14 @@
 A `Case` makes a folder and says which command is run on it. What every case must do is in tests/test_bad_inputs.py.
 """
 
-import bz2
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import gzip
 import itertools
 import json
-import lzma
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +19,18 @@ import pyarrow.parquet as pq
 import zstandard
 
 from tests.data.sets import make_set
-
-Make = Callable[[Path], object]
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-}
+from tests.odd_files import (
+    COMPRESSIONS,
+    DAMAGED_JSON,
+    Make,
+    folder_at,
+    link,
+    mode,
+    of_name,
+    socket_among,
+    write,
+    written,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,16 +79,6 @@ GOOD_WORDS = {
 }
 
 
-def _write(place: str, data: bytes | str) -> Make:
-    content = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    return lambda folder: _written(folder / place, content)
-
-
-def _written(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
 CONTENTS: dict[str, bytes] = {
     "nothing": b"",
     "white space": b" \n\r\n\t \n",
@@ -129,18 +118,18 @@ CONTENTS: dict[str, bytes] = {
     "a bad chat": b'{"messages": [{"role": "\x1b[31m", "content": 0}]}\n{"messages": []}\n{"messages": 1}\n',
     "chats with odd parts": b'{"messages": [[], null, {"role": 1}]}\n{"messages": [{"content": [{"type": "x"}]}]}\n',
 }
-_KEEPS = ("many bad records", "a list that does not close", "a list cut off in an element")
+_KEEPS = ("many bad records", "a list that does not close", "a list cut off in an element", "binary")
 
 
 def _contents() -> Iterator[Case]:
     for (what, data), suffix in itertools.product(CONTENTS.items(), (".jsonl", ".json", ".txt")):
-        make = _write(f"in/bad{suffix}", data)
+        make = write(f"in/bad{suffix}", data)
         yield Case(name=f"{what} in {suffix}", command="raw2ids", make=make, words=TEXTS, keeps=what in _KEEPS)
     for what, data in CONTENTS.items():
         words = ("-i", "{folder}/alone.jsonl", *TEXTS[2:])
-        make = _write("alone.jsonl", data)
+        make = write("alone.jsonl", data)
         yield Case(name=f"{what}, alone", command="raw2ids", make=make, words=words, keeps=what in _KEEPS)
-        yield Case(name=f"{what} as chats", command="raw2ids", make=_write("chats/bad.jsonl", data), words=CHATS)
+        yield Case(name=f"{what} as chats", command="raw2ids", make=write("chats/bad.jsonl", data), words=CHATS)
     plain = b"".join(b'{"text": "some text %d"}\n' % i for i in range(2000))
     for suffix, compress in COMPRESSIONS.items():
         whole = compress(plain)
@@ -153,7 +142,7 @@ def _contents() -> Iterator[Case]:
             ("twice compressed", compress(whole)),
             ("garbage behind", whole + b"garbage"),
         ):
-            make = _write(f"in/b.jsonl{suffix}", data)
+            make = write(f"in/b.jsonl{suffix}", data)
             yield Case(name=f"{suffix} {what}", command="raw2ids", make=make, words=TEXTS, keeps=True)
             alone = ("-i", "{folder}/in/b.jsonl" + suffix, *TEXTS[2:])
             yield Case(name=f"{suffix} {what}, alone", command="raw2ids", make=make, words=alone)
@@ -178,7 +167,7 @@ def _parquet() -> Iterator[Case]:
     made: dict[str, Make] = {
         "cut short": cut,
         "damaged": damaged,
-        "empty": _write("in/b.parquet", b""),
+        "empty": write("in/b.parquet", b""),
         "no rows": _table(text=pa.array([], pa.string())),
         "no columns": lambda folder: pq.write_table(pa.table({}), folder / "in" / "b.parquet"),
         "nulls": _table(text=pa.array([None, "a"])),
@@ -200,69 +189,20 @@ def _parquet() -> Iterator[Case]:
         yield Case(name=f"Parquet: {what}, alone", command="raw2ids", make=make, words=alone)
 
 
-def _link(place: str, target: str) -> Make:
-    def make(folder: Path) -> None:
-        path = folder / place
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(target)
-
-    return make
-
-
-def _mode(place: str, mode: int, *, is_folder: bool) -> Make:
-    def make(folder: Path) -> None:
-        path = folder / place
-        if is_folder:
-            path.mkdir(parents=True, exist_ok=True)
-        elif not path.exists():
-            _written(path, b'{"text": "a"}\n')
-        path.chmod(mode)
-
-    return make
-
-
-def _folder(place: str) -> Make:
-    def make(folder: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / place).unlink()
-        (folder / place).mkdir(parents=True)
-
-    return make
-
-
-def _listening(folder: Path) -> None:
-    here = os.getcwd()
-    os.chdir(folder / "in")  # the names of sockets are short
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind("s.jsonl")
-    finally:
-        os.chdir(here)
-
-
-def _of_name(name: bytes) -> Make:
-    return lambda folder: _written(
-        Path(os.fsdecode(os.path.join(os.fsencode(folder / "in"), name))), b'{"text": "a"}\n'
-    )
-
-
 def _file_systems() -> Iterator[Case]:
     inputs: dict[str, Make] = {
-        "a link that leads nowhere": _link("in/b.jsonl", "nowhere"),
-        "a link to itself": _link("in/b.jsonl", "b.jsonl"),
-        "a link to the folder": _link("in/back", "../in"),
-        "a link to a file twice": _link("in/b.jsonl", "a.jsonl"),
-        "a link to a folder of files": _link("in/more", "../sets"),
-        "a folder like a file": _folder("in/b.jsonl"),
+        "a link that leads nowhere": link("in/b.jsonl", "nowhere"),
+        "a link to itself": link("in/b.jsonl", "b.jsonl"),
+        "a link to the folder": link("in/back", "../in"),
+        "a link to a file twice": link("in/b.jsonl", "a.jsonl"),
+        "a link to a folder of files": link("in/more", "../sets"),
+        "a folder like a file": folder_at("in/b.jsonl"),
         "a pipe": lambda folder: os.mkfifo(folder / "in" / "b.jsonl"),
-        "a socket": _listening,
-        "a link as the input": _link("in", "nowhere"),
-        "a loop as the input": _link("in", "in"),
+        "a socket": socket_among,
+        "a link as the input": link("in", "nowhere"),
+        "a loop as the input": link("in", "in"),
         "a data set inside": lambda folder: make_set(folder / "in" / "set", 3),
-        "an unfinished data set inside": _folder("in/set/.raw2ids"),
+        "an unfinished data set inside": folder_at("in/set/.raw2ids"),
     }
     for what, make in inputs.items():
         yield Case(name=what, command="raw2ids", make=make, words=TEXTS)
@@ -271,48 +211,36 @@ def _file_systems() -> Iterator[Case]:
         b"%41=b.jsonl", b"b.JSONL.GZ", b"'\"$.jsonl", "é日.jsonl".encode(), b"b", b"b.jsonl.tmp", b".jsonl",
         b"?*.jsonl", b"a b.jsonl",
     ):  # fmt: skip
-        yield Case(name=f"the name {name[:20]!r}", command="raw2ids", make=_of_name(name), words=TEXTS)
+        yield Case(name=f"the name {name[:20]!r}", command="raw2ids", make=of_name(name), words=TEXTS)
         alone = ("-i", "{folder}/in/" + os.fsdecode(name), *TEXTS[2:])
-        yield Case(name=f"the name {name[:20]!r} alone", command="raw2ids", make=_of_name(name), words=alone)
+        yield Case(name=f"the name {name[:20]!r} alone", command="raw2ids", make=of_name(name), words=alone)
     for what, make in {
-        "a file that may not be read": _mode("in/b.jsonl", 0, is_folder=False),
-        "a folder that may not be read": _mode("in/deep", 0, is_folder=True),
-        "an input that may not be read": _mode("in", 0, is_folder=True),
-        "an input that may not be entered": _mode("in", 0o400, is_folder=True),
-        "an output that may not be written": _mode("out", 0o500, is_folder=True),
-        "an output that may not be entered": _mode("out", 0, is_folder=True),
-        "a parent that may not be written": _mode(".", 0o500, is_folder=True),
-        "a tokenizer's cache elsewhere": _mode("out", 0o700, is_folder=True),
+        "a file that may not be read": mode("in/b.jsonl", 0, is_folder=False),
+        "a folder that may not be read": mode("in/deep", 0, is_folder=True),
+        "an input that may not be read": mode("in", 0, is_folder=True),
+        "an input that may not be entered": mode("in", 0o400, is_folder=True),
+        "an output that may not be written": mode("out", 0o500, is_folder=True),
+        "an output that may not be entered": mode("out", 0, is_folder=True),
+        "a parent that may not be written": mode(".", 0o500, is_folder=True),
+        "a tokenizer's cache elsewhere": mode("out", 0o700, is_folder=True),
     }.items():
         yield Case(name=what, command="raw2ids", make=make, words=TEXTS, bare=True)
     for command, words in (("raw2ids", TEXTS), ("shuffle_datasets", SHUFFLE), ("shuffle_partition", SHUFFLE)):
         for what, make in {
-            "a file": _write("out", b"file"),
-            "a link that leads nowhere": _link("out", "nowhere/deep"),
-            "a loop": _link("out", "out"),
+            "a file": write("out", b"file"),
+            "a link that leads nowhere": link("out", "nowhere/deep"),
+            "a loop": link("out", "out"),
             "below a file": lambda folder: (folder / "out").symlink_to(folder / "in" / "a.jsonl" / "deep"),
         }.items():
             yield Case(name=f"{command}: the output is {what}", command=command, make=make, words=words)
     for place, (what, data) in itertools.product((".raw2ids/run.json", "_manifest.json"), DAMAGED_JSON.items()):
-        yield Case(name=f"{place} is {what}", command="raw2ids", make=_write(f"out/{place}", data), words=TEXTS)
+        yield Case(name=f"{place} is {what}", command="raw2ids", make=write(f"out/{place}", data), words=TEXTS)
     for place in (".raw2ids/run.json", ".raw2ids/lock", "_manifest.json", ".raw2ids/bad records"):
-        yield Case(name=f"{place} is a folder", command="raw2ids", make=_folder(f"out/{place}"), words=TEXTS)
-    yield Case(name="the work folder is a file", command="raw2ids", make=_write("out/.raw2ids", b""), words=TEXTS)
+        yield Case(name=f"{place} is a folder", command="raw2ids", make=folder_at(f"out/{place}"), words=TEXTS)
+    yield Case(name="the work folder is a file", command="raw2ids", make=write("out/.raw2ids", b""), words=TEXTS)
     for where in ("in", "in/out", "in/deep/out"):
         words = (*TEXTS[:2], "-o", "{folder}/" + where, *TEXTS[4:], "-C")
         yield Case(name=f"an output in {where}", command="raw2ids", make=lambda folder: None, words=words)
-
-
-DAMAGED_JSON = {
-    "no JSON": b"{",
-    "a list": b"[]",
-    "a number": b"1e999",
-    "null": b"null",
-    "an empty object": b"{}",
-    "UTF-16": "{}".encode("utf-16"),
-    "deep": b"[" * 100_000,
-    "empty": b"",
-}
 
 
 def _spoiled(keys: tuple[object, ...], value: object) -> Make:
@@ -333,7 +261,7 @@ def _spoiled(keys: tuple[object, ...], value: object) -> Make:
 def _sets() -> Iterator[Case]:
     shard = "sets/one/one-00000/one-00000-00000.zstd.parquet"
     made: dict[str, Make] = {
-        f"the manifest is {what}": _write("sets/one/_manifest.json", data) for what, data in DAMAGED_JSON.items()
+        f"the manifest is {what}": write("sets/one/_manifest.json", data) for what, data in DAMAGED_JSON.items()
     }
     made |= {
         f"{'.'.join(map(str, keys))} is {value!r}": _spoiled(keys, value)
@@ -345,17 +273,17 @@ def _sets() -> Iterator[Case]:
         )
     }  # fmt: skip
     made |= {
-        "the manifest is a folder": _folder("sets/one/_manifest.json"),
-        "the manifest is a link to nothing": _link("sets/one/_manifest.json", "nowhere"),
+        "the manifest is a folder": folder_at("sets/one/_manifest.json"),
+        "the manifest is a link to nothing": link("sets/one/_manifest.json", "nowhere"),
         "a shard is missing": lambda folder: (folder / shard).unlink(),
-        "a shard is empty": _write(shard, b""),
-        "a shard is garbage": _write(shard, b"PAR1" + b"x" * 99 + b"PAR1"),
-        "a shard is a folder": _folder(shard),
-        "a shard is a loop": _link(shard, Path(shard).name),
-        "a shard more": _write("sets/one/one-00000/more.parquet", b"x"),
+        "a shard is empty": write(shard, b""),
+        "a shard is garbage": write(shard, b"PAR1" + b"x" * 99 + b"PAR1"),
+        "a shard is a folder": folder_at(shard),
+        "a shard is a loop": link(shard, Path(shard).name),
+        "a shard more": write("sets/one/one-00000/more.parquet", b"x"),
         "no set": lambda folder: shutil.rmtree(folder / "sets"),
-        "a file in its place": lambda folder: (shutil.rmtree(folder / "sets"), _written(folder / "sets", b"x")),
-        "a loop in its place": _link("sets", "sets"),
+        "a file in its place": lambda folder: (shutil.rmtree(folder / "sets"), written(folder / "sets", b"x")),
+        "a loop in its place": link("sets", "sets"),
         "an odd name": lambda folder: make_set(folder / "sets" / "\x1b[31m", 3),
     }
     for (what, make), (command, words) in itertools.product(made.items(), GOOD_WORDS.items()):
@@ -365,15 +293,15 @@ def _sets() -> Iterator[Case]:
         if command == "raw2ids":
             continue
         for what, make in {
-            "a shard may not be read": _mode(shard, 0, is_folder=False),
-            "a folder may not be read": _mode("sets/one/one-00000", 0, is_folder=True),
-            "the folder may not be written": _mode("sets/one", 0o500, is_folder=True),
-            "the parent may not be written": _mode(".", 0o500, is_folder=True),
+            "a shard may not be read": mode(shard, 0, is_folder=False),
+            "a folder may not be read": mode("sets/one/one-00000", 0, is_folder=True),
+            "the folder may not be written": mode("sets/one", 0o500, is_folder=True),
+            "the parent may not be written": mode(".", 0o500, is_folder=True),
         }.items():
             yield Case(name=f"{command}: {what}", command=command, make=make, words=words, bare=True)
     for what, data in DAMAGED_JSON.items():
         for command in ("shuffle_datasets", "shuffle_partition"):
-            make = _write("out/one-00000/.plan.json", data)
+            make = write("out/one-00000/.plan.json", data)
             yield Case(name=f"{command}: the plan is {what}", command=command, make=make, words=SHUFFLE)
 
 
@@ -445,21 +373,3 @@ def all_cases() -> list[Case]:
     ]
     strides = sorted(placed, key=lambda item: (item[0] * 997 % 1, item[1]))
     return [case for _, _, case in strides]
-
-
-@contextlib.contextmanager
-def bare_root() -> Iterator[None]:
-    """For this thread and those that it starts, root may read and write no more than anyone else."""
-    library = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    before, after = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
-    if os.geteuid() != 0 or library.capget(header, before):
-        yield
-        return
-    ctypes.memmove(after, before, ctypes.sizeof(before))
-    after[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of what is in effect
-    library.capset(header, after)
-    try:
-        yield
-    finally:
-        library.capset(header, before)

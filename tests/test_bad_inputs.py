@@ -15,8 +15,9 @@ import click
 import pytest
 
 from jllm import inspect, manifest, raw2ids, repartition, shuffle_datasets, shuffle_partition
-from tests.bad_inputs import GOOD_WORDS, Case, all_cases, bare_root, good
+from tests.bad_inputs import GOOD_WORDS, Case, all_cases, good
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
+from tests.odd_files import bare_root
 
 COMMANDS: dict[str, click.Command] = {
     "raw2ids": raw2ids.main,
@@ -129,10 +130,10 @@ def test_files_that_cannot_grow(tmp_path: Path, byte_tokenizer: Path, command: s
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 256 KiB."""
+    """A file system of its own, of 8 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:

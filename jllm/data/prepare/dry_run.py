@@ -28,6 +28,7 @@ from jllm.data.prepare.totals import describe
 from jllm.data.sources.chunk import Chunk, first_records, size_of
 from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import Source, resolve
+from jllm.data.sources.parquet import open_parquet
 from jllm.data.sources.streams import expansion
 from jllm.data.tokenizer.checked_engine import check_for_chat, open_engine
 from jllm.data.tokenizer.decoding import make_decoder
@@ -158,7 +159,8 @@ def _estimate(sources: Sequence[Source], sample: _Sample, tokens: int, size: int
         return f"the whole input: {tokens:,} tokens, {megabytes(size)} of shards"
     total = 0.0
     for source in sources:
-        units: Any = expansion(source)
+        is_parquet = source.kind in ("parquet", pretokenized.KIND)  # whose chunks are measured in rows
+        units: Any = open_parquet(source).metadata.num_rows if is_parquet else expansion(source)
         if units is None:
             return "the whole input: of unknown size"
         total += units

@@ -62,12 +62,13 @@ def chat_encoder(
     plan: RenderPlan,
     formats: tuple[str, ...],
     pool: Executor | None,
+    names: tuple[str, ...] = (),
 ) -> ChatEncoder:
     """What encodes a chunk of conversations.
 
     Args:
         assembler: waits for the engine, opened with `inert=True`.
-        plan, formats, pool: how, what, and where conversations are rendered; see `ChatEncoder`.
+        plan, formats, pool, names: how, what, and where conversations are rendered; see `ChatEncoder`.
     """
     return ChatEncoder(
         assembler=assembler,
@@ -77,6 +78,7 @@ def chat_encoder(
         pool=pool,
         longest=None if config.overlong == "split" else config.max_len,
         refuse_longer=config.overlong == "error",
+        names=names,
     )
 
 

@@ -398,7 +398,10 @@ class _Preparation:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if self.config.format == "auto":
             print(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
-        return recipes.chat_encoder(self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers)
+        names = tuple(source.name for source in self.sources)
+        return recipes.chat_encoder(
+            self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers, names=names
+        )
 
 
 def _part_of(count: int, share: float) -> int:

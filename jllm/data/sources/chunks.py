@@ -59,9 +59,9 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
             held = read_exactly(stream, 64)
             if held.startswith(_BYTE_ORDER_MARK):  # which is no text
                 held, position = held[3:], 3
-            other = first_bytes.found(held)
-            if other is not None:
-                raise UserError(f"-i {without_password(source.path)}: {first_bytes.mistake(other)}")
+            wrong = first_bytes.mistake(held)
+            if wrong is not None:
+                raise UserError(f"-i {without_password(source.path)}: {wrong}")
         if kind == "json":
             if start == 0:
                 held += read_exactly(stream, CHUNK_BYTES - len(held))

@@ -26,18 +26,11 @@ def found(head: bytes) -> str | None:
     return name
 
 
-def mistake(name: str) -> str:
-    """What is said of a text file that is `name` by its first bytes."""
+def mistake(head: bytes) -> str | None:
+    """What is wrong with a file of text that begins so; None: nothing that can be seen."""
+    name = found(head)
+    if name is None:
+        return None
     if name.startswith("UTF"):
         return f"is {name}, not UTF-8; convert it, as with: iconv -f {name} -t UTF-8"
     return f"is {name}, which its name does not say; give it the suffix of {name}"
-
-
-def check(head: bytes, *, kind: str, compression: str | None) -> str | None:
-    """What is wrong with a file that begins so, by what its name says; None: nothing. An empty file is any of all."""
-    name = found(head)
-    if kind in ("parquet", "ids"):
-        return None if name == "parquet" or not head else "is no Parquet file; give it the suffix of what it is"
-    if compression is not None:
-        return None if name == compression or not head else f"is not {compression}, as its name says; rename it"
-    return None if name is None else mistake(name)

@@ -216,7 +216,8 @@ def _local_source(path: Path, name: str, kind: str | None, *, alone: bool) -> So
     except OSError as error:
         raise UserError(f"-i {path}: cannot be read: {error.strerror or error}; repair it, or leave it out") from None
     source = _source(str(path), name, None if once else facts.st_size, kind, once=once)
-    wrong = first_bytes.check(head, kind=source.kind, compression=source.compression)
+    is_text = source.compression is None and source.kind not in ("parquet", "ids")
+    wrong = first_bytes.mistake(head) if is_text else None
     if wrong is not None:
         raise UserError(f"-i {path}: {wrong}")
     return source

@@ -54,12 +54,7 @@ def _decompressed(raw: Any, compression: str | None) -> IO[bytes]:
 
 
 def expansion(source: Source) -> float | None:
-    """About how many decompressed bytes a source has, by how its begin compresses; rows of Parquet; None: unknown."""
-    if source.kind in ("parquet", "ids"):
-        from jllm.data.sources.parquet import open_parquet
-
-        rows: int = open_parquet(source).metadata.num_rows
-        return rows
+    """About how many decompressed bytes a source has, by how its begin compresses; None where that is unknown."""
     if source.size is None or source.compression is None:
         return source.size
     raw = _open_raw(source)
