@@ -101,7 +101,7 @@ class _OneLineErrors(click.Command):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except click.NoSuchOption as error:
-            _report(f"{error.message}{_nearest_option(error)}")
+            _report(f"{error.message.rstrip('.')}{_nearest_option(error)}")
         except click.ClickException as error:
             _report(error.format_message())
         except UserError as error:

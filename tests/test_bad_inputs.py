@@ -35,6 +35,9 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
 
 
+pytestmark = pytest.mark.filterwarnings(  # Python would print these with a traceback
+    "error::pytest.PytestUnraisableExceptionWarning", "error::pytest.PytestUnhandledThreadExceptionWarning"
+)
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 
 

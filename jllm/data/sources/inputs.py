@@ -214,7 +214,8 @@ def _local_source(path: Path, name: str, kind: str | None, *, alone: bool) -> So
             with path.open("rb", buffering=0) as file:
                 head = file.read(first_bytes.LOOKED_AT)
     except OSError as error:
-        raise UserError(f"-i {path}: cannot be read: {error.strerror or error}; repair it, or leave it out") from None
+        reason = "a link that leads to no file" if path.is_symlink() else f"cannot be read: {error.strerror or error}"
+        raise UserError(f"-i {path}: {reason}; repair it, or leave it out") from None
     source = _source(str(path), name, None if once else facts.st_size, kind, once=once)
     is_text = source.compression is None and source.kind not in ("parquet", "ids")
     wrong = first_bytes.mistake(head) if is_text else None
