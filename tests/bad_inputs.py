@@ -211,7 +211,9 @@ def _file_systems() -> Iterator[Case]:
         b"%41=b.jsonl", b"b.JSONL.GZ", b"'\"$.jsonl", "é日.jsonl".encode(), b"b", b"b.jsonl.tmp", b".jsonl",
         b"?*.jsonl", b"a b.jsonl",
     ):  # fmt: skip
-        yield Case(name=f"the name {name[:20]!r}", command="raw2ids", make=of_name(name), words=TEXTS)
+        is_damaged = name.lower().endswith(b".gz")
+        called = f"the name {name[:20]!r}"
+        yield Case(name=called, command="raw2ids", make=of_name(name), words=TEXTS, keeps=is_damaged)
         alone = ("-i", "{folder}/in/" + os.fsdecode(name), *TEXTS[2:])
         yield Case(name=f"the name {name[:20]!r} alone", command="raw2ids", make=of_name(name), words=alone)
     for what, make in {
