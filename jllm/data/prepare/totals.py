@@ -12,7 +12,7 @@ import numpy as np
 from jllm.data.dataset.columns import Int64
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.records import BadRecord
-from jllm.errors import UserError
+from jllm.errors import UserError, printable
 
 MAX_EXAMPLES = 5
 BAD_SHARE, BAD_LEAST = 0.01, 10
@@ -132,7 +132,7 @@ class Totals:
 
 def describe(name: str, record: BadRecord) -> str:
     """ "file:line: kind: detail", for people."""
-    return f"{name}:{record.line}: {record.kind}: {record.detail}"
+    return printable(" ".join(f"{name}:{record.line}: {record.kind}: {record.detail}".split()))
 
 
 def length_bucket(lengths: Any) -> Any:

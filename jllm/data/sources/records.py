@@ -41,6 +41,21 @@ def field_of(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
+def _has_null(value: Any, path: Sequence[str]) -> bool:
+    """Whether the field is there, and null."""
+    if isinstance(value, dict) and ".".join(path) in value:
+        return True
+    *above, last = path
+    inside = field_of(value, above) if above else value
+    return isinstance(inside, dict) and last in inside
+
+
+def _json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
 def texts_of(records: Records, kind: str, field: str) -> Records:
     """The documents of pretraining records: the texts themselves, or the text in each record's `field`."""
     if kind == "text":
@@ -58,10 +73,13 @@ def texts_of(records: Records, kind: str, field: str) -> Records:
             else:
                 bad.append(BadRecord(kind="empty document", line=line, detail=f'field "{field}" has no text'))
         elif text is None:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else _json_type(record)
+            if _has_null(record, path):
+                bad.append(BadRecord(kind="empty document", line=line, detail=f'"{field}" is null'))
+                continue
             bad.append(BadRecord(kind="missing field", line=line, detail=f'no "{field}" (there is: {keys[:80]})'))
         else:
-            detail = f'"{field}" is {type(text).__name__}, not text'
+            detail = f'"{field}" is {_json_type(text)}, not text'
             bad.append(BadRecord(kind="wrong type", line=line, detail=detail))
     bad.sort(key=lambda record: record.line)
     return Records(values=values, lines=lines, bad=bad)
