@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, LABELS, from_list_array
 from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
@@ -26,6 +26,7 @@ from jllm.data.dataset.manifest import (
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardStatistics
 from jllm.data.dataset.token_counts import count_trained, real_lengths
+from jllm.data.dataset.training_marks import check_labels
 from jllm.errors import UserError
 
 COMMAND = "manifest"
@@ -42,6 +43,8 @@ def describe_file(path: Path, folder: Path, columns: Sequence[str] | None = None
     rows = tokens = trained = longest = 0
     for batch in ShardReader(path, columns=columns):
         ids, offsets = from_list_array(batch.column(INPUT_IDS))
+        if LABELS in batch.schema.names:
+            check_labels(batch.column(INPUT_IDS), batch.column(LABELS), path, rows)
         if len(ids) and ids.min() < 0:
             raise UserError(f"{path}: has negative token ids ({ids.min()}); input_ids must be ids of a vocabulary")
         rows += batch.num_rows

@@ -299,7 +299,10 @@ class _Preparation:
         of_records = None if self.chat else (config.text_field.split(".")[0],)
         run = Conversion(
             sources=self.sources,
-            columns=[pretokenized.READ if each.kind == pretokenized.KIND else of_records for each in self.sources],
+            columns=[
+                self.given.columns(number) if each.kind == pretokenized.KIND else of_records
+                for number, each in enumerate(self.sources)
+            ],
             encoder=encoder,
             cache=cache,
             workers=self.cores,
