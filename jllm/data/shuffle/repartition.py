@@ -25,6 +25,7 @@ from jllm.data.dataset.manifest import (
     FileEntry,
     Manifest,
     data_sets_below,
+    one_template,
     one_tokenizer,
     read_manifest,
     write_manifest,
@@ -143,6 +144,8 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
         tokenizer=one_tokenizer(sets),
         sources=names,
         further=further,
+        labels_checked=all(data_set.manifest.labels_checked for data_set in sets),
+        chat_template=one_template(sets),
         extra={
             "id": identity,
             "blocks": [[block.set_name, block.index] for partition in dealt for block in partition],

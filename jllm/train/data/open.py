@@ -236,7 +236,7 @@ def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
     if made_with is None or not any(config.model.glob("tokenizer*")):
         return
     of_model = load_tokenizer(str(config.model)).for_manifest
-    if of_model.sha256 != made_with.sha256:
+    if not made_with.is_same(of_model):
         raise UserError(
             f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
             f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"
