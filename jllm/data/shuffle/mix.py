@@ -230,7 +230,7 @@ def _size(data_set: DataSet, by: str) -> int:
     tokens = data_set.manifest.total("tokens")
     if tokens is None:
         raise UserError(
-            f"{data_set.folder}: its tokens are not known; count them with: jllm manifest {data_set.folder}"
+            f"{data_set.folder}: its tokens are not known; count them with: jllm manifest --force {data_set.folder}"
         )
     return tokens
 

@@ -236,7 +236,9 @@ def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], li
 def _partitions_by_tokens(folder: Path, blocks: Sequence[DealtBlock], partition_tokens: int) -> int:
     counts = [block.entry.tokens for block in blocks]
     if None in counts:
-        raise UserError(f"{folder}: the tokens of its files are not known; count them with: jllm manifest {folder}")
+        raise UserError(
+            f"{folder}: the tokens of some files are not known; count them with: jllm manifest --force on their data set"
+        )
     return max(1, round(sum(count or 0 for count in counts) / partition_tokens))
 
 
