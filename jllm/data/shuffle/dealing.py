@@ -35,7 +35,7 @@ def deal(files: Sequence[tuple[str, int]], tokens: Sequence[int | None], partiti
     plain = np.array([number % partitions for _, number in files], dtype=np.int64)
     known = [count for count in tokens if count is not None]
     if len(known) < len(files):
-        unknown = "the tokens of some files are not known, nor whether partitions are even; count them with: jllm manifest --force"
+        unknown = "some files' tokens are not known, nor whether partitions are even; count them: jllm manifest --force"
         return Dealing(parts=_parts(plain, partitions), note=unknown)
     sizes = np.array(known, dtype=np.int64)
     chosen = plain

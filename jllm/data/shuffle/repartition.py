@@ -237,7 +237,7 @@ def _partitions_by_tokens(folder: Path, blocks: Sequence[DealtBlock], partition_
     counts = [block.entry.tokens for block in blocks]
     if None in counts:
         raise UserError(
-            f"{folder}: the tokens of some files are not known; count them with: jllm manifest --force on their data set"
+            f"{folder}: the tokens of some files are not known; count them: jllm manifest --force on their data set"
         )
     return max(1, round(sum(count or 0 for count in counts) / partition_tokens))
 
