@@ -251,6 +251,8 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
         options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
         tokenizer=facts.for_manifest,
+        labels_checked=True,
+        chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
         extra={**found["counts"], "bad_records": found["bad"], "engine": engine},
     )

@@ -7,6 +7,7 @@ middle of a run, the run starts over without it (`restart.py`).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import sys
@@ -147,6 +148,7 @@ class _Preparation:
         self.chat = given.chat
         self.log = BadRecordLog(self.place.work)
         self.warnings: list[str] = []
+        self.document_end: int | None = None
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
@@ -224,7 +226,9 @@ class _Preparation:
             engine = self._open_engine(attempt)
             prefix = self._sequence_prefix(engine)
             if not self.given.all:
-                encoder = recipes.pretrain_encoder(config, self.facts, engine)
+                documents = recipes.pretrain_encoder(config, self.facts, engine)
+                self.document_end = documents.suffix[-1] if documents.suffix else None
+                encoder = documents
         if self.given.some:
             encoder = pretokenized.ids_encoder(config, self.facts, self.given, encoder)
         assert encoder is not None
@@ -338,11 +342,13 @@ class _Preparation:
             command="raw2ids",
             options=self._identity_of(self.outputs[index])["options"],
             files=tuple(entries),
-            tokenizer=self.facts.for_manifest,
+            tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=self.document_end),
             sources=tuple(
                 {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
                 for source, count in zip(self.sources, counted, strict=False)
             ),
+            labels_checked=True,
+            chat_template=plan.template if plan is not None else None,
             extra=extra,
         )
 
@@ -364,7 +370,10 @@ class _Preparation:
         of_records = None if self.chat else (config.text_field.split(".")[0],)
         run = Conversion(
             sources=self.sources,
-            columns=[pretokenized.READ if each.kind == pretokenized.KIND else of_records for each in self.sources],
+            columns=[
+                self.given.columns(number) if each.kind == pretokenized.KIND else of_records
+                for number, each in enumerate(self.sources)
+            ],
             encoder=encoder,
             cache=cache,
             workers=self.cores,

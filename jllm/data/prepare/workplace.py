@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from jllm import atomic
-from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, footer_of, read_manifest
+from jllm.data.dataset.files import footer_of
+from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from jllm.data.dataset.shards import CODECS, list_shards
 from jllm.errors import UserError
 

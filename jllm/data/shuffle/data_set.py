@@ -10,6 +10,9 @@ ranges of positions (`scatter.py`), packed to 2 or 3 bytes a token (`compact.py`
 to disk. The second orders each bucket and writes the blocks. Blocks are finished one by one: a killed run's blocks are
 kept and only the rows of the others are thrown again.
 
+Every input file is hashed as it is first reached, and one that is not what its manifest says ends the run before a
+block is written.
+
 Cost: every row is decoded once and encoded once, and copied three times in between; 4 bytes of memory a row for the
 permutation, and the cap for everything else.
 """
@@ -74,7 +77,12 @@ def shuffle_set(
     for line in job.further.warnings():
         warn(f"warning: {data_set.name}: {line}")
     with _held(folder, plan):
-        kept = job.run()
+        try:
+            kept = job.run()
+        except UserError:
+            if not job.entries:
+                _leave_nothing(folder)
+            raise
     manifest = Manifest(
         command=COMMAND,
         options=options,
@@ -82,6 +90,8 @@ def shuffle_set(
         tokenizer=data_set.manifest.tokenizer,
         sources=({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint},),
         further=job.further,
+        labels_checked=True,
+        chat_template=data_set.manifest.chat_template,
     )
     write_manifest(folder, manifest)
     clear_traces(folder)
@@ -142,6 +152,15 @@ def clear_traces(folder: Path) -> None:
     for path in folder.glob(".*.json"):
         path.unlink()
     atomic.remove_temporaries(folder)
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take away what a run made that ends before its first block."""
+    clear_traces(folder)
+    for place in (folder, folder.parent):
+        if any(place.iterdir()):
+            break
+        place.rmdir()
 
 
 def clean(folder: Path) -> None:

@@ -50,6 +50,9 @@ def _shuffle_one(
     if config.clean:
         clean(folder)
     blocks = config.num_block or max(1, len(data_set.manifest.files))
+    if config.num_block is not None and blocks > (most := most_blocks(data_set, recipe)):
+        print(f"warning: {data_set.name}: {most:,} rows are dealt to {most:,} files, not {blocks:,}", flush=True)
+        blocks = most
     begin = time.monotonic()
     outcome = shuffle_set(data_set, folder, blocks=blocks, seed=config.seed, resources=resources, recipe=recipe)
     seconds = time.monotonic() - begin
@@ -63,6 +66,18 @@ def _shuffle_one(
         kept = f", {outcome.blocks_kept} files kept from an earlier run" if outcome.blocks_kept else ""
         say(f"{facts}, {seconds:.1f} s ({tokens / 1e6 / max(seconds, 1e-9):.1f} M tokens/s){kept}")
     return outcome
+
+
+def most_blocks(data_set: DataSet, recipe: Recipe) -> int:
+    """As many files as have a row each, of what is taken of a set at least, as far as that is known beforehand."""
+    rows = float(data_set.manifest.rows)
+    if recipe.rows is not None:
+        rows = recipe.rows
+    elif recipe.rate is not None and not recipe.sources:
+        rows *= recipe.subsample * recipe.rate
+    if recipe.max_rows is not None:
+        rows = min(rows, recipe.max_rows)
+    return max(1, int(rows))
 
 
 def _report_mix(mix: Mix, outcomes: Sequence[Outcome]) -> list[Outcome]:

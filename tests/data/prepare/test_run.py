@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS
+from jllm.data.tokenizer.facts import load_tokenizer
 from tests.data.chats import END_OUTSIDE
 from tests.data.raw2ids_runs import (
     documents,
@@ -49,6 +51,32 @@ def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -
     assert manifest.files[0].path == "some-00000/some-00000-00000.zstd.parquet"
     assert all(entry.rows <= 20 for entry in manifest.files)
     assert not (out / ".raw2ids").exists()
+
+
+def test_the_manifest_records_what_checks_need(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(20))
+    facts = load_tokenizer(str(byte_tokenizer))
+    for more, end in (([], facts.eos_id), (["--doc_suffix", "[5,7]"], 7), (["--doc_suffix", ""], None)):
+        out = tmp_path / f"out-{end}"
+        raw2ids("-i", source, "-o", out, "--tokenizer", byte_tokenizer, "-t", "pretrain", *more)
+        written = json.loads((out / "_manifest.json").read_text())
+        assert written["tokenizer"].get("document_end") == end
+        assert written["tokenizer"]["vocabulary_sha256"] == facts.vocabulary_sha256
+        probes = written["tokenizer"]["probe_ids"]
+        assert len(probes) >= 30
+        assert all(
+            tuple(probes[text]) == ids
+            for text, ids in zip(facts.probes, facts.probe_ids, strict=True)
+            if text in probes
+        )
+        assert written["labels_checked"] is True
+        assert written["largest_id"] == max(max(row) for row in rows_of(out))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    raw2ids("-i", chat, "-o", tmp_path / "chat", "--tokenizer", byte_tokenizer, "--chat_template", "chatml")
+    manifest = read_manifest(tmp_path / "chat")
+    assert manifest is not None
+    assert manifest.chat_template == TEMPLATES["chatml"]
 
 
 def test_text_and_jsonl_give_the_same_rows(tmp_path: Path, byte_tokenizer: Path) -> None:
