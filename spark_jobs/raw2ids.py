@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.formats import SAMPLE, commonest_format
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
@@ -28,7 +29,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import recorded_options
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
-from jllm.data.prepare.totals import MAX_EXAMPLES
+from jllm.data.prepare.totals import MAX_EXAMPLES, named
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.spark import describe_output, remove_if_empty, schema_of, session, write_manifest_at, write_shards
@@ -252,7 +253,13 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
         files=describe_output(spark, output),
         tokenizer=facts.for_manifest,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={**found["counts"], "bad_records": found["bad"], "engine": engine},
+        extra={
+            **{name: count for name, count in found["counts"].items() if not name.startswith((LEFT_OUT, UNUSED))},
+            "left_out": named(found["counts"], LEFT_OUT),
+            "unused_fields": named(found["counts"], UNUSED),
+            "bad_records": found["bad"],
+            "engine": engine,
+        },
     )
     write_manifest_at(spark, output, manifest)
     return manifest

@@ -36,10 +36,11 @@ def test_formats_say_the_same(facts: TokenizerFacts, engine: CheckedEngine) -> N
 
 
 def test_hand_merged_rows(facts: TokenizerFacts, engine: CheckedEngine) -> None:
-    chat = Chat(facts, engine, PLAIN)
     given = [{"system": "s"}, {"assistant": "early"}, {"user": "a"}, {"user": "b"}, {"assistant": "c"}, {"user": "d"}]
-    merged = [{"system": "s"}, {"user": "ab"}, {"assistant": "c"}]
-    assert chat.encode([given], "roles")[:2] == chat.encode([merged], "roles")[:2]
+    for join in ("\n\n", "", " / "):
+        chat = Chat(facts, engine, PLAIN, join=join)
+        merged = [{"system": "s"}, {"user": f"a{join}b"}, {"assistant": "c"}]
+        assert chat.encode([given], "roles")[:2] == chat.encode([merged], "roles")[:2]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_hand_merged_rows(facts: TokenizerFacts, engine: CheckedEngine) -> None:
         ({"messages": "x"}, "wrong type"),
         ({}, "missing field"),
         ({"messages": [user("a"), assistant("b", weight=0)]}, "no answer"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, assistant("b")]}, "wrong type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, assistant("b")]}, "unknown part"),
     ],
 )
 def test_bad_records_are_named(record: Any, kind: str, facts: TokenizerFacts, engine: CheckedEngine) -> None:

@@ -34,11 +34,15 @@ def test_thinking(facts: TokenizerFacts, engine: CheckedEngine) -> None:
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKING, TEMPLATES["chatml"]], ids=["plain", "thinking", "marked"])
-def test_an_answer_without_a_text_still_ends(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
+def test_an_answer_that_says_nothing_is_bad(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
     chat = Chat(facts, engine, template)
-    assert chat.trained([user("q"), assistant("")]) == "<|im_end|>"
-    assert chat.trained([user("q"), assistant(""), user("r"), assistant("one")]) == "<|im_end|>one<|im_end|>"
-    assert chat.trained([user("q"), assistant("one"), user("r"), assistant("")]) == "one<|im_end|><|im_end|>"
+    for messages in (
+        [user("q"), assistant("")],
+        [user("q"), assistant(" \n"), user("r"), assistant("one")],
+        [user("q"), assistant("one"), user("r"), {"role": "assistant", "content": None}],
+    ):
+        _, _, [bad] = chat.encode([{"messages": messages}])
+        assert bad.kind == "empty answer"
 
 
 def test_what_is_trained_on(facts: TokenizerFacts, engine: CheckedEngine) -> None:

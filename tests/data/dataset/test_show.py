@@ -32,7 +32,7 @@ def test_summary(tmp_path: Path) -> None:
 def test_rows_with_masked_tokens_and_padding(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "cu_seqlens": [0, 1, 3]}]
     output = inspect(write_rows(tmp_path / "a", rows), "-n", 1)
-    assert "--- row 0: 3 tokens, 2 of them in labels, 2 documents, 1 padding\n5 [[6 7 ]]((0 ))\n" in output
+    assert "--- row 0: 3 tokens, 1 of them trained, 2 documents, 1 padding\n5 [[6 7 ]]((0 ))\n" in output
     colored = inspect(tmp_path / "a", "-n", 1, "--color", "always")
     assert "5 \x1b[0m\x1b[32m6 7 \x1b[0m\x1b[2m0 \x1b[0m\n" in colored
 
