@@ -291,6 +291,8 @@ def main(config: SparkRaw2IdsConfig) -> None:
     spark.stop()
     rows, tokens, files = manifest.rows, manifest.total("tokens"), len(manifest.files)
     print(f"{config.output}: {rows:,} rows, {tokens:,} tokens in {files} files")
+    for name, count in [*manifest.extra["left_out"].items(), *manifest.extra["unused_fields"].items()]:
+        print(f"  left out: {count:,} x {name}")
     for kind, found in manifest.extra["bad_records"].items():
         print(f"  {found['count']:,} bad records: {kind}, such as {found['examples'][0]}")
 

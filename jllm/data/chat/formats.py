@@ -72,9 +72,11 @@ def _of_alpaca(record: Any, fields: Fields, style: ReadingStyle) -> Conversation
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRecordError("wrong type", '"history" is no list of pairs')
-        turns += [("user", pair[0]), ("assistant", pair[1])]
+        turns += [
+            (role, text_of(text, 'a text of "history"')) for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
     question = "\n".join(text for text in (instruction, extra) if text)
-    turns += [("user", question), ("assistant", _field(record, "output"))]
+    turns += [("user", question), ("assistant", text_of(_field(record, "output"), '"output"'))]
     return with_fields(record, ("instruction", "input", "output", "history"), _of_turns(turns, style))
 
 
@@ -129,12 +131,14 @@ def _of_fields(record: Any, fields: Fields, style: ReadingStyle) -> Conversation
             raise BadRecordError("missing field", f'no "{field}" (there is: {keys[:80]})')
         if role == "tools":
             beside["tools"] = value
+        elif isinstance(value, dict) and ("role" in value or "from" in value):
+            found = _and_then(found, read_messages([value], style), trained=True)
         elif isinstance(value, list) and value and _holds_messages(value):
             found = _and_then(found, read_messages(value, style), trained=True)
         elif role == "messages":
             raise BadRecordError("wrong type", f'"{field}" is {kind_of(value)}, not a list of messages')
         elif value is not None and (value != "" or role != "system"):
-            found = _and_then(found, _of_turns([(role, value)], style), trained=True)
+            found = _and_then(found, _of_turns([(role, text_of(value, f'"{field}"'))], style), trained=True)
     rest = {name: value for name, value in record.items() if name not in tops} if isinstance(record, dict) else {}
     return with_fields({**rest, **beside}, (), found)
 
@@ -148,15 +152,12 @@ READERS: dict[str, Callable[[Any, Fields, ReadingStyle], Conversation]] = {
     "completion": _of_completion,
     "fields": _of_fields,
 }
+_QUESTIONS = ("conversations", "messages", "conversation", "prompt", "question", "instruction", "input")
 SAMPLE = 100
 """So many records are looked at to find out their format."""
 QUESTION_ANSWER = {"system": "system", "user": "question", "assistant": "answer"}
 PAIRS = "preference pairs"
 """What records with a chosen and a rejected answer look like; no format of `READERS`."""
-_OF_PAIRS = (
-    "to train on the chosen answers, name them with --field_map messages=chosen, or"
-    " user=prompt,assistant=chosen (dots lead into objects and lists, as in conversations.0.value)"
-)
 
 
 def format_of(record: Any) -> str | None:
@@ -189,7 +190,8 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
     Raises:
         UserError: they look like no known format.
     """
-    found = [name for name in map(format_of, itertools.islice(records, SAMPLE)) if name]
+    looked_at = list(itertools.islice(records, SAMPLE))
+    found = [name for name in map(format_of, looked_at) if name]
     if not found:
         raise UserError(
             f"{where}: its first records look like no known chat format ({', '.join(READERS)}); name one with --format,"
@@ -197,13 +199,28 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
         )
     commonest = max(found, key=found.count)
     if commonest == PAIRS:
-        raise UserError(f"{where}: its records are preference pairs (chosen, rejected), not conversations; {_OF_PAIRS}")
+        pair = next(record for record in looked_at if format_of(record) == PAIRS)
+        raise UserError(
+            f"{where}: its records are preference pairs (chosen, rejected), not conversations; {_way(pair)}"
+        )
     return commonest
 
 
 def is_pair(record: Any) -> bool:
     """Whether a record holds a chosen and a rejected answer."""
     return isinstance(record, dict) and all(record.get(key) is not None for key in ("chosen", "rejected"))
+
+
+def _way(record: dict[str, Any]) -> str:
+    """How to train on the chosen answers of records like this pair."""
+    chosen = record["chosen"]
+    asks = isinstance(chosen, list) and any(
+        isinstance(item, dict) and ROLES.get(str(item.get("role", item.get("from")))) == "user" for item in chosen
+    )
+    fields = [] if asks else [name for name in _QUESTIONS if record.get(name) is not None][:1]
+    parts = [f"{'messages' if isinstance(record[name], list) else 'user'}={name}" for name in fields]
+    parts.append("messages=chosen" if asks else "assistant=chosen")
+    return f"--field_map {','.join(parts)} trains on the chosen answers"
 
 
 def _is_answered(record: dict[str, Any]) -> bool:
@@ -234,12 +251,7 @@ def read_conversation(
     Raises:
         BadRecordError: it does not have the format, or no answer.
     """
-    try:
-        found = READERS[format_name](record, fields, style)
-        if found.completion is None:
-            found = without_ignored_tools(tidy(found, style), style)
-    except BadRecordError as error:
-        if format_name != "fields" and is_pair(record) and error.kind in ("missing field", "no answer"):
-            raise BadRecordError("preference pair", f"it has a chosen and a rejected answer; {_OF_PAIRS}") from None
-        raise
-    return found
+    if format_name != "fields" and is_pair(record) and not _is_answered(record):
+        raise BadRecordError("preference pair", f"it has a chosen and a rejected answer; {_way(record)}")
+    found = READERS[format_name](record, fields, style)
+    return found if found.completion is not None else without_ignored_tools(tidy(found, style), style)
