@@ -143,7 +143,7 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
             continue
         if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
             sample = (len(offsets) - 1, whole)
-        for name, times in conversation.notes.items():
+        for name, times in conversation.notes.items() if conversation.notes else ():
             notes[name if name in notes or len(notes) < _MOST_NOTES else MORE] += times
         before = len(texts)
         texts += found.texts

@@ -67,6 +67,7 @@ def _with_system(given: Conversation, texts: list[str]) -> Conversation:
     said = [message["content"] for message in given.messages if message["role"] == "system"]
     new = [{"role": "system", "content": text} for text in texts if text not in said]
     if new:
+        given.roles = ()
         given.messages = new + given.messages
         given.trained = [False] * len(new) + given.trained
         given.refused = [False] * len(new) + given.refused

@@ -27,6 +27,7 @@ class Conversation:
         tools: tool descriptions for the template, or None.
         completion: instead of messages: the prompt and its completion.
         notes: what was left out of the record, by name, and how often.
+        roles: of the messages, where all are nothing but texts that say something, and no flag was met.
     """
 
     messages: list[dict[str, Any]]
@@ -35,6 +36,7 @@ class Conversation:
     tools: list[Any] | None = None
     completion: tuple[str, str] | None = None
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
     def note(self, what: str, times: int = 1) -> None:
         """Count what is left out."""

@@ -6,10 +6,15 @@ stands before the first question and behind the last answer is left out, and cou
 Guarantees: an answer that says nothing makes its record bad.
 """
 
+import functools
+import itertools
+from typing import Any
+
 from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.records.messages import REASONING
 
 _TEXT = frozenset(("role", "content"))
+_BEHIND = f"{LEFT_OUT}messages after the last answer"
 _JOINED = frozenset(("system", "developer", "user", "assistant"))
 _SAID = frozenset((*_TEXT, *REASONING))
 
@@ -20,6 +25,16 @@ def tidy(given: Conversation, style: ReadingStyle) -> Conversation:
     Raises:
         BadRecordError: there is no answer to train on, or an answer is empty.
     """
+    last = _tidy_up_to(given.roles)
+    if last:
+        if last < len(given.roles):
+            given.messages, given.trained, given.refused = (
+                given.messages[:last],
+                given.trained[:last],
+                given.refused[:last],
+            )
+            given.note(_BEHIND, len(given.roles) - last)
+        return given
     found = Conversation(messages=[], trained=[], refused=[], tools=given.tools, notes=given.notes)
     messages, trained, refused = found.messages, found.trained, found.refused
     last = len(given.messages)
@@ -33,9 +48,7 @@ def tidy(given: Conversation, style: ReadingStyle) -> Conversation:
             if not asked:
                 early += 1
                 continue
-            content = message["content"]
-            if (not content or content.isspace()) and not message.get("tool_calls") and not message.get(REASONING[0]):
-                raise BadRecordError("empty answer", f"message {number} is an answer that says nothing")
+            _require_answer(message, number)
         asked = asked or role in ("user", "tool")
         if messages and role == messages[-1]["role"] and role in _JOINED:
             previous = messages[-1]
@@ -54,5 +67,23 @@ def tidy(given: Conversation, style: ReadingStyle) -> Conversation:
     if early:
         found.note(f"{LEFT_OUT}answers before the first question", early)
     if last < len(given.messages):
-        found.note(f"{LEFT_OUT}messages after the last answer", len(given.messages) - last)
+        found.note(_BEHIND, len(given.messages) - last)
     return found
+
+
+def _require_answer(message: dict[str, Any], number: int) -> None:
+    says = message["content"].strip() or message.get("tool_calls") or message.get(REASONING[0])
+    if message["role"] == "assistant" and not says:
+        raise BadRecordError("empty answer", f"message {number} is an answer that says nothing")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tidy_up_to(roles: tuple[str, ...]) -> int:
+    """How many of messages of these roles, texts without flags, are the conversation: up to the last answer. 0 where
+    some are joined, or left out before the first question, or there is no answer."""
+    last = len(roles)
+    while last and roles[last - 1] != "assistant":
+        last -= 1
+    if any(one == other and one in _JOINED for one, other in itertools.pairwise(roles[:last])):
+        return 0
+    return last if next((role for role in roles if role in ("user", "tool", "assistant")), "") != "assistant" else 0
