@@ -73,6 +73,11 @@ class Completeness:
                 raise BadRecordError(
                     "reasoning not shown", f"the template does not show the reasoning of message {number}"
                 )
+            rest = message["content"].partition(_CLOSED)[2] if _CLOSED in message["content"] else message["content"]
+            if not rest.strip() and not message.get("tool_calls"):
+                raise BadRecordError(
+                    "empty answer", f"message {number} is nothing but reasoning, which the template leaves out"
+                )
             left_out.add(number)
         return frozenset(left_out)
 

@@ -166,7 +166,7 @@ class Renderer:
         """Whether an answer with a tool call ends before the tool answers. DeepSeek's template forgets the end where
         there is one call, and the tool's words would be trained on."""
         messages = [with_marks(each) if each["role"] == "assistant" else each for each in WITH_A_CALL]
-        builder = SegmentBuilder(self.markup, StandIns(), self.plan.train_on_prompt)
+        builder = SegmentBuilder(self.markup, StandIns(), everything=False)
         segments = builder.build(self.render(messages, None))
         return not any("result_of_tool" in each.text[start:end] for each in segments for start, end in each.spans)
 

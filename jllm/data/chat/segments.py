@@ -155,7 +155,7 @@ class SegmentBuilder:
                 ending = length
                 if not ends_of_turn:
                     close_span(length)
-                    since, ending = -1, -1
+                    since, ending, group = -1, -1, []
             elif found == CLOSE:
                 close_span(length)
                 since = -1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from jllm.data.chat.builtin_templates import TEMPLATES
@@ -59,20 +59,21 @@ def conversations(draw: st.DrawFn) -> list[Said]:
         return draw(st.sampled_from(around or ("{}",))).format(f"w{count}q")
 
     edges = ("{}", "  {}", "{}\n", "\n\n{} \n", "é{}日", "<b>{}</b>", '"{}"')
-    flags = st.sampled_from([None, None, None, *YES, *NO, *BEYOND])
+    wild = not draw(st.integers(0, 3))
+    flags = st.sampled_from([None, None, None, *YES, *NO, *(BEYOND if wild else ())])
     messages = []
     roles = st.sampled_from(["user", "assistant", "user", "assistant", "tool", "system", "developer"])
     for role in draw(st.lists(roles, min_size=1, max_size=6)):
         said = Said(role, flag=draw(flags))
         if role != "assistant" or draw(st.integers(0, 5)):
             said.text = words(*edges)
-        elif draw(st.booleans()):
+        elif wild:
             said.text = draw(st.sampled_from(["", "  \n"]))
         if role == "assistant":
             said.thought = words() if not draw(st.integers(0, 3)) else ""
-            said.call = words() if not draw(st.integers(0, 3)) else ""
+            said.call = words() if (said.empty and not wild) or not draw(st.integers(0, 3)) else ""
         messages.append(said)
-    return [Said("user", words()), *messages] if draw(st.booleans()) else messages
+    return messages if wild else [Said("user", words()), *messages, Said("assistant", words())]
 
 
 def written(messages: list[Said], form: str, aside: bool) -> Any:
@@ -106,12 +107,20 @@ def expected_left_out(messages: list[Said]) -> tuple[list[Said], list[Said]]:
     return [*early, *behind], [said for i, said in enumerate(rest) if not (i < asked and said.role == "assistant")]
 
 
-def check(chat: Chat, kind: str, form: str, conversation: list[Said], record: Any, beside: list[str]) -> None:
+def check(
+    chat: Chat, kind: str, form: str, conversation: list[Said], record: Any, beside: list[str], shows_all: bool
+) -> None:
     ids, labels, bad, counts = chat.encode_as(kind, [record], form)
     assert len(ids) + len(bad) == 1
     left_out, kept = expected_left_out(conversation)
+    event(bad[0].kind if bad else "good")
+    asked = max((i for i, said in enumerate(kept) if said.role == "user"), default=-1)
     if bad:
         assert bad[0].detail
+        answers = [said for said in kept if said.role == "assistant"]
+        thoughtful = any(not said.text.strip() and not said.call for said in answers)
+        usable = any(not said.refused for said in answers) and not any(said.flag in BEYOND for said in conversation)
+        assert not (shows_all and usable) or thoughtful, bad[0]
         return
     assert not any(said.empty for said in kept if said.role == "assistant"), "an empty answer is a bad record"
     assert not any(said.flag in BEYOND for said in conversation)
@@ -120,7 +129,6 @@ def check(chat: Chat, kind: str, form: str, conversation: list[Said], record: An
     edges = sum(notes.get(f"{LEFT_OUT}{what}", 0) for what in
                 ("answers before the first question", "messages after the last answer"))  # fmt: skip
     assert edges == len(left_out)
-    asked = max((i for i, said in enumerate(kept) if said.role == "user"), default=-1)
     thoughts = 0
     for number, said in enumerate(kept):
         for word in said.words:
@@ -208,7 +216,15 @@ def test_what_went_in_comes_out_or_is_named(
     fields = {"tools": json.dumps([{"type": "function", "function": function}]), None: None}
     if beside:
         record[beside] = fields.get(beside, "besides")
-    check(chat, storable(kind, record), form, conversation, record, ["besides"] if beside else [])
+    check(
+        chat,
+        storable(kind, record),
+        form,
+        conversation,
+        record,
+        ["besides"] if beside else [],
+        template in ("agent", "real"),
+    )
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
