@@ -112,3 +112,11 @@ def test_reasoning_is_marked_where_the_answer_holds_it() -> None:
     assert marked == f"<think>\n{REASONING}hm\n</think>\n\n{START}yes{END}"
     empty = with_marks({"role": "assistant", "content": "<think>\n\n</think>\n\nyes"})["content"]
     assert REASONING not in empty
+
+
+@given(content=st.text(st.sampled_from(" \n\tab<"), min_size=1).filter(str.strip))
+def test_tight_marks_take_outer_white_space_in(content: str) -> None:
+    assert with_marks(assistant(content), tight=True)["content"] == START + content + END
+    loose = with_marks(assistant(content))["content"]
+    assert loose.strip() == START + content.strip() + END
+    assert MARKS.sub("", loose) == content
