@@ -1,4 +1,4 @@
-"""Whether a template shows all that is in a conversation: messages, calls, reasoning, tools.
+"""Whether a template shows all of a conversation: messages, calls, reasoning, tools.
 
 A template is tried with texts that nothing else can hold, in messages of the same roles, fields and numbers of calls;
 what does not come out is not shown. Tried once for each such shape. What depends on the texts themselves (arguments of

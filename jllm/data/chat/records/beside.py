@@ -1,4 +1,4 @@
-"""What stands beside a conversation in its record: a system text, tools, flags, a label, and fields that nobody reads.
+"""Fields beside a conversation: system text, tools, flags, labels, and those nobody reads.
 
 Guarantees: each field is used, counted by its name, or says why the record is refused.
 """

@@ -1,4 +1,4 @@
-"""Flags that say whether something is trained on, under the names that people have for them.
+"""Flags that say whether something is trained on, under the names that they have.
 
 Guarantees: a flag is yes, no, or refused by name; no beats yes.
 """

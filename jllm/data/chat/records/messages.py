@@ -1,4 +1,4 @@
-"""Messages as people write them to messages with a role, a text, calls and reasoning.
+"""Messages in the forms that people write, to a role, a text, calls and reasoning.
 
 A message names its role (`role` or `from`, with `content` or `value`), or its role is the key of its text.
 

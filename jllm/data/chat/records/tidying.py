@@ -1,4 +1,4 @@
-"""From the messages of a record to the conversation that is rendered: what is joined, what is left out.
+"""What of a conversation's messages is joined, and what is left out.
 
 Consecutive texts of one role are joined: of users, of the system, and of the assistant where there are no calls. What
 stands before the first question and behind the last answer is left out, and counted.
