@@ -125,9 +125,10 @@ def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool)
     labels = row.get("labels") or ids
     boundaries = row.get("cu_seqlens")
     real = boundaries[-1] if boundaries else len(ids)
-    trained = sum(label >= 0 for label in labels[:real])
+    starts = {0, *(boundaries or ())}  # what nothing comes before is never predicted
+    trained = sum(label >= 0 and i not in starts for i, label in enumerate(labels[:real]))
     documents = f", {len(boundaries) - 1} documents" if boundaries else ""
-    print(f"--- row {number}: {real} tokens, {trained} of them in labels{documents}, {len(ids) - real} padding")
+    print(f"--- row {number}: {real} tokens, {trained} of them trained{documents}, {len(ids) - real} padding")
     shown = []
     begin = 0
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]

@@ -57,7 +57,16 @@ class Raw2IdsConfig:
         help="ft: what a record looks like",
         choices=("auto", "roles", "messages", "sharegpt", "alpaca", "completion", "fields"),
     )
-    field_map: str | None = option(None, help="ft: user=FIELD,assistant=FIELD[,system=FIELD]", metavar="MAP")
+    field_map: str | None = option(
+        None,
+        help="ft: user=FIELD,assistant=FIELD[,system=FIELD,tools=FIELD], or messages=FIELD; dots lead into objects and"
+        " lists",
+        metavar="MAP",
+    )
+    join: str = option(
+        "\n\n", help="ft: between consecutive texts of one role  [default: a blank line]", metavar="TEXT"
+    )
+    ignore_tools: bool = option(False, help="ft: leave out lists of tools, which the template may not be able to show")
     chat_template: str | None = option(
         None, help="ft: a built-in name, a file, or text  [default: the tokenizer's own]", metavar="TEMPLATE"
     )
@@ -123,7 +132,9 @@ class Raw2IdsConfig:
                 if getattr(self, name):
                     raise UserError(f"--{name}: only for -t pretrain")
         else:
-            for name in ("filter", "field_map", "chat_template", "train_on_prompt", "date"):
+            if self.join != "\n\n":
+                raise UserError("--join: only for -t ft")
+            for name in ("filter", "field_map", "chat_template", "train_on_prompt", "date", "ignore_tools"):
                 if getattr(self, name):
                     raise UserError(f"--{name}: only for -t ft")
             if (self.pad or self.pad_to_multiple_of) and self.packing == "none":

@@ -153,7 +153,7 @@ class ChatEncoder:
     def __call__(self, chunk: Chunk, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
         rendered = render_chunk(*self._work(chunk, kind)) if begun is None else begun.result()
         documents, checks = self.assembler().assemble(rendered, chunk=chunk.index)
-        counts = {"records": rendered.records, "checks": checks}
+        counts = {"records": rendered.records, "checks": checks, **rendered.notes}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest
             if over.any() and self.refuse_longer:

@@ -132,9 +132,10 @@ def field_map(config: Raw2IdsConfig) -> dict[str, str]:
     fields = {}
     for pair in config.field_map.split(","):
         role, equals, field = pair.partition("=")
-        if not equals or role.strip() not in ("system", "user", "assistant"):
+        if not equals or role.strip() not in ("system", "user", "assistant", "messages", "tools") or not field.strip():
             raise UserError(
-                f"--field_map {config.field_map}: write role=field,..., roles being system, user and assistant"
+                f"--field_map {config.field_map}: write role=field,..., roles being system, user, assistant, messages"
+                " and tools"
             )
         fields[role.strip()] = field.strip()
     return fields
@@ -215,6 +216,8 @@ def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, shor
         prefix=facts.prefix,
         eos_id=facts.eos_id,
         short_cut=short_cut,
+        join=config.join.replace("\\n", "\n"),
+        ignore_tools=config.ignore_tools,
     )
     assert Renderer(plan).template is not None
     return plan

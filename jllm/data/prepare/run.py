@@ -18,6 +18,7 @@ from typing import Any
 
 from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
@@ -40,7 +41,7 @@ from jllm.data.prepare.outputs import (
 from jllm.data.prepare.progress import Progress, summary
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
-from jllm.data.prepare.totals import Totals, check_bad_share
+from jllm.data.prepare.totals import Totals, check_bad_share, named
 from jllm.data.prepare.workplace import modified_at
 from jllm.data.sources.inputs import Source, resolve, without_password
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
@@ -336,6 +337,8 @@ class _Preparation:
                 "formats": list(dict.fromkeys(self.formats)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),
+                "left_out": named(totals.counts, LEFT_OUT),
+                "unused_fields": named(totals.counts, UNUSED),
                 "warnings": self.warnings,
             }
         return Manifest(

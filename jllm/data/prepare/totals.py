@@ -5,6 +5,7 @@ own.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,12 @@ class Totals:
             kind["count"] += 1
             if len(kind["examples"]) < MAX_EXAMPLES:
                 kind["examples"].append(describe(name, record))
+
+
+def named(counts: Mapping[str, int], beginning: str) -> dict[str, int]:
+    """The counts whose names begin so, without that, the largest first."""
+    found = {name[len(beginning) :]: count for name, count in counts.items() if name.startswith(beginning)}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def describe(name: str, record: BadRecord) -> str:

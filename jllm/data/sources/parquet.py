@@ -78,6 +78,31 @@ def chunks(
 
 
 def parse(rows: Any, line: int) -> Records:
-    """The rows of an Arrow table as dicts; `line` is the number of the first."""
-    values = rows.to_pylist()
+    """The rows of an Arrow table as dicts; `line` is the number of the first.
+
+    A struct has every field of its column, null where its own object had none: such nulls are left out.
+    """
+    import pyarrow as pa
+
+    values = rows.to_pylist(maps_as_pydicts="lossy")
+    nested = [field.name for field in rows.schema if _has_objects(field.type, pa.types)]
+    for value in values if nested else ():
+        for name in nested:
+            value[name] = _without_nulls(value[name])
     return Records(values=values, lines=[line + i for i in range(len(values))], bad=[])
+
+
+def _has_objects(kind: Any, types: Any) -> bool:
+    """Whether values of an Arrow type hold structs or maps."""
+    if types.is_struct(kind) or types.is_map(kind):
+        return True
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in lists) and _has_objects(kind.value_type, types)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
