@@ -20,6 +20,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dry")
     tiny_llama(folder / "model", tied=True)
     tiny_llama(folder / "deep", tied=True, layers=5)
+    shutil.copytree(folder / "model", folder / "fp8")
+    config = json.loads((folder / "model/config.json").read_text())
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "fp8/config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
     write_rows(folder / "data", random_rows(24), files=2)
     write_rows(folder / "bare", random_rows(24), manifest=False)
     write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
@@ -57,6 +61,7 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--seq_len 8": lambda folder: {"seq_len": 8},
     "matches no module": lambda folder: {"target_modules": "no_such_module"},
     "has no routers": lambda folder: {"router_aux_loss_coef": 0.1},
+    "quantization_config: fp8": lambda folder: {"model": folder / "fp8"},
     "contradicts the options": lambda folder: {"ds_config": folder / "other.json"},
 }
 

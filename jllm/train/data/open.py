@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jllm.data.dataset.manifest import DataSet, open_data_set
+from jllm.data.dataset.manifest import DataSet, one_template, open_data_set
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
@@ -36,12 +36,14 @@ class DataFacts:
         num_rows: rows of an epoch.
         tokens: of an epoch; None where a manifest does not say.
         longest_row: in tokens; None where a manifest does not say.
+        chat_template: of its conversations; None where there are none, or several differ.
     """
 
     fingerprint: str
     num_rows: int
     tokens: int | None
     longest_row: int | None
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
         if None not in tokens
         else None,
         longest_row=max(known) if len(known) == len(longest) else None,
+        chat_template=one_template(sets),
     )
     return index, facts
 
@@ -206,11 +209,13 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         return parts[0]
     tokens = [part.tokens for part in parts]
     lengths = [part.longest_row for part in parts]
+    templates = {part.chat_template for part in parts} - {None}
     return DataFacts(
         fingerprint=hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
         num_rows=sum(part.num_rows for part in parts),
         tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+        chat_template=templates.pop() if len(templates) == 1 else None,
     )
 
 
@@ -236,7 +241,7 @@ def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
     if made_with is None or not any(config.model.glob("tokenizer*")):
         return
     of_model = load_tokenizer(str(config.model)).for_manifest
-    if of_model.sha256 != made_with.sha256:
+    if not made_with.is_same(of_model):
         raise UserError(
             f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
             f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"

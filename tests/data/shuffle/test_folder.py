@@ -1,13 +1,15 @@
 """The commands: every set of a folder, or all of it as one; what is in the way is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from jllm.commands.repartition import main as repartition
 from jllm.commands.shuffle_datasets import main as shuffle_datasets
 from jllm.commands.shuffle_partition import main as shuffle_partition
-from jllm.data.dataset.manifest import open_data_set, read_manifest
+from jllm.data.dataset.manifest import Tokenizer, open_data_set, read_manifest, write_manifest
 from tests.data.sets import make_set, row_numbers
 
 
@@ -80,6 +82,11 @@ def test_an_empty_data_set(tmp_path: Path) -> None:
     [
         (["-n", "0"], "--num_block 0"),
         (["--memory", "lots"], "--memory lots"),
+        (["--memory", "1K"], "--memory 1K: that is 1,024 bytes; give at least 16 MiB"),
+        (["--mix", "a=1", "--mix", "a=2"], "--mix: a has 2 values; give one"),
+        (["--mix", "source:x=1", "--mix", "source:x=1"], "--mix: source:x has 2 values"),
+        (["--max_tokens", "a=1K", "--max_tokens", "9", "--max_tokens", "a=2K"], "--max_tokens: a has 2 values"),
+        (["--max_tokens", "9", "--max_tokens", "9"], "--max_tokens: all data sets have 2 values"),
         (["--mem_rate", "2"], "--mem_rate"),
         (["--cores", "0"], "--cores 0"),
         (["-o", "D/inside"], "beside it"),
@@ -106,6 +113,67 @@ def test_damaged_input_names_the_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert path.name in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 60, -1, -3, -9])
+def test_every_byte_is_checked(tmp_path: Path, place: int) -> None:
+    """Also those that no reader of the rows needs; and a set that is refused leaves nothing behind."""
+    make_set(tmp_path / "D/a", 500, files=3)
+    path = tmp_path / "D/a/a-00000/a-00000-00001.zstd.parquet"
+    good = path.read_bytes()
+    data = bytearray(good)
+    data[place] ^= 1
+    path.write_bytes(data)
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 2
+    assert path.name in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["D"]
+    path.write_bytes(good)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["-n", 1000], {"a": 30, "b": 1000}),
+        (["-n", 20], {"a": 20, "b": 20}),
+        (["-n", 1000, "--mix", "a=0.5", "--mix", "b=0.01"], {"a": 15, "b": 20}),
+    ],
+)
+def test_no_more_files_than_rows(tmp_path: Path, arguments: list[object], files: dict[str, int]) -> None:
+    make_set(tmp_path / "D/a", 30)
+    make_set(tmp_path / "D/b", 2000)
+    result = run(shuffle_datasets, "-d", tmp_path / "D", *arguments)
+    assert result.exit_code == 0, result.output
+    for name, count in files.items():
+        folder = tmp_path / f"D-sf/{name}-00000"
+        assert len(list(folder.rglob("*.parquet"))) == count
+        assert all(entry.rows for entry in open_data_set(folder).manifest.files)
+        warned = f"warning: {name}: {count:,} rows are dealt to {count:,} files, not 1,000" in result.output
+        assert warned == (count < 1000 and 1000 in arguments)
+    again = run(shuffle_datasets, "-d", tmp_path / "D", *arguments)
+    assert again.exit_code == 0
+    assert again.output.count("already shuffled") == 2
+
+
+def test_what_is_known_of_a_set_goes_with_it(tmp_path: Path) -> None:
+    """Through shuffle and repartition: tokenizer with its facts, the template of its conversations, the largest id."""
+    known = Tokenizer(
+        name="it", vocab_size=1000, sha256="1", vocabulary_sha256="2", probe_ids={"a": [1]}, document_end=3
+    )
+    for name, template in (("a", "{{ x }}"), ("b", None)):
+        folder = make_set(tmp_path / "D" / name, 40, files=2, tokenizer=known)
+        manifest = open_data_set(folder).manifest
+        write_manifest(folder, dataclasses.replace(manifest, labels_checked=True, chat_template=template))
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    assert run(repartition, "-d", tmp_path / "D-sf", "-n", 2).exit_code == 0
+    for folder in (tmp_path / "D", tmp_path / "D-sf"):
+        manifest = open_data_set(folder).manifest
+        assert manifest.tokenizer == known
+        assert manifest.chat_template == "{{ x }}"
+        assert manifest.labels_checked
+        assert manifest.largest_id == 39
 
 
 def test_shuffle_partition_mixes_sets(tmp_path: Path) -> None:
