@@ -164,7 +164,7 @@ def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
 
 def test_checkpoints_by_minutes(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     """A minute has passed after three steps; the step being made then is the last one before the checkpoint."""
-    more = {"max_steps": 10, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 9}
+    more = {"max_steps": 10, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 9, "clean": True}
     for minutes, expected in ((0.0, [9, 10]), (1.0, [4, 8, 9, 10]), (60.0, [9, 10])):
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
         options = logged_options(folder, tmp_path, **more, minutes_per_checkpoint=minutes)

@@ -218,6 +218,7 @@ def test_another_model_is_refused(
     resume = options_of(folder, name, **model, resume_ckpt=start, log_dir=tmp_path / "log")
     begin = options_of(folder, name, **model, from_ckpt=Path(start), log_dir=tmp_path / "log")
     convert = {**begin, "num_train_epochs": 0, "output_dir": tmp_path / "out"}
+    begin["clean"] = True  # of the records of the run before
     gentle = [resume, begin, convert]
     answers = train_each(ranks, gentle, tmp_path / "console")
     options = ["--resume_ckpt", "--from_ckpt", "--from_ckpt"]
