@@ -151,7 +151,20 @@ def test_every_module_has_a_test_of_its_name() -> None:
 
 BESIDE_THE_PACKAGE = ("distributed", "spark")
 """Folders of tests that are about several packages at once."""
-TESTED_ELSEWHERE: dict[str, str] = {}
+TESTED_ELSEWHERE: dict[str, str] = {
+    # What only a run of several processes shows.
+    "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
+    "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",
+    "jllm/train/clean.py": "tests/distributed/test_run.py",
+    "jllm/train/data/open.py": "tests/distributed/test_data_path.py",
+    "jllm/train/distributed/agreement.py": "tests/distributed/test_data_path.py",
+    "jllm/train/distributed/deepspeed_engine.py": "tests/distributed/test_equality.py",
+    "jllm/train/evaluate.py": "tests/distributed/test_run.py",
+    "jllm/train/setup.py": "tests/distributed/test_model_options.py",
+    "jllm/train/trainer.py": "tests/distributed/test_run.py",
+    # Drawn into one file by its only caller.
+    "jllm/train/records/svg.py": "tests/train/records/test_curves.py",
+}
 """Module → the test file where it is tested, where a test of its own name would say less."""
 
 

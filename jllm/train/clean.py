@@ -1,6 +1,5 @@
 """`--clean`: start over in folders that earlier runs wrote."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:
         for other in needed:
             if other.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"--clean would remove {folder}, which holds {other}; give folders of their own")
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if agreement.is_first_of_node:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     agreement.barrier()

@@ -212,7 +212,7 @@ def test_an_older_checkpoint_trains_as_it_is(ranks: Callable[[int], Ranks], tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.models.legacy.test_legacy import VOCAB, publish, qwen
+    from tests.models.legacy.published import VOCAB, publish, qwen
 
     weights = publish("qwen", tmp_path / "model")
     data = write_rows(tmp_path / "data", full_rows(4, VOCAB))

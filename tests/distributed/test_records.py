@@ -19,8 +19,8 @@ from jllm.train.records.curves import plot
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
-from tests.train.records.test_config_record import parse
-from tests.train.records.test_metrics import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
+from tests.train.records.flags import parse
+from tests.train.records.lines import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
 from jllm.data.dataset.describe import further_columns
 from jllm.data.dataset.manifest import DataSet, verify
 from jllm.data.dataset.reader import ShardReader
-from jllm.errors import UserError
+from jllm.errors import UserError, printable, say
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -44,9 +44,9 @@ def show_summary(data: DataSet) -> None:
             print(f"  {name} {manifest.extra[name]}")
     further = further_columns(data.paths, data.folder)
     for column in further.carried:
-        print(f"  column {column.name} {column.type_name}")
+        say(f"  column {column.name} {column.type_name}")
     for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
-        print(f"  column {name} left out: {reason}")
+        say(f"  column {name} left out: {reason}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
     longest = 0
@@ -81,7 +81,7 @@ def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0
                 for row in batch.slice(max(0, start - number)).to_pylist():
                     if rows <= 0:
                         return
-                    _show(max(number, start), row, decode or _plain, colored)
+                    show_row(max(number, start), row, decode or _plain, colored=colored)
                     start, rows = start + 1, rows - 1
             number += batch.num_rows
 
@@ -90,7 +90,8 @@ def _plain(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids)) + " "
 
 
-def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> None:
+def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool) -> None:
+    """Print one row, as `show_rows` does."""
     ids: list[int] = row["input_ids"]
     labels = row.get("labels") or ids
     boundaries = row.get("cu_seqlens")
@@ -104,7 +105,7 @@ def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> No
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or kinds[end] != kinds[begin]:
-            text = decode(ids[begin:end])
+            text = printable(decode(ids[begin:end]))
             marks = (
                 {TRAINED: "[[", PADDING: "((", PLAIN: ""}[kinds[begin]],
                 {TRAINED: "]]", PADDING: "))", PLAIN: ""}[kinds[begin]],
@@ -117,7 +118,7 @@ def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> No
             begin = end
     print("".join(shown))
     for name in [name for name in row if name not in COLUMNS]:
-        print(f"{name}: {_value(row[name])}")
+        say(f"{name}: {_value(row[name])}")
 
 
 def _value(value: Any) -> str:

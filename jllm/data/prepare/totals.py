@@ -13,7 +13,7 @@ import numpy as np
 from jllm.data.dataset.columns import Int64
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.records import BadRecord
-from jllm.errors import UserError
+from jllm.errors import UserError, printable
 
 MAX_EXAMPLES = 5
 BAD_SHARE, BAD_LEAST = 0.01, 10
@@ -139,7 +139,7 @@ def named(counts: Mapping[str, int], beginning: str) -> dict[str, int]:
 
 def describe(name: str, record: BadRecord) -> str:
     """ "file:line: kind: detail", for people."""
-    return f"{name}:{record.line}: {record.kind}: {record.detail}"
+    return printable(" ".join(f"{name}:{record.line}: {record.kind}: {record.detail}".split()))
 
 
 def length_bucket(lengths: Any) -> Any:

@@ -6,6 +6,8 @@ from pathlib import Path
 from jllm.errors import UserError
 from jllm.options import option
 
+MOST_BLOCKS = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShuffleConfig:
@@ -42,6 +44,8 @@ class ShuffleConfig:
     def __post_init__(self) -> None:
         if self.num_block is not None and self.num_block < 1:
             raise UserError(f"--num_block {self.num_block}: give at least 1")
+        if self.num_block is not None and self.num_block > MOST_BLOCKS:
+            raise UserError(f"--num_block {self.num_block}: give at most {MOST_BLOCKS:,}: each is a file")
         if not 0 < self.mem_rate <= 1:
             raise UserError(f"--mem_rate {self.mem_rate}: give a share above 0 and at most 1")
         if self.seed < 0:

@@ -204,6 +204,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
     if present is not None and present.to_json() == plan.manifest.to_json():
         return False
     parting, parted = _beside(folder)
+    for place, _, _ in atomic.walk(folder):
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"{place}: must be writable: its files get another place; allow that")
     parting.mkdir()
     _link_others(folder, parting, plan)
     try:
@@ -230,9 +233,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
 def _link_others(folder: Path, parting: Path, plan: PartitionPlan) -> None:
     """Link what belongs to no data set into the new tree, at the same place."""
     dealt = {block.path for blocks in plan.partitions for block in blocks}
-    for parent, _, files in os.walk(folder):
+    for parent, _, files in atomic.walk(folder):
         for name in files:
-            path = Path(parent, name)
+            path = parent / name
             inside = path.relative_to(folder)
             ours = inside.as_posix() in dealt or name == MANIFEST_NAME or inside.as_posix() == INFO_NAME
             if ours or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":

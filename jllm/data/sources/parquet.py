@@ -5,7 +5,7 @@ Cost: pyarrow's, on one thread for each source; a dict for each row where rows a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
@@ -33,6 +33,14 @@ def open_parquet(source: Source) -> Any:
         raise UserError(f"-i {source.name}: cannot be read as Parquet: {error}") from None
 
 
+def refuse_columns(source: Source, wanted: Sequence[str], names: Sequence[str]) -> NoReturn:
+    """Raises:
+    UserError: none of the columns that are wanted is there.
+    """
+    there = ", ".join(names[:12]) or "none"
+    raise UserError(f"-i {source.name}: no column {' or '.join(wanted)} (columns: {there})")
+
+
 def chunks(
     source: Source, number: int, start: int, index: int, columns: Sequence[str] | None, size: int
 ) -> Iterator[Chunk]:
@@ -50,7 +58,7 @@ def chunks(
     names = file.schema_arrow.names
     wanted = [name for name in names if columns is None or name in columns]
     if columns is not None and not wanted:
-        raise UserError(f"-i {source.name}: no column {' or '.join(columns)} (columns: {', '.join(names[:12])})")
+        refuse_columns(source, columns, names)
     row = 0
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows

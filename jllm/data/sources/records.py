@@ -50,12 +50,19 @@ def field_of(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
-def _has_field(value: Any, path: Sequence[str]) -> bool:
-    """Whether the last step is there, be it null."""
+def _has_null(value: Any, path: Sequence[str]) -> bool:
+    """Whether the field is there, and null."""
     if isinstance(value, dict) and ".".join(path) in value:
         return True
-    inner = field_of(value, path[:-1]) if len(path) > 1 else value
-    return isinstance(inner, dict) and path[-1] in inner
+    *above, last = path
+    inside = field_of(value, above) if above else value
+    return isinstance(inside, dict) and last in inside
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def texts_of(records: Records, kind: str, field: str) -> Records:
@@ -74,13 +81,14 @@ def texts_of(records: Records, kind: str, field: str) -> Records:
                 lines.append(line)
             else:
                 bad.append(BadRecord(kind="empty document", line=line, detail=f'field "{field}" has no text'))
-        elif text is None and _has_field(record, path):
-            bad.append(BadRecord(kind="missing field", line=line, detail=f'"{field}" is null'))
         elif text is None:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else json_type(record)
+            if _has_null(record, path):
+                bad.append(BadRecord(kind="empty document", line=line, detail=f'"{field}" is null'))
+                continue
             bad.append(BadRecord(kind="missing field", line=line, detail=f'no "{field}" (there is: {keys[:80]})'))
         else:
-            detail = f'"{field}" is {type(text).__name__}, not text'
+            detail = f'"{field}" is {json_type(text)}, not text'
             bad.append(BadRecord(kind="wrong type", line=line, detail=detail))
     bad.sort(key=lambda record: record.line)
     return Records(values=values, lines=lines, bad=bad)

@@ -1,4 +1,4 @@
-"""Weights of one pipeline stage, from a Hugging Face folder or at random, without ever holding the whole model.
+"""Weights of one pipeline stage, from a Hugging Face folder or at random; the whole model is never held.
 
 `load_stage` reads only the tensors that the stage owns (the files are mapped, not read). `init_stage` draws random
 weights module by module, each module from its own seed, so the weights do not depend on the number of stages.

@@ -1,4 +1,4 @@
-"""Weights of one pipeline stage to a Hugging Face folder, without ever holding the whole model.
+"""Weights of one pipeline stage to a Hugging Face folder; the whole model is never held.
 
 `save_stage` and `write_index` write what plain `from_pretrained` reads: published names, the published layout (per
 expert where the family's checkpoints are), and one copy of a tied embedding.

@@ -37,7 +37,7 @@ def test_structs_of_numbers_are_read_back(fields: dict[int, int | dict[int, int]
         else:
             encoded.append((number, thrift.i64(value)))
     data = b"before" + thrift.struct(encoded)[1]
-    reader = thrift.Reader(memoryview(data), 6)
+    reader = thrift.StructReader(memoryview(data), 6)
     assert reader.struct() == fields
     assert reader.position == len(data)
 
@@ -47,4 +47,4 @@ def test_structs_of_numbers_are_read_back(fields: dict[int, int | dict[int, int]
 )
 def test_what_is_no_struct(data: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        thrift.Reader(memoryview(data), 0).struct()
+        thrift.StructReader(memoryview(data), 0).struct()

@@ -1,22 +1,38 @@
-"""What a head costs where its logits are taken in chunks: twice its forward pass, and the memory of one chunk."""
+"""What stages cost: parameters and state that train, and a head whose logits are taken in chunks."""
+
+import copy
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jllm.models.pipeline.costs import Costs, estimate_costs
+from jllm.models.pipeline.carving import stage_class
+from jllm.models.pipeline.costs import (
+    Costs,
+    Parameters,
+    StateBytes,
+    estimate_costs,
+    state_bytes,
+)
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
+from jllm.models.pipeline.partition import (
+    stage_table,
+)
+from jllm.models.pipeline.span import spans_of
+from jllm.models.trainable import ParameterChoice, select_trainable
+from jllm.models.weights.source import causal_class
+from tests.models.pipeline.by_hand import all_of, config_of
 from tests.models.tiny import VOCAB, tiny_config
 
 SHORT, LONG = tokens_of_a_chunk(VOCAB), 4 * tokens_of_a_chunk(VOCAB)
 
 
-def costs_of(length: int) -> Costs:
+def llama_costs(length: int) -> Costs:
     return estimate_costs(tiny_config("llama"), sequence_length=length, dtype=torch.bfloat16)
 
 
 def test_head_in_chunks() -> None:
-    short, long = costs_of(SHORT), costs_of(LONG)
+    short, long = llama_costs(SHORT), llama_costs(LONG)
     assert long.head_time / LONG == pytest.approx(short.head_time / SHORT * 4 / 3)
     assert short.head_activation_bytes == SHORT * VOCAB * (2 + 8)
     assert long.head_activation_bytes == short.head_activation_bytes <= CHUNK_ELEMENTS * (2 + 8)
@@ -24,7 +40,7 @@ def test_head_in_chunks() -> None:
 
 def test_operations_count_nothing_twice() -> None:
     """What utilisation is measured against does not depend on what is recomputed."""
-    short, long = costs_of(SHORT), costs_of(LONG)
+    short, long = llama_costs(SHORT), llama_costs(LONG)
     assert short.operations == pytest.approx(short.time(0, len(short.layers)))
     assert long.operations < long.time(0, len(long.layers))
     recomputed = estimate_costs(tiny_config("llama"), sequence_length=LONG, checkpoint_interval=1)
@@ -34,6 +50,52 @@ def test_operations_count_nothing_twice() -> None:
 def test_head_that_is_not_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then all logits are there, though not in fp32, and none are computed twice."""
     monkeypatch.setattr(LlamaForCausalLM, "__module__", "somewhere.else")
-    short, long = costs_of(SHORT), costs_of(LONG)
+    short, long = llama_costs(SHORT), llama_costs(LONG)
     assert long.head_time / LONG == pytest.approx(short.head_time / SHORT)
     assert long.head_activation_bytes == LONG * VOCAB * 2 + SHORT * VOCAB * 8
+
+
+EMBEDDINGS = {"gpt2": "wte", "camembert": "word_embeddings"}
+
+
+def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
+    """Bytes a parameter: weight, gradient and its sum, and a rank's share of master weight and moments."""
+    assert state_bytes(torch.bfloat16, sharded_over=1) == StateBytes(trained=2 + 2 + 4 + 4 + 8, frozen=2)
+    assert state_bytes(torch.bfloat16, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 12 / 4, frozen=2)
+    assert state_bytes(torch.bfloat16, moments=0, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 4 / 4, frozen=2)
+    assert state_bytes(torch.float32) == StateBytes(trained=4 + 4 + 8, frozen=4)
+    config = config_of(4)
+    state = StateBytes(trained=100.0, frozen=1.0)
+    whole = estimate_costs(config, state=state, sequence_length=1)
+    some = estimate_costs(
+        config, state=state, sequence_length=1, selection=ParameterChoice(frozen_modules="mlp,embed_tokens")
+    )
+    mlp = 3 * 16 * 32
+    assert whole.parameters(0, 2) == all_of(some.parameters(0, 2).total)
+    assert some.parameters(0, 2).trained == whole.parameters(0, 2).total - 2 * mlp - 64 * 16
+    assert whole.memory(0, 2, in_flight=1) - some.memory(0, 2, in_flight=1) == 99 * (2 * mlp + 64 * 16)
+    assert "train" in stage_table(some, [0, 2, 4]).splitlines()[1]
+    kept = estimate_costs(config, checkpoint_interval=1)
+    offloaded = estimate_costs(config, checkpoint_interval=1, checkpoint_offload=True)
+    saved = kept.memory(0, 2, in_flight=3) - offloaded.memory(0, 2, in_flight=3)
+    assert saved == 3 * 2 * 2048 * 16 * 2  # in flight, layers, tokens, hidden size, bf16
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    ("family", "boundaries"),
+    # A head that is registered before the embedding; the others have two stages as well.
+    [("camembert", [0, 4])]
+    + [(family, at) for family in ("gpt2", "gemma3_text", "gemma4_text", "llama") for at in ([0, 4], [0, 2, 4])],
+)
+def test_parameters_are_those_of_the_stages(family: str, boundaries: list[int], is_frozen: bool) -> None:
+    """Learned positions beside a tied embedding, layers with configurations of their own."""
+    config = tiny_config(family)
+    selection = ParameterChoice(frozen_modules=EMBEDDINGS.get(family, "embed_tokens") if is_frozen else None)
+    costs = estimate_costs(config, sequence_length=16, selection=selection)
+    for span in spans_of(boundaries):
+        with torch.device("meta"):
+            model = stage_class(causal_class(config), span)._from_config(copy.deepcopy(config))
+        selected = select_trainable(model, span, selection)
+        found = costs.parameters(span.first_layer, span.end_layer)
+        assert found == Parameters(total=selected.total, trained=selected.trainable)

@@ -1,26 +1,19 @@
 """Partitions: boundaries are sound for any request, the searched ones are the best there are, mistakes are one line."""
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from jllm.errors import UserError
 from jllm.models.families import check_split
-from jllm.models.pipeline.carving import stage_class
 from jllm.models.pipeline.costs import (
     Costs,
     LayerCost,
-    Parameters,
-    StateBytes,
     estimate_costs,
-    state_bytes,
     with_timings,
 )
 from jllm.models.pipeline.partition import (
@@ -32,43 +25,9 @@ from jllm.models.pipeline.partition import (
     stage_table,
 )
 from jllm.models.pipeline.span import spans_of
-from jllm.models.trainable import ParameterChoice, select_trainable
-from jllm.models.weights.source import causal_class
 from jllm.train.config import TrainConfig
+from tests.models.pipeline.by_hand import all_of, config_of, costs_of
 from tests.models.tiny import tiny_config
-
-
-def config_of(layers: int, vocab: int = 64) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2
-    )
-
-
-EMBEDDINGS = {"gpt2": "wte", "camembert": "word_embeddings"}
-
-
-def all_of(count: int) -> Parameters:
-    return Parameters(total=count, trained=count)
-
-
-def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, tied: bool = False) -> Costs:
-    return Costs(
-        layers=tuple(
-            LayerCost(kind="Layer", parameters=all_of(int(10 * t)), time=t, activation_bytes=activation * t)
-            for t in times
-        ),
-        embedding_parameters=all_of(7),
-        head_parameters=all_of(7),
-        embedding_time=0.0,
-        head_time=head,
-        embedding_activation_bytes=0.0,
-        head_activation_bytes=head,
-        boundary_bytes=1.0,
-        transient_bytes=0.0,
-        state=StateBytes(trained=1.0, frozen=0.25),
-        operations=0.0,
-        tied_parameters=all_of(7 if tied else 0),
-    )
 
 
 def all_splits(layers: int, stages: int) -> list[list[int]]:
@@ -201,49 +160,6 @@ def test_table_marks_stages_that_do_not_fit() -> None:
     limit = costs.memory(3, 6, in_flight=1) + 1
     lines = stage_table(costs, [0, 3, 6], micro_batches=2, memory_limit=limit).splitlines()
     assert ["over the device's memory" in line for line in lines] == [False, True, False, False]
-
-
-def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
-    """Bytes a parameter: weight, gradient and its sum, and a rank's share of master weight and moments."""
-    assert state_bytes(torch.bfloat16, sharded_over=1) == StateBytes(trained=2 + 2 + 4 + 4 + 8, frozen=2)
-    assert state_bytes(torch.bfloat16, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 12 / 4, frozen=2)
-    assert state_bytes(torch.bfloat16, moments=0, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 4 / 4, frozen=2)
-    assert state_bytes(torch.float32) == StateBytes(trained=4 + 4 + 8, frozen=4)
-    config = config_of(4)
-    state = StateBytes(trained=100.0, frozen=1.0)
-    whole = estimate_costs(config, state=state, sequence_length=1)
-    some = estimate_costs(
-        config, state=state, sequence_length=1, selection=ParameterChoice(frozen_modules="mlp,embed_tokens")
-    )
-    mlp = 3 * 16 * 32
-    assert whole.parameters(0, 2) == all_of(some.parameters(0, 2).total)
-    assert some.parameters(0, 2).trained == whole.parameters(0, 2).total - 2 * mlp - 64 * 16
-    assert whole.memory(0, 2, in_flight=1) - some.memory(0, 2, in_flight=1) == 99 * (2 * mlp + 64 * 16)
-    assert "train" in stage_table(some, [0, 2, 4]).splitlines()[1]
-    kept = estimate_costs(config, checkpoint_interval=1)
-    offloaded = estimate_costs(config, checkpoint_interval=1, checkpoint_offload=True)
-    saved = kept.memory(0, 2, in_flight=3) - offloaded.memory(0, 2, in_flight=3)
-    assert saved == 3 * 2 * 2048 * 16 * 2  # in flight, layers, tokens, hidden size, bf16
-
-
-@pytest.mark.parametrize("is_frozen", [False, True])
-@pytest.mark.parametrize(
-    ("family", "boundaries"),
-    # A head that is registered before the embedding; the others have two stages as well.
-    [("camembert", [0, 4])]
-    + [(family, at) for family in ("gpt2", "gemma3_text", "gemma4_text", "llama") for at in ([0, 4], [0, 2, 4])],
-)
-def test_parameters_are_those_of_the_stages(family: str, boundaries: list[int], is_frozen: bool) -> None:
-    """Learned positions beside a tied embedding, layers with configurations of their own."""
-    config = tiny_config(family)
-    selection = ParameterChoice(frozen_modules=EMBEDDINGS.get(family, "embed_tokens") if is_frozen else None)
-    costs = estimate_costs(config, sequence_length=16, selection=selection)
-    for span in spans_of(boundaries):
-        with torch.device("meta"):
-            model = stage_class(causal_class(config), span)._from_config(copy.deepcopy(config))
-        selected = select_trainable(model, span, selection)
-        found = costs.parameters(span.first_layer, span.end_layer)
-        assert found == Parameters(total=selected.total, trained=selected.trainable)
 
 
 def test_best_split_prefers_even_among_equals() -> None:

@@ -1,135 +1,24 @@
-"""Cross-entropy in chunks: one is the plain loss bit for bit, several are its sum; their logits never coexist."""
+"""Cross-entropy: zero where nothing is trained on; an evaluation also counts what is ranked first."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX
-from jllm.models.pipeline import head as head_module
-from jllm.models.pipeline.head import Head, LogitsGiven
+from jllm.models.pipeline.head import Head
 from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropy, CrossEntropyAndAccuracy
-from jllm.train.objectives.objective import Objective, ObjectiveInUse, step_scale
-from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, worst_gradient
-from tests.models.family_check import make_folder
-from tests.models.tiny import tiny_config
-
-BATCH, LENGTH, WIDTH, VOCABULARY = 2, 12, 8, 50
-
-
-class LinearHead(Head):
-    """A norm, a projection and a soft cap."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(VOCABULARY)
-        torch.manual_seed(0)
-        self.module = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY), nn.Tanh()).to(dtype)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.module(hidden)
-        return logits
-
-
-def micro_batch(dtype: torch.dtype) -> tuple[Tensor, Mapping[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(BATCH, LENGTH, WIDTH, generator=generator, dtype=dtype).requires_grad_()
-    labels = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    labels[0, 3:7] = labels[1, -1] = IGNORE_INDEX
-    return hidden, {"labels": labels}
-
-
-@contextmanager
-def chunks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as changed:
-        changed.setattr(head_module, "CHUNK_ELEMENTS", tokens * VOCABULARY)
-        yield
-
-
-def plain(hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
-    """The loss as one would write it down."""
-    logits = head(hidden)
-    return cross_entropy(
-        logits.float().view(-1, VOCABULARY), fields["labels"].reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-
-
-def loss_and_gradients(compute: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The loss, and the gradients of the hidden states and of all that the head has."""
-    head = LinearHead(dtype)
-    hidden, fields = micro_batch(dtype)
-    loss = compute(hidden, head, fields)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [tensor.grad for tensor in (hidden, *head.module.parameters())]
-    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
-
-
-def summed(objective: Objective) -> Callable[..., Tensor]:
-    return lambda *arguments: objective(*arguments).loss
-
-
-OBJECTIVES = (CrossEntropy(), CrossEntropyAndAccuracy())
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: type(each).__name__)
-def test_one_chunk_is_the_plain_loss(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = loss_and_gradients(plain, torch.float32)
-    assert len(expected) == 6
-    with chunks_of(BATCH * LENGTH, monkeypatch):
-        found = loss_and_gradients(summed(objective), torch.float32)
-    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 12, 23])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: type(each).__name__)
-def test_chunks_are_the_whole(
-    objective: Objective, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loss and every gradient; the loss itself is in fp32, whatever the hidden states are."""
-    expected = loss_and_gradients(plain, dtype)
-    with chunks_of(tokens, monkeypatch):
-        found = loss_and_gradients(summed(objective), dtype)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2}[dtype]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is as wide as the vocabulary, and how often a head ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = self.products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.products += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) and _is_logits(result)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if _is_logits(tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-def _is_logits(tensor: Any) -> bool:
-    """[tokens, vocabulary] or [B, S, vocabulary]: not a weight, [vocabulary, width] or the other way round."""
-    is_wide = isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY
-    return is_wide and tensor.shape[-2] != WIDTH
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 12, 24])
-def test_the_peak_is_one_chunk(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with chunks_of(tokens, monkeypatch), Largest() as seen:
-        loss_and_gradients(summed(CrossEntropy()), torch.float32)
-    assert seen.elements == tokens * VOCABULARY
-    chunks = -(-BATCH * LENGTH // tokens)
-    # The projection runs once for each chunk, and again in the backward pass where there are several.
-    assert seen.products == chunks * (2 if chunks > 1 else 1)
+from jllm.train.objectives.objective import ObjectiveInUse
+from tests.train.objectives.heads import (
+    BATCH,
+    LENGTH,
+    LinearHead,
+    chunks_of,
+    loss_and_gradients,
+    micro_batch,
+    plain,
+)
 
 
 @pytest.mark.parametrize("tokens", [5, 24])
@@ -151,14 +40,6 @@ def test_evaluation_counts_what_is_ranked_first(tokens: int, monkeypatch: pytest
         assert in_use.reported(CORRECT) == 0
 
 
-def test_logits_given_are_taken_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(BATCH, LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    fields = micro_batch(torch.float32)[1]
-    with chunks_of(5, monkeypatch):
-        found = CrossEntropy()(logits, LogitsGiven(VOCABULARY), fields).loss
-    torch.testing.assert_close(found, plain(logits, LogitsGiven(VOCABULARY), fields))
-
-
 def test_nothing_trained_gives_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     def masked(hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
         labels = torch.full_like(fields["labels"], IGNORE_INDEX)
@@ -167,41 +48,3 @@ def test_nothing_trained_gives_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (5, 24):
         with chunks_of(tokens, monkeypatch):
             assert all(not tensor.any() for tensor in loss_and_gradients(masked, torch.float32))
-
-
-def test_scale_of_a_step() -> None:
-    """Two micro-batches on three pipelines: their mean is the sum over all tokens by their number."""
-    head = LinearHead(torch.float32)
-    hidden, fields = micro_batch(torch.float32)
-    trained = 6 * int((fields["labels"] != IGNORE_INDEX).sum())
-    in_use = ObjectiveInUse(CrossEntropy())
-    in_use.use(CrossEntropy(), scale=step_scale(trained_tokens=trained, micro_batches=2, data_parallel_size=3))
-    assert in_use(hidden, head, fields).dtype == torch.float32
-    mean = float(in_use(hidden, head, fields).detach())
-    assert mean == pytest.approx(6 * float(plain(hidden, head, fields).detach()) / trained, rel=1e-6)
-    assert step_scale(trained_tokens=0, micro_batches=2, data_parallel_size=3) == 6
-
-
-@pytest.mark.parametrize("family", ["gemma2", "mixtral", "granite"])
-def test_chunks_on_the_last_of_two_stages(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient of the model, a tied head among them; one chunk is the plain loss of the whole model."""
-    make_folder(tiny_config(family), tmp_path)
-    batch = packed_batch(96, packed=False)
-    found = []
-    for elements in (96 * 48, 96 * 7):
-        with monkeypatch.context() as changed:
-            changed.setattr(head_module, "CHUNK_ELEMENTS", elements)
-            stages = load_chain(tmp_path, [0, 2, 4], objective=ObjectiveInUse(CrossEntropy()))
-            found.append(chained_loss_and_gradients(stages, *batch))
-    (whole, gradients), (loss, chunked) = found
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
-    assert worst_gradient(gradients, chunked)[0] < 1e-5
-
-    def plain_sum(hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
-        logits = head(hidden)
-        return cross_entropy(logits.float().view(-1, 96), fields["labels"].reshape(-1), reduction="sum")
-
-    expected, exact = chained_loss_and_gradients(load_chain(tmp_path, [0, 2, 4], objective=plain_sum), *batch)
-    assert whole.equal(expected)
-    assert exact.keys() == gradients.keys()
-    assert all(exact[name].equal(gradients[name]) for name in exact)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from jllm.options import command
 from jllm.train.config import TrainConfig
 from jllm.train.records.config_record import record_options, toml_of
 from jllm.train.shape import resolve_shape
+from tests.train.records.flags import parse
 
 GIVEN: dict[str, Any] = {
     "model": Path('a "model"\\with\x7f strange\tname ü'),
@@ -23,13 +23,6 @@ GIVEN: dict[str, Any] = {
     "checkpoint": Path("run"),
     "target_modules": "q_proj,v_proj",
 }
-
-
-def parse(*arguments: str) -> TrainConfig:
-    """What the trainer's command line gives."""
-    seen: list[TrainConfig] = []
-    command(TrainConfig, name="train_pipe")(seen.append)(list(arguments))
-    return seen[0]
 
 
 @pytest.mark.parametrize("given", [GIVEN, {"model": Path("model"), "train_data": ("data",)}])

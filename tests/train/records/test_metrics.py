@@ -12,18 +12,7 @@ import pytest
 
 from jllm.train.records import metrics
 from jllm.train.records.metrics import Recorder
-
-CLOCK = r"(?:\d+:)?\d?\d:\d\d"
-STEP_LINE = re.compile(
-    r"step \d+/\d+  (?:loss (?:\d+\.\d{4}|nan|inf)|skipped)  epoch \d+\.\d\d  lr \d[\d.e+-]*"
-    r"(?:  grad norm (?:\d+\.\d{3}|nan|inf))?  [\d,]+ tokens/s(?:  MFU \d+\.\d%)?  data wait \d+\.\d%"
-    rf"  memory \d+\.\d GiB  elapsed {CLOCK}  left {CLOCK}"
-)
-EVALUATION_LINE = re.compile(
-    r"evaluation on \S+ (?:before the first step|after step \d+/\d+)  loss \d+\.\d{4}  perplexity (?:\d+\.\d{3}|inf)"
-    r"  accuracy \d+\.\d\d%  [\d,]+ tokens in \d+\.\d s"
-)
-ESTIMATE_LINE = re.compile(rf"about {CLOCK} to go for the other [\d,]+ steps, at the pace so far")
+from tests.train.records.lines import CLOCK, ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
 
 
 def seconds_of(clock: str) -> int:

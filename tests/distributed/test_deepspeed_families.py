@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.conftest import ranks  # noqa: F401  (a fixture)
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
 from tests.distributed.runs import records, train_rank
@@ -18,7 +17,7 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "mixtral", "qwen3"])
-def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:  # noqa: F811
+def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

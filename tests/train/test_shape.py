@@ -1,0 +1,61 @@
+"""Processes and batches: divided exactly, or refused with what would fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jllm.errors import UserError
+from jllm.train.config import TrainConfig
+from jllm.train.shape import RunShape, automatic_options, resolve_shape
+
+
+def shape_of(world_size: int, **options: Any) -> RunShape:
+    return resolve_shape(config_of(**options), world_size)
+
+
+def config_of(**options: Any) -> TrainConfig:
+    return TrainConfig(model=Path("model"), train_data=("data",), **options)
+
+
+@given(pipe=st.integers(1, 6), data=st.integers(1, 6), rows=st.integers(1, 4), accumulation=st.integers(1, 5))
+def test_what_is_given_as_a_whole_is_divided(pipe: int, data: int, rows: int, accumulation: int) -> None:
+    whole = rows * accumulation * data
+    options = {"pipe_parallel_size": pipe, "per_device_train_batch_size": rows}
+    by_rows = shape_of(pipe * data, **options, global_batch_size=whole)
+    assert by_rows == shape_of(pipe * data, **options, gradient_accumulation_steps=accumulation)
+    assert (by_rows.mesh.pipe, by_rows.mesh.data, by_rows.accumulation) == (pipe, data, accumulation)
+    assert by_rows.global_batch == whole
+    assert by_rows.mesh.world_size == pipe * data
+    assert by_rows.processes == f"{pipe} stages x {data} pipelines"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "says"),
+    [
+        (6, {"pipe_parallel_size": 4}, "--pipe_parallel_size 4 does not divide the 6 processes of this run; give a"),
+        (2, {"pipe_parallel_size": 4}, "--pipe_parallel_size 4 does not divide the 2 processes"),
+        (4, {"global_batch_size": 6}, r"1 x 4 data-parallel pipelines = 4; give a multiple of it"),
+        (4, {"global_batch_size": 3}, r"--global_batch_size 3 is not a multiple of"),
+    ],
+)
+def test_what_does_not_divide_is_refused(world_size: int, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        shape_of(world_size, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model_parallel_size", "sequence_parallel_size"])
+def test_axes_of_later_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name} 2: this version has pipeline and data parallelism; give 1"):
+        shape_of(4, **{name: 2})
+
+
+def test_values_that_follow() -> None:
+    config = config_of(global_batch_size=8, checkpoint=Path("run"))
+    values = automatic_options(config, resolve_shape(config, 2))
+    assert values == {"zero_stage": 1, "gradient_accumulation_steps": 4, "log_dir": "run/log"}
+    by_tokens = config_of(batch_size_tokens=64)
+    assert "global_batch_size" not in automatic_options(by_tokens, resolve_shape(by_tokens, 2))
