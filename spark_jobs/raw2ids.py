@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.formats import SAMPLE, commonest_format
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
@@ -28,7 +29,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded, pretrain_affixes
 from jllm.data.prepare.outputs import recorded_options
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
-from jllm.data.prepare.totals import MAX_EXAMPLES
+from jllm.data.prepare.totals import MAX_EXAMPLES, named
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.spark import describe_output, remove_if_empty, schema_of, session, write_manifest_at, write_shards
@@ -263,7 +264,13 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
         labels_checked=True,
         chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={**found["counts"], "bad_records": found["bad"], "engine": engine},
+        extra={
+            **{name: count for name, count in found["counts"].items() if not name.startswith((LEFT_OUT, UNUSED))},
+            "left_out": named(found["counts"], LEFT_OUT),
+            "unused_fields": named(found["counts"], UNUSED),
+            "bad_records": found["bad"],
+            "engine": engine,
+        },
     )
     write_manifest_at(spark, output, manifest)
     return manifest
@@ -295,6 +302,8 @@ def main(config: SparkRaw2IdsConfig) -> None:
     spark.stop()
     rows, tokens, files = manifest.rows, manifest.total("tokens"), len(manifest.files)
     print(f"{config.output}: {rows:,} rows, {tokens:,} tokens in {files} files")
+    for name, count in [*manifest.extra["left_out"].items(), *manifest.extra["unused_fields"].items()]:
+        print(f"  left out: {count:,} x {name}")
     for kind, found in manifest.extra["bad_records"].items():
         print(f"  {found['count']:,} bad records: {kind}, such as {found['examples'][0]}")
 

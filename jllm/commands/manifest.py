@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -51,11 +51,11 @@ def main(config: ManifestConfig) -> None:
         force=config.force,
     )
     for name, kind in manifest.further.types.items():
-        print(f"column {name}: {kind}")
+        say(f"column {name}: {kind}")
     for line in manifest.further.warnings():
-        print(f"when rows are rewritten, {line}")
+        say(f"when rows are rewritten, {line}")
     for warning in warnings_about(config.folder):
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     print(
         f"{config.folder}: {manifest.rows:,} rows, {manifest.total('tokens'):,} tokens,"
         f" {manifest.total('trained_tokens'):,} trained, in {len(manifest.files)} files; largest id"

@@ -56,6 +56,10 @@ class Collectives:
         dist.all_gather_object(found, value, group=self._group)
         return found  # type: ignore[return-value]
 
+    def gather_first(self, find: Callable[[], Fact | None]) -> Fact | None:
+        """What `find` returns on the first process where that is not None; None where it is so on all."""
+        return next((each for each in self.gather(find()) if each is not None), None)
+
     def gather_numbers(self, numbers: list[int]) -> torch.Tensor:
         """Every process's numbers, equally many on all: [world, n] int64, by rank. Cheaper than `gather`."""
         gathered = [torch.zeros(len(numbers), dtype=torch.int64) for _ in self.mesh.ranks]

@@ -28,11 +28,11 @@ from jllm.models.trainable import select_trainable
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel.mesh import Mesh
 from jllm.train import setup
-from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.resume import (
     check_same_run,
     check_weights,
-    find_resume_point,
+    find_resume_points,
     load_weights_only,
     record_of_run,
 )
@@ -147,14 +147,23 @@ class _Steps:
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
             open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
-        resumed = find_resume_point(config, agreement)
-        self.resumed = CheckpointReader(Path(resumed.folder)) if resumed is not None else None
+        candidates = find_resume_points(config, agreement)
+        self.resumed = self._open_newest(candidates)
         if config.resume_ckpt is not None:
             self._lines.append(
-                f"goes on from {resumed.folder}" if resumed is not None else "no checkpoint: starts afresh"
+                f"goes on from {self.resumed.folder}" if self.resumed else "no checkpoint: starts afresh"
             )
         if data is not None:
             self._count(data)
+
+    def _open_newest(self, candidates: list[Path]) -> CheckpointReader | None:
+        """The first checkpoint whose index is intact. What the files hold is compared when the run reads it."""
+        for folder in candidates[:-1]:
+            try:
+                return CheckpointReader(folder)
+            except DamagedCheckpointError as error:
+                self._lines.append(f"warning: {error}; the checkpoint before it is taken")
+        return CheckpointReader(candidates[-1]) if candidates else None
 
     def _open(
         self, config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo, folders: list[Path]

@@ -15,10 +15,11 @@ from jllm.train.checkpoint.export import export
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
-    Resumed,
+    Intact,
     check_same_run,
     check_weights,
-    find_resume_point,
+    find_resume_points,
+    first_intact,
     is_exported,
     load_weights_only,
     optimizer_starts_afresh,
@@ -95,7 +96,7 @@ class TrainingRun:
         self.total_steps = config.max_steps or self.epochs.total(config.num_train_epochs)
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
-        self.resumed = find_resume_point(config, agreement)
+        candidates = find_resume_points(config, agreement)
         self._check_model_folders()
         self.training = CrossEntropy()
         self.objective = ObjectiveInUse(self.training)
@@ -114,8 +115,9 @@ class TrainingRun:
         self.record = record_of_run(config, shape, self.total_steps)
         self.fresh_optimizer = False
         self.other_length: str | None = None
-        if self.resumed is not None:
-            self._resume(self.resumed)
+        self.resumed: Intact | None = None
+        if candidates:
+            self._resume(candidates)
         self.had_ended = self.step == self.total_steps
         self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
         self.requests = Requests(config, is_first=agreement.place.is_first, world_size=shape.mesh.world_size)
@@ -180,7 +182,7 @@ class TrainingRun:
     def _export(self, folder: Path) -> None:
         """Write the Hugging Face folder, unless the run had ended, with its export, before it was resumed."""
         if self.had_ended and self.resumed is not None:
-            last = Path(self.resumed.folder)
+            last = self.resumed.reader.folder
             if self.agreement.from_first_reader(lambda: is_exported(folder, last)):
                 self.recorder.say(f"{folder} is complete already: nothing is left to do")
                 return
@@ -211,7 +213,9 @@ class TrainingRun:
         if self.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
-            self.recorder.say(f"going on from {self.resumed.folder} after step {self.step}")
+            for problem in self.resumed.damaged:
+                self.recorder.say(f"warning: {problem}; the checkpoint before it is taken")
+            self.recorder.say(f"going on from {self.resumed.reader.folder} after step {self.step}")
             if self.other_length is not None:
                 self.recorder.say(self.other_length)
             if self.fresh_optimizer:
@@ -378,14 +382,19 @@ class TrainingRun:
             config=self.record,
         )
 
-    def _resume(self, resumed: Resumed) -> None:
-        reader = CheckpointReader(Path(resumed.folder))
-        saved = reader.state
-        check_same_run(saved, self._run_state(), forced=self.config.force_resume)
-        self.other_length = other_length(saved, self._run_state())
-        check_steps_left(self.config, resumed.folder, step=saved.step, total_steps=self.total_steps)
-        check_weights(reader, self.stage, self.agreement)
-        forced = self.config.force_resume
+    def _resume(self, candidates: list[Path]) -> None:
+        """Go on from the first of these checkpoints that is intact."""
+        now, forced = self._run_state(), self.config.force_resume
+
+        def check(reader: CheckpointReader) -> None:
+            saved = reader.state
+            check_same_run(saved, now, forced=forced)
+            check_steps_left(self.config, str(reader.folder), step=saved.step, total_steps=self.total_steps)
+            check_weights(reader, self.stage, self.agreement)
+
+        self.resumed = first_intact(candidates, self.agreement, check, self.state)
+        reader, saved = self.resumed.reader, self.resumed.reader.state
+        self.other_length = other_length(saved, now)
         self.fresh_optimizer = optimizer_starts_afresh(reader, self.state, self.agreement, forced=forced)
         self.state.load(reader, saved.optimizer_steps, fresh_optimizer=self.fresh_optimizer)
         self.step, self.cursor = saved.step, saved.cursor

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -325,3 +326,49 @@ def test_auto_with_a_tag_is_refused(ranks: Callable[[int], Ranks], folder: Path,
     [answer] = train_each(ranks, [options], tmp_path / "console")
     assert answer is not None
     assert answer.startswith("--resume_ckpt auto takes the newest checkpoint, --tag step-00000003 that one; drop --tag")
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["index.json", "rank-00000.safetensors", "rank-00001.safetensors"])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, name: str
+) -> None:
+    """`auto` says so and takes the one before; the losses are those of the undisturbed run."""
+    if not (folder / "whole/step-00000003").exists():
+        ranks(2).run(train_rank, options_of(folder, "whole", best_of=0))
+    run = f"damaged-{name}"
+    shutil.copytree(folder / "whole", folder / run)
+    shutil.rmtree(folder / run / f"step-{STEPS:08d}")
+    path = folder / run / "step-00000006" / name
+    flip_a_bit(path, random.Random(name).randrange(path.stat().st_size))
+    console = tmp_path / "console"
+    assert train_each(ranks, [options_of(folder, run, resume_ckpt="auto")], console) == [None]
+    said = console.read_text()
+    assert f"warning: {path}: is damaged" in said or f"warning: {path}: cannot be read" in said
+    assert going_on(console) == [f"{folder / run / 'step-00000003'} after step 3: step 4/{STEPS}"]
+    assert losses(folder, run) == losses(folder, "whole")[3:]
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    """The line names the newest good one, on every rank; where none is good it says so."""
+    if not (folder / "whole/step-00000003").exists():
+        ranks(2).run(train_rank, options_of(folder, "whole", best_of=0))
+    shutil.copytree(folder / "whole", folder / "named")
+    first, second, last = sorted((folder / "named").glob("step-*"))
+    shutil.rmtree(last)
+    flip_a_bit(second / "rank-00001.safetensors", -3)
+    [answer] = train_each(ranks, [options_of(folder, "named", resume_ckpt=str(second))], tmp_path / "c")
+    assert answer is not None
+    assert answer.startswith(f"{second / 'rank-00001.safetensors'}: is damaged")
+    assert answer.endswith(f"the newest good one is {first}")
+    flip_a_bit(first / "rank-00000.safetensors", 100)
+    [answer] = train_each(ranks, [options_of(folder, "named", resume_ckpt="auto")], tmp_path / "c")
+    assert answer is not None
+    assert answer.endswith("is known to be good; start over with --clean")

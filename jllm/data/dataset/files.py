@@ -1,9 +1,9 @@
 """The files of a data set: their names, where they are, how our own are marked, what tells one from another."""
 
 import hashlib
-import os
 from pathlib import Path
 
+from jllm import atomic
 from jllm.errors import UserError
 
 ROW_GROUP_TOKENS = 1 << 20
@@ -31,7 +31,7 @@ def list_shards(folder: Path) -> list[Path]:
         UserError: a writer is, or was when it died, still at work there (Spark's `_temporary`).
     """
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in atomic.walk(folder):
         if "_temporary" in folders:
             raise UserError(
                 f"{parent} holds _temporary: its writer has not finished or died; run it again, or remove _temporary"
@@ -42,7 +42,7 @@ def list_shards(folder: Path) -> list[Path]:
                 " plain Parquet first"
             )
         folders[:] = [name for name in folders if not name.startswith(("_", "."))]
-        found.extend(Path(parent, name) for name in files if name.endswith(".parquet") and name[0] not in "_.")
+        found.extend(parent / name for name in files if name.endswith(".parquet") and name[0] not in "_.")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jllm import __version__, atomic
@@ -158,6 +158,21 @@ class Manifest:
             "files": [dataclasses.asdict(entry) for entry in self.files],
         }
 
+    def _check_types(self) -> None:
+        """Raises:
+        TypeError: what was read is not what it must be; ValueError: a file lies outside the folder.
+        """
+        for entry in self.files:
+            _check_fields(entry)
+            if PurePosixPath(entry.path).is_absolute() or ".." in PurePosixPath(entry.path).parts:
+                raise ValueError(f"path {entry.path} leads out of the folder")
+        if self.tokenizer is not None:
+            _check_fields(self.tokenizer)
+        if not isinstance(self.command, str) or not isinstance(self.options, dict):
+            raise TypeError("made_by is no command with options")
+        if not all(isinstance(source, dict) for source in self.sources):
+            raise TypeError("sources are no objects")
+
     @classmethod
     def from_json(cls, value: dict[str, Any], path: Path) -> "Manifest":
         if value.get("format") != FORMAT_VERSION:
@@ -179,13 +194,26 @@ class Manifest:
                 chat_template=value.get("chat_template"),
                 extra={key: item for key, item in value.items() if key not in known},
             )
-        except (KeyError, TypeError, ValueError) as error:
+            manifest._check_types()
+            fingerprint = value["fingerprint"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest --force FOLDER"
             ) from None
-        if manifest.fingerprint != value["fingerprint"]:
+        if manifest.fingerprint != fingerprint:
             raise UserError(f"{path}: the fingerprint does not match the files it lists; the manifest was edited")
         return manifest
+
+
+def _check_fields(value: Any) -> None:
+    """Raises:
+    TypeError: a field of a dataclass is not of its type, or counts are below 0.
+    """
+    for field in dataclasses.fields(value):
+        found: Any = getattr(value, field.name)
+        allowed: Any = field.type  # a class, or a union of classes
+        if not isinstance(found, allowed) or isinstance(found, bool) or (isinstance(found, int) and found < 0):
+            raise TypeError(f"{field.name} is {found!r:.40}")
 
 
 def entry_of_written(path: Path, folder: Path, statistics: ShardStatistics) -> FileEntry:
@@ -219,13 +247,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest at the top of `folder`, or None where there is none."""
     path = folder / MANIFEST_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); make it again with: jllm manifest --force FOLDER") from None
-    return Manifest.from_json(value, path)
+    value = atomic.read_object(path, "make it again with: jllm manifest --force FOLDER")
+    return None if value is None else Manifest.from_json(value, path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

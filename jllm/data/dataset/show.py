@@ -16,6 +16,7 @@ from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, Int64, from_list_array
 from jllm.data.dataset.describe import further_columns
 from jllm.data.dataset.manifest import JOINED, DataSet
 from jllm.data.dataset.reader import ShardReader
+from jllm.errors import printable, say
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -46,9 +47,9 @@ def show_summary(data: DataSet) -> None:
         print(f"  bad {found['count']:,} x {kind}; first: {found['examples'][0] if found['examples'] else 'unknown'}")
     further = further_columns(data.paths, data.folder)
     for column in further.carried:
-        print(f"  column {column.name} {column.type_name}")
+        say(f"  column {column.name} {column.type_name}")
     for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
-        print(f"  column {name} left out: {reason}")
+        say(f"  column {name} left out: {reason}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
     for path in data.paths:
@@ -109,7 +110,7 @@ def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0
                 for row in batch.slice(max(0, start - number)).to_pylist():
                     if rows <= 0:
                         return
-                    _show(max(number, start), row, decode or _plain, colored)
+                    show_row(max(number, start), row, decode or _plain, colored=colored)
                     start, rows = start + 1, rows - 1
             number += batch.num_rows
 
@@ -118,20 +119,22 @@ def _plain(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids)) + " "
 
 
-def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> None:
+def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool) -> None:
+    """Print one row, as `show_rows` does."""
     ids: list[int] = row["input_ids"]
     labels = row.get("labels") or ids
     boundaries = row.get("cu_seqlens")
     real = boundaries[-1] if boundaries else len(ids)
-    trained = sum(label >= 0 for label in labels[:real])
+    starts = {0, *(boundaries or ())}  # what nothing comes before is never predicted
+    trained = sum(label >= 0 and i not in starts for i, label in enumerate(labels[:real]))
     documents = f", {len(boundaries) - 1} documents" if boundaries else ""
-    print(f"--- row {number}: {real} tokens, {trained} of them in labels{documents}, {len(ids) - real} padding")
+    print(f"--- row {number}: {real} tokens, {trained} of them trained{documents}, {len(ids) - real} padding")
     shown = []
     begin = 0
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or kinds[end] != kinds[begin]:
-            text = decode(ids[begin:end])
+            text = printable(decode(ids[begin:end]))
             marks = (
                 {TRAINED: "[[", PADDING: "((", PLAIN: ""}[kinds[begin]],
                 {TRAINED: "]]", PADDING: "))", PLAIN: ""}[kinds[begin]],
@@ -144,7 +147,7 @@ def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> No
             begin = end
     print("".join(shown))
     for name in [name for name in row if name not in COLUMNS]:
-        print(f"{name}: {_value(row[name])}")
+        say(f"{name}: {_value(row[name])}")
 
 
 def _value(value: Any) -> str:

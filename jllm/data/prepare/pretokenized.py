@@ -28,7 +28,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
-from jllm.data.sources.parquet import open_parquet
+from jllm.data.sources.parquet import open_parquet, refuse_columns
 from jllm.data.sources.records import BadRecord
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
@@ -89,6 +89,8 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
                 marked = _check_columns(schema, source)
                 source = dataclasses.replace(source, kind=KIND)
                 labels = labels or LABELS in schema.names or bool(marked)
+            elif config.type == "pretrain" and not set(made_of) & set(schema.names):
+                refuse_columns(source, made_of, schema.names)
         found.append(source)
         marks.append(marked)
     chat = config.type == "ft" and any(source.kind != KIND for source in found)

@@ -20,7 +20,6 @@ permutation, and the cap for everything else.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_da
 from jllm.data.shuffle.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle.passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle.passes import Resources as Resources
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 
 COMMAND = "shuffle_datasets"
 PLAN_NAME = ".plan.json"
@@ -55,7 +54,7 @@ def shuffle_set(
     seed: int,
     resources: Resources,
     recipe: Recipe = ALL_ONCE,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = say,
 ) -> Outcome:
     """Shuffle a data set, or what `recipe` takes of it, into `folder`; finish what a killed run began; or find it done.
 
@@ -123,7 +122,7 @@ def _said(plan: dict[str, Any]) -> str:
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != plan:
+        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
             raise UserError(
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"

@@ -62,6 +62,9 @@ class Mix:
     max_tokens: int | None = None
 
 
+MOST_OFTEN = 1_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is taken of one set, independently of the others: `rate` times its rows, or `rows`, or `tokens`."""
@@ -130,6 +133,10 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
     whole = total or document.get("total")
     if whole is not None and way == "rate":
         raise UserError("--mix_total: only shares have a total; add --mix_by rows or --mix_by tokens")
+    if way == "rate":
+        for name, rate in [*((name, share.weight) for name, share in sets.items()), *sources.items()]:
+            if rate > MOST_OFTEN:
+                raise UserError(f"--mix {name}={rate:g}: give at most {MOST_OFTEN:,}: so often is each row taken")
     if sources and way != "rate":
         raise UserError(f"--mix: sources are weighted by rate, not by {way}; leave out --mix_by")
     return Mix(

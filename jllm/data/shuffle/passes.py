@@ -292,9 +292,12 @@ class _UnitRows:
 
 def in_background(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each prepared in a thread while the one before is in use."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
         end = object()
         following = pool.submit(next, items, end)
         while (item := following.result()) is not end:
             following = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
+    finally:  # which the thread itself may come to, after an error elsewhere: it cannot wait for itself
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -250,6 +250,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
             os.rename(folder / OLD_INFO_NAME, folder / INFO_NAME)
         return False
     parting, parted = _beside(folder)
+    for place, _, _ in atomic.walk(folder):
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"{place}: must be writable: its files get another place; allow that")
     parting.mkdir()
     earlier = {INFO_NAME, OLD_INFO_NAME} if present is not None and present.command == COMMAND else {INFO_NAME}
     _link_others(folder, parting, {block.path for blocks in plan.partitions for block in blocks} | earlier)
@@ -276,9 +279,9 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
 
 def _link_others(folder: Path, parting: Path, ours: Collection[str]) -> None:
     """Link what belongs to no data set, and is none of `ours` in the folder, into the new tree, at the same place."""
-    for parent, _, files in os.walk(folder):
+    for parent, _, files in atomic.walk(folder):
         for name in files:
-            path = Path(parent, name)
+            path = parent / name
             inside = path.relative_to(folder)
             known = inside.as_posix() in ours or name == MANIFEST_NAME
             if known or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":

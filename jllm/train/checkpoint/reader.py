@@ -8,6 +8,7 @@ run is not copied twice.
 """
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Iterator
@@ -93,6 +94,23 @@ class CheckpointReader:
         """The parameters of which the checkpoint has this kind."""
         prefix = tensor_key(kind, "")
         return {key.removeprefix(prefix) for key in self._index["tensors"] if key.startswith(prefix)}
+
+    @functools.cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of tensors that it has."""
+        return frozenset(key.partition("/")[0] for key in self._index["tensors"])
+
+    def check(self, kind: str, name: str, region: Region) -> None:
+        """Compare what `read` would read with its checksums.
+
+        Raises:
+            DamagedCheckpointError: something is not what was written.
+        """
+        tensor = tensor_key(kind, name)
+        wanted = [box for _, box in region.boxes()]
+        for stored in _stored_boxes(tensor, self._index["tensors"].get(tensor, {"parts": []})):
+            if any(box.intersection(stored.box) for box in wanted):
+                self._check_tensor(stored.file, stored.key)
 
     def read(self, kind: str, name: str, region: Region) -> Tensor | None:
         """The elements of `region`, flat; None where the checkpoint has none of that kind.

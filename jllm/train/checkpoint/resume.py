@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits this run, and weights alone.
+"""Going on from a checkpoint: which one, whether it is intact and fits this run, and weights alone.
 
 A checkpoint keeps what decides the model's architecture and how long the run was, beside the options, so that another
 model is refused by name even where its tensors would fit. Every shape is checked too, forced or not, and no tensor of
@@ -7,6 +7,7 @@ the checkpoint may be left over: what is then loaded is the whole model of the c
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from jllm.train.checkpoint.folders import (
     step_of_folder,
 )
 from jllm.train.checkpoint.format import RunState
-from jllm.train.checkpoint.reader import CheckpointReader
+from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState, region_of
+from jllm.train.checkpoint.verify import verify
 from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
@@ -88,20 +90,13 @@ NO_ARCHITECTURE = frozenset(
 _VERSION = "transformers_version"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resumed:
-    """The checkpoint that a run goes on from."""
+def find_resume_points(config: TrainConfig, agreement: Agreement) -> list[Path]:
+    """The checkpoints of `--resume_ckpt`, on every process, the one to take first; none to start afresh.
 
-    folder: str
-
-
-def find_resume_point(config: TrainConfig, agreement: Agreement) -> Resumed | None:
-    """The checkpoint of `--resume_ckpt`, on every process; None to start afresh.
-
-    `auto` takes the newest that is complete on every node. Nodes may have folders of their own.
+    `auto` means all that are complete on every node, the newest first. Nodes may have folders of their own.
     """
     if config.resume_ckpt is None:
-        return None
+        return []
     if config.resume_ckpt == "auto":
         if config.tag is not None:
             raise UserError(
@@ -111,10 +106,78 @@ def find_resume_point(config: TrainConfig, agreement: Agreement) -> Resumed | No
         assert config.checkpoint is not None
         steps = [set(map(step_of_folder, list_checkpoints(config.checkpoint)))]
         common = set.intersection(*(found for each in agreement.gather(steps) for found in each))
-        return Resumed(folder=str(folder_of_step(config.checkpoint, max(common)))) if common else None
+        return [folder_of_step(config.checkpoint, step) for step in sorted(common, reverse=True)]
     given = Path(config.resume_ckpt)
     name = agreement.from_first_reader(lambda: str(find_checkpoint(given, config.tag, option="--resume_ckpt")))
-    return Resumed(folder=name)
+    return [Path(name)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intact:
+    """A checkpoint whose bytes are what was written, as far as the processes read them.
+
+    Attributes:
+        reader: of it.
+        damaged: what is wrong with those that would have been taken before it, a line each.
+    """
+
+    reader: CheckpointReader
+    damaged: list[str]
+
+
+def first_intact(
+    folders: Sequence[Path], agreement: Agreement, check: Callable[[CheckpointReader], None], state: TrainingState
+) -> Intact:
+    """The first of `folders` that is intact; every process calls it.
+
+    Args:
+        folders: as `find_resume_points` gives them.
+        check: looks at what the index says; what it raises is no damage.
+        state: what is going to be read.
+
+    Raises:
+        UserError: on every process: none is intact; what is wrong, and which other checkpoint is good.
+    """
+    damaged: list[str] = []
+    for folder in folders:
+        found = agreement.gather_first(lambda folder=folder: _damage_of_index(folder))  # type: ignore[misc]
+        if found is None:
+            reader = CheckpointReader(folder)
+            check(reader)
+            found = agreement.gather_first(lambda reader=reader: _damage(reader, state, agreement.rank))  # type: ignore[misc]
+            if found is None:
+                return Intact(reader=reader, damaged=damaged)
+        damaged.append(found)
+    raise UserError(agreement.from_first_reader(lambda: f"{damaged[0]}; {_way_out(folders)}"))
+
+
+def _damage_of_index(folder: Path) -> str | None:
+    try:
+        CheckpointReader(folder)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
+
+
+def _damage(reader: CheckpointReader, state: TrainingState, rank: int) -> str | None:
+    try:
+        state.check(reader)
+        reader.rng(rank)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
+
+
+def _way_out(damaged: Sequence[Path]) -> str:
+    """What to do where these are damaged: the newest good one beside them, for which all of them are read."""
+    others = [folder for folder in reversed(list_checkpoints(damaged[0].parent)) if folder not in damaged]
+    for folder in others:
+        try:
+            if not verify(folder):
+                return f"the newest good one is {folder}"
+        except UserError:  # nothing can be said of it
+            continue
+    return f"no other checkpoint in {damaged[0].parent} is known to be good; start over with --clean"
 
 
 def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:

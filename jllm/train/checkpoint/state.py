@@ -88,6 +88,23 @@ class TrainingState:
                         return f"{kind} of {name}"
         return None
 
+    def check(self, reader: CheckpointReader) -> None:
+        """Compare what `load` will read with its checksums; no other process is waited for.
+
+        Raises:
+            DamagedCheckpointError: something is not what was written.
+        """
+        for name, parameter in self._parameters.items():
+            region = region_of(parameter)
+            reader.check(WEIGHT, name, region)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                start = mapping.lp_fragment_address.start
+                region = region.run(start, start + mapping.lp_fragment_address.numel)
+            if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
+                for kind in reader.kinds - {WEIGHT}:
+                    reader.check(kind, name, region)
+
     def load(self, reader: CheckpointReader, optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
         """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
 

@@ -7,8 +7,9 @@ import jinja2
 import pytest
 import transformers
 
-from jllm.data.chat.formats import BadRecordError, read_conversation
+from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.marks import CLOSE, OPEN
+from jllm.data.chat.records.conversation import BadRecordError
 from jllm.data.chat.template import compile_template
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts

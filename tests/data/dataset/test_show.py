@@ -1,6 +1,7 @@
 """`jllm inspect` shows what a set is, how long its rows are, and all that a row has."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import click
@@ -41,9 +42,21 @@ def test_summary(tmp_path: Path) -> None:
 def test_rows_with_masked_tokens_and_padding(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "cu_seqlens": [0, 1, 3]}]
     output = inspect(write_rows(tmp_path / "a", rows), "-n", 1)
-    assert "--- row 0: 3 tokens, 2 of them in labels, 2 documents, 1 padding\n5 [[6 7 ]]((0 ))\n" in output
+    assert "--- row 0: 3 tokens, 1 of them trained, 2 documents, 1 padding\n5 [[6 7 ]]((0 ))\n" in output
     colored = inspect(tmp_path / "a", "-n", 1, "--color", "always")
     assert "5 \x1b[0m\x1b[32m6 7 \x1b[0m\x1b[2m0 \x1b[0m\n" in colored
+
+
+def test_trained_tokens_are_counted_as_the_manifest_counts_them(tmp_path: Path) -> None:
+    rows: list[dict[str, list[int]]] = [
+        {"input_ids": [5, 6, 7, 0], "labels": [5, 6, 7, -100], "cu_seqlens": [0, 1, 3]},
+        {"input_ids": [5, 6], "labels": [-100, 6], "cu_seqlens": [0, 2]},
+        {"input_ids": [5], "labels": [5], "cu_seqlens": [0, 1]},
+    ]
+    output = inspect(write_rows(tmp_path / "a", rows), "-n", 3)
+    shown = [int(count) for count in re.findall(r"(\d+) of them trained", output)]
+    assert shown == [1, 1, 0]
+    assert "  trained_tokens 2\n" in output
 
 
 def test_further_columns(tmp_path: Path) -> None:
