@@ -13,6 +13,7 @@ reads for each file; it finds files that are missing, added, or changed in size 
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -211,7 +212,8 @@ def _check_fields(value: Any) -> None:
     """
     for field in dataclasses.fields(value):
         found: Any = getattr(value, field.name)
-        allowed: Any = field.type  # a class, or a union of classes
+        hint: Any = field.type  # a class, or a union of classes
+        allowed = tuple(typing.get_origin(each) or each for each in typing.get_args(hint) or (hint,))
         if not isinstance(found, allowed) or isinstance(found, bool) or (isinstance(found, int) and found < 0):
             raise TypeError(f"{field.name} is {found!r:.40}")
 
