@@ -26,7 +26,7 @@ from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import ChunkEncoder, Encoded
+from jllm.data.prepare.encoding import ChunkEncoder, Encoded, pretrain_affixes
 from jllm.data.prepare.outputs import recorded_options
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
 from jllm.data.prepare.totals import MAX_EXAMPLES, named
@@ -214,6 +214,15 @@ def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
     return commonest_format(records, "-i")
 
 
+def _document_end(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> int | None:
+    """The id that documents end in. An engine is opened only for a suffix that is text."""
+    if config.doc_suffix is None:
+        return pretrain_affixes(facts)[1][-1]
+    engine = open_engine(facts, config.engine, trust_remote_code=config.trust_remote_code)
+    suffix = recipes.ids_of(config.doc_suffix, "doc_suffix", engine, facts)
+    return suffix[-1] if suffix else None
+
+
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
     """Encode, pack and write, and then the manifest of what was written.
 
@@ -251,7 +260,7 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
         command="spark_jobs/raw2ids",
         options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
-        tokenizer=facts.for_manifest,
+        tokenizer=dataclasses.replace(facts.for_manifest, document_end=None if chat else _document_end(config, facts)),
         labels_checked=True,
         chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
