@@ -96,7 +96,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     finally:
         loading.cancel()
     if config.debug:
-        from jllm.data.dataset.show import show_rows
+        from jllm.data.show import show_rows
         from jllm.data.tokenizer.decoding import make_decoder
 
         show_rows(open_data_set(output), make_decoder(config.tokenizer, manifest.tokenizer), rows=config.debug)
