@@ -198,7 +198,7 @@ def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "Da
     """How conversations are read and rendered, decided once, on the driver."""
     if config.type != "ft":
         return {}
-    template, _ = recipes.template_of(config, facts)
+    template = recipes.template_text(config, facts)
     date = recipes.date_of(config, template, None)
     format_name = recipes.format_asked_for(config) or _format_of_input(config, frame)
     plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
@@ -252,10 +252,19 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
         files=describe_output(spark, output),
         tokenizer=facts.for_manifest,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={**found["counts"], "bad_records": found["bad"], "engine": engine},
+        extra={**found["counts"], "bad_records": found["bad"], "engine": engine, **_document_end(config, facts)},
     )
     write_manifest_at(spark, output, manifest)
     return manifest
+
+
+def _document_end(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> dict[str, Any]:
+    """What documents end in, for the manifest; the tasks ask the same."""
+    if config.type == "ft":
+        return {}
+    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
+    _, suffix = recipes.affixes_of(config, facts, engine)
+    return {"document_end": recipes.document_end_record(config, facts, suffix)}
 
 
 def _accumulator(spark: "SparkSession") -> Any:

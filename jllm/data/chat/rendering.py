@@ -21,7 +21,7 @@ import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jllm.data.chat.formats import BadRecordError, Conversation
 from jllm.data.chat.marks import (
@@ -42,6 +42,9 @@ from jllm.data.chat.template import compile_template
 from jllm.data.chat.tool_calls import WITH_A_CALL, calls_as
 from jllm.errors import UserError
 
+TOO_SLOW = "template takes too long"
+_PAIR: list[dict[str, Any]] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RenderPlan:
@@ -49,6 +52,8 @@ class RenderPlan:
 
     Attributes:
         template: the source of the template.
+        tools_template: that of the one for conversations with tools, where it is another; see `for_tools`.
+        named: what the template is called in messages.
         special_tokens: name → text for the template.
         added: content → id, special, lstrip, rstrip of the tokenizer's added tokens.
         date: what `strftime_now` shows, as ISO text.
@@ -67,6 +72,25 @@ class RenderPlan:
     prefix: tuple[int, ...] = ()
     eos_id: int | None = None
     short_cut: bool = True
+    tools_template: str | None = None
+    named: str = "--chat_template"
+
+    @property
+    def for_tools(self) -> "RenderPlan":
+        """The plan for conversations with tools."""
+        return dataclasses.replace(self, template=self.tools_template or self.template, tools_template=None)
+
+
+class EndOfTurn(NamedTuple):
+    """What ends an answer.
+
+    Attributes:
+        token: the control token that the template writes behind it; None where there is none.
+        trained: whether it is trained on.
+    """
+
+    token: str | None
+    trained: bool
 
 
 class Renderer:
@@ -96,7 +120,8 @@ class Renderer:
     @property
     def template(self) -> Any:
         if self._template is None:
-            self._template = compile_template(self.plan.template, datetime.date.fromisoformat(self.plan.date))
+            date = datetime.date.fromisoformat(self.plan.date)
+            self._template = compile_template(self.plan.template, date, named=self.plan.named)
             if not self.markup.marked:
                 self._learn()
         return self._template
@@ -142,10 +167,13 @@ class Renderer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
+        template.environment.limit.begin()
         try:
             text: str = template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=False, **self.plan.special_tokens
             )
+        except TimeoutError as error:
+            raise BadRecordError(TOO_SLOW, f"{error}") from None
         except Exception as error:  # templates are programs: they fail in every way
             raise BadRecordError("template error", f"{type(error).__name__}: {error}"[:200]) from None
         return text
@@ -159,11 +187,11 @@ class Renderer:
         try:
             text = self.render([*messages, *messages], None)
         except BadRecordError as error:
-            raise UserError(f"--chat_template: fails on a question and its answer: {error}") from None
+            raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
         asked, start, end = text.find(CLOSE), text.find(START), text.find(END)
         if min(start, end) < 0 or not asked < start < end:  # the question may be shown in part
             raise UserError(
-                "--chat_template: the answer of an assistant does not come out of the template; mark it with"
+                f"{self.plan.named}: the answer of an assistant does not come out of the template; mark it with"
                 " {% generation %} ... {% endgeneration %}"
             )
         ends = set()
@@ -178,24 +206,35 @@ class Renderer:
             (self.markup.id_of(last.group()), header[last.end() :]) if last is not None else (None, header)
         )
 
-    def unmarked_end_of_turn(self) -> str | None:
-        """The token that the template writes behind an answer and leaves out of what it marks as generated; None
-        where the marks take it in, or there are none."""
-        if not self.markup.marked or self.plan.train_on_prompt:
-            return None
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    def check(self) -> None:
+        """Find out whether the template is one.
+
+        Raises:
+            UserError: it is not valid, does not end, or answers do not come out of it.
+        """
         try:
-            text = self.render(messages, None)
-        except BadRecordError:  # a template for other conversations, of which nothing is known here
+            self.render(_PAIR, None)
+        except BadRecordError as error:  # or it is a template for other conversations, of which nothing is known here
+            if error.kind == TOO_SLOW:
+                raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
+
+    def end_of_turn(self) -> EndOfTurn | None:
+        """What ends an answer; None where the template refuses a question and its answer."""
+        marked = self.markup.marked
+        try:
+            text = self.render(_PAIR if marked else [_PAIR[0], with_marks(_PAIR[1])], None)
+        except BadRecordError:
             return None
-        marked, closed, behind = text.rpartition(CLOSE)
-        last = max(
-            self.markup.control.finditer(marked.rpartition(OPEN)[2]), key=lambda match: match.end(), default=None
-        )
-        if not closed or (last is not None and not last.string[last.end() :].strip()):
-            return None
+        answer, _, behind = text.rpartition(CLOSE if marked else END)
+        if marked:
+            found = [
+                match for match in self.markup.control.finditer(answer.rpartition(OPEN)[2]) if match.group().strip()
+            ]
+            if found and not found[-1].string[found[-1].end() :].strip():
+                return EndOfTurn(found[-1].group().strip(), trained=True)
         following = self.markup.control.match(behind.lstrip())
-        return following.group().strip() if following else None
+        token = following.group().strip() if following else None
+        return EndOfTurn(token, trained=token is not None and (not marked or self.plan.train_on_prompt))
 
     def rendered(
         self, conversation: Conversation, trained: list[bool], *, careful: bool
