@@ -39,7 +39,7 @@ from jllm.data.chat.marks import (
 )
 from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten
 from jllm.data.chat.template import compile_template
-from jllm.data.chat.tool_calls import WITH_A_CALL, calls_as
+from jllm.data.chat.tool_calls import SAMPLE_TOOLS, WITH_A_CALL, calls_as
 from jllm.errors import UserError
 
 TOO_SLOW = "template takes too long"
@@ -53,6 +53,7 @@ class RenderPlan:
     Attributes:
         template: the source of the template.
         tools_template: that of the one for conversations with tools, where it is another; see `for_tools`.
+        with_tools: all conversations have tools: the template may fail on others.
         named: what the template is called in messages.
         special_tokens: name → text for the template.
         added: content → id, special, lstrip, rstrip of the tokenizer's added tokens.
@@ -73,19 +74,22 @@ class RenderPlan:
     eos_id: int | None = None
     short_cut: bool = True
     tools_template: str | None = None
+    with_tools: bool = False
     named: str = "--chat_template"
 
     @property
     def for_tools(self) -> "RenderPlan":
         """The plan for conversations with tools."""
-        return dataclasses.replace(self, template=self.tools_template or self.template, tools_template=None)
+        if self.tools_template is None:
+            return self
+        return dataclasses.replace(self, template=self.tools_template, tools_template=None, with_tools=True)
 
 
 class EndOfTurn(NamedTuple):
     """What ends an answer.
 
     Attributes:
-        token: the control token that the template writes behind it; None where there is none.
+        token: what the template writes behind it: a control token, or in its marks any text; None for nothing.
         trained: whether it is trained on.
     """
 
@@ -111,6 +115,7 @@ class Renderer:
         special = [token["content"] for token in visible if token["special"]]
         self._user_hidden = token_pattern(special + emitted)
         self._answer_hidden = token_pattern(special)
+        self._sample_tools = SAMPLE_TOOLS if plan.with_tools else None
 
     @property
     def needs_marks(self) -> bool:
@@ -149,7 +154,8 @@ class Renderer:
         for as_text, without_content in itertools.product((False, True), repeat=2):
             style = {"as_text": as_text, "without_content": without_content}
             try:
-                text = self._render([{"role": "user", "content": "a"}, calls_as(answer, **style), *rest], None)
+                said = [{"role": "user", "content": "a"}, calls_as(answer, **style), *rest]
+                text = self._render(said, self._sample_tools)
             except BadRecordError:
                 continue
             if "name_of_tool" in text and "its_value" in text:
@@ -162,7 +168,7 @@ class Renderer:
         there is one call, and the tool's words would be trained on."""
         messages = [with_marks(each) if each["role"] == "assistant" else each for each in WITH_A_CALL]
         builder = SegmentBuilder(self.markup, StandIns(), self.plan.train_on_prompt)
-        segments = builder.build(self.render(messages, None))
+        segments = builder.build(self.render(messages, self._sample_tools))
         return not any("result_of_tool" in each.text[start:end] for each in segments for start, end in each.spans)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
@@ -185,7 +191,7 @@ class Renderer:
             {"role": "assistant", "content": f"{START}answer{END}"},
         ]
         try:
-            text = self.render([*messages, *messages], None)
+            text = self.render([*messages, *messages], self._sample_tools)
         except BadRecordError as error:
             raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
         asked, start, end = text.find(CLOSE), text.find(START), text.find(END)
@@ -213,7 +219,7 @@ class Renderer:
             UserError: it is not valid, does not end, or answers do not come out of it.
         """
         try:
-            self.render(_PAIR, None)
+            self.render(_PAIR, self._sample_tools)
         except BadRecordError as error:  # or it is a template for other conversations, of which nothing is known here
             if error.kind == TOO_SLOW:
                 raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
@@ -222,16 +228,13 @@ class Renderer:
         """What ends an answer; None where the template refuses a question and its answer."""
         marked = self.markup.marked
         try:
-            text = self.render(_PAIR if marked else [_PAIR[0], with_marks(_PAIR[1])], None)
+            text = self.render(_PAIR if marked else [_PAIR[0], with_marks(_PAIR[1])], self._sample_tools)
         except BadRecordError:
             return None
         answer, _, behind = text.rpartition(CLOSE if marked else END)
-        if marked:
-            found = [
-                match for match in self.markup.control.finditer(answer.rpartition(OPEN)[2]) if match.group().strip()
-            ]
-            if found and not found[-1].string[found[-1].end() :].strip():
-                return EndOfTurn(found[-1].group().strip(), trained=True)
+        written = answer.rpartition(_PAIR[1]["content"])[2].strip() if marked else ""
+        if written:  # in the marks, be it a token of this tokenizer or a text
+            return EndOfTurn(written, trained=True)
         following = self.markup.control.match(behind.lstrip())
         token = following.group().strip() if following else None
         return EndOfTurn(token, trained=token is not None and (not marked or self.plan.train_on_prompt))

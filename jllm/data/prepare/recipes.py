@@ -291,8 +291,8 @@ def _end_of_turn_warning(plan: RenderPlan) -> str | None:
         return None
     if end.token is None:
         return (
-            "the chat template ends an answer with no control token of the tokenizer, so the model never learns to"
-            " stop; use a template that writes one, such as {{ eos_token }}, behind each answer (--chat_template)"
+            "the chat template writes nothing that ends a turn behind an answer, so the model never learns to stop;"
+            " use a template that writes a token of the tokenizer there, such as {{ eos_token }} (--chat_template)"
         )
     return (
         f"the chat template writes {end.token} behind {{% endgeneration %}}, so no end of turn is trained on and the"

@@ -10,12 +10,15 @@ Guarantees: the hash is that of the serialised backend; nothing is read from `to
 Cost: some seconds and some hundred MB in the child, while this process is free to do something else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,12 +268,35 @@ def _be_quick_where_there_is_no_hub(name: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """What transformers notices about a tokenizer stays out of the lines of a command: its notices are about settings
+    that concern none of them, or are said by jllm itself."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def auto_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
+    """What AutoTokenizer makes of a folder or hub name, without a word."""
+    import transformers
+
+    with without_notices():
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     import tokenizers
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = auto_tokenizer(name, trust_remote_code=trust_remote_code)
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "backend_tokenizer", None) else None
     parsed: dict[str, Any] = fast_json.loads(backend) if backend else {"pre_tokenizer": None}
     added = tuple(parsed["added_tokens"]) if backend else _added_of_slow(tokenizer)
