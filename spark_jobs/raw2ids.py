@@ -26,7 +26,7 @@ from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import ChunkEncoder, Encoded, pretrain_affixes
+from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import recorded_options
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
 from jllm.data.prepare.totals import MAX_EXAMPLES, named
@@ -199,7 +199,7 @@ def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "Da
     """How conversations are read and rendered, decided once, on the driver."""
     if config.type != "ft":
         return {}
-    template, _ = recipes.template_of(config, facts)
+    template = recipes.template_text(config, facts)
     date = recipes.date_of(config, template, None)
     format_name = recipes.format_asked_for(config) or _format_of_input(config, frame)
     plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
@@ -214,13 +214,12 @@ def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
     return commonest_format(records, "-i")
 
 
-def _document_end(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> int | None:
-    """The id that documents end in. An engine is opened only for a suffix that is text."""
-    if config.doc_suffix is None:
-        return pretrain_affixes(facts)[1][-1]
-    engine = open_engine(facts, config.engine, trust_remote_code=config.trust_remote_code)
-    suffix = recipes.ids_of(config.doc_suffix, "doc_suffix", engine, facts)
-    return suffix[-1] if suffix else None
+def _document_suffix(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> tuple[int, ...] | None:
+    """The ids that documents end in, as the tasks have them; None for conversations."""
+    if config.type == "ft":
+        return None
+    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
+    return recipes.affixes_of(config, facts, engine)[1]
 
 
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
@@ -256,11 +255,12 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
 
     found = attempts(attempted, Attempt(choice=config.engine))
     engine = {**found["engine"], "checks": found["counts"].get("checks", 0)} if found["engine"] else None
+    suffix = _document_suffix(config, facts)
     manifest = Manifest(
         command="spark_jobs/raw2ids",
         options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
-        tokenizer=dataclasses.replace(facts.for_manifest, document_end=None if chat else _document_end(config, facts)),
+        tokenizer=dataclasses.replace(facts.for_manifest, document_end=suffix[-1] if suffix else None),
         labels_checked=True,
         chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
@@ -270,6 +270,7 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
             "unused_fields": named(found["counts"], UNUSED),
             "bad_records": found["bad"],
             "engine": engine,
+            **({} if suffix is None else {"document_end": recipes.document_end_record(config, facts, suffix)}),
         },
     )
     write_manifest_at(spark, output, manifest)

@@ -73,6 +73,35 @@ def test_an_end_of_turn_outside_of_the_marks_is_noticed(facts: TokenizerFacts, e
         assert template_warnings(dataclasses.replace(plan, template=template)) == []
 
 
+@pytest.mark.parametrize("before", ["", " ", "\n"])
+def test_a_template_without_an_end_of_turn_is_noticed(
+    facts: TokenizerFacts, engine: CheckedEngine, before: str
+) -> None:
+    """With marks and without; where everything is trained on, too."""
+    endless = "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    shown = "{{- message.content }}{{- '" + before.replace("\n", "\\n") + "' }}"
+    marked = (
+        "{%- if message.role == 'assistant' %}{%- generation %}" + shown + "{%- endgeneration %}{%- else %}" + shown
+    )
+    for template in (endless + shown + "{%- endfor %}", endless + marked + "{%- endif %}{%- endfor %}"):
+        for everything in (False, True):
+            plan = Chat(facts, engine, template, train_on_prompt=everything).plan
+            (warning,) = template_warnings(plan)
+            assert "nothing that ends a turn" in warning
+    both = Chat(facts, engine, PLAIN, tools_template=endless + shown + "{%- endfor %}").plan
+    assert len(template_warnings(both)) == 1
+
+
+def test_conversations_with_tools_have_their_own_template(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    chat = Chat(facts, engine, PLAIN, tools_template="{{- tools[0].function.name }}" + PLAIN)
+    tools = [{"type": "function", "function": {"name": "name_of_tool"}}]
+    messages = [user("a"), assistant("b")]
+    ids, labels, bad = chat.encode([{"messages": messages, "tools": tools}, {"messages": messages}])
+    assert not bad
+    assert [chat.decode(row).split("<|im_start|>")[0] for row in ids] == ["name_of_tool", ""]
+    assert [chat.decode(row) for row in labels] == ["b<|im_end|>"] * 2
+
+
 @pytest.mark.parametrize("form", ["qwen3", "llama-2"])
 def test_real_tokenizers(form: str) -> None:
     folder = asset_tokenizer("qwen3" if form == "qwen3" else "llama2")
