@@ -138,6 +138,22 @@ def test_white_space_at_the_edges_of_an_answer_belongs_to_it(
         assert chat.trained(messages) == "".join(shown)
 
 
+def test_white_space_where_only_some_of_it_is_kept() -> None:
+    facts = load_tokenizer(str(asset_tokenizer("qwen3")))
+    assert facts.chat_template is not None
+    chat = Chat(facts, open_engine(facts, inert=True), facts.chat_template)
+    assert chat.trained([user("q"), assistant("\n  b ")]) == "  b <|im_end|>", "qwen3's takes line ends from the front"
+
+
+def test_white_space_between_words_of_a_template(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    """No control token is near that could say where an answer begins and ends."""
+    template = (
+        "{%- for message in messages %}{{- '[' + message.role + ']' + message.content + ' (end)\\n' }}{%- endfor %}"
+    )
+    chat = Chat(facts, engine, template)
+    assert chat.trained([user("q"), assistant("  a\n"), user("r"), assistant("\tb ")]) == "  a\n\tb "
+
+
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["chatml"]], ids=["plain", "marked"])
 def test_a_flag_beats_training_on_everything(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
     chat = Chat(facts, engine, template, train_on_prompt=True)
