@@ -1,9 +1,10 @@
-"""Files that are there completely or not at all.
+"""Files that are there completely or not at all; and folders, of which nothing is passed over unseen.
 
 A file is written beside its final name, flushed to disk and renamed, so a command killed at any moment leaves the old
 state or the new one. Temporary names start with a dot and end in `.tmp`: readers of data sets skip them, and they
 are a function of the final name, so that the next run of the same command overwrites what a killed one left.
 
+Guarantees: what a file system refuses is raised with the path of the file in question.
 Cost: one fsync of the file and one of its folder for each file written.
 """
 
@@ -13,6 +14,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jllm.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -41,9 +44,11 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_file(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as of a disk that is full
+            error.filename = str(path)
         raise
 
 
@@ -56,6 +61,55 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: indented, in the order of its keys' insertion, ending in a newline."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any] | None:
+    """The object in a JSON file of ours; None where there is no such file.
+
+    Args:
+        advice: what to do where it holds something else.
+
+    Raises:
+        UserError: it does, or cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {advice}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__} and no object; {advice}")
+    return value
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` over a folder and all below it, sorted, which follows links and raises where a folder cannot be read.
+
+    Names may be taken out of the list of folders, which are then not looked into. A link that leads back to a folder
+    above it is passed over: everything there is found without it.
+    """
+    pending = [(folder, frozenset[tuple[int, int]]())]
+    while pending:
+        place, above = pending.pop()
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in above:
+            continue
+        folders: list[str] = []
+        files: list[str] = []
+        with os.scandir(place) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                (folders if _is_folder(entry) else files).append(entry.name)
+        yield place, folders, files
+        inside = above | {(facts.st_dev, facts.st_ino)}
+        pending += [(place / name, inside) for name in reversed(folders)]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: whoever needs the file finds out
+        return False
 
 
 def remove_temporaries(folder: Path) -> None:

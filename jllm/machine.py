@@ -37,11 +37,15 @@ def usable_cores(wanted: int = -1) -> int:
     """`wanted` workers, or as many as the cores this process may run on where `wanted` is negative.
 
     Raises:
-        UserError: `wanted` is 0.
+        UserError: `wanted` is 0, or many times the number of cores.
     """
     if wanted == 0:
         raise UserError("--cores 0: give a number of workers, or -1 for all cores")
-    return wanted if wanted > 0 else len(os.sched_getaffinity(0))
+    here = len(os.sched_getaffinity(0))
+    most = max(64, 8 * here)
+    if wanted > most:
+        raise UserError(f"--cores {wanted}: this machine lets it use {here}; give at most {most}, or -1 for all cores")
+    return wanted if wanted > 0 else here
 
 
 def parse_memory(option: str, text: str) -> int:
@@ -63,11 +67,13 @@ def parse_count(option: str, text: str) -> int:
 
 
 def _parse(option: str, text: str, units: dict[str, int], suffix: str, allowed: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*" + suffix, text.strip(), re.IGNORECASE)
-    number = int(float(match[1]) * units[match[2].upper()]) if match else 0
-    if number <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*" + suffix, text.strip(), re.IGNORECASE | re.ASCII)
+    number = float(match[1]) * units[match[2].upper()] if match else 0.0
+    if number < 1:
         raise UserError(f"{option} {text}: give {allowed}")
-    return number
+    if number >= 1 << 63:
+        raise UserError(f"{option} {text}: that is beyond 64 bits; give {allowed}")
+    return int(number)
 
 
 def free_memory() -> int:
@@ -110,7 +116,7 @@ def require_disk(folder: Path, needed: int, purpose: str) -> None:
         UserError: it has not; the message says how much is missing.
     """
     existing = folder
-    while not existing.exists():
+    while not existing.is_dir():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -13,8 +13,8 @@ each also `| None`, and `tuple[T, ...]` (the option may be repeated). `--config 
 names, alone or in tables; flags win over it. Underscores and dashes in flags are the same. Checks that concern more
 than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
 
-A user's mistake is one line on standard error and exit code 2. Only click and the standard library are imported here,
-so that `--help` is fast.
+A user's mistake is one line on standard error and exit code 2, and so is what a file system refuses, or memory that is
+not there. Only click and the standard library are imported here, so that `--help` is fast.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import click
 
 from jllm import __version__
-from jllm.errors import EXIT_CODE, UserError, did_you_mean, report
+from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, report
 
 Config = TypeVar("Config")
 CONTEXT_SETTINGS: dict[str, Any] = {
@@ -100,15 +100,39 @@ class _OneLineErrors(click.Command):
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except click.NoSuchOption as error:
+            _report(f"{error.message.rstrip('.')}{_nearest_option(error)}")
         except click.ClickException as error:
             _report(error.format_message())
         except UserError as error:
             _report(str(error))
+        except (OSError, RuntimeError) as error:
+            mistake = of_file_system(error)
+            if mistake is None:
+                raise
+            _report(str(mistake))
+        except MemoryError as error:
+            _report(
+                f"the memory does not suffice ({error or 'out of memory'}); give smaller sizes, or a larger machine"
+            )
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         for name, value in CONTEXT_SETTINGS.items():
             kwargs.setdefault(name, value)
         return super().make_context(*args, **kwargs)
+
+
+def _nearest_option(error: click.NoSuchOption) -> str:
+    """Which option was meant: dashes and underscores left out, "maxlen" is "max_len"."""
+    if error.ctx is None:
+        return ""
+    flags = [flag for parameter in error.ctx.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
+    known = {flag.lstrip("-").replace("_", ""): flag for flag in flags if flag.startswith("--")}
+    given = error.option_name.lstrip("-").replace("_", "").replace("-", "")
+    meant = did_you_mean(given, known)
+    for bare, flag in known.items():
+        meant = meant.replace(f'"{bare}"', f'"{flag}"')
+    return f".{meant}" if meant else "; --help lists all options"
 
 
 def _report(message: str) -> typing.NoReturn:
@@ -130,6 +154,12 @@ class Group(_OneLineErrors, click.Group):
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lazy = lazy
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        return super().main(given or ["--help"], prog_name, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.lazy)
@@ -203,6 +233,19 @@ def value_type(hint: Any) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
+LEAST_INT, MOST_INT = -(1 << 63), (1 << 63) - 1
+
+
+class _Int64(click.types.IntParamType):
+    """Integers that all that computes with them can hold."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not LEAST_INT <= number <= MOST_INT:
+            self.fail(f"{number} is beyond 64 bits; give at most {MOST_INT}", param, ctx)
+        return number
+
+
 def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: type[Any]) -> click.Parameter:
     facts: OptionFacts = field.metadata["option"]
     scalar, repeated, _ = value_type(hint)
@@ -228,6 +271,8 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
     settings["type"] = click.Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
     if scalar is Path:
         settings["type"] = click.Path(path_type=Path)
+    elif scalar is int and not facts.choices:
+        settings["type"] = _Int64()
     if field.name == "config":
         settings.update(is_eager=True, callback=_toml_reader(config_type))
     return click.Option([*facts.flags, long_name, field.name], **settings)
@@ -283,4 +328,6 @@ def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
         if not isinstance(item, allowed) or (scalar is not bool and isinstance(item, bool)):
             wanted = "text in quotes" if allowed == (str,) else "true or false" if scalar is bool else scalar.__name__
             raise UserError(f"--config {path}: {key} = {item!r} is not {wanted}")
+        if isinstance(item, int) and not LEAST_INT <= item <= MOST_INT:
+            raise UserError(f"--config {path}: {key} = {item} is beyond 64 bits; give at most {MOST_INT}")
     return items if repeated else value

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.formats import SAMPLE, commonest_format
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
@@ -28,7 +29,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import recorded_options
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
-from jllm.data.prepare.totals import MAX_EXAMPLES
+from jllm.data.prepare.totals import MAX_EXAMPLES, named
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.spark import describe_output, remove_if_empty, schema_of, session, write_manifest_at, write_shards
@@ -213,6 +214,14 @@ def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
     return commonest_format(records, "-i")
 
 
+def _document_suffix(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> tuple[int, ...] | None:
+    """The ids that documents end in, as the tasks have them; None for conversations."""
+    if config.type == "ft":
+        return None
+    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
+    return recipes.affixes_of(config, facts, engine)[1]
+
+
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
     """Encode, pack and write, and then the manifest of what was written.
 
@@ -246,25 +255,26 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
 
     found = attempts(attempted, Attempt(choice=config.engine))
     engine = {**found["engine"], "checks": found["counts"].get("checks", 0)} if found["engine"] else None
+    suffix = _document_suffix(config, facts)
     manifest = Manifest(
         command="spark_jobs/raw2ids",
         options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
-        tokenizer=facts.for_manifest,
+        tokenizer=dataclasses.replace(facts.for_manifest, document_end=suffix[-1] if suffix else None),
+        labels_checked=True,
+        chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={**found["counts"], "bad_records": found["bad"], "engine": engine, **_document_end(config, facts)},
+        extra={
+            **{name: count for name, count in found["counts"].items() if not name.startswith((LEFT_OUT, UNUSED))},
+            "left_out": named(found["counts"], LEFT_OUT),
+            "unused_fields": named(found["counts"], UNUSED),
+            "bad_records": found["bad"],
+            "engine": engine,
+            **({} if suffix is None else {"document_end": recipes.document_end_record(config, facts, suffix)}),
+        },
     )
     write_manifest_at(spark, output, manifest)
     return manifest
-
-
-def _document_end(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> dict[str, Any]:
-    """What documents end in, for the manifest; the tasks ask the same."""
-    if config.type == "ft":
-        return {}
-    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
-    _, suffix = recipes.affixes_of(config, facts, engine)
-    return {"document_end": recipes.document_end_record(config, facts, suffix)}
 
 
 def _accumulator(spark: "SparkSession") -> Any:
@@ -293,6 +303,8 @@ def main(config: SparkRaw2IdsConfig) -> None:
     spark.stop()
     rows, tokens, files = manifest.rows, manifest.total("tokens"), len(manifest.files)
     print(f"{config.output}: {rows:,} rows, {tokens:,} tokens in {files} files")
+    for name, count in [*manifest.extra["left_out"].items(), *manifest.extra["unused_fields"].items()]:
+        print(f"  left out: {count:,} x {name}")
     for kind, found in manifest.extra["bad_records"].items():
         print(f"  {found['count']:,} bad records: {kind}, such as {found['examples'][0]}")
 

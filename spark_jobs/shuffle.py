@@ -227,6 +227,8 @@ def run(spark: "SparkSession", config: SparkShuffleConfig) -> Manifest:
         tokenizer=manifest.tokenizer,
         sources=({"name": config.data.rstrip("/").rsplit("/", 1)[-1], "fingerprint": manifest.fingerprint},),
         further=further,
+        labels_checked=True,
+        chat_template=manifest.chat_template,
     )
     write_manifest_at(spark, config.output, result)
     return result

@@ -82,3 +82,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: l
     assert len(lines) == 1, result.stderr
     for words in ["error: ", *expected]:
         assert words in lines[0]
+
+
+def test_jllm_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from jllm.cli import main
+
+    main([])
+    assert "raw2ids" in capsys.readouterr().out

@@ -141,3 +141,31 @@ def test_hidden_options_are_no_toml_keys(tmp_path: Path) -> None:
     config_type: type[Any] = Hidden
     with pytest.raises(UserError, match='unknown key "secret"'):
         read_toml(Path(toml(tmp_path, "secret = 1")), config_type)
+
+
+@pytest.mark.parametrize("given", ["--numbr", "--Number", "--nu_mber", "--num-ber=3"])
+def test_the_nearest_option_is_offered_first(capsys: pytest.CaptureFixture[str], given: str) -> None:
+    assert 'Did you mean "--number"?' in mistake(capsys, "-i", "x", given)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+def test_numbers_beyond_64_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int) -> None:
+    assert "beyond 64 bits" in mistake(capsys, "-i", "x", f"--number={number}")
+    assert "beyond 64 bits" in mistake(capsys, "-i", "x", "--config", toml(tmp_path, f"number = {number}"))
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "x", "the/path"), MemoryError(), OSError(28, "No space", "a\x1bb")]
+)
+def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    @command(Example, name="example")
+    def main(config: Example) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["-i", "x"])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert "\x1b" not in err

@@ -6,6 +6,7 @@ The trainer accepts such a folder directly; converting is for other tools. Cost:
 import dataclasses
 from pathlib import Path
 
+from jllm.errors import UserError
 from jllm.options import command, option
 
 
@@ -15,6 +16,14 @@ class ConvertConfig:
 
     model: Path = option(dataclasses.MISSING, "-m", help="folder of a Qwen-1, InternLM2 or Baichuan checkpoint")
     output: Path = option(dataclasses.MISSING, "-o", help="where the native Hugging Face folder is written")
+
+    def __post_init__(self) -> None:
+        # What a look at the folders tells is said before anything large is imported.
+        if not (self.model / "config.json").is_file():
+            missing = "has no config.json" if self.model.is_dir() else "does not exist"
+            raise UserError(f"--model {self.model}: {missing}; give a Hugging Face model folder")
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(f"--output {self.output}: is not empty; give a new folder")
 
 
 @command(ConvertConfig, name="convert")

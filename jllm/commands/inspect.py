@@ -28,14 +28,20 @@ class InspectConfig:
 def main(config: InspectConfig) -> None:
     """Show a data set: summary, row lengths, decoded rows with the trained part coloured; --verify checks every
     byte."""
-    from jllm.data.dataset.manifest import open_data_set
-    from jllm.data.dataset.show import show_rows, show_summary, show_verified
+    from jllm.data.dataset.manifest import open_data_set, verify_folder
+    from jllm.data.show import show_rows, show_summary
     from jllm.data.tokenizer.decoding import make_decoder
+    from jllm.machine import usable_cores
 
-    data = open_data_set(config.folder)
+    data = verify_folder(config.folder, cores=usable_cores()) if config.verify else open_data_set(config.folder)
+    rows = data.manifest.rows
+    if config.rows and config.start > rows:
+        raise UserError(f"--start {config.start}: {config.folder} has {rows:,} rows; give at most {max(0, rows - 1)}")
     show_summary(data)
-    if config.rows:
+    if config.rows and config.start == rows:
+        print(f"no row {rows:,}: {f'the last one is {rows - 1:,}' if rows else 'the data set is empty'}")
+    elif config.rows:
         decode = make_decoder(config.tokenizer, data.manifest.tokenizer) if config.tokenizer else None
         show_rows(data, decode, rows=config.rows, start=config.start, color=config.color)
     if config.verify:
-        show_verified(data)
+        print(f"verified: {len(data.paths)} of {len(data.paths)} files have a checksum, and all of them match")

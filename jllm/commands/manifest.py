@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -15,37 +15,49 @@ class ManifestConfig:
     tokenizer: str | None = option(None, help="the tokenizer that made the ids, to record it", metavar="FOLDER")
     cores: int = option(-1, help="workers; negative: all cores")
     verify: bool = option(False, help="check every file against the manifest instead of making one")
+    force: bool = option(False, help="replace the manifest that is there")
+
+    def __post_init__(self) -> None:
+        if self.verify and (self.tokenizer is not None or self.force):
+            raise UserError("--verify writes nothing; leave out --tokenizer and --force")
 
 
 @command(ManifestConfig, name="manifest")
 def main(config: ManifestConfig) -> None:
     """Describe the shards below FOLDER, whoever wrote them: count, hash every file, and write _manifest.json.
 
-    With --verify, read every file and compare it with the manifest instead.
+    A manifest that is there is replaced with --force only; --tokenizer adds what it lacks of a tokenizer's facts. With
+    --verify, read every file and compare it with the manifest instead.
     """
     from jllm.data.dataset.describe import describe, warnings_about
-    from jllm.data.dataset.manifest import open_data_set, verify
+    from jllm.data.dataset.manifest import verify_folder
     from jllm.machine import usable_cores
 
     if config.verify:
-        problems = verify(open_data_set(config.folder))
-        if problems:
-            raise UserError(f"{problems[0]} ({len(problems)} files in all); restore them, or make the data set again")
-        print(f"{config.folder}: every file matches its checksum")
+        verified = verify_folder(config.folder, cores=usable_cores(config.cores))
+        print(f"{config.folder}: {len(verified.paths)} files, and every one matches its checksum")
         return
-    tokenizer = None
+    tokenizer, special_ids = None, frozenset[int]()
     if config.tokenizer:
         from jllm.data.tokenizer.facts import load_tokenizer
 
-        tokenizer = load_tokenizer(config.tokenizer).for_manifest
-    manifest = describe(config.folder, cores=usable_cores(config.cores), tokenizer=tokenizer)
+        facts = load_tokenizer(config.tokenizer)
+        tokenizer, special_ids = facts.for_manifest, facts.special_ids
+    manifest = describe(
+        config.folder,
+        cores=usable_cores(config.cores),
+        tokenizer=tokenizer,
+        special_ids=special_ids,
+        force=config.force,
+    )
     for name, kind in manifest.further.types.items():
-        print(f"column {name}: {kind}")
+        say(f"column {name}: {kind}")
     for line in manifest.further.warnings():
-        print(f"when rows are rewritten, {line}")
+        say(f"when rows are rewritten, {line}")
     for warning in warnings_about(config.folder):
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     print(
         f"{config.folder}: {manifest.rows:,} rows, {manifest.total('tokens'):,} tokens,"
-        f" {manifest.total('trained_tokens'):,} trained, in {len(manifest.files)} files"
+        f" {manifest.total('trained_tokens'):,} trained, in {len(manifest.files)} files; largest id"
+        f" {manifest.largest_id}, labels checked"
     )

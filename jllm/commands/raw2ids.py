@@ -17,6 +17,11 @@ def main(config: Raw2IdsConfig) -> None:
     # No matrix is multiplied here, and numpy's threads for that cost every process of the run 0.1 s to start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     collect_rarely()
+    if config.dry_run:
+        from jllm.data.prepare.dry_run import dry_run
+
+        dry_run(config)
+        return
     from jllm.data.prepare.run import prepare
 
     prepare(config)

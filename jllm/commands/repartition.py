@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -34,11 +34,11 @@ def main(config: RepartitionConfig) -> None:
 
     folder = config.data.resolve()
     recover(folder)
-    tokens = parse_count("--partition_tokens", config.partition_tokens) if config.partition_tokens else None
+    tokens = parse_count("--partition_tokens", config.partition_tokens) if config.partition_tokens is not None else None
     plan = make_plan(folder, config.num_partition, tokens)
-    print(plan.info(folder.name), end="")
+    say(plan.info(folder.name).rstrip("\n"))
     for note in plan.notes:
-        print(f"warning: {note}")
+        say(f"warning: {note}")
     if config.dry_run:
         print("dry run: nothing was changed")
     elif repartition(folder, plan):

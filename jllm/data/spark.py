@@ -32,7 +32,7 @@ WRITER_OPTIONS = {
 SPARK_TYPES = {INT32: "int", FLOAT32: "float", TEXT: "string"}
 ENTRY_SCHEMA = (
     "path string, rows long, tokens long, trained_tokens long, longest_row long, bytes long,"
-    " footer string, sha256 string"
+    " footer string, sha256 string, largest_id long"
 )
 
 
@@ -99,7 +99,7 @@ def _describe_bytes(content: bytes, name: str) -> FileEntry:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, Path(name).name)
         path.write_bytes(content)
-        return dataclasses.replace(describe_file(path, Path(folder)), path=name)
+        return dataclasses.replace(describe_file(path, Path(folder)).entry, path=name)
 
 
 def relative_path(uri: str, root: str) -> str:

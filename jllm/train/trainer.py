@@ -187,7 +187,14 @@ class TrainingRun:
                 self.recorder.say(f"{folder} is complete already: nothing is left to do")
                 return
         assert self.config.model is not None
-        export(self.stage, self.agreement, folder, source=self.config.model, dtype=self.model_info.dtype)
+        export(
+            self.stage,
+            self.agreement,
+            folder,
+            source=self.config.model,
+            dtype=self.model_info.dtype,
+            chat_template=self.data.facts.chat_template,
+        )
         self.recorder.say(f"wrote {folder}")
 
     def _introduce(self) -> None:
@@ -350,7 +357,12 @@ class TrainingRun:
         started = time.perf_counter()
         if self.config.only_ckpt_model:
             folder = self.saver.save_model(
-                self.stage, self.step, self.eval_loss, dtype=self.model_info.dtype, writers=self.shape.mesh.writers
+                self.stage,
+                self.step,
+                self.eval_loss,
+                dtype=self.model_info.dtype,
+                writers=self.shape.mesh.writers,
+                chat_template=self.data.facts.chat_template,
             )
         else:
             folder = self.saver.save(self.state.pieces(alone=self.saves_alone), rng_states(), self._run_state())

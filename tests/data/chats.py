@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import tokenizers
 
 from jllm.data.chat.assembler import Assembler
@@ -56,15 +57,26 @@ class Chat:
     def encode(
         self, records: list[Any], format_name: str = "messages"
     ) -> tuple[list[list[int]], list[list[int]], list[Any]]:
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        return self.encode_as("jsonl", records, format_name)[:3]
+
+    def encode_as(
+        self, kind: str, records: list[Any], format_name: str, fields: dict[str, str] | None = None
+    ) -> tuple[list[list[int]], list[list[int]], list[Any], dict[str, int]]:
+        """Records out of JSON lines, a JSON list or Parquet: ids, labels, the bad ones, and counts."""
+        data: Any = [json.dumps(record).encode() for record in records]
+        if kind == "jsonl":
+            data = b"\n".join(data) + b"\n"
+        elif kind == "parquet":
+            data = pa.Table.from_pylist(records)
         chunk = Chunk(source=0, index=0, line=1, data=data, end=len(data), end_line=len(records) + 1)
-        encoded = dataclasses.replace(self.encoder, formats=(format_name,))(chunk, "jsonl")
+        encoder = dataclasses.replace(self.encoder, formats=(format_name,), fields=fields or {})
+        encoded = encoder(chunk, kind)
         documents = encoded.documents
         assert documents.labels is not None
         cuts = documents.offsets[1:-1]
         ids = [part.tolist() for part in np.split(documents.ids, cuts)] if len(documents) else []
         labels = [part.tolist() for part in np.split(documents.labels, cuts)] if len(documents) else []
-        return ids, labels, encoded.bad
+        return ids, labels, encoded.bad, encoded.counts
 
     def trained(self, messages: list[dict[str, Any]], **extra: Any) -> str:
         ids, labels, bad = self.encode([{"messages": messages, **extra}])
@@ -126,5 +138,19 @@ def rendered(messages: list[dict[str, Any]], show: Any = str, end: str = "<|im_e
     return "".join(f"<|im_start|>{m['role']}\n{show(m['content'])}{end}\n" for m in messages)
 
 
+AGENT = """{%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}
+{%- set asked = namespace(last=-1) %}
+{%- for message in messages if message.role == 'user' %}{%- set asked.last = messages.index(message) %}{%- endfor %}
+{%- for message in messages %}{%- if message.role in ('system', 'user', 'tool') %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}
+{%- if message.reasoning_content and loop.index0 > asked.last %}
+{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}
+{{- message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
+{{- '\\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"""
+"""A template of agents: tools, calls, results, and the reasoning behind the last question; no developer."""
 ODD = TURNS + "{{- 'odd' if message.content | length == 41 * 41 else message.content }}" + END
 """A template that treats texts of `41 * 41` characters in a way that no probe brings out."""

@@ -1,6 +1,7 @@
 """A run's evaluations, checkpoints, endings and records."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jllm.data.dataset.manifest import open_data_set, write_manifest
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -193,6 +195,37 @@ def test_stage_without_anything_to_train(ranks: Callable[[int], Ranks], folder: 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         changed = {name for name, tensor in after.items() if not (tensor == before[name].to(dtype)).all()}
         assert changed == {name for name in before if ".layers.3." in name}
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_template_of_the_data_is_exported(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, only_model: bool
+) -> None:
+    """Where the model has none, at the end and in `--only_ckpt_model` folders; named templates of the model always."""
+    for name in ("model", "data"):
+        shutil.copytree(folder / name, tmp_path / name)
+    manifest = open_data_set(tmp_path / "data").manifest
+    write_manifest(tmp_path / "data", dataclasses.replace(manifest, chat_template="{{ data }}"))
+    more: dict[str, Any] = {"model": tmp_path / "model", "train_data": (str(tmp_path / "data"),), "max_steps": 1}
+    more["output_dir"] = tmp_path / "out"
+    if only_model:
+        more |= {"only_ckpt_model": True, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 1.0}
+    assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
+    written = [
+        tmp_path / "out",
+        *(tmp_path / "ckpt" / name for name in (names(tmp_path / "ckpt") if only_model else [])),
+    ]
+    assert len(written) == 1 + only_model
+    for out in written:
+        assert (out / "chat_template.jinja").read_text() == "{{ data }}"
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    (tmp_path / "model/additional_chat_templates/rag.jinja").write_text("{{ rag }}")
+    (tmp_path / "out/chat_template.jinja").unlink()
+    for _ in range(2):  # the second time into a folder that has them
+        more = {**more, "only_ckpt_model": False, "checkpoint": None}
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
+        assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ rag }}"
+        assert not (tmp_path / "out/chat_template.jinja").exists()
 
 
 def test_dry_run(folder: Path, tmp_path: Path) -> None:

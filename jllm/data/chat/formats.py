@@ -7,270 +7,167 @@
 | `sharegpt` | `{"conversations": [{"from", "value"}], "system"?, "tools"?}` |
 | `alpaca` | `{"instruction", "input"?, "output", "system"?, "history"?}` |
 | `completion` | `{"prompt", "completion"}`: two texts, no template |
-| `fields` | one question and one answer under names of their own (`--field_map user=question,assistant=answer`) |
+| `fields` | texts or lists of messages in fields of their own (`--field_map user=question,assistant=answer`) |
 
-Preference records (`chosen`, `rejected`) will be one more entry of `READERS`.
+Preference pairs (`chosen`, `rejected`) are recognised, and none of these.
 
-Guarantees: consecutive messages of one role are joined, answers before the first question are left out, and so is
-whatever follows the last answer. A record that does not have its format is a `BadRecordError`, never a guess.
+Guarantees: what a record says comes out, is counted by name, or the record is a `BadRecordError`, never a guess. What
+its messages say is read in one place for all formats (`records/messages.py`), and so is what stands beside them
+(`records/beside.py`), what is joined and what is left out (`records/tidying.py`).
 """
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jllm.data.chat.records.beside import with_fields, without_ignored_tools
+from jllm.data.chat.records.content import text_of
+from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle
+from jllm.data.chat.records.messages import ROLES, read_messages
+from jllm.data.chat.records.tidying import tidy
+from jllm.data.sources.records import field_of, json_type, path_of
 from jllm.errors import UserError
 
-ROLES_OF_SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-}
-_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+Fields = dict[str, str]
+"""Role → field, for the format `fields`."""
 
 
-class BadRecordError(Exception):
-    """A record that is not what its format says: the kind of mistake and the detail."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-        self.detail = detail
-
-
-@dataclasses.dataclass(kw_only=True)
-class Conversation:
-    """What a template renders.
-
-    Attributes:
-        messages: dicts with `role` and `content` (text), and `tool_calls`, `reasoning_content`, ... where given.
-        trained: for each message, whether it is an answer to train on.
-        tools: tool descriptions for the template, or None.
-        completion: instead of messages: the prompt and its completion.
-    """
-
-    messages: list[dict[str, Any]]
-    trained: list[bool]
-    tools: list[Any] | None = None
-    completion: tuple[str, str] | None = None
-
-
-def _text(value: Any, where: str) -> str:
-    """Content given as text, as a list of texts, or as null."""
-    if isinstance(value, str):
-        return value
+def _field(record: Any, key: str) -> Any:
+    """What a record must have in a field."""
+    if not isinstance(record, dict):
+        raise BadRecordError("wrong type", f"the record is {json_type(record)}, not an object")
+    value = record.get(key)
     if value is None:
-        return ""
-    if isinstance(value, list):
-        parts = []
-        for part in value:
-            if isinstance(part, str):
-                parts.append(part)
-            elif isinstance(part, dict) and isinstance(part.get("text"), str):
-                parts.append(part["text"])
-            else:
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise BadRecordError("wrong type", f"{where} has a part that is no text ({kind})")
-        return "".join(parts)
-    raise BadRecordError("wrong type", f"{where} is {type(value).__name__}, not text")
-
-
-def _list(record: Any, key: str) -> list[Any]:
-    value = record.get(key) if isinstance(record, dict) else None
-    if value is None:
-        raise BadRecordError("missing field", f'no "{key}"')
-    if not isinstance(value, list):
-        raise BadRecordError("wrong type", f'"{key}" is {type(value).__name__}, not a list')
+        raise BadRecordError("missing field", f'"{key}" is null' if key in record else f'no "{key}"')
     return value
 
 
-def _tools(value: Any) -> list[Any] | None:
-    """Tools given as a list or as JSON text."""
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRecordError("wrong type", '"tools" is text and no JSON') from None
-    if value is None or value == []:
-        return None
+def _list(record: Any, key: str) -> list[Any]:
+    value = _field(record, key)
     if not isinstance(value, list):
-        raise BadRecordError("wrong type", f'"tools" is {type(value).__name__}, not a list')
-    return [tool if not isinstance(tool, dict) or "function" in tool or "name" not in tool
-            else {"type": "function", "function": tool} for tool in value]  # fmt: skip
+        raise BadRecordError("wrong type", f'"{key}" is {json_type(value)}, not a list')
+    return value
 
 
-def _of_roles(record: Any, fields: dict[str, str]) -> Conversation:
-    turns = record if isinstance(record, list) else _list(record, "conversation")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise BadRecordError("wrong type", f"turn {number} is {type(turn).__name__}, not an object")
-        for role, content in turn.items():
-            if role not in _KNOWN_ROLES:
-                raise BadRecordError("wrong type", f'turn {number} has the role "{role}"')
-            messages.append({"role": role, "content": _text(content, f"turn {number}")})
-    tools = _tools(record.get("tools")) if isinstance(record, dict) else None
-    return Conversation(
-        messages=messages, trained=[message["role"] == "assistant" for message in messages], tools=tools
+def _of_list(key: str) -> Callable[[Any, Fields, ReadingStyle], Conversation]:
+    """The reader of records with a list of messages in this field."""
+
+    def read(record: Any, fields: Fields, style: ReadingStyle) -> Conversation:
+        found = read_messages(_list(record, key), style)
+        return found if len(record) == 1 else with_fields(record, (key,), found)
+
+    return read
+
+
+def _of_roles(record: Any, fields: Fields, style: ReadingStyle) -> Conversation:
+    return read_messages(record, style) if isinstance(record, list) else _of_conversation(record, fields, style)
+
+
+def _of_alpaca(record: Any, fields: Fields, style: ReadingStyle) -> Conversation:
+    instruction, extra = (text_of(value, f'"{key}"') for key, value in (
+        ("instruction", _field(record, "instruction")), ("input", record.get("input"))
+    ))  # fmt: skip
+    turns: list[tuple[str, Any]] = []
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRecordError("wrong type", '"history" is no list of pairs')
+        turns += [
+            (role, text_of(text, 'a text of "history"')) for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    question = "\n".join(text for text in (instruction, extra) if text)
+    turns += [("user", question), ("assistant", text_of(_field(record, "output"), '"output"'))]
+    return with_fields(record, ("instruction", "input", "output", "history"), _of_turns(turns, style))
+
+
+def _of_turns(turns: Sequence[tuple[str, Any]], style: ReadingStyle) -> Conversation:
+    return read_messages([{"role": role, "content": content} for role, content in turns], style)
+
+
+def _of_completion(record: Any, fields: Fields, style: ReadingStyle) -> Conversation:
+    prompt, completion = _field(record, "prompt"), _field(record, "completion")
+    if _holds_messages(prompt) and _holds_messages(completion):
+        asked = read_messages(prompt, style)
+        found = _and_then(asked, read_messages(completion, style), trained=False)
+    else:
+        pair = (text_of(prompt, '"prompt"'), text_of(completion, '"completion"'))
+        if not pair[1].strip():
+            raise BadRecordError("empty document", '"completion" has no text')
+        found = Conversation(messages=[], trained=[], refused=[], completion=pair)
+    return with_fields(record, ("prompt", "completion"), found)
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether this is a list of messages, and not one of parts of a text."""
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item or "type" not in item) for item in value
     )
 
 
-def _of_messages(record: Any, fields: dict[str, str]) -> Conversation:
-    messages, trained = [], []
-    for number, given in enumerate(_list(record, "messages")):
-        if (
-            type(given) is dict
-            and len(given) == 2
-            and type(given.get("content")) is str
-            and type(given.get("role")) is str
-        ):
-            messages.append(given)
-            trained.append(given["role"] == "assistant")
-            continue
-        if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-            raise BadRecordError("wrong type", f"message {number} is no object with a role")
-        message = {key: value for key, value in given.items() if key not in ("train", "weight") and value is not None}
-        message["content"] = _text(given.get("content"), f"message {number}")
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_tool_call(call, number) for call in _list(message, "tool_calls")]
-        reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), None)
-        if reasoning is not None:
-            message.update(dict.fromkeys(_REASONING, reasoning))
-        messages.append(message)
-        trained.append(message["role"] == "assistant" and _counts(given, number))
-    return Conversation(messages=messages, trained=trained, tools=_tools(record.get("tools")))
+def _and_then(first: Conversation, second: Conversation, *, trained: bool) -> Conversation:
+    """One conversation of two; `trained` says whether answers of the first count."""
+    found = Conversation(
+        messages=first.messages + second.messages,
+        trained=[counts and trained for counts in first.trained] + second.trained,
+        refused=first.refused + second.refused,
+        tools=second.tools or first.tools,
+        notes=first.notes,
+    )
+    for name, times in second.notes.items():
+        found.note(name, times)
+    return found
 
 
-def _counts(message: dict[str, Any], number: int) -> bool:
-    """The flags `train` (true or false) and `weight` (0 or 1) of a message."""
-    for key in ("train", "weight"):
-        value = message.get(key)
-        if value is not None and value not in (0, 1):
-            raise BadRecordError("wrong type", f'message {number} has "{key}" {value!r}; it must be 0 or 1')
-        if value is not None and not value:
-            return False
-    return True
-
-
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call whose arguments are an object: templates write them as JSON themselves."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRecordError("wrong type", f"message {number} has a tool call without a name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRecordError("wrong type", f"message {number} has tool arguments that are no JSON") from None
-    assert isinstance(call, dict)
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
-
-
-def _of_sharegpt(record: Any, fields: dict[str, str]) -> Conversation:
-    messages: list[dict[str, Any]] = []
-    if isinstance(record, dict) and record.get("system"):
-        messages.append({"role": "system", "content": _text(record["system"], '"system"')})
-    for number, turn in enumerate(_list(record, "conversations")):
-        origin = turn.get("from") if isinstance(turn, dict) else None
-        if origin not in ROLES_OF_SHAREGPT:
-            raise BadRecordError("wrong type", f"turn {number} is from {origin!r}")
-        content = _text(turn.get("value"), f"turn {number}")
-        message: dict[str, Any] = {"role": ROLES_OF_SHAREGPT[origin], "content": content}
-        if origin == "function_call":
-            try:
-                calls = json.loads(content)
-            except ValueError:
-                raise BadRecordError("wrong type", f"turn {number} is a function call that is no JSON") from None
-            calls = calls if isinstance(calls, list) else [calls]
-            message = {"role": "assistant", "content": "", "tool_calls": [_tool_call(call, number) for call in calls]}
-        messages.append(message)
-    trained = [message["role"] == "assistant" for message in messages]
-    return Conversation(messages=messages, trained=trained, tools=_tools(record.get("tools")))
-
-
-def _of_alpaca(record: Any, fields: dict[str, str]) -> Conversation:
-    if not isinstance(record, dict) or record.get("instruction") is None or record.get("output") is None:
-        raise BadRecordError("missing field", 'no "instruction" or no "output"')
-    turns: list[tuple[str, Any]] = []
-    if record.get("system"):
-        turns.append(("system", record["system"]))
-    for pair in record.get("history") or ():
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRecordError("wrong type", '"history" is no list of pairs')
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    instruction, extra = _text(record["instruction"], '"instruction"'), _text(record.get("input"), '"input"')
-    turns += [("user", f"{instruction}\n{extra}" if extra else instruction), ("assistant", record["output"])]
-    return _of_turns(turns)
-
-
-def _of_turns(turns: Sequence[tuple[str, Any]]) -> Conversation:
-    messages = [{"role": role, "content": _text(content, f'"{role}"')} for role, content in turns]
-    return Conversation(messages=messages, trained=[role == "assistant" for role, _ in turns])
-
-
-def _of_completion(record: Any, fields: dict[str, str]) -> Conversation:
-    if not isinstance(record, dict) or record.get("prompt") is None or record.get("completion") is None:
-        raise BadRecordError("missing field", 'no "prompt" or no "completion"')
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        asked = _of_messages({"messages": prompt}, fields)
-        answered = _of_messages({"messages": completion, "tools": record.get("tools")}, fields)
-        return Conversation(
-            messages=asked.messages + answered.messages,
-            trained=[False] * len(asked.messages) + answered.trained,
-            tools=answered.tools,
-        )
-    pair = (_text(prompt, '"prompt"'), _text(completion, '"completion"'))
-    if not pair[1]:
-        raise BadRecordError("empty document", '"completion" has no text')
-    return Conversation(messages=[], trained=[], completion=pair)
-
-
-def _of_fields(record: Any, fields: dict[str, str]) -> Conversation:
-    turns = []
+def _of_fields(record: Any, fields: Fields, style: ReadingStyle) -> Conversation:
+    found = Conversation(messages=[], trained=[], refused=[])
+    tops: list[str] = []
+    beside: dict[str, Any] = {}
     for role, field in fields.items():
-        value = record.get(field) if isinstance(record, dict) else None
-        if value is None and role in ("user", "assistant"):
-            raise BadRecordError("missing field", f'no "{field}"')
-        if value:
-            turns.append((role, value))
-    return _of_turns(turns)
+        path = path_of(field)
+        value = field_of(record, path)
+        tops.append(field if isinstance(record, dict) and field in record else path[0])
+        if value is None and role != "system" and role != "tools":
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else json_type(record)
+            raise BadRecordError("missing field", f'no "{field}" (there is: {keys[:80]})')
+        if role == "tools":
+            beside["tools"] = value
+        elif isinstance(value, dict) and ("role" in value or "from" in value):
+            found = _and_then(found, read_messages([value], style), trained=True)
+        elif isinstance(value, list) and value and _holds_messages(value):
+            found = _and_then(found, read_messages(value, style), trained=True)
+        elif role == "messages":
+            raise BadRecordError("wrong type", f'"{field}" is {json_type(value)}, not a list of messages')
+        elif value is not None and (value != "" or role != "system"):
+            found = _and_then(found, _of_turns([(role, text_of(value, f'"{field}"'))], style), trained=True)
+    rest = {name: value for name, value in record.items() if name not in tops} if isinstance(record, dict) else {}
+    return with_fields({**rest, **beside}, (), found)
 
 
-READERS: dict[str, Callable[[Any, dict[str, str]], Conversation]] = {
+_of_conversation = _of_list("conversation")
+READERS: dict[str, Callable[[Any, Fields, ReadingStyle], Conversation]] = {
     "roles": _of_roles,
-    "messages": _of_messages,
-    "sharegpt": _of_sharegpt,
+    "messages": _of_list("messages"),
+    "sharegpt": _of_list("conversations"),
     "alpaca": _of_alpaca,
     "completion": _of_completion,
     "fields": _of_fields,
 }
+_QUESTIONS = ("conversations", "messages", "conversation", "prompt", "question", "instruction", "input")
 SAMPLE = 100
 """So many records are looked at to find out their format."""
 QUESTION_ANSWER = {"system": "system", "user": "question", "assistant": "answer"}
+PAIRS = "preference pairs"
+"""What records with a chosen and a rejected answer look like; no format of `READERS`."""
 
 
 def format_of(record: Any) -> str | None:
-    """The format that a record looks like; None where it looks like none."""
+    """The format that a record looks like, or `PAIRS`; None where it looks like none."""
     if isinstance(record, list):
         return "roles" if record and isinstance(record[0], dict) else None
     if not isinstance(record, dict):
         return None
+    if is_pair(record) and not _is_answered(record):
+        return PAIRS
     if "messages" in record:
         return "messages"
     if "conversations" in record:
@@ -293,51 +190,68 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
     Raises:
         UserError: they look like no known format.
     """
-    found = [name for name in map(format_of, itertools.islice(records, SAMPLE)) if name]
+    looked_at = list(itertools.islice(records, SAMPLE))
+    found = [name for name in map(format_of, looked_at) if name]
     if not found:
         raise UserError(
             f"{where}: its first records look like no known chat format ({', '.join(READERS)}); name one with --format,"
             " or fields with --field_map user=..,assistant=..; for documents use -t pretrain"
         )
-    return max(found, key=found.count)
+    commonest = max(found, key=found.count)
+    if commonest == PAIRS:
+        pair = next(record for record in looked_at if format_of(record) == PAIRS)
+        raise UserError(
+            f"{where}: its records are preference pairs (chosen, rejected), not conversations; {_way(pair)}"
+        )
+    return commonest
 
 
-def read_conversation(record: Any, format_name: str, fields: dict[str, str]) -> Conversation:
+def is_pair(record: Any) -> bool:
+    """Whether a record holds a chosen and a rejected answer."""
+    return isinstance(record, dict) and all(record.get(key) is not None for key in ("chosen", "rejected"))
+
+
+def _way(record: dict[str, Any]) -> str:
+    """How to train on the chosen answers of records like this pair."""
+    chosen = record["chosen"]
+    asks = isinstance(chosen, list) and any(
+        isinstance(item, dict) and ROLES.get(str(item.get("role", item.get("from")))) == "user" for item in chosen
+    )
+    fields = [] if asks else [name for name in _QUESTIONS if record.get(name) is not None][:1]
+    parts = [f"{'messages' if isinstance(record[name], list) else 'user'}={name}" for name in fields]
+    parts.append("messages=chosen" if asks else "assistant=chosen")
+    return f"--field_map {','.join(parts)} trains on the chosen answers"
+
+
+def _is_answered(record: dict[str, Any]) -> bool:
+    """Whether a record of a pair is a conversation with an answer all the same."""
+    if any(record.get(key) is not None for key in ("output", "completion", "answer")):
+        return True
+    for key in ("messages", "conversations", "conversation"):
+        messages = record.get(key)
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        if isinstance(last, dict) and ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
+            return True
+    return False
+
+
+_DEFAULT_STYLE = ReadingStyle()
+
+
+def read_conversation(
+    record: Any, format_name: str, fields: Fields, style: ReadingStyle = _DEFAULT_STYLE
+) -> Conversation:
     """A record as a conversation that ends with an answer.
 
     Args:
         format_name: out of `READERS`.
         fields: role → field, for the format `fields`.
+        style: what depends on the template and the options.
 
     Raises:
         BadRecordError: it does not have the format, or no answer.
     """
-    conversation = READERS[format_name](record, fields)
-    return conversation if conversation.completion else _tidy(conversation)
-
-
-def _tidy(given: Conversation) -> Conversation:
-    """Join messages of one role, leave out answers before the first question and what follows the last answer."""
-    messages: list[dict[str, Any]] = []
-    trained: list[bool] = []
-    asked = False
-    for message, counts in zip(given.messages, given.trained, strict=True):
-        role = message["role"]
-        if role == "assistant" and not asked:
-            continue
-        asked = asked or role in ("user", "tool")
-        if messages and role == messages[-1]["role"] and role in ("system", "user", "assistant"):
-            previous = messages[-1]
-            if len(previous) == len(message) == 2 and counts == trained[-1]:
-                messages[-1] = {"role": role, "content": previous["content"] + message["content"]}
-                continue
-        messages.append(message)
-        trained.append(counts)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-        trained.pop()
-    if not messages:
-        raise BadRecordError("no answer", "no assistant message after a question")
-    if not any(trained):
-        raise BadRecordError("no answer", "no assistant message that is trained on")
-    return Conversation(messages=messages, trained=trained, tools=given.tools)
+    if format_name != "fields" and is_pair(record) and not _is_answered(record):
+        raise BadRecordError("preference pair", f"it has a chosen and a rejected answer; {_way(record)}")
+    found = READERS[format_name](record, fields, style)
+    return found if found.completion is not None else without_ignored_tools(tidy(found, style), style)

@@ -10,7 +10,7 @@ faster than to alternatives.
 import re
 from typing import Any
 
-from jllm.data.chat.formats import BadRecordError
+from jllm.data.chat.records.conversation import BadRecordError
 
 START, END, REASONING, CALL, OPEN, CLOSE = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 MARKS = re.compile("[\ue000-\ue005]")
@@ -41,8 +41,12 @@ class StandIns:
         return self._of[token]
 
 
-def with_marks(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer with marks around what the assistant says; its outer white space stays outside of them."""
+def with_marks(message: dict[str, Any], *, tight: bool = False) -> dict[str, Any]:
+    """A message with marks around what is said in it.
+
+    Args:
+        tight: its outer white space is between the marks too, where a template that trims cannot find it.
+    """
     content, marked = message["content"], dict(message)
     calls = message.get("tool_calls")
     thinking = _THINK.match(content) if "</think>" in content else None
@@ -51,11 +55,11 @@ def with_marks(message: dict[str, Any]) -> dict[str, Any]:
         opened, reasoning, closed = thinking.groups()
         rest = content[thinking.end() :]
         if reasoning.strip():
-            marked["content"] = f"{opened}{REASONING}{reasoning}{closed}{_around(rest, START, end)}"
+            marked["content"] = f"{opened}{REASONING}{reasoning}{closed}{_around(rest, START, end, tight)}"
         else:
-            marked["content"] = f"{opened}{reasoning}{closed}{_around(rest, START, end)}"
+            marked["content"] = f"{opened}{reasoning}{closed}{_around(rest, START, end, tight)}"
     else:
-        marked["content"] = _around(content, START, end)
+        marked["content"] = _around(content, START, end, tight)
     for key in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(key), str):
             marked[key] = _around(message[key], REASONING, "")
@@ -66,10 +70,12 @@ def with_marks(message: dict[str, Any]) -> dict[str, Any]:
     return marked
 
 
-def _around(text: str, start: str, end: str) -> str:
+def _around(text: str, start: str, end: str, tight: bool = False) -> str:
     inner = text.strip()
     if not inner:  # an answer without a text has an end all the same
         return f"{text}{start}{end}" if start == START and end else text
+    if tight:
+        return f"{start}{text}{end}"
     before = len(text) - len(text.lstrip())
     return f"{text[:before]}{start}{inner}{end}{text[before + len(inner) :]}"
 

@@ -4,6 +4,7 @@ A worker imports neither Arrow nor an engine, so that it starts fast and stays s
 """
 
 import array
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.chat.formats import BadRecordError, read_conversation
+from jllm.data.chat.formats import read_conversation
+from jllm.data.chat.records.conversation import MORE, BadRecordError
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.segments import FlatSegments
 from jllm.data.chat.short_cut import ConversationRenderer
@@ -27,6 +29,7 @@ from jllm.data.sources.records import BadRecord
 from jllm.machine import collect_rarely
 
 _CHECK_CHARACTERS = 8192
+_MOST_NOTES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Rendered:
         lines: where each conversation was found.
         bad: records that could not be rendered.
         sample: number of a conversation and its whole text, to check the engine with.
+        notes: what was left out of conversations, by name, and how often.
     """
 
     texts: list[str]
@@ -53,6 +57,7 @@ class Rendered:
     bad: list[BadRecord]
     records: int
     sample: tuple[int, str] | None
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """On the way to another process the texts are one: pickling many small ones takes longer than all else here."""
@@ -119,15 +124,18 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
     """Parse and render the records of a chunk; the work of a worker process."""
     renderer = renderer_of(plan)
     renderer.begin_chunk()
+    style = renderer.style
     records = parse_chunk(chunk, kind)
     texts, sequence, trained, spans = FlatSegments([], array.array("i"), bytearray(), [])
     offsets = [0]
     lines: list[int] = []
     bad = list(records.bad)
     sample: tuple[int, str] | None = None
+    notes: collections.Counter[str] = collections.Counter()
     for record, line in zip(records.values, records.lines, strict=True):
         try:
-            found, whole = renderer.flat(read_conversation(record, format_name, fields))
+            conversation = read_conversation(record, format_name, fields, style)
+            found, whole = renderer.flat(conversation)
             if not found.spans and not any(found.trained):
                 raise BadRecordError("no answer", "nothing in it is trained on")
         except BadRecordError as error:
@@ -135,6 +143,8 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
             continue
         if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
             sample = (len(offsets) - 1, whole)
+        for name, times in conversation.notes.items() if conversation.notes else ():
+            notes[name if name in notes or len(notes) < _MOST_NOTES else MORE] += times
         before = len(texts)
         texts += found.texts
         sequence.extend(found.controls)
@@ -153,4 +163,5 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
         bad=bad,
         records=len(records.values) + len(records.bad),
         sample=sample,
+        notes=dict(notes),
     )

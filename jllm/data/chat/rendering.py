@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jllm.data.chat.formats import BadRecordError, Conversation
+from jllm.data.chat.completeness import Completeness
 from jllm.data.chat.marks import (
     CALL,
     CLOSE,
@@ -37,7 +37,8 @@ from jllm.data.chat.marks import (
     token_pattern,
     with_marks,
 )
-from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten
+from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle
+from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten, inverted
 from jllm.data.chat.template import compile_template
 from jllm.data.chat.tool_calls import SAMPLE_TOOLS, WITH_A_CALL, calls_as
 from jllm.errors import UserError
@@ -62,6 +63,7 @@ class RenderPlan:
         train_on_prompt: everything is trained on.
         prefix, eos_id: what stands around a prompt with completion.
         short_cut: fill plain conversations into what the template made of the same roles.
+        join, ignore_tools: how records are read; see `ReadingStyle`.
     """
 
     template: str
@@ -73,6 +75,8 @@ class RenderPlan:
     prefix: tuple[int, ...] = ()
     eos_id: int | None = None
     short_cut: bool = True
+    join: str = "\n\n"
+    ignore_tools: bool = False
     tools_template: str | None = None
     with_tools: bool = False
     named: str = "--chat_template"
@@ -115,6 +119,7 @@ class Renderer:
         special = [token["content"] for token in visible if token["special"]]
         self._user_hidden = token_pattern(special + emitted)
         self._answer_hidden = token_pattern(special)
+        self.completeness = Completeness(self.render)
         self._sample_tools = SAMPLE_TOOLS if plan.with_tools else None
 
     @property
@@ -130,6 +135,31 @@ class Renderer:
             if not self.markup.marked:
                 self._learn()
         return self._template
+
+    @functools.cached_property
+    def style(self) -> ReadingStyle:
+        """How records are read for this template."""
+        from jinja2 import nodes
+
+        source = self.template.environment.parse(self.plan.template)
+        names = {node.value for node in source.find_all(nodes.Const) if isinstance(node.value, str)}
+        names |= {node.attr for node in source.find_all(nodes.Getattr)}
+        return ReadingStyle(
+            names=frozenset(names),
+            developer_as_system="developer" not in names and not self._shows_developers,
+            join=self.plan.join,
+            ignore_tools=self.plan.ignore_tools,
+        )
+
+    @property
+    def _shows_developers(self) -> bool:
+        """Whether the template writes the role of any message as it is called."""
+        said = [{"role": "developer", "content": f"{OPEN}rule"}, {"role": "user", "content": "question"}]
+        try:
+            text = self.render([*said, {"role": "assistant", "content": "answer"}], None)
+        except BadRecordError:
+            return False
+        return "developer" in text and f"{OPEN}rule" in text
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         """The text that the template makes of messages.
@@ -167,7 +197,7 @@ class Renderer:
         """Whether an answer with a tool call ends before the tool answers. DeepSeek's template forgets the end where
         there is one call, and the tool's words would be trained on."""
         messages = [with_marks(each) if each["role"] == "assistant" else each for each in WITH_A_CALL]
-        builder = SegmentBuilder(self.markup, StandIns(), self.plan.train_on_prompt)
+        builder = SegmentBuilder(self.markup, StandIns(), everything=False)
         segments = builder.build(self.render(messages, self._sample_tools))
         return not any("result_of_tool" in each.text[start:end] for each in segments for start, end in each.spans)
 
@@ -206,11 +236,14 @@ class Renderer:
             if following:
                 ends.add(self.markup.id_of(following.group()))
         self.markup.ends_of_turn = frozenset(ends)
-        header = _without_marks(text[asked + 1 : start])
-        last = max(self.markup.control.finditer(header), key=lambda match: match.start(), default=None)
-        self.markup.header = (
-            (self.markup.id_of(last.group()), header[last.end() :]) if last is not None else (None, header)
-        )
+        opened = [part.rpartition(CLOSE)[2] for part in text.split(START)[:-1]]
+        headers = [self._header(_without_marks(part)) for part in opened]
+        self.markup.header, self.markup.headers = headers[0], tuple(dict.fromkeys(headers))
+
+    def _header(self, text: str) -> tuple[int | None, str]:
+        """The last control token in a text, and what is behind it."""
+        last = max(self.markup.control.finditer(text), key=lambda match: match.start(), default=None)
+        return (self.markup.id_of(last.group()), text[last.end() :]) if last is not None else (None, text)
 
     def check(self) -> None:
         """Find out whether the template is one.
@@ -249,25 +282,52 @@ class Renderer:
             careful: render without marks too, also where nothing speaks for a difference.
 
         Raises:
-            BadRecordError: the template refuses it, or an answer does not come out of the template.
+            BadRecordError: the template refuses it, or something does not come out of the template.
         """
         stand_ins = StandIns()
         hidden = [self._hide(message, stand_ins) for message in conversation.messages]
         tools = mapped(conversation.tools, lambda text: stand_ins.hide(text, self._user_hidden))
-        if self.needs_marks:
+        but = self.plan.train_on_prompt and any(conversation.refused)
+        if but:
+            text = self._render_refused(hidden, conversation.refused, tools)
+        elif self.needs_marks:
             text = self._render_with_marks(hidden, trained, tools, careful)
         else:
             text = self.render(hidden, tools)
-        segments = self.segments_of(text, stand_ins, hidden, trained)
-        return flatten(segments), None if stand_ins.used else _without_marks(text)
+        bare = _without_marks(text)
+        left_out = self.completeness.thoughts_left_out(hidden, tools)
+        self.completeness.require_in(bare, hidden, tools, left_out)
+        if but:
+            segments = inverted(self.segments_of(text, stand_ins, hidden, conversation.refused, everything=False))
+        else:
+            segments = self.segments_of(text, stand_ins, hidden, trained)
+        if left_out:
+            conversation.note(f"{LEFT_OUT}reasoning of earlier turns, by the template", len(left_out))
+        return flatten(segments), None if stand_ins.used else bare
+
+    def _render_refused(self, messages: list[dict[str, Any]], refused: list[bool], tools: list[Any] | None) -> str:
+        """The text with marks around what a flag takes out of all that is trained on."""
+        if not self.markup.marked:
+            return self._render_with_marks(messages, refused, tools, careful=True)
+        marked = [
+            refuses and message["role"] != "assistant" for message, refuses in zip(messages, refused, strict=True)
+        ]
+        return self._render_with_marks(messages, marked, tools, careful=True)
 
     def segments_of(
-        self, text: str, stand_ins: StandIns, messages: list[dict[str, Any]], trained: list[bool]
+        self,
+        text: str,
+        stand_ins: StandIns,
+        messages: list[dict[str, Any]],
+        trained: list[bool],
+        *,
+        everything: bool | None = None,
     ) -> list[Segment]:
         """The segments of a rendered text; `stand_ins` are those of the messages that it was made of."""
-        builder = SegmentBuilder(self.markup, stand_ins, self.plan.train_on_prompt)
+        everything = self.plan.train_on_prompt if everything is None else everything
+        builder = SegmentBuilder(self.markup, stand_ins, everything)
         segments = builder.build(text)
-        if self.markup.marked and not self.plan.train_on_prompt:
+        if self.markup.marked and not everything:
             answers = [counts for counts, given in zip(trained, messages, strict=True) if given["role"] == "assistant"]
             if not all(answers):
                 drop_spans(builder.marked, answers)
@@ -284,28 +344,32 @@ class Renderer:
     def _render_with_marks(
         self, messages: list[dict[str, Any]], trained: list[bool], tools: list[Any] | None, careful: bool
     ) -> str:
-        shown = []
+        edges = False
         for message, counts in zip(messages, trained, strict=True):
-            if not counts:
-                shown.append(message)
-                continue
-            content = message["content"]
-            plain = len(message) == 2
-            if not plain or not content[:1].isalnum() or "<" in content:
-                careful = True
-            shown.append(with_marks(message))
-        text = self.render(shown, tools)
+            if counts:
+                content = message["content"]
+                edges = edges or content[:1].isspace() or content[-1:].isspace()
+                careful = careful or len(message) != 2 or not content[:1].isalnum() or "<" in content
         calls = sum(
             len(message.get("tool_calls") or ()) for message, counts in zip(messages, trained, strict=True) if counts
         )
+        text = self._marked(messages, trained, tools, tight=edges)
+        bare = self.render(messages, tools) if careful or edges else None
+        if edges and _without_marks(text) != bare:  # the template trims
+            text = self._marked(messages, trained, tools)
         if text.count(CALL) < calls:
             raise BadRecordError("tool call not found", "the template does not show a tool call of an answer")
         if calls and not self._ends_calls:
             raise BadRecordError("template error", "the template does not end an answer that calls a tool")
-        if not careful:
+        if bare is None or _without_marks(text) == bare:
             return text
-        bare = self.render(messages, tools)
-        return text if _without_marks(text) == bare else self._looked_up(bare, messages, trained)
+        return self._looked_up(bare, messages, trained)
+
+    def _marked(
+        self, messages: list[dict[str, Any]], trained: list[bool], tools: list[Any] | None, *, tight: bool = False
+    ) -> str:
+        both = zip(messages, trained, strict=True)
+        return self.render([with_marks(each, tight=tight) if counts else each for each, counts in both], tools)
 
     def _looked_up(self, text: str, messages: list[dict[str, Any]], trained: list[bool]) -> str:
         """Marks put where the answers are found in a text that was rendered without marks."""

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from jllm.data.chat.formats import BadRecordError
 from jllm.data.chat.marks import CALL, CLOSE, END, MARKS, OPEN, REASONING, START, StandIns
+from jllm.data.chat.records.conversation import BadRecordError
 
 _TEXT, _TOKEN, _MARK = 0, 1, 2
 _CLOSING = (END, CLOSE)
@@ -74,6 +74,7 @@ class Markup:
         ends_of_turn: the tokens that end an answer, in a template without marks of its own; the last answer may have
             another one than those before.
         header: what opens an answer there: the last control token in it, and the text behind that.
+        headers: the same of all answers that were looked at: the last one may be opened in another way.
     """
 
     ids: dict[str, int]
@@ -81,6 +82,7 @@ class Markup:
     marked: bool
     ends_of_turn: frozenset[int] = frozenset()
     header: tuple[int | None, str] = (None, "")
+    headers: tuple[tuple[int | None, str], ...] = ()
 
     def id_of(self, found: str) -> int:
         """The id of a token as `control` finds it, with the white space that it may have swallowed."""
@@ -153,7 +155,7 @@ class SegmentBuilder:
                 ending = length
                 if not ends_of_turn:
                     close_span(length)
-                    since, ending = -1, -1
+                    since, ending, group = -1, -1, []
             elif found == CLOSE:
                 close_span(length)
                 since = -1
@@ -210,10 +212,10 @@ class SegmentBuilder:
     def _answer_start(self, segments: list[Segment], text: str, length: int) -> int:
         """Training begins with the answer's own white space, which stands between the header of its turn and what the
         mark was put before."""
-        control, tail = self.markup.header
         here = segments[-1].control if segments else None
-        if here == control and text.startswith(tail) and text[len(tail) :].isspace():
-            return len(tail)
+        for control, tail in self.markup.headers:
+            if here == control and text.startswith(tail) and text[len(tail) :].isspace():
+                return len(tail)
         return length
 
     def _back_over_think(self, segments: list[Segment], text: str, length: int) -> int:
@@ -260,3 +262,18 @@ def drop_spans(marked: list[list[tuple[Segment, tuple[int, int] | None]]], answe
                 segment.trained = False
             else:
                 segment.spans.remove(span)
+
+
+def inverted(segments: list[Segment]) -> list[Segment]:
+    """The segments with what is trained on and what is not exchanged."""
+    for segment in segments:
+        if segment.control >= 0:
+            segment.trained = not segment.trained
+            continue
+        at, spans = 0, []
+        for start, end in sorted(segment.spans):
+            if start > at:
+                spans.append((at, start))
+            at = max(at, end)
+        segment.spans = [*spans, (at, len(segment.text))] if at < len(segment.text) else spans
+    return segments

@@ -14,9 +14,9 @@ import functools
 import re
 from typing import Any
 
-from jllm.data.chat.formats import BadRecordError, Conversation
 from jllm.data.chat.marks import FIRST_STAND_IN, LAST_STAND_IN, PRIVATE, StandIns, token_pattern, with_marks
 from jllm.data.chat.probes import probes_of
+from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.chat.segments import FlatSegments, flatten
 from jllm.data.chat.skeleton import Skeleton, skeleton_of
@@ -47,6 +47,11 @@ class ConversationRenderer:
         tags = f"[<{PRIVATE}]"
         self._unusual = re.compile(tags if self._tags_only else f"{tags}|{token_pattern(added).pattern}")
 
+    @property
+    def style(self) -> ReadingStyle:
+        """How records are read for this template."""
+        return self.renderer.style
+
     def begin_chunk(self) -> None:
         """Count conversations from 0: which of them are verified must not depend on who renders which chunk."""
         self._count = 0
@@ -65,6 +70,8 @@ class ConversationRenderer:
             last = max(index for index, counts in enumerate(trained) if counts)
             trained = [index == last for index in range(len(trained))]
         self._count += 1
+        if self.plan.train_on_prompt and any(conversation.refused):
+            return self._rendered(conversation, trained)
         if self.plan.short_cut and self._is_plain(conversation):
             return self._filled(conversation, trained)
         return self._rendered(conversation, trained)
@@ -107,6 +114,7 @@ class ConversationRenderer:
         if key not in self._skeletons:
             if len(self._skeletons) > _SKELETONS_KEPT:
                 self._skeletons.clear()
+            self.renderer.completeness.thoughts_left_out(conversation.messages, None)
             learned = self._skeleton_of(conversation, trained)
             self._skeletons[key] = learned if self._shows_texts(conversation, trained, learned) else None
         skeleton = self._skeletons[key]

@@ -1,8 +1,9 @@
-"""The files of a data set: their names, where they are, how our own are marked."""
+"""The files of a data set: their names, where they are, how our own are marked, what tells one from another."""
 
-import os
+import hashlib
 from pathlib import Path
 
+from jllm import atomic
 from jllm.errors import UserError
 
 ROW_GROUP_TOKENS = 1 << 20
@@ -12,6 +13,9 @@ CREATED_BY = "jllm version "
 """What the footer of a file begins its writer's name with when `ColumnFileWriter` wrote it."""
 SPARK_SCHEMA_KEY = b"org.apache.spark.sql.parquet.row.metadata"
 """Where Spark keeps its schema, which carries our mark when our own jobs wrote the file."""
+MAGIC = b"PAR1"
+"""A Parquet file begins and ends with it."""
+FOOTER_TAIL = 8  # the footer's length (4 bytes, little-endian) and the magic
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
 
 
@@ -27,7 +31,7 @@ def list_shards(folder: Path) -> list[Path]:
         UserError: a writer is, or was when it died, still at work there (Spark's `_temporary`).
     """
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in atomic.walk(folder):
         if "_temporary" in folders:
             raise UserError(
                 f"{parent} holds _temporary: its writer has not finished or died; run it again, or remove _temporary"
@@ -38,5 +42,29 @@ def list_shards(folder: Path) -> list[Path]:
                 " plain Parquet first"
             )
         folders[:] = [name for name in folders if not name.startswith(("_", "."))]
-        found.extend(Path(parent, name) for name in files if name.endswith(".parquet") and name[0] not in "_.")
+        found.extend(parent / name for name in files if name.endswith(".parquet") and name[0] not in "_.")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def footer_of(path: Path) -> str:
+    """sha256 of a Parquet file's footer, in hex.
+
+    Raises:
+        UserError: the file does not begin and end as a Parquet file does.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(MAGIC))
+        size = file.seek(0, 2)
+        file.seek(max(0, size - FOOTER_TAIL))
+        tail = file.read(FOOTER_TAIL)
+        if len(tail) < FOOTER_TAIL or tail[4:] != MAGIC or head != MAGIC:
+            raise UserError(f"{path}: not a complete Parquet file ({size} bytes)")
+        length = int.from_bytes(tail[:4], "little")
+        file.seek(max(0, size - FOOTER_TAIL - length))
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

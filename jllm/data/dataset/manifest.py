@@ -6,20 +6,23 @@ fingerprint: the hash of the files' names and contents, in order. Anything whose
 of the data, such as a training run's position, is bound to that fingerprint.
 
 A folder without a manifest (written by Spark, or put together by hand from several sets) is a data set too:
-`open_data_set` joins the manifests found below it and reads the footers of the rest. Opening costs one small
-read for each file; it finds files that are missing, added, or changed in size or footer. `verify` reads everything.
+`open_data_set` joins the manifests found below it and reads the footers of the rest. Opening costs two small
+reads for each file; it finds files that are missing, added, or changed in size or footer. `verify` reads everything.
 """
 
 import dataclasses
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Iterable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jllm import __version__, atomic
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.files import list_shards
+from jllm.data.dataset.files import footer_of, list_shards, sha256_of
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardStatistics
@@ -27,9 +30,10 @@ from jllm.errors import UserError
 
 MANIFEST_NAME = "_manifest.json"
 FORMAT_VERSION = 1
+JOINED = "join"
+"""The command of what no command made: a folder without a manifest."""
 COLUMNS_KEY, LEFT_OUT_KEY = "columns", "columns_left_out"
 NO_FURTHER = FurtherColumns()
-FOOTER_TAIL = 8  # a Parquet file ends with the footer's length (4 bytes, little-endian) and "PAR1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class FileEntry:
         bytes: size of the file.
         footer: sha256 of the Parquet footer, in hex: a cheap check that the file is still the one described.
         sha256: of the whole file, in hex; None where only the footer was read.
+        largest_id: 0 where there is no id; None where nobody looked.
     """
 
     path: str
@@ -52,6 +57,7 @@ class FileEntry:
     bytes: int
     footer: str
     sha256: str | None
+    largest_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +68,29 @@ class Tokenizer:
         name: folder name or hub name, for people.
         vocab_size: number of ids, added tokens included.
         sha256: of the serialised backend (the text of tokenizer.json as the library writes it), in hex.
+        vocabulary_sha256: of vocabulary and added tokens, in hex; the same for every version of the library.
+        probe_ids: the ids of difficult texts.
+        document_end: the id that documents end in.
+
+    The last three are None where nobody recorded them.
     """
 
     name: str
     vocab_size: int
     sha256: str
+    vocabulary_sha256: str | None = None
+    probe_ids: dict[str, list[int]] | None = None
+    document_end: int | None = None
+
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether both give the same ids: by the backend's hash, or else by vocabulary and probes, where known."""
+        if self.sha256 == other.sha256:
+            return True
+        mine, others = ((each.vocabulary_sha256, each.probe_ids) for each in (self, other))
+        return None not in mine and mine == others
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +99,10 @@ class Manifest:
 
     `further` are the columns beside the contract's three; a manifest names them only where there are any. `extra` holds
     what only some commands add (bad records, engine, mixing).
+
+    Attributes:
+        labels_checked: every label of a token that can be predicted was found to be its id or -100.
+        chat_template: what conversations were rendered with.
     """
 
     command: str
@@ -83,6 +111,8 @@ class Manifest:
     tokenizer: Tokenizer | None = None
     sources: tuple[dict[str, Any], ...] = ()
     further: FurtherColumns = NO_FURTHER
+    labels_checked: bool = False
+    chat_template: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def total(self, name: str) -> int | None:
@@ -100,6 +130,12 @@ class Manifest:
         return None if None in lengths else max((length for length in lengths if length is not None), default=0)
 
     @property
+    def largest_id(self) -> int | None:
+        """0 where there is no id; None where some file does not know."""
+        found = [entry.largest_id for entry in self.files]
+        return None if None in found else max((each for each in found if each is not None), default=0)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over the files in order: path, rows, and content (or footer, where the content was not read)."""
         content = [(entry.path, entry.rows, entry.sha256 or entry.footer) for entry in self.files]
@@ -109,11 +145,13 @@ class Manifest:
         return {
             "format": FORMAT_VERSION,
             "made_by": {"command": self.command, "options": self.options, "version": __version__},
-            "tokenizer": dataclasses.asdict(self.tokenizer) if self.tokenizer else None,
+            "tokenizer": self.tokenizer.to_json() if self.tokenizer else None,
             "rows": self.rows,
             "tokens": self.total("tokens"),
             "trained_tokens": self.total("trained_tokens"),
             "longest_row": self.longest_row,
+            **({"largest_id": self.largest_id, "labels_checked": True} if self.labels_checked else {}),
+            **({"chat_template": self.chat_template} if self.chat_template is not None else {}),
             **({COLUMNS_KEY: self.further.types} if self.further.carried else {}),
             **({LEFT_OUT_KEY: dict(self.further.left_out)} if self.further.left_out else {}),
             **self.extra,
@@ -122,12 +160,30 @@ class Manifest:
             "files": [dataclasses.asdict(entry) for entry in self.files],
         }
 
+    def _check_types(self) -> None:
+        """Raises:
+        TypeError: what was read is not what it must be; ValueError: a file lies outside the folder.
+        """
+        for entry in self.files:
+            _check_fields(entry)
+            if PurePosixPath(entry.path).is_absolute() or ".." in PurePosixPath(entry.path).parts:
+                raise ValueError(f"path {entry.path} leads out of the folder")
+        if self.tokenizer is not None:
+            _check_fields(self.tokenizer)
+            for ids in (self.tokenizer.probe_ids or {}).values():
+                if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+                    raise TypeError("probe_ids are no lists of ids")
+        if not isinstance(self.command, str) or not isinstance(self.options, dict):
+            raise TypeError("made_by is no command with options")
+        if not all(isinstance(source, dict) for source in self.sources):
+            raise TypeError("sources are no objects")
+
     @classmethod
     def from_json(cls, value: dict[str, Any], path: Path) -> "Manifest":
         if value.get("format") != FORMAT_VERSION:
             raise UserError(f"{path}: manifest format {value.get('format')!r}; this version reads {FORMAT_VERSION}")
-        known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row"}
-        known |= {"sources", "fingerprint", "files", COLUMNS_KEY, LEFT_OUT_KEY}
+        known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row", "largest_id"}
+        known |= {"sources", "fingerprint", "files", COLUMNS_KEY, LEFT_OUT_KEY, "labels_checked", "chat_template"}
         try:
             manifest = cls(
                 command=value["made_by"]["command"],
@@ -139,28 +195,31 @@ class Manifest:
                     carried=tuple(Column.named(*each) for each in value.get(COLUMNS_KEY, {}).items()),
                     left_out=value.get(LEFT_OUT_KEY, {}),
                 ),
+                labels_checked=value.get("labels_checked") is True,
+                chat_template=value.get("chat_template"),
                 extra={key: item for key, item in value.items() if key not in known},
             )
-        except (KeyError, TypeError, ValueError) as error:
+            manifest._check_types()
+            fingerprint = value["fingerprint"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest FOLDER"
+                f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest --force FOLDER"
             ) from None
-        if manifest.fingerprint != value["fingerprint"]:
+        if manifest.fingerprint != fingerprint:
             raise UserError(f"{path}: the fingerprint does not match the files it lists; the manifest was edited")
         return manifest
 
 
-def footer_of(path: Path) -> str:
-    """sha256 of a Parquet file's footer, in hex."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - FOOTER_TAIL))
-        tail = file.read(FOOTER_TAIL)
-        if len(tail) < FOOTER_TAIL or tail[4:] != b"PAR1":
-            raise UserError(f"{path}: not a complete Parquet file ({size} bytes)")
-        length = int.from_bytes(tail[:4], "little")
-        file.seek(max(0, size - FOOTER_TAIL - length))
-        return hashlib.sha256(file.read(length)).hexdigest()
+def _check_fields(value: Any) -> None:
+    """Raises:
+    TypeError: a field of a dataclass is not of its type, or counts are below 0.
+    """
+    for field in dataclasses.fields(value):
+        found: Any = getattr(value, field.name)
+        members = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
+        allowed: Any = tuple(typing.get_origin(member) or member for member in members)
+        if not isinstance(found, allowed) or isinstance(found, bool) or (isinstance(found, int) and found < 0):
+            raise TypeError(f"{field.name} is {found!r:.40}")
 
 
 def entry_of_written(path: Path, folder: Path, statistics: ShardStatistics) -> FileEntry:
@@ -194,13 +253,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest at the top of `folder`, or None where there is none."""
     path = folder / MANIFEST_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); make it again with: jllm manifest FOLDER") from None
-    return Manifest.from_json(value, path)
+    value = atomic.read_object(path, "make it again with: jllm manifest --force FOLDER")
+    return None if value is None else Manifest.from_json(value, path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +280,20 @@ def open_data_set(folder: Path) -> DataSet:
     Raises:
         UserError: no folder, no shards, or files that are missing, changed, or not in the manifest.
     """
+    data_set, added = _listed(folder)
+    if added:
+        raise UserError(
+            f"{folder}: {added[0]} is not in its manifest; remove the file, or describe the folder"
+            f" anew with: jllm manifest --force {folder}"
+        )
+    for entry in data_set.manifest.files:
+        if problem := _changed(folder / entry.path, entry):
+            raise UserError(f"{problem}; restore it, or make the data set again")
+    return data_set
+
+
+def _listed(folder: Path) -> tuple[DataSet, list[str]]:
+    """A data set whose files nobody has looked at yet, and the shards that its manifest does not name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a data set")
     shards = list_shards(folder)
@@ -233,60 +301,55 @@ def open_data_set(folder: Path) -> DataSet:
     if manifest is None:
         if not shards:
             raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
-        return DataSet(folder=folder, manifest=_joined(folder, shards))
-    listed = {entry.path for entry in manifest.files}
+        return DataSet(folder=folder, manifest=_joined(folder, shards)), []
     present = {path.relative_to(folder).as_posix() for path in shards}
-    if present - listed:
-        raise UserError(
-            f"{folder}: {min(present - listed)} is not in its manifest; remove the file, or describe the folder"
-            f" anew with: jllm manifest {folder}"
-        )
-    for entry in manifest.files:
-        _check(folder / entry.path, entry)
-    return DataSet(folder=folder, manifest=manifest)
+    return DataSet(folder=folder, manifest=manifest), sorted(present - {entry.path for entry in manifest.files})
 
 
-def _check(path: Path, entry: FileEntry) -> None:
+def _changed(path: Path, entry: FileEntry) -> str | None:
+    """What a look at its size and footer finds wrong with a file."""
     if not path.is_file():
-        raise UserError(f"{path}: listed in the manifest and not there; restore it, or make the data set again")
+        return f"{path}: listed in the manifest and not there"
     if path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
-        raise UserError(f"{path}: changed since its manifest was written; restore it, or make the data set again")
+        return f"{path}: changed since its manifest was written"
+    return None
+
+
+def sets_in(folder: Path) -> dict[Path, Manifest]:
+    """The data sets below a folder, itself not among them, at any depth."""
+    places = [path.parent for path in sorted(folder.rglob(MANIFEST_NAME)) if path.parent != folder]
+    seen = [place for place in places if not any(name[0] in "_." for name in place.relative_to(folder).parts)]
+    found = {place: read_manifest(place) for place in seen}
+    return {place: manifest for place, manifest in found.items() if manifest is not None}
 
 
 def _joined(folder: Path, shards: list[Path]) -> Manifest:
     """The manifest of a folder without one: the sets below it, and footers for shards that are in none of them."""
-    found = [path.parent for path in sorted(folder.rglob(MANIFEST_NAME))]
-    seen = [place for place in found if not any(name[0] in "_." for name in place.relative_to(folder).parts)]
-    sets = {place: read_manifest(place) for place in seen}
+    sets = sets_in(folder)
     entries: dict[str, FileEntry] = {}
     sources: list[dict[str, Any]] = []
-    tokenizers: dict[str, Tokenizer] = {}
     further: dict[str, FurtherColumns] = {}
     for place, manifest in sets.items():
-        assert manifest is not None  # just listed
         prefix = place.relative_to(folder).as_posix()
         further[prefix] = manifest.further
         for entry in manifest.files:
-            _check(place / entry.path, entry)
             moved = dataclasses.replace(entry, path=f"{prefix}/{entry.path}")
             entries[moved.path] = moved
         sources.append({"name": prefix, "fingerprint": manifest.fingerprint})
-        if manifest.tokenizer:
-            tokenizers[manifest.tokenizer.sha256] = manifest.tokenizer
-    if len(tokenizers) > 1:
-        names = " and ".join(sorted(tokenizer.name for tokenizer in tokenizers.values()))
-        raise UserError(f"{folder}: its data sets were made with different tokenizers ({names}); use one tokenizer")
-    for path in shards:
+    data_sets = [DataSet(folder=place, manifest=manifest) for place, manifest in sets.items()]
+    missing = [path for path in shards if path.relative_to(folder).as_posix() not in entries]
+    for path in missing:
         name = path.relative_to(folder).as_posix()
-        if name not in entries:
-            entries[name], further[name] = entry_from_footer(path, folder)
+        entries[name], further[name] = entry_from_footer(path, folder)
     return Manifest(
-        command="join",
+        command=JOINED,
         options={},
         files=tuple(entries[name] for name in sorted(entries)),
-        tokenizer=next(iter(tokenizers.values()), None),
+        tokenizer=one_tokenizer(data_sets),
         sources=tuple(sources),
         further=common(further),
+        labels_checked=not missing and all(manifest.labels_checked for manifest in sets.values()),
+        chat_template=one_template(data_sets),
     )
 
 
@@ -319,25 +382,58 @@ def one_tokenizer(sets: Iterable[DataSet]) -> Tokenizer | None:
         tokenizer = data_set.manifest.tokenizer
         if tokenizer is None:
             continue
-        if found is not None and found[1].sha256 != tokenizer.sha256:
+        if found is not None and not found[1].is_same(tokenizer):
             raise UserError(
                 f"{found[0].folder} and {data_set.folder} were made with different tokenizers ({found[1].name},"
                 f" {tokenizer.name}); use one tokenizer"
             )
-        found = (data_set, tokenizer)
+        if found is None or found[1].vocabulary_sha256 is None:
+            found = (data_set, tokenizer)
     return found[1] if found else None
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def one_template(sets: Iterable[DataSet]) -> str | None:
+    """The chat template of all sets that name one; None where none does, or two differ."""
+    templates = {data_set.manifest.chat_template for data_set in sets} - {None}
+    return templates.pop() if len(templates) == 1 else None
 
 
-def verify(data_set: DataSet) -> list[str]:
-    """Read every file; the problems found, one line each. Files without a checksum are skipped."""
-    problems = []
-    for entry in data_set.manifest.files:
-        if entry.sha256 is not None and sha256_of(data_set.folder / entry.path) != entry.sha256:
-            problems.append(f"{data_set.folder / entry.path}: the content does not match its checksum")
-    return problems
+def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:
+    """Read every file; all problems found, one line each. A file without a checksum is one."""
+
+    def of_file(entry: FileEntry) -> str | None:
+        path = data_set.folder / entry.path
+        try:
+            if problem := _changed(path, entry):
+                return problem
+            if entry.sha256 is None:
+                return f"{path}: has no checksum; give it one with: jllm manifest --force {data_set.folder}"
+            matches = sha256_of(path) == entry.sha256
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return None if matches else f"{path}: the content does not match its checksum"
+
+    with ThreadPoolExecutor(cores) as pool:
+        return [problem for problem in pool.map(of_file, data_set.manifest.files) if problem is not None]
+
+
+def verify_folder(folder: Path, *, cores: int = 1) -> DataSet:
+    """A data set of which every file was read and found to be what its manifest says, or that of the set it is in.
+
+    Raises:
+        UserError: a file is missing, added or damaged, all of which are named, or nobody ever took its checksum.
+    """
+    data_set, added = _listed(folder)
+    if data_set.manifest.command == JOINED and None in {entry.sha256 for entry in data_set.manifest.files}:
+        raise UserError(
+            f"{folder}: has no {MANIFEST_NAME} that says what its files must be; make one with: jllm manifest {folder}"
+        )
+    problems = [*(f"{folder / name}: not in the manifest" for name in added), *verify(data_set, cores=cores)]
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} of {len(data_set.manifest.files) + len(added)} files are not what they must"
+            f" be: {'; '.join(problems)}; restore them, or make the data set again"
+        )
+    return data_set

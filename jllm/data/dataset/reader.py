@@ -8,6 +8,8 @@ pyarrow.
 """
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jllm.data.dataset import files, foreign
-from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, Column, ordered, schema
+from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, LABELS, Column, ordered, schema
 from jllm.data.dataset.files import CONTRACT_KEY, CREATED_BY, SPARK_SCHEMA_KEY
 from jllm.data.dataset.further import FurtherColumns, further_of
 from jllm.data.dataset.list_codec import DamagedError, read_list
+from jllm.data.dataset.training_marks import ATTENTION_MASK, check_labels, refuse_other_marks
 from jllm.errors import UserError
 
 STREAM_BUFFER = 1 << 20
@@ -43,7 +46,8 @@ class ShardReader:
 
     Raises:
         UserError: not a Parquet file, no `input_ids` lists, nulls, numbers that do not fit, document boundaries that
-            make no sense, or a page whose checksum is wrong; the message names the file.
+            make no sense, labels that are neither the id nor -100, other columns that say what is trained on, or a page
+            whose checksum is wrong; the message names the file.
     """
 
     def __init__(self, path: Path, *, columns: Sequence[str] | None = None, streaming: bool = False) -> None:
@@ -65,6 +69,7 @@ class ShardReader:
         self.columns = tuple(name for name in COLUMNS if name in self._names)
         for name in self.columns:
             foreign.check_type(self._file.schema_arrow.field(name), path)
+        refuse_other_marks(self._file.schema_arrow, path, padded=self._is_padded())
         self.further: FurtherColumns = further_of(self._file.schema_arrow)
         self._default = columns
         metadata = self._file.metadata.metadata or {}
@@ -85,6 +90,11 @@ class ShardReader:
         """The number of rows of each row group."""
         return [self.metadata.row_group(index).num_rows for index in range(self.metadata.num_row_groups)]
 
+    @functools.cached_property
+    def _first_rows(self) -> list[int]:
+        """The number of the first row of each row group."""
+        return [0, *itertools.accumulate(self.rows_of_groups)]
+
     def _chunks(self, name: str) -> Iterator[pq.ColumnChunkMetaData]:
         """What the footer says of a column in each row group."""
         for group in range(self.metadata.num_row_groups):
@@ -93,6 +103,13 @@ class ShardReader:
                 chunk = chunks.column(index)
                 if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}."):
                     yield chunk
+
+    def _is_padded(self) -> bool:
+        """Whether the footer leaves it open that an attention mask is 0 somewhere."""
+        if ATTENTION_MASK not in self._names:
+            return False
+        known = [chunk.statistics for chunk in self._chunks(ATTENTION_MASK) if chunk.num_values]
+        return any(each is None or not each.has_min_max or not each.min for each in known)
 
     def elements(self, name: str) -> tuple[int, tuple[int, int] | None]:
         """From the footer: how many elements the lists of a column have (1 for an empty list), and their range.
@@ -143,7 +160,7 @@ class ShardReader:
             with self._damage_named(index):
                 table = self._file.read_row_group(index, columns=names, use_threads=False)
             read |= self._in_contract({name: table.column(name) for name in names}, index, others)
-        return _batch_of(wanted, read)
+        return self._checked(_batch_of(wanted, read), index)
 
     def _read_list(self, group: int, column: Column) -> pa.ListArray:
         """A column of lists of numbers of a file that our own writer made, where each column has one chunk."""
@@ -185,8 +202,16 @@ class ShardReader:
             if batch is None:
                 return
             read = {name: batch.column(name) for name in names}
-            yield _batch_of(wanted, self._in_contract(read, group, wanted, first_row=first_row))
+            arrays = self._in_contract(read, group, wanted, first_row=first_row)
+            yield self._checked(_batch_of(wanted, arrays), group, first_row)
             first_row += batch.num_rows
+
+    def _checked(self, batch: pa.RecordBatch, group: int, first_row: int = 0) -> pa.RecordBatch:
+        """The rows from row `first_row` of a row group on, their labels compared with their ids."""
+        if LABELS in batch.schema.names and INPUT_IDS in batch.schema.names:
+            row = self._first_rows[group] + first_row
+            check_labels(batch.column(INPUT_IDS), batch.column(LABELS), self.path, row, of_first=False)
+        return batch
 
     @contextlib.contextmanager
     def _damage_named(self, group: int) -> Iterator[None]:

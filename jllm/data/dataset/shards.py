@@ -66,6 +66,7 @@ class ShardStatistics:
         longest_row: length of the longest row, padding included.
         bytes: size of the file.
         sha256: of the file's bytes, in hex.
+        largest_id: 0 where there is no id.
     """
 
     rows: int
@@ -74,6 +75,7 @@ class ShardStatistics:
     longest_row: int
     bytes: int
     sha256: str
+    largest_id: int
 
 
 class _HashingFile:
@@ -126,6 +128,7 @@ class ShardWriter:
         self._pending: list[pa.RecordBatch] = []
         self._pending_tokens = self._pending_bytes = 0
         self._rows = self._tokens = self._trained = self._longest = 0
+        self._largest_id = 0
 
     def __enter__(self) -> "ShardWriter":
         self._replacing = atomic.replacing(self.path)
@@ -170,7 +173,9 @@ class ShardWriter:
         if not self._pending:
             return
         group = pa.Table.from_batches(self._pending, self.schema).combine_chunks().to_batches()[0]
-        lengths = np.diff(from_list_array(group.column(INPUT_IDS))[1])
+        ids, offsets = from_list_array(group.column(INPUT_IDS))
+        lengths = np.diff(offsets)
+        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
         self._rows += group.num_rows
         self._tokens += int(real_lengths(group).sum())
         self._trained += count_trained(group)
@@ -195,6 +200,7 @@ class ShardWriter:
                 longest_row=self._longest,
                 bytes=size,
                 sha256=self._file.hexdigest(),
+                largest_id=self._largest_id,
             )
         else:
             self._file.close()

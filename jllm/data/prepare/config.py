@@ -1,11 +1,13 @@
 """Every option of `raw2ids`, once: flags, checks and help."""
 
 import dataclasses
+import datetime
 from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.options import option
 
+MOST_LEN = (1 << 31) - 1
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
 
 
@@ -55,7 +57,16 @@ class Raw2IdsConfig:
         help="ft: what a record looks like",
         choices=("auto", "roles", "messages", "sharegpt", "alpaca", "completion", "fields"),
     )
-    field_map: str | None = option(None, help="ft: user=FIELD,assistant=FIELD[,system=FIELD]", metavar="MAP")
+    field_map: str | None = option(
+        None,
+        help="ft: user=FIELD,assistant=FIELD[,system=FIELD,tools=FIELD], or messages=FIELD; dots lead into objects and"
+        " lists",
+        metavar="MAP",
+    )
+    join: str = option(
+        "\n\n", help="ft: between consecutive texts of one role  [default: a blank line]", metavar="TEXT"
+    )
+    ignore_tools: bool = option(False, help="ft: leave out lists of tools, which the template may not be able to show")
     chat_template: str | None = option(
         None, help="ft: a built-in name, a file, or text  [default: the tokenizer's own]", metavar="TEMPLATE"
     )
@@ -78,6 +89,13 @@ class Raw2IdsConfig:
         " least 10 are bad",
         choices=("auto", "skip", "stop"),
     )
+    bad_records: Path | None = option(
+        None, help="write all bad records there, as JSON lines with file, line, kind and reason", metavar="FILE"
+    )
+    dry_run: bool = option(
+        False,
+        help="write nothing: show format, template, three rows, bad records and expected sizes of the first 1,000",
+    )
     trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
     debug: int = option(0, help="print this many decoded rows at the end", metavar="N")
     quiet: bool = option(False, help="no progress line")
@@ -91,6 +109,10 @@ class Raw2IdsConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if self.max_len < 2:
             raise UserError(f"--max_len {self.max_len}: give at least 2: a row of one token trains nothing")
+        if self.max_len > MOST_LEN:
+            raise UserError(f"--max_len {self.max_len}: give at most {MOST_LEN}: places in a row are int32")
+        if self.date is not None:
+            self._check_date(self.date)
         if self.cores == 0:
             raise UserError("--cores 0: give the number of workers, or a negative number for all cores")
         if self.stack and self.type != "pretrain":
@@ -110,13 +132,15 @@ class Raw2IdsConfig:
                 if getattr(self, name):
                     raise UserError(f"--{name}: only for -t pretrain")
         else:
-            for name in ("filter", "field_map", "chat_template", "train_on_prompt", "date"):
+            if self.join != "\n\n":
+                raise UserError("--join: only for -t ft")
+            for name in ("filter", "field_map", "chat_template", "train_on_prompt", "date", "ignore_tools"):
                 if getattr(self, name):
                     raise UserError(f"--{name}: only for -t ft")
             if (self.pad or self.pad_to_multiple_of) and self.packing == "none":
                 raise UserError("--pad: for -t ft or --packing best_fit; the rows of documents are not padded")
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise UserError(f"--pad_to_multiple_of {self.pad_to_multiple_of}: give at least 1")
+        if self.pad_to_multiple_of is not None and not 1 <= self.pad_to_multiple_of <= MOST_LEN:
+            raise UserError(f"--pad_to_multiple_of {self.pad_to_multiple_of}: give at least 1, at most {MOST_LEN}")
         if self.stride is not None and (self.stack or not 1 <= self.stride < self.max_len):
             raise UserError(f"--stride {self.stride}: give 1 to max_len - 1, without --stack")
         if self.eval_fraction is None and self.eval_output is not None:
@@ -129,3 +153,13 @@ class Raw2IdsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: give at least 1")
+        if self.format != "auto" and self.type != "ft":
+            raise UserError(f"--format {self.format}: only for -t ft; --input_format says what a file is")
+        if self.format not in ("auto", "fields") and self.field_map:
+            raise UserError(f"--format {self.format}: not together with --field_map, which is the format fields")
+
+    def _check_date(self, given: str) -> None:
+        try:
+            datetime.date.fromisoformat(given)
+        except ValueError:
+            raise UserError(f"--date {given}: write it as 2026-01-31") from None

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jllm.data.prepare.bad_records import BadRecordLog
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import Holdout
@@ -28,7 +29,7 @@ from jllm.data.prepare.totals import Totals, describe
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks
-from jllm.data.sources.inputs import STDIN, Source
+from jllm.data.sources.inputs import Source
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES, IN_FLIGHT_CHUNKS = 48 << 20, 24
@@ -47,6 +48,7 @@ class Conversion:
         holdout: which documents go to which sink.
         stop_at_first_bad: `--on_error stop`.
         max_tokens: stop before the document that would take the data set beyond this many tokens.
+        log: is told of every bad record.
     """
 
     sources: Sequence[Source]
@@ -57,6 +59,7 @@ class Conversion:
     holdout: Holdout
     stop_at_first_bad: bool = False
     max_tokens: int | None = None
+    log: BadRecordLog | None = None
 
 
 def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Totals:
@@ -71,6 +74,8 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
     """
     first = min((sink.resume for sink in sinks), key=lambda point: point.place)
     totals = Totals.restored(first.totals, len(sinks))
+    if run.log is not None:
+        run.log.resume(first.place)
     point = dataclasses.replace(first, totals=totals.snapshot())
 
     def end_splits(following: int) -> ResumePoint:
@@ -87,6 +92,8 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
             source = run.sources[number]
             while point.source < number:
                 point = end_splits(point.source + 1)
+            if run.log is not None:
+                run.log.add(point.place, source.name, encoded.bad)
             if run.stop_at_first_bad and encoded.bad:
                 raise UserError(
                     f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
@@ -138,7 +145,7 @@ def _in_order(
 
     numbers = range(point.source, len(run.sources))
     readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
-    here = [number - point.source for number in numbers if run.sources[number].path == STDIN]
+    here = [number - point.source for number in numbers if run.sources[number].once]
     with contextlib.closing(read_ahead.in_order(readers, here)) as items:
         failure: UserError | None = None
         while True:

@@ -131,6 +131,7 @@ class ChatEncoder:
         fields: role → field, for the format `fields`.
         pool: worker processes (or threads) that render, or None to render in the calling thread.
         longest, refuse_longer: drop conversations of more tokens, or refuse them; None keeps all.
+        names: of the sources, by their index, for messages.
     """
 
     assembler: Callable[[], Assembler]
@@ -140,6 +141,7 @@ class ChatEncoder:
     pool: Executor | None = None
     longest: int | None = None
     refuse_longer: bool = False
+    names: tuple[str, ...] = ()
 
     def begin(self, chunk: Chunk, kind: str) -> Future[Rendered] | None:
         """Begin to render a chunk in a worker process; None where there is none."""
@@ -153,13 +155,15 @@ class ChatEncoder:
     def __call__(self, chunk: Chunk, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
         rendered = render_chunk(*self._work(chunk, kind)) if begun is None else begun.result()
         documents, checks = self.assembler().assemble(rendered, chunk=chunk.index)
-        counts = {"records": rendered.records, "checks": checks}
+        counts = {"records": rendered.records, "checks": checks, **rendered.notes}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest
             if over.any() and self.refuse_longer:
                 first = int(np.argmax(over))
+                line = rendered.lines[first]
+                place = f"{self.names[chunk.source]}:{line}" if self.names else f"line {line}"
                 raise UserError(
-                    f"--overlong error: the conversation at line {rendered.lines[first]} has"
+                    f"--overlong error: the conversation at {place} has"
                     f" {int(documents.lengths[first])} tokens; raise --max_len, or use --overlong split or drop"
                 )
             counts["overlong"] = int(over.sum())

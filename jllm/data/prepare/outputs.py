@@ -2,20 +2,49 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jllm.data.dataset.manifest import MANIFEST_NAME
 from jllm.data.prepare import holdout
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.workplace import Workplace
+from jllm.data.prepare.workplace import WORK_NAME, Workplace
 from jllm.data.sources.inputs import STDIN, Source
 from jllm.data.tokenizer.facts import base_name
 from jllm.errors import UserError
 
 NOT_IN_THE_MANIFEST = (
-    "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet"
+    "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet",
+    "bad_records", "dry_run",
 )  # fmt: skip
 """Options that do not decide what is made, or that the manifest records in another place."""
+
+
+NAMES_OF_OUR_FOLDERS = (MANIFEST_NAME, WORK_NAME, ".plan.json")
+"""What a folder that a command of ours made, or has begun to make, has in it."""
+
+
+def refuse_overlap(inputs: Sequence[str], sources: Sequence[Source], outputs: Sequence["OutputSet"]) -> None:
+    """Refuse data sets that would lie where the input is, before anything there is touched.
+
+    Raises:
+        UserError: an output lies in an input folder, or a Parquet file of the input lies in an output.
+    """
+    for output in outputs:
+        folder = output.place.folder
+        whole = folder.resolve()
+        for given in inputs:
+            place = Path(given).expanduser()
+            if given != STDIN and "://" not in given and place.is_dir() and whole.is_relative_to(place.resolve()):
+                raise UserError(f"-o {folder}: lies in the input folder {given}; give a folder beside it")
+        for source in sources:
+            if (
+                source.is_local
+                and source.kind in ("parquet", "ids")
+                and Path(source.path).resolve().is_relative_to(whole)
+            ):
+                raise UserError(f"-o {folder}: the input {source.path} lies in it; give another folder")
 
 
 def beside(config: Raw2IdsConfig, sources: list[Source]) -> Path:

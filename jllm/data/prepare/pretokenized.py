@@ -1,8 +1,10 @@
 """Input that holds token ids already: Parquet files with `input_ids`, and `labels` where not all is trained on.
 
 Rows are documents whose ids nobody touches: nothing is put around them, and they are not cut. Padding, which is where
-an `attention_mask` is 0, is left out. A row longer than `--max_len` is a bad record, dropped and counted, but for
-`--stack`, which has no long documents. Ids beyond the vocabulary are refused: they were made with another tokenizer.
+an `attention_mask` is 0, is left out. Columns that mark with 1 what is trained on (`completion_mask`, `loss_weights`, a
+row's `train`, ...) become labels, together with those that are there; a column that may mean the contrary is refused.
+A row longer than `--max_len` is a bad record, dropped and counted, but for `--stack`, which has no long documents. Ids
+beyond the vocabulary are refused: they were made with another tokenizer.
 
 Cost: numpy over whole chunks, no Python object for a token or a row.
 """
@@ -14,24 +16,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array
+from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array, to_list_array
 from jllm.data.dataset.foreign import check_type, list_column
+from jllm.data.dataset.further import is_list
+from jllm.data.dataset.training_marks import ATTENTION_MASK, marks_trained, says_what_is_trained
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
-from jllm.data.sources.parquet import open_parquet
+from jllm.data.sources.parquet import open_parquet, refuse_columns
 from jllm.data.sources.records import BadRecord
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
 KIND = "ids"
-MASK = "attention_mask"
-READ = (INPUT_IDS, LABELS, MASK)
-"""The columns that are read of such a source."""
+READ = (INPUT_IDS, LABELS, ATTENTION_MASK)
+"""The columns that are read of such a source, beside those that mark what is trained on."""
+_NO_FLAG = 2
+"""Stands for what is neither 0 nor 1 in a column of marks."""
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
 
 
@@ -40,11 +46,13 @@ class Input:
     """The sources of a run, those of token ids named `KIND`.
 
     Attributes:
-        labels: some of these have labels.
+        marks: of each source, the columns that mark what is trained on.
+        labels: some of these have labels, or marks that become labels.
         chat: there are sources of conversations.
     """
 
     sources: list[Source]
+    marks: tuple[tuple[str, ...], ...]
     labels: bool
     chat: bool
 
@@ -57,6 +65,10 @@ class Input:
     def all(self) -> bool:
         return all(source.kind == KIND for source in self.sources)
 
+    def columns(self, number: int) -> tuple[str, ...]:
+        """The columns to read of source `number`, which holds ids."""
+        return (*READ, *self.marks[number])
+
 
 def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
     """Find the Parquet files that hold ids, and nothing that the options ask to be made into ids.
@@ -68,24 +80,29 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
         made_of: Sequence[str] = (config.text_field.split(".")[0],)
     else:
         made_of = () if config.field_map or config.format != "auto" else _CHAT_COLUMNS
-    found, labels = [], False
+    found, marks, labels = [], [], False
     for source in sources:
+        marked: tuple[str, ...] = ()
         if source.kind in ("parquet", KIND) and (made_of or source.kind == KIND):
             schema = open_parquet(source).schema_arrow
             if source.kind == KIND or (INPUT_IDS in schema.names and not set(made_of) & set(schema.names)):
-                _check_columns(schema, source)
+                marked = _check_columns(schema, source)
                 source = dataclasses.replace(source, kind=KIND)
-                labels = labels or LABELS in schema.names
+                labels = labels or LABELS in schema.names or bool(marked)
+            elif config.type == "pretrain" and not set(made_of) & set(schema.names):
+                refuse_columns(source, made_of, schema.names)
         found.append(source)
+        marks.append(marked)
     chat = config.type == "ft" and any(source.kind != KIND for source in found)
-    given = Input(sources=found, labels=labels, chat=chat)
+    given = Input(sources=found, marks=tuple(marks), labels=labels, chat=chat)
     if given.some and (config.doc_prefix is not None or config.doc_suffix is not None):
         option = "doc_prefix" if config.doc_prefix is not None else "doc_suffix"
         raise UserError(f"--{option}: the input has {INPUT_IDS}, around which nothing is put; leave the option out")
     return given
 
 
-def _check_columns(schema: pa.Schema, source: Source) -> None:
+def _check_columns(schema: pa.Schema, source: Source) -> tuple[str, ...]:
+    """The columns that mark what is trained on, after all that are read were found to be what they must be."""
     where = f"-i {source.name}"
     if INPUT_IDS not in schema.names:
         raise UserError(f"{where}: no column {INPUT_IDS} (columns: {', '.join(schema.names[:12])})")
@@ -97,6 +114,19 @@ def _check_columns(schema: pa.Schema, source: Source) -> None:
     for name in READ:
         if name in schema.names:
             check_type(schema.field(name), where)
+    marks = []
+    for field in schema:
+        if field.name in READ or not says_what_is_trained(field):
+            continue
+        if not marks_trained(field):
+            raise UserError(
+                f"{where}: column {field.name} says what is trained on, and not whether 1 means yes or no; write"
+                f" {LABELS} instead (the id, or {IGNORE_INDEX}), or leave the column out"
+            )
+        if schema.names.count(field.name) > 1:
+            raise UserError(f"{where}: several columns are called {field.name}; leave one")
+        marks.append(field.name)
+    return tuple(marks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,26 +184,42 @@ class IdsEncoder:
         for name in table.column_names:
             kept = refuse(table.column(name).is_null().to_numpy(), numbers, "missing field", f"{name} is null")
             table, numbers = (table, numbers) if len(kept) == len(numbers) else (table.take(kept), numbers[kept])
+        marks = [name for name in table.column_names if name not in READ]
         columns = {
             name: Documents(ids=values, offsets=offsets)
-            for name in table.column_names
-            for values, offsets in [from_list_array(list_column(table.column(name), where))]
+            for name in (INPUT_IDS, *(name for name in table.column_names if name != INPUT_IDS))
+            for values, offsets in [
+                from_list_array(
+                    list_column(table.column(name), where)
+                    if name in READ
+                    else _flags(table.column(name), table.column(INPUT_IDS), f"{where}: column {name}")
+                )
+            ]
         }
         self._check_range(columns[INPUT_IDS], line + numbers, where)
         for name in [name for name in columns if name != INPUT_IDS]:
             differ = columns[name].lengths != columns[INPUT_IDS].lengths
             kept = refuse(differ, numbers, f"wrong {name}", f"not as many as {INPUT_IDS}")
             columns, numbers = {name: column.take(kept) for name, column in columns.items()}, numbers[kept]
-        if MASK in columns:
+        if ATTENTION_MASK in columns:
             columns = _without_padding(columns)
+        for name in marks:
+            kept = refuse(
+                _rows_with(columns[name], columns[name].ids == _NO_FLAG), numbers, f"wrong {name}", "not 0 or 1"
+            )
+            columns, numbers = {name: column.take(kept) for name, column in columns.items()}, numbers[kept]
         documents = columns[INPUT_IDS]
         if LABELS in columns:
-            documents = dataclasses.replace(documents, labels=columns[LABELS].ids)
             differ = (columns[LABELS].ids != documents.ids) & (columns[LABELS].ids != IGNORE_INDEX)
-            rows = np.repeat(np.arange(len(numbers)), documents.lengths)[differ]
             detail = f"neither the id nor {IGNORE_INDEX}; labels are not shifted"
-            kept = refuse(np.isin(np.arange(len(numbers)), rows), numbers, "wrong labels", detail)
-            documents, numbers = documents.take(kept), numbers[kept]
+            kept = refuse(_rows_with(documents, differ), numbers, "wrong labels", detail)
+            columns, numbers = {name: column.take(kept) for name, column in columns.items()}, numbers[kept]
+        documents = columns[INPUT_IDS]
+        if LABELS in columns or marks:
+            labels = columns[LABELS if LABELS in columns else INPUT_IDS].ids
+            for name in marks:
+                labels = np.where(columns[name].ids == 1, labels, IGNORE_INDEX)
+            documents = dataclasses.replace(documents, labels=labels)
         elif self.labels:
             documents = dataclasses.replace(documents, labels=documents.ids)
         kept = refuse(documents.lengths == 0, numbers, "empty document", "no ids")
@@ -205,9 +251,37 @@ class IdsEncoder:
             )
 
 
+def _rows_with(documents: Documents, places: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[D] whether each document has such a place."""
+    found = np.zeros(len(documents.lengths), dtype=bool)
+    found[np.repeat(np.arange(len(found)), documents.lengths)[places]] = True
+    return found
+
+
+def _flags(column: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.ListArray:
+    """A column of marks as lists of 0, 1 and `_NO_FLAG`; one mark a row counts for all its ids.
+
+    Raises:
+        UserError: a list has a null.
+    """
+    array = column.combine_chunks()
+    if is_list(array.type):
+        elements, lengths = array.flatten(), pc.list_value_length(array)
+    else:
+        elements, lengths = array, pc.list_value_length(ids.combine_chunks())
+    if elements.null_count:
+        raise UserError(f"{where}: {elements.null_count} elements are null; remove those rows")
+    numbers = elements.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    marks = np.where(np.isin(numbers, (0, 1)), numbers, _NO_FLAG).astype(np.int32)
+    sizes = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    if not is_list(array.type):
+        marks = np.repeat(marks, sizes)
+    return to_list_array(marks, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
 def _without_padding(columns: dict[str, Documents]) -> dict[str, Documents]:
     """The columns without the places where the attention mask is 0."""
-    mask = columns[MASK]
+    mask = columns[ATTENTION_MASK]
     real = mask.ids != 0
     if real.all():
         return columns

@@ -2,15 +2,17 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.prepare.totals import Totals
+from jllm.data.prepare.totals import Totals, named
 from jllm.data.sources.inputs import Source
 
 EVERY_SECONDS = 5.0
 FIRST_AFTER = 10.0
+MOST_FIELDS = 20
 COUNTED_IN_BYTES = ("text", "jsonl", "json")
 
 
@@ -82,6 +84,7 @@ def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int,
         lines.append(f"  documents end in {said}")
     if totals.counts.get("overlong"):
         lines.append(f"  dropped {totals.counts['overlong']:,} conversations longer than {max_len} tokens")
+    lines += notes(totals.counts)
     for kind, found in totals.bad.items():
         lines.append(f"  bad: {found['count']:,} x {kind}; first: {found['examples'][0]}")
     engine = sets[0][1].extra["engine"]
@@ -90,6 +93,17 @@ def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int,
         " reference, all equal" if engine["name"] == "fastokens" else f"  engine {engine['name']} {engine['version']}"
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def notes(counts: Mapping[str, int]) -> list[str]:
+    """What was left out of records that are used, a line each, and the fields of which nothing was made, in one."""
+    lines = [f"  left out: {count:,} x {name}" for name, count in named(counts, LEFT_OUT).items()]
+    fields = named(counts, UNUSED)
+    if fields:
+        shown = [f"{name} {count:,}" for name, count in list(fields.items())[:MOST_FIELDS]]
+        more = f", and {len(fields) - MOST_FIELDS:,} more" if len(fields) > MOST_FIELDS else ""
+        lines.append(f"  fields that nothing was made of: {', '.join(shown)}{more}")
+    return lines
 
 
 def _speed(totals: Totals, seconds: float) -> str:

@@ -23,7 +23,7 @@ from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChatEncoder, PretrainEncoder, pretrain_affixes
 from jllm.data.sources.chunks import read_chunks
-from jllm.data.sources.inputs import STDIN, Source
+from jllm.data.sources.inputs import Source
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
@@ -82,12 +82,13 @@ def chat_encoder(
     plan: RenderPlan,
     formats: tuple[str, ...],
     pool: Executor | None,
+    names: tuple[str, ...] = (),
 ) -> ChatEncoder:
     """What encodes a chunk of conversations.
 
     Args:
         assembler: waits for the engine, opened with `inert=True`.
-        plan, formats, pool: how, what, and where conversations are rendered; see `ChatEncoder`.
+        plan, formats, pool, names: how, what, and where conversations are rendered; see `ChatEncoder`.
     """
     return ChatEncoder(
         assembler=assembler,
@@ -97,6 +98,7 @@ def chat_encoder(
         pool=pool,
         longest=None if config.overlong == "split" else config.max_len,
         refuse_longer=config.overlong == "error",
+        names=names,
     )
 
 
@@ -158,9 +160,10 @@ def field_map(config: Raw2IdsConfig) -> dict[str, str]:
     fields = {}
     for pair in config.field_map.split(","):
         role, equals, field = pair.partition("=")
-        if not equals or role.strip() not in ("system", "user", "assistant"):
+        if not equals or role.strip() not in ("system", "user", "assistant", "messages", "tools") or not field.strip():
             raise UserError(
-                f"--field_map {config.field_map}: write role=field,..., roles being system, user and assistant"
+                f"--field_map {config.field_map}: write role=field,..., roles being system, user, assistant, messages"
+                " and tools"
             )
         fields[role.strip()] = field.strip()
     return fields
@@ -189,8 +192,8 @@ def formats_of(config: Raw2IdsConfig, sources: list[Source]) -> tuple[str, ...]:
 
 
 def _format_of_source(source: Source, number: int) -> str:
-    if source.path == STDIN:
-        raise UserError("-i -: standard input is read once; say with --format what its records look like")
+    if source.once:
+        raise UserError(f"-i {source.path}: it is read once only; say with --format what its records look like")
     first = next(read_chunks(source, number), None)
     if first is None:
         return "messages"  # of no record
@@ -272,6 +275,8 @@ def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, shor
         prefix=facts.prefix,
         eos_id=facts.eos_id,
         short_cut=short_cut,
+        join=config.join.replace("\\n", "\n"),
+        ignore_tools=config.ignore_tools,
     )
     for each in (plan, plan.for_tools):
         Renderer(each).check()

@@ -7,37 +7,48 @@ middle of a run, the run starts over without it (`restart.py`).
 """
 
 import contextlib
-import errno
+import dataclasses
 import hashlib
 import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.prepare import pretokenized, recipes
+from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.conversion import Conversion, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
-from jllm.data.prepare.outputs import OutputSet, beside, clean_held_out, outputs_of, recorded_options
+from jllm.data.prepare.outputs import (
+    NAMES_OF_OUR_FOLDERS,
+    OutputSet,
+    beside,
+    clean_held_out,
+    outputs_of,
+    recorded_options,
+    refuse_overlap,
+)
 from jllm.data.prepare.progress import Progress, summary
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
-from jllm.data.prepare.totals import Totals, check_bad_share
+from jllm.data.prepare.totals import Totals, check_bad_share, named
 from jllm.data.prepare.workplace import modified_at
-from jllm.data.sources.inputs import resolve, without_password
+from jllm.data.sources.inputs import Source, resolve, without_password
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
 from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
-from jllm.errors import UserError
+from jllm.errors import UserError, of_file_system
 from jllm.machine import usable_cores
 
 
@@ -48,13 +59,19 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
         UserError: anything the user can put right.
     """
     progress = Progress(quiet=config.quiet)
-    sources = resolve(config.input, kind=config.input_format)
+    recipes.field_map(config)  # whose mistakes need no input, and no tokenizer
+    sources = resolve(config.input, kind=config.input_format, passed_over=NAMES_OF_OUR_FOLDERS)
     output = config.output or beside(config, sources)
     cores = usable_cores(config.cores)
     use_cores(cores)
     outputs = outputs_of(config, output)
+    refuse_overlap(config.input, sources, outputs)
     given = pretokenized.recognised(config, sources)
     is_done = not config.clean and all(each.place.holds_a_data_set for each in outputs)
+    if config.bad_records is not None:
+        check_target(config.bad_records, config.input, sources)
+    if is_done:
+        _refuse_finished(config, sources, output)
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         with contextlib.ExitStack() as held:
@@ -63,30 +80,44 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
             early = None
             if config.engine != "hf" and not is_done:
                 early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
+            # Before the tokenizer is there: a mistake need not wait for it.
+            formats = recipes.formats_of(config, given.sources) if given.chat and not is_done else ()
             facts = loading.result()
             for each in outputs:
                 held.enter_context(each.place.locked())
             # Before anything is removed, the run finds out what is wrong with its options.
-            run = _Preparation(config, given, facts, outputs, cores, progress, early, renderers)
+            run = _Preparation(config, given, facts, outputs, cores, progress, early, renderers, formats)
             if config.clean:
                 run.clean()
             try:
                 manifest = run.result()
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise UserError(
-                        f"-o {output}: the disk is full; free some space and run the same command again: what is"
-                        " finished stays"
-                    ) from None
-                raise
+                raise of_file_system(error) or error from None
     finally:
         loading.cancel()
     if config.debug:
-        from jllm.data.dataset.show import show_rows
+        from jllm.data.show import show_rows
         from jllm.data.tokenizer.decoding import make_decoder
 
         show_rows(open_data_set(output), make_decoder(config.tokenizer, manifest.tokenizer), rows=config.debug)
     return manifest
+
+
+def _refuse_finished(config: Raw2IdsConfig, sources: list[Source], output: Path) -> None:
+    """Raises:
+    UserError: the data set is there, and whether it is the one that is asked for, or was bad, nobody knows.
+    """
+    once = [source.path for source in sources if source.once]
+    if once:
+        raise UserError(
+            f"-o {output}: holds a finished data set, and what -i {once[0]} gives now may be other data; start over"
+            " with -C, or give another -o"
+        )
+    if config.bad_records is not None:
+        raise UserError(
+            f"--bad_records {config.bad_records}: the data set is finished, and only examples of its bad records are in"
+            " its manifest; make it anew with -C"
+        )
 
 
 class _Preparation:
@@ -102,6 +133,7 @@ class _Preparation:
         progress: Progress,
         early: EarlyEngines | None,
         renderers: Executor | None,
+        formats: tuple[str, ...],
     ) -> None:
         self.config = config
         self.given = given
@@ -113,8 +145,11 @@ class _Preparation:
         self.progress = progress
         self.early = early
         self.renderers = renderers
+        self.formats = formats
         self.chat = given.chat
+        self.log = BadRecordLog(self.place.work)
         self.warnings: list[str] = []
+        self.document_end: int | None = None
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
@@ -149,12 +184,25 @@ class _Preparation:
                 rows, tokens = manifest.rows, manifest.total("tokens")
                 print(f"{output.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
             return found[0]
+        if any(source.once for source in self.sources):
+            for output in self.outputs:
+                output.place.begin_afresh(self._identity_of(output))
         noted = {way_out: self.place.noted(way_out) for way_out in WAYS_OUT}
         reasons = {way_out: why for way_out, why in noted.items() if why is not None}
         return attempts(self._attempt, Attempt(choice=self.config.engine, reasons=reasons), self._start_over)
 
     def _start_over(self, attempt: Attempt) -> None:
-        """Remove what was made, and leave a note for a run that goes on with this attempt."""
+        """Remove what was made, and leave a note for a run that goes on with this attempt.
+
+        Raises:
+            UserError: the input cannot be read again.
+        """
+        for source in self.sources:
+            if source.once:
+                self._leave_nothing()
+                raise UserError(
+                    f"-i {source.path}: cannot be read again from its begin; save it to a file, and give that"
+                )
         for output in self.outputs:
             output.place.clean()
             output.place.remember(self._identity_of(output))
@@ -180,17 +228,23 @@ class _Preparation:
             engine = self._open_engine(attempt)
             prefix = self._sequence_prefix(engine)
             if not self.given.all:
-                encoder = recipes.pretrain_encoder(config, self.facts, engine)
-                suffix = encoder.suffix
+                documents = recipes.pretrain_encoder(config, self.facts, engine)
+                self.document_end = documents.suffix[-1] if documents.suffix else None
+                encoder, suffix = documents, documents.suffix
         if self.given.some:
             encoder = pretokenized.ids_encoder(config, self.facts, self.given, encoder)
         assert encoder is not None
-        entries, totals = self._convert(encoder, prefix)
+        try:
+            entries, totals = self._convert(encoder, prefix)
+        finally:
+            if config.bad_records is not None:
+                self.log.write_to(config.bad_records)
+        self._refuse_changes()
         if self.chat:
             engine = assembler.result().engine
+        self._refuse_nothing(entries, totals)
         if config.on_error == "auto":
             check_bad_share(totals)
-        self._refuse_nothing(entries, totals)
         record = {**attempt.record_of(engine), "checks": totals.counts.get("checks", 0)}
         sets = []
         for index, output in enumerate(self.outputs):
@@ -220,6 +274,22 @@ class _Preparation:
         lengths = TokenLengths(self.facts)  # while the early engines are being built
         return Assembler(engine=self._open_engine(attempt), lengths=lengths)
 
+    def _leave_nothing(self) -> None:
+        for output in self.outputs:
+            output.place.clean()
+
+    def _refuse_changes(self) -> None:
+        """Raises:
+        UserError: a file of the input is no longer what it was when the run began.
+        """
+        for source, before in zip(self.sources, self.identity["sources"], strict=True):
+            if before["modified"] is not None and modified_at(source.path) != before["modified"]:
+                self._leave_nothing()
+                raise UserError(
+                    f"-i {source.path}: was changed while it was read; leave it as it is during a run, and run the same"
+                    " command again"
+                )
+
     def _refuse_nothing(self, entries: list[list[FileEntry]], totals: Totals) -> None:
         """Raises:
         UserError: a data set has not one row; why, and with nothing left behind.
@@ -243,8 +313,7 @@ class _Preparation:
             )
         else:
             reason = f"no row is left of its {records:,} records; see --filter, --drop_tails, --overlong, --max_tokens"
-        for output in self.outputs:
-            output.place.clean()
+        self._leave_nothing()
         raise UserError(f"{where}: {reason}")
 
     def _manifest(
@@ -276,17 +345,21 @@ class _Preparation:
                 "formats": list(dict.fromkeys(self.formats)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),
+                "left_out": named(totals.counts, LEFT_OUT),
+                "unused_fields": named(totals.counts, UNUSED),
                 "warnings": self.warnings,
             }
         return Manifest(
             command="raw2ids",
             options=self._identity_of(self.outputs[index])["options"],
             files=tuple(entries),
-            tokenizer=self.facts.for_manifest,
+            tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=self.document_end),
             sources=tuple(
                 {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
                 for source, count in zip(self.sources, counted, strict=False)
             ),
+            labels_checked=True,
+            chat_template=plan.template if plan is not None else None,
             extra=extra,
         )
 
@@ -308,13 +381,17 @@ class _Preparation:
         of_records = None if self.chat else (config.text_field.split(".")[0],)
         run = Conversion(
             sources=self.sources,
-            columns=[pretokenized.READ if each.kind == pretokenized.KIND else of_records for each in self.sources],
+            columns=[
+                self.given.columns(number) if each.kind == pretokenized.KIND else of_records
+                for number, each in enumerate(self.sources)
+            ],
             encoder=encoder,
             cache=cache,
             workers=self.cores,
             holdout=Holdout(fraction=config.eval_fraction, seed=config.seed),
             stop_at_first_bad=config.on_error == "stop",
             max_tokens=config.max_tokens,
+            log=self.log,
         )
         with contextlib.ExitStack() as stack:
             sinks = [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
@@ -329,8 +406,8 @@ class _Preparation:
             name=output.name,
             packer=lambda: recipes.packer_of(config, self.facts, prefix, labels=self.given.labels),
             codec=config.compress,
-            per_split=math.ceil(config.num * output.share),
-            per_file=math.ceil(config.batch_size * output.share),
+            per_split=_part_of(config.num, output.share),
+            per_file=_part_of(config.batch_size, output.share),
             max_rows=config.max_rows,
             threads=self.cores,
         )
@@ -339,7 +416,13 @@ class _Preparation:
         self.warnings = recipes.template_warnings(plan)
         for warning in self.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        self.formats = recipes.formats_of(self.config, self.sources)
         if self.config.format == "auto":
             print(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
-        return recipes.chat_encoder(self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers)
+        names = tuple(source.name for source in self.sources)
+        return recipes.chat_encoder(
+            self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers, names=names
+        )
+
+
+def _part_of(count: int, share: float) -> int:
+    return count if share == 1 else math.ceil(count * share)

@@ -24,7 +24,8 @@ from typing import Any
 import pyarrow as pa
 
 from jllm import atomic
-from jllm.data.dataset.manifest import FileEntry, entry_of_written, sha256_of
+from jllm.data.dataset.files import sha256_of
+from jllm.data.dataset.manifest import FileEntry, entry_of_written
 from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Documents, Packer
 from jllm.data.prepare.chunk_cache import ChunkCache, Place

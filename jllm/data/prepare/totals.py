@@ -5,6 +5,7 @@ own.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jllm.data.dataset.columns import Int64
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.records import BadRecord
-from jllm.errors import UserError
+from jllm.errors import UserError, printable
 
 MAX_EXAMPLES = 5
 BAD_SHARE, BAD_LEAST = 0.01, 10
@@ -130,9 +131,15 @@ class Totals:
                 kind["examples"].append(describe(name, record))
 
 
+def named(counts: Mapping[str, int], beginning: str) -> dict[str, int]:
+    """The counts whose names begin so, without that, the largest first."""
+    found = {name[len(beginning) :]: count for name, count in counts.items() if name.startswith(beginning)}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
 def describe(name: str, record: BadRecord) -> str:
     """ "file:line: kind: detail", for people."""
-    return f"{name}:{record.line}: {record.kind}: {record.detail}"
+    return printable(" ".join(f"{name}:{record.line}: {record.kind}: {record.detail}".split()))
 
 
 def length_bucket(lengths: Any) -> Any:

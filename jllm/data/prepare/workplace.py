@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from jllm import atomic
-from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, footer_of, read_manifest
+from jllm.data.dataset.files import footer_of
+from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from jllm.data.dataset.shards import CODECS, list_shards
 from jllm.errors import UserError
 
-WORK_NAME = ".raw2ids"
+WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
 _START_OVER = "start over with -C, or give another -o"
 
 
@@ -48,12 +49,16 @@ class Workplace:
         Raises:
             UserError: another run holds it, or the place is not a folder that can be written to.
         """
-        made = [folder for folder in (self.work, self.folder, *self.folder.parents) if not folder.exists()]
+        made: list[Path] = []
         try:
+            made += [folder for folder in (self.work, self.folder, *self.folder.parents) if not folder.exists()]
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = (self.work / "lock").open("w")
         except OSError as error:
-            raise UserError(f"-o {self.folder}: cannot be written to: {error.strerror}") from None
+            with contextlib.suppress(OSError):
+                self._remove(made)
+            reason = f"{error.filename or self.folder}: {error.strerror}"
+            raise UserError(f"-o {self.folder}: cannot be written to ({reason}); give another folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -70,12 +75,20 @@ class Workplace:
 
     def _leave_nothing(self, made: list[Path]) -> None:
         """Remove the work folder of a run that made nothing, and the folders made for it, innermost first."""
-        if {path.name for path in self.work.glob("*")} <= {"lock", "run.json"}:
-            shutil.rmtree(self.work, ignore_errors=True)
+        left = list(self.work.glob("*"))
+        if {path.name for path in left} <= {"lock", "run.json", BAD_RECORDS}:
+            for path in left:
+                with contextlib.suppress(OSError):  # of that name, and not ours
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                self.work.rmdir()
         with contextlib.suppress(OSError):
-            for folder in made:
-                if folder != self.work:
-                    folder.rmdir()
+            self._remove(made)
+
+    def _remove(self, made: list[Path]) -> None:
+        for folder in made:
+            if folder != self.work:
+                folder.rmdir()
 
     def clean(self) -> None:
         """Remove what an earlier run left: shards by its naming scheme or its manifest, the manifest, the work
@@ -84,8 +97,10 @@ class Workplace:
         codecs = "|".join(CODECS)
         for path in list_shards(self.folder):
             split = path.parent.name
-            ours = path.parent.parent == self.folder and re.fullmatch(
-                rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split
+            ours = (
+                path.parent.parent == self.folder
+                and not path.parent.is_symlink()
+                and re.fullmatch(rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split)
             )
             if ours and re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.({codecs})\.parquet", path.name):
                 path.unlink()
@@ -106,11 +121,11 @@ class Workplace:
         return stems
 
     def _identity(self) -> dict[str, Any] | None:
-        try:
-            value: dict[str, Any] = json.loads((self.work / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return value
+        with contextlib.suppress(UserError):  # what was damaged says nothing
+            value = atomic.read_object(self.work / "run.json", _START_OVER)
+            if value is not None and {"options", "tokenizer", "sources"} <= value.keys():
+                return value
+        return None
 
     def earlier_options(self) -> dict[str, Any]:
         """The recorded options of the run, finished or not, that wrote into this folder."""
@@ -119,6 +134,11 @@ class Workplace:
             manifest = read_manifest(self.folder)
             options = manifest.options if manifest else options
         return options
+
+    def begin_afresh(self, identity: dict[str, Any]) -> None:
+        """Drop what an unfinished run made; what it made it of is not to be had again."""
+        self.clean()
+        self.remember(identity)
 
     @property
     def holds_a_data_set(self) -> bool:

@@ -4,7 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from jllm.errors import UserError
+from jllm.machine import megabytes, parse_memory
 from jllm.options import option
+
+MOST_BLOCKS = 1_000_000
+LEAST_MEMORY = 16 << 20
+"""A row group and what is made of it; with less, a shuffle would take more than it was given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,10 @@ class ShuffleConfig:
     def __post_init__(self) -> None:
         if self.num_block is not None and self.num_block < 1:
             raise UserError(f"--num_block {self.num_block}: give at least 1")
+        if self.num_block is not None and self.num_block > MOST_BLOCKS:
+            raise UserError(f"--num_block {self.num_block}: give at most {MOST_BLOCKS:,}: each is a file")
+        if self.memory is not None and (given := parse_memory("--memory", self.memory)) < LEAST_MEMORY:
+            raise UserError(f"--memory {self.memory}: that is {given:,} bytes; give at least {megabytes(LEAST_MEMORY)}")
         if not 0 < self.mem_rate <= 1:
             raise UserError(f"--mem_rate {self.mem_rate}: give a share above 0 and at most 1")
         if self.seed < 0:

@@ -10,6 +10,9 @@ ranges of positions (`scatter.py`), packed to 2 or 3 bytes a token (`compact.py`
 to disk. The second orders each bucket and writes the blocks. Blocks are finished one by one: a killed run's blocks are
 kept and only the rows of the others are thrown again.
 
+Every input file is hashed as it is first reached, and one that is not what its manifest says ends the run before a
+block is written.
+
 Cost: every row is decoded once and encoded once, and copied three times in between; 4 bytes of memory a row for the
 permutation, and the cap for everything else.
 """
@@ -17,7 +20,6 @@ permutation, and the cap for everything else.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_da
 from jllm.data.shuffle.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle.passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle.passes import Resources as Resources
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 
 COMMAND = "shuffle_datasets"
 PLAN_NAME = ".plan.json"
@@ -52,7 +54,7 @@ def shuffle_set(
     seed: int,
     resources: Resources,
     recipe: Recipe = ALL_ONCE,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = say,
 ) -> Outcome:
     """Shuffle a data set, or what `recipe` takes of it, into `folder`; finish what a killed run began; or find it done.
 
@@ -75,7 +77,12 @@ def shuffle_set(
     for line in job.further.warnings():
         warn(f"warning: {data_set.name}: {line}")
     with _held(folder, plan):
-        kept = job.run()
+        try:
+            kept = job.run()
+        except UserError:
+            if not job.entries:
+                _leave_nothing(folder)
+            raise
     manifest = Manifest(
         command=COMMAND,
         options=options,
@@ -83,6 +90,8 @@ def shuffle_set(
         tokenizer=data_set.manifest.tokenizer,
         sources=({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint},),
         further=job.further,
+        labels_checked=True,
+        chat_template=data_set.manifest.chat_template,
     )
     write_manifest(folder, manifest)
     clear_traces(folder)
@@ -113,7 +122,7 @@ def _said(plan: dict[str, Any]) -> str:
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != plan:
+        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
             raise UserError(
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"
@@ -143,6 +152,15 @@ def clear_traces(folder: Path) -> None:
     for path in folder.glob(".*.json"):
         path.unlink()
     atomic.remove_temporaries(folder)
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take away what a run made that ends before its first block."""
+    clear_traces(folder)
+    for place in (folder, folder.parent):
+        if any(place.iterdir()):
+            break
+        place.rmdir()
 
 
 def clean(folder: Path) -> None:

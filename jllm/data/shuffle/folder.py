@@ -11,7 +11,7 @@ from jllm.data.dataset.manifest import DataSet, data_sets_below, one_tokenizer, 
 from jllm.data.shuffle.config import ShuffleConfig
 from jllm.data.shuffle.data_set import Outcome, Resources, clean, shuffle_set
 from jllm.data.shuffle.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 
 
@@ -36,11 +36,11 @@ def shuffle_folder(config: ShuffleConfig, *, one_set: bool) -> list[Outcome]:
             folder = output / f"{data_set.name}-00000"
             outcomes.append(_shuffle_one(data_set, folder, config, resources, recipes[data_set.name]))
         else:
-            print(f"{data_set.name}: left out", flush=True)
+            say(f"{data_set.name}: left out")
     if mix != Mix():
         outcomes = _report_mix(mix, outcomes)
     shown = config.output or (output if config.data.is_absolute() else Path(os.path.relpath(output)))
-    print(f"{shown}: ready; next: python -m jllm.repartition -d {shown} -n PARTITIONS", flush=True)
+    say(f"{shown}: ready; next: python -m jllm.repartition -d {shown} -n PARTITIONS")
     return outcomes
 
 
@@ -50,6 +50,9 @@ def _shuffle_one(
     if config.clean:
         clean(folder)
     blocks = config.num_block or max(1, len(data_set.manifest.files))
+    if config.num_block is not None and blocks > (most := most_blocks(data_set, recipe)):
+        print(f"warning: {data_set.name}: {most:,} rows are dealt to {most:,} files, not {blocks:,}", flush=True)
+        blocks = most
     begin = time.monotonic()
     outcome = shuffle_set(data_set, folder, blocks=blocks, seed=config.seed, resources=resources, recipe=recipe)
     seconds = time.monotonic() - begin
@@ -58,11 +61,23 @@ def _shuffle_one(
     if recipe != ALL_ONCE:
         facts += f" (of {data_set.manifest.rows:,} rows)"
     if outcome.blocks_kept == blocks:
-        print(f"{facts}: already shuffled", flush=True)
+        say(f"{facts}: already shuffled")
     else:
         kept = f", {outcome.blocks_kept} files kept from an earlier run" if outcome.blocks_kept else ""
-        print(f"{facts}, {seconds:.1f} s ({tokens / 1e6 / max(seconds, 1e-9):.1f} M tokens/s){kept}", flush=True)
+        say(f"{facts}, {seconds:.1f} s ({tokens / 1e6 / max(seconds, 1e-9):.1f} M tokens/s){kept}")
     return outcome
+
+
+def most_blocks(data_set: DataSet, recipe: Recipe) -> int:
+    """As many files as have a row each, of what is taken of a set at least, as far as that is known beforehand."""
+    rows = float(data_set.manifest.rows)
+    if recipe.rows is not None:
+        rows = recipe.rows
+    elif recipe.rate is not None and not recipe.sources:
+        rows *= recipe.subsample * recipe.rate
+    if recipe.max_rows is not None:
+        rows = min(rows, recipe.max_rows)
+    return max(1, int(rows))
 
 
 def _report_mix(mix: Mix, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -81,7 +96,7 @@ def _report_mix(mix: Mix, outcomes: Sequence[Outcome]) -> list[Outcome]:
             "share_of_tokens": round(own_tokens / max(1, tokens), 6),
         }
         by_rows, by_tokens = f"{100 * facts['share_of_rows']:.1f} %", f"{100 * facts['share_of_tokens']:.1f} %"
-        print(f"{outcome.folder.name:<32}{manifest.rows:>14,}{by_rows:>8}{own_tokens:>18,}{by_tokens:>8}")
+        say(f"{outcome.folder.name:<32}{manifest.rows:>14,}{by_rows:>8}{own_tokens:>18,}{by_tokens:>8}")
         mixed = dataclasses.replace(manifest, extra={**manifest.extra, "mix": facts})
         if mixed != manifest:
             write_manifest(outcome.folder, mixed)
@@ -90,5 +105,5 @@ def _report_mix(mix: Mix, outcomes: Sequence[Outcome]) -> list[Outcome]:
     if None not in found:
         unknown = set(mix.sources) - {tag for tags in found if tags is not None for tag in tags}
         for tag in sorted(unknown):
-            print(f'warning: no row has the source "{tag}"; its weight has no effect')
+            say(f'warning: no row has the source "{tag}"; its weight has no effect')
     return finished

@@ -62,6 +62,9 @@ class Mix:
     max_tokens: int | None = None
 
 
+MOST_OFTEN = 1_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is taken of one set, independently of the others: `rate` times its rows, or `rows`, or `tokens`."""
@@ -104,6 +107,8 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
         raise UserError(f"--mix {files[1]}: give one file, and set=weight for what differs")
     for name in files:
         document = _read_file(Path(name))
+    _refuse_twice("--mix", [pair.rpartition("=")[0] for pair in pairs if "=" in pair])
+    _refuse_twice("--max_tokens", [text.rpartition("=")[0] for text in max_tokens])
     sets = {name: _share(name, value) for name, value in document.get("sets", {}).items()}
     sources = {name: _number(name, value) for name, value in document.get("sources", {}).items()}
     for pair in pairs:
@@ -128,6 +133,10 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
     whole = total or document.get("total")
     if whole is not None and way == "rate":
         raise UserError("--mix_total: only shares have a total; add --mix_by rows or --mix_by tokens")
+    if way == "rate":
+        for name, rate in [*((name, share.weight) for name, share in sets.items()), *sources.items()]:
+            if rate > MOST_OFTEN:
+                raise UserError(f"--mix {name}={rate:g}: give at most {MOST_OFTEN:,}: so often is each row taken")
     if sources and way != "rate":
         raise UserError(f"--mix: sources are weighted by rate, not by {way}; leave out --mix_by")
     return Mix(
@@ -137,6 +146,16 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
         sources=sources,
         max_tokens=cap,
     )
+
+
+def _refuse_twice(option: str, names: Sequence[str]) -> None:
+    """Raises:
+    UserError: a name is among them twice; "" stands for all data sets.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            of = f"{name} has" if name else "all data sets have"
+            raise UserError(f"{option}: {of} {names.count(name)} values; give one")
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -218,7 +237,7 @@ def _size(data_set: DataSet, by: str) -> int:
     tokens = data_set.manifest.total("tokens")
     if tokens is None:
         raise UserError(
-            f"{data_set.folder}: its tokens are not known; count them with: jllm manifest {data_set.folder}"
+            f"{data_set.folder}: its tokens are not known; count them with: jllm manifest --force {data_set.folder}"
         )
     return tokens
 

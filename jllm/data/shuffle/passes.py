@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from jllm import atomic
 from jllm.data.dataset.columns import conform, schema
-from jllm.data.dataset.files import ROW_GROUP_TOKENS, file_name
+from jllm.data.dataset.files import ROW_GROUP_TOKENS, file_name, sha256_of
 from jllm.data.dataset.manifest import DataSet, FileEntry, entry_of_written
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardWriter
@@ -24,6 +24,7 @@ from jllm.data.shuffle.layout import ShuffleLayout, Unit, block_edges, destinati
 from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle.survey import survey
+from jllm.errors import UserError
 from jllm.machine import require_disk
 
 CODEC = "zstd"
@@ -46,12 +47,16 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _InputGroup:
-    """A row group to scatter: the number of its first row in the input, and of its first taken row in the output."""
+    """A row group to scatter: the number of its first row in the input, and of its first taken row in the output.
+
+    `sha256` is that of the whole file, to be checked before its first row group; None with the others.
+    """
 
     path: Path
     group: int
     first_row: int
     first_taken: int
+    sha256: str | None = None
 
 
 class Passes:
@@ -81,6 +86,7 @@ class Passes:
         self.raw_bytes = max(1, found.packed_size * self.rows // max(1, data_set.manifest.rows))
         self.positions = destinations(self.rows, fingerprint=data_set.manifest.fingerprint, seed=seed)
         self.edges = block_edges(self.rows, blocks)
+        self.checksums = {data_set.folder / entry.path: entry.sha256 for entry in data_set.manifest.files}
         self.input_bytes = sum(entry.bytes for entry in data_set.manifest.files)
         kept = {block: self._read_entry(block) for block in range(blocks)}
         self.entries: dict[int, FileEntry] = {block: entry for block, entry in kept.items() if entry is not None}
@@ -156,6 +162,10 @@ class Passes:
                     task = tasks.get_nowait()
                 except queue.Empty:
                     break
+                if task.sha256 is not None and sha256_of(task.path) != task.sha256:
+                    raise UserError(
+                        f"{task.path}: the content does not match its checksum; restore it, or make the data set again"
+                    )
                 if reader is None or reader.path != task.path:
                     reader = ShardReader(task.path, columns=self.compact.schema.names)
                 self._scatter_group(scatter, reader, task)
@@ -178,7 +188,8 @@ class Passes:
         for shard in self.shards:
             row = shard.first_row
             for group, rows in enumerate(shard.rows_of_groups):
-                yield _InputGroup(path=shard.path, group=group, first_row=row, first_taken=taken)
+                checksum = None if group else self.checksums[shard.path]
+                yield _InputGroup(path=shard.path, group=group, first_row=row, first_taken=taken, sha256=checksum)
                 taken += rows if self.copies is None else int(self.copies[row : row + rows].sum())
                 row += rows
 
@@ -281,9 +292,12 @@ class _UnitRows:
 
 def in_background(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each prepared in a thread while the one before is in use."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
         end = object()
         following = pool.submit(next, items, end)
         while (item := following.result()) is not end:
             following = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
+    finally:  # which the thread itself may come to, after an error elsewhere: it cannot wait for itself
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,10 +1,10 @@
 """Deals the files of all data sets in a folder to partitions of equal weight, without copying a byte.
 
 `<folder>/<set>/<files>` becomes `<folder>/<id>-part-00000/<files>`, ...: partition k holds block k, k+n, ... of every
-set. The new tree is built of hard links beside the old one, in `.<folder>.parting.tmp`, and takes the folder's place by
-two renames; the old tree waits in `.<folder>.parted.tmp` until then. A run killed at any moment leaves one of the two
-complete, and the next run finishes; run again when done, it changes nothing. Files in the folder that belong to no
-data set are kept where they are.
+set (`dealing.py` says when another). The new tree is built of hard links beside the old one, in
+`.<folder>.parting.tmp`, and takes the folder's place by two renames; the old tree waits in `.<folder>.parted.tmp` until
+then. A run killed at any moment leaves one of the two complete, and the next run finishes; run again when done, it
+changes nothing. Files in the folder that belong to no data set are kept where they are.
 
 Cost: a footer read and a link for each file. The folder's file system must know hard links.
 """
@@ -13,26 +13,33 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from jllm import atomic
 from jllm.data.dataset.further import common
 from jllm.data.dataset.manifest import (
+    JOINED,
     MANIFEST_NAME,
     DataSet,
     FileEntry,
     Manifest,
     data_sets_below,
+    one_template,
     one_tokenizer,
     read_manifest,
+    sets_in,
     write_manifest,
 )
+from jllm.data.shuffle.dealing import deal
 from jllm.errors import UserError
 
 COMMAND = "repartition"
-INFO_NAME = "data.info"
+INFO_NAME = "_data.info"
+OLD_INFO_NAME = "data.info"
+"""What it was called before; pyarrow takes a file of this name for a shard."""
+SHUFFLES = ("shuffle_datasets", "spark_jobs/shuffle")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,7 @@ class PartitionPlan:
     notes: tuple[str, ...]
 
     def info(self, name: str) -> str:
-        """`data.info`: the plan for people."""
+        """`_data.info`: the plan for people."""
         files = sum(len(blocks) for blocks in self.partitions)
         lines = [
             f"Source:      {name} ({', '.join(source['name'] for source in self.sets)})",
@@ -128,9 +135,13 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
     further = common({data_set.name: data_set.manifest.further for data_set in sets})
     uneven = sorted({name for data_set in sets for name in data_set.manifest.further.types} - further.types.keys())
     identity = hashlib.sha256("".join(source["fingerprint"] for source in names).encode()).hexdigest()[:8]
+    place = {source["name"]: number for number, source in enumerate(names)}
+    blocks = sorted(blocks, key=lambda block: (place[block.set_name], block.index))
+    keys = [(block.set_name, block.index) for block in blocks]
+    dealing = deal(keys, [block.entry.tokens for block in blocks], partitions)
     dealt = tuple(
-        tuple(sorted((block for block in blocks if block.index % partitions == k), key=lambda b: (b.index, b.set_name)))
-        for k in range(partitions)
+        tuple(sorted((blocks[at] for at in part), key=lambda block: (block.index, block.set_name)))
+        for part in dealing.parts
     )
     manifest = Manifest(
         command=COMMAND,
@@ -143,13 +154,32 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
         tokenizer=one_tokenizer(sets),
         sources=names,
         further=further,
+        labels_checked=all(data_set.manifest.labels_checked for data_set in sets),
+        chat_template=one_template(sets),
         extra={
             "id": identity,
             "blocks": [[block.set_name, block.index] for partition in dealt for block in partition],
         },
     )
-    notes = tuple(f"column {name} is not the same in all sets: {further.left_out[name]}" for name in uneven)
-    return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest, notes=notes)
+    notes = [f"column {name} is not the same in all sets: {further.left_out[name]}" for name in uneven]
+    notes += [_unshuffled(source) for source in names if not _makers(source) <= {*SHUFFLES}]
+    if dealing.note is not None:
+        notes.append(dealing.note)
+    return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest, notes=tuple(notes))
+
+
+def _makers(source: dict[str, Any]) -> set[str]:
+    """The commands that made a set, or its parts where none made the whole; "" is what nobody knows."""
+    made_by = source.get("made_by", {"command": ""})
+    return {*made_by.get("parts", [made_by["command"]])}
+
+
+def _unshuffled(source: dict[str, Any]) -> str:
+    makers = ", ".join(sorted(_makers(source) - {""})) or "an unknown program"
+    return (
+        f"data set {source['name']} was never shuffled, as far as is known (made by {makers}), so that partitions have"
+        " its rows in their old order; shuffle first: python -m jllm.shuffle_datasets"
+    )
 
 
 def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[str, Any], ...], list[DealtBlock]]:
@@ -176,10 +206,22 @@ def _origin(data_set: DataSet) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "rows": manifest.rows,
         "tokens": manifest.total("tokens"),
-        "made_by": {"command": manifest.command, "options": manifest.options},
+        "made_by": {
+            "command": manifest.command,
+            "options": manifest.options,
+            **({"parts": _commands_of_parts(data_set)} if manifest.command == JOINED else {}),
+        },
         "sources": list(manifest.sources),
         **({"mix": manifest.extra["mix"]} if "mix" in manifest.extra else {}),
     }
+
+
+def _commands_of_parts(data_set: DataSet) -> list[str]:
+    """The commands that made the sets in a folder without a manifest; "" stands for shards that are in none."""
+    parts = sets_in(data_set.folder)
+    described = sum(len(manifest.files) for manifest in parts.values())
+    unknown = [""] if described < len(data_set.manifest.files) else []
+    return sorted({*(manifest.command for manifest in parts.values()), *unknown})
 
 
 def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], list[DealtBlock]]:
@@ -194,7 +236,9 @@ def _blocks_of_dealt(manifest: Manifest) -> tuple[tuple[dict[str, Any], ...], li
 def _partitions_by_tokens(folder: Path, blocks: Sequence[DealtBlock], partition_tokens: int) -> int:
     counts = [block.entry.tokens for block in blocks]
     if None in counts:
-        raise UserError(f"{folder}: the tokens of its files are not known; count them with: jllm manifest {folder}")
+        raise UserError(
+            f"{folder}: the tokens of some files are not known; count them: jllm manifest --force on their data set"
+        )
     return max(1, round(sum(count or 0 for count in counts) / partition_tokens))
 
 
@@ -202,10 +246,16 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
     """Put the plan into effect; False where the folder is so already."""
     present = read_manifest(folder)
     if present is not None and present.to_json() == plan.manifest.to_json():
+        if (folder / OLD_INFO_NAME).is_file():
+            os.rename(folder / OLD_INFO_NAME, folder / INFO_NAME)
         return False
     parting, parted = _beside(folder)
+    for place, _, _ in atomic.walk(folder):
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"{place}: must be writable: its files get another place; allow that")
     parting.mkdir()
-    _link_others(folder, parting, plan)
+    earlier = {INFO_NAME, OLD_INFO_NAME} if present is not None and present.command == COMMAND else {INFO_NAME}
+    _link_others(folder, parting, {block.path for blocks in plan.partitions for block in blocks} | earlier)
     try:
         for index, blocks in enumerate(plan.partitions):
             place = parting / _partition_name(plan.id, index)
@@ -227,15 +277,14 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
     return True
 
 
-def _link_others(folder: Path, parting: Path, plan: PartitionPlan) -> None:
-    """Link what belongs to no data set into the new tree, at the same place."""
-    dealt = {block.path for blocks in plan.partitions for block in blocks}
-    for parent, _, files in os.walk(folder):
+def _link_others(folder: Path, parting: Path, ours: Collection[str]) -> None:
+    """Link what belongs to no data set, and is none of `ours` in the folder, into the new tree, at the same place."""
+    for parent, _, files in atomic.walk(folder):
         for name in files:
-            path = Path(parent, name)
+            path = parent / name
             inside = path.relative_to(folder)
-            ours = inside.as_posix() in dealt or name == MANIFEST_NAME or inside.as_posix() == INFO_NAME
-            if ours or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":
+            known = inside.as_posix() in ours or name == MANIFEST_NAME
+            if known or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":
                 continue
             (parting / inside.parent).mkdir(parents=True, exist_ok=True)
             os.link(path, parting / inside)

@@ -6,6 +6,7 @@ Cost: a chunk of a plain local file goes to another process without its bytes, w
 import dataclasses
 from typing import Any
 
+from jllm.data.sources import text
 from jllm.data.sources.streams import read_exactly
 from jllm.errors import UserError
 
@@ -55,3 +56,33 @@ class Chunk:
         if len(found) < self.data:
             raise UserError(f"-i {self.file}: became shorter while it was read; leave it as it is during a run")
         return found
+
+
+def first_records(chunk: Chunk, kind: str, count: int) -> Chunk:
+    """The first `count` records of a chunk of a source of this kind, or the chunk itself where it has no more.
+
+    Lines are counted where records are lines, blank ones too. `Chunk.end` of what is cut is not known.
+    """
+    data = chunk.content
+    if isinstance(data, bytes):
+        line = count + 1
+        if kind == "text":
+            lines = text.parse(data, 1).lines
+            line = lines[count] if len(lines) > count else 0
+        parts = data.split(b"\n", line - 1) if line else []
+        if len(parts) < line or not parts or not parts[-1].strip():
+            return chunk
+        cut: Any = data[: len(data) - len(parts[-1])]
+    elif len(data) <= count:
+        return chunk
+    else:
+        cut = data[:count] if isinstance(data, list) else data.slice(0, count)
+    return dataclasses.replace(chunk, data=cut, file=None)
+
+
+def size_of(chunk: Chunk) -> int:
+    """The size of a chunk: decompressed bytes, or rows."""
+    data = chunk.content
+    if isinstance(data, list):
+        return sum(len(element) + 1 for element in data)
+    return len(data)

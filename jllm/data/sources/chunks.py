@@ -8,10 +8,10 @@ Guarantees: the chunks of a source are a function of its content alone.
 Cost: one pass over the bytes; memory for one chunk, or one record where that is larger.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-from jllm.data.sources import json_lines, json_list, parquet, text
+from jllm.data.sources import first_bytes, json_lines, json_list, parquet, text
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import STDIN, Source, safe, without_password
 from jllm.data.sources.streams import open_source, read_exactly, reading_errors, skip
@@ -50,20 +50,29 @@ def read_chunks(
 def _byte_chunks(source: Source, number: int, start: int, line: int, index: int) -> Iterator[Chunk]:
     stream = open_source(source)
     kind = source.kind
-    is_plain = source.compression is None and source.path != STDIN and "://" not in source.path
-    file = source.path if is_plain and Path(source.path).is_file() else None  # and no pipe, which is read once
+    is_plain = source.compression is None and source.is_local and not source.once
+    file = source.path if is_plain else None
     try:
-        skip(stream, start, seekable=source.compression is None and source.path != STDIN)
+        skip(stream, start, seekable=source.compression is None and not source.once)
         held, position = b"", start
         if start == 0:
             held = read_exactly(stream, 64)
             if held.startswith(_BYTE_ORDER_MARK):  # which is no text
                 held, position = held[3:], 3
+            wrong = first_bytes.mistake(held)
+            if wrong is not None:
+                raise UserError(f"-i {without_password(source.path)}: {wrong}")
         if kind == "json":
-            if start or held.lstrip()[:1] == b"[":
-                yield from json_list.chunks(stream, held, number, position, line, index, CHUNK_BYTES)
+            if start == 0:
+                held += read_exactly(stream, CHUNK_BYTES - len(held))
+            form = json_list.layout(held if start == 0 else _head_of(source))
+            if form != "lines":
+                goes_on = start > 0 and _byte_before(source, start) == b","
+                yield from json_list.chunks(
+                    stream, held, number, position, line, index, CHUNK_BYTES, form=form, goes_on=goes_on
+                )
                 return
-            kind = "jsonl"  # JSON lines under the name of .json
+            kind = "jsonl"  # under the name of .json
         last_boundary = _LAST_BOUNDARY[kind]
         searched, window = 0, CHUNK_BYTES
         while True:
@@ -89,3 +98,14 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
     finally:
         if source.path != STDIN:
             stream.close()
+
+
+def _head_of(source: Source) -> bytes:
+    with contextlib.closing(open_source(source)) as stream:
+        return read_exactly(stream, CHUNK_BYTES + 3).removeprefix(_BYTE_ORDER_MARK)[:CHUNK_BYTES]
+
+
+def _byte_before(source: Source, position: int) -> bytes:
+    with contextlib.closing(open_source(source)) as stream:
+        skip(stream, position - 1, seekable=source.compression is None)
+        return stream.read(1)

@@ -5,7 +5,7 @@ Cost: pyarrow's, on one thread for each source; a dict for each row where rows a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
@@ -33,6 +33,14 @@ def open_parquet(source: Source) -> Any:
         raise UserError(f"-i {source.name}: cannot be read as Parquet: {error}") from None
 
 
+def refuse_columns(source: Source, wanted: Sequence[str], names: Sequence[str]) -> NoReturn:
+    """Raises:
+    UserError: none of the columns that are wanted is there.
+    """
+    there = ", ".join(names[:12]) or "none"
+    raise UserError(f"-i {source.name}: no column {' or '.join(wanted)} (columns: {there})")
+
+
 def chunks(
     source: Source, number: int, start: int, index: int, columns: Sequence[str] | None, size: int
 ) -> Iterator[Chunk]:
@@ -50,7 +58,7 @@ def chunks(
     names = file.schema_arrow.names
     wanted = [name for name in names if columns is None or name in columns]
     if columns is not None and not wanted:
-        raise UserError(f"-i {source.name}: no column {' or '.join(columns)} (columns: {', '.join(names[:12])})")
+        refuse_columns(source, columns, names)
     row = 0
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -70,6 +78,31 @@ def chunks(
 
 
 def parse(rows: Any, line: int) -> Records:
-    """The rows of an Arrow table as dicts; `line` is the number of the first."""
-    values = rows.to_pylist()
+    """The rows of an Arrow table as dicts; `line` is the number of the first.
+
+    A struct has every field of its column, null where its own object had none: such nulls are left out.
+    """
+    import pyarrow as pa
+
+    values = rows.to_pylist(maps_as_pydicts="lossy")
+    nested = [field.name for field in rows.schema if _has_objects(field.type, pa.types)]
+    for value in values if nested else ():
+        for name in nested:
+            value[name] = _without_nulls(value[name])
     return Records(values=values, lines=[line + i for i in range(len(values))], bad=[])
+
+
+def _has_objects(kind: Any, types: Any) -> bool:
+    """Whether values of an Arrow type hold structs or maps."""
+    if types.is_struct(kind) or types.is_map(kind):
+        return True
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in lists) and _has_objects(kind.value_type, types)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

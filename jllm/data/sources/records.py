@@ -4,6 +4,7 @@ Guarantees: a bad record becomes a `BadRecord` with its line and never changes i
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,25 +28,48 @@ class Records:
     bad: list[BadRecord]
 
 
+def path_of(field: str) -> list[str]:
+    """A field as the steps to it: "a.0.b" and "a[0].b" are "a", "0" and "b"."""
+    return re.sub(r"\[(-?\d+)\]", r".\1", field).split(".")
+
+
 def field_of(value: Any, path: Sequence[str]) -> Any:
     """`value["a"]["b"]` for the path ("a", "b"); None where something on the way is missing.
 
-    A key that itself contains dots is found too.
+    Steps into lists are numbers, negative ones from the end. A key that itself contains dots is found too.
     """
     if isinstance(value, dict) and len(path) > 1 and ".".join(path) in value:
         return value[".".join(path)]
     for key in path:
-        if not isinstance(value, dict):
+        if isinstance(value, list) and re.fullmatch(r"-?\d{1,9}", key) and -len(value) <= int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict):
+            value = value.get(key)
+        else:
             return None
-        value = value.get(key)
     return value
+
+
+def _has_null(value: Any, path: Sequence[str]) -> bool:
+    """Whether the field is there, and null."""
+    if isinstance(value, dict) and ".".join(path) in value:
+        return True
+    *above, last = path
+    inside = field_of(value, above) if above else value
+    return isinstance(inside, dict) and last in inside
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def texts_of(records: Records, kind: str, field: str) -> Records:
     """The documents of pretraining records: the texts themselves, or the text in each record's `field`."""
     if kind == "text":
         return records
-    path = field.split(".")
+    path = path_of(field)
     values: list[Any] = []
     lines: list[int] = []
     bad = list(records.bad)
@@ -57,11 +81,13 @@ def texts_of(records: Records, kind: str, field: str) -> Records:
                 lines.append(line)
             else:
                 bad.append(BadRecord(kind="empty document", line=line, detail=f'field "{field}" has no text'))
+        elif text is None and _has_null(record, path):
+            bad.append(BadRecord(kind="empty document", line=line, detail=f'"{field}" is null'))
         elif text is None:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else json_type(record)
             bad.append(BadRecord(kind="missing field", line=line, detail=f'no "{field}" (there is: {keys[:80]})'))
         else:
-            detail = f'"{field}" is {type(text).__name__}, not text'
+            detail = f'"{field}" is {json_type(text)}, not text'
             bad.append(BadRecord(kind="wrong type", line=line, detail=detail))
     bad.sort(key=lambda record: record.line)
     return Records(values=values, lines=lines, bad=bad)

@@ -22,6 +22,10 @@ def open_source(source: Source) -> IO[bytes]:
     Raises:
         UserError: it cannot be opened.
     """
+    return _decompressed(_open_raw(source), source.compression)
+
+
+def _open_raw(source: Source) -> Any:
     raw: Any
     try:
         if source.path == STDIN:
@@ -34,15 +38,32 @@ def open_source(source: Source) -> IO[bytes]:
             raw = open(source.path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise UserError(f"-i {without_password(source.path)}: cannot be opened: {error.strerror or error}") from None
-    if source.compression == "gzip":
+    return raw
+
+
+def _decompressed(raw: Any, compression: str | None) -> IO[bytes]:
+    if compression == "gzip":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type, return-value]
-    if source.compression == "bz2":
+    if compression == "bz2":
         return bz2.BZ2File(raw)
-    if source.compression == "xz":
+    if compression == "xz":
         return lzma.LZMAFile(raw)
-    if source.compression == "zstd":
+    if compression == "zstd":
         return io.BufferedReader(_ZstdFile(raw))  # type: ignore[return-value]
     return raw  # type: ignore[no-any-return]
+
+
+def expansion(source: Source) -> float | None:
+    """About how many decompressed bytes a source has, by how its begin compresses; None where that is unknown."""
+    if source.size is None or source.compression is None:
+        return source.size
+    raw = _open_raw(source)
+    try:
+        found = len(read_exactly(_decompressed(raw, source.compression), _ESTIMATED_FROM))
+        read: int = raw.tell()
+        return found * max(1.0, source.size / max(1, read))
+    finally:
+        raw.close()
 
 
 class _ZstdFile(io.RawIOBase):
@@ -87,6 +108,9 @@ def reading_errors() -> tuple[type[Exception], ...]:
     module = sys.modules.get("zstandard")
     known = (OSError, EOFError, lzma.LZMAError, zlib.error)
     return (*known, module.ZstdError) if module else known
+
+
+_ESTIMATED_FROM = 4 << 20
 
 
 def read_exactly(stream: IO[bytes], size: int) -> bytes:

@@ -14,7 +14,7 @@ def make_decoder(name: str, made_with: Tokenizer | None) -> Callable[[Sequence[i
         UserError: it is another, or has no fast backend.
     """
     facts = load_tokenizer(name)
-    if made_with is not None and made_with.sha256 != facts.sha256:
+    if made_with is not None and not made_with.is_same(facts.for_manifest):
         raise UserError(f"--tokenizer {name}: the data set was made with another tokenizer ({made_with.name})")
     if facts.backend is None:
         raise UserError(f"--tokenizer {name}: has no fast backend to decode with; leave it out to see the ids")

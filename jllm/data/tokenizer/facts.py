@@ -82,6 +82,7 @@ class TokenizerFacts:
         pre_tokenizer: of `backend`; None where there is none.
         vocab_size: number of ids, added tokens included.
         sha256: of `backend`, in hex.
+        vocabulary_sha256: of the vocabulary and the added tokens, in hex.
         prefix, suffix: the ids that the tokenizer itself puts around a text.
         eos_id, pad_id: None where the tokenizer has none.
         special_tokens: name → text, such as {"bos_token": "<s>"}; what chat templates may use.
@@ -98,6 +99,7 @@ class TokenizerFacts:
     pre_tokenizer: dict[str, Any] | None
     vocab_size: int
     sha256: str
+    vocabulary_sha256: str
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     eos_id: int | None
@@ -118,7 +120,15 @@ class TokenizerFacts:
             manifest,  # which imports Arrow; the child that loads a tokenizer starts sooner without
         )
 
-        return manifest.Tokenizer(name=self.name, vocab_size=self.vocab_size, sha256=self.sha256)
+        return manifest.Tokenizer(
+            name=self.name,
+            vocab_size=self.vocab_size,
+            sha256=self.sha256,
+            vocabulary_sha256=self.vocabulary_sha256,
+            probe_ids={
+                text: list(ids) for text, ids in zip(self.probes, self.probe_ids, strict=True) if text in PROBES
+            },
+        )
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -180,6 +190,9 @@ class TokenizerLoading:
             if broken is not None:
                 raise UserError(f"--tokenizer {self.name}: {broken[:400]}; copy the file again")
             others = [path.name for path in folder.glob("*.model")] if not (folder / "tokenizer.json").is_file() else []
+            broken = _broken_file(folder)
+            if broken is not None:
+                raise UserError(f"--tokenizer {self.name}: {broken}; get the file again")
             hint = f"; {others[0]} alone may need: pip install sentencepiece tiktoken" if others else ""
             raise UserError(
                 f"--tokenizer {self.name}: cannot be loaded; give a folder with a tokenizer that"
@@ -202,6 +215,20 @@ class TokenizerLoading:
         if self._key not in _loaded and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
+
+
+def _broken_file(folder: Path) -> str | None:
+    """Which of a tokenizer's JSON files cannot be read, and why."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            return f"{path.name} cannot be read ({error.strerror})"
+        except (ValueError, RecursionError) as error:
+            return f"{path.name} is not valid JSON ({error})"
+        if not isinstance(value, dict) and path.name.startswith("tokenizer"):
+            return f"{path.name} holds no JSON object"
+    return None
 
 
 def _facts_of(values: dict[str, Any]) -> TokenizerFacts:
@@ -323,6 +350,7 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
         pre_tokenizer=parsed["pre_tokenizer"],
         vocab_size=len(tokenizer),
         sha256=hashlib.sha256((backend or _identity_of_slow(tokenizer)).encode()).hexdigest(),
+        vocabulary_sha256=_identity_of_vocabulary(tokenizer, added),
         prefix=tuple(whole[:start]),
         suffix=tuple(whole[start + len(bare) :]),
         eos_id=tokenizer.eos_token_id,
@@ -354,6 +382,13 @@ def _added_of_slow(tokenizer: Any) -> tuple[dict[str, Any], ...]:
         {"id": index, **{name: getattr(token, name) for name in names}}
         for index, token in sorted(tokenizer.added_tokens_decoder.items())
     )
+
+
+def _identity_of_vocabulary(tokenizer: Any, added: tuple[dict[str, Any], ...]) -> str:
+    """sha256 of which text has which id, and which of them are added or special, whatever the library's version."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    marked = sorted((token["id"], token["content"], bool(token["special"])) for token in added)
+    return hashlib.sha256(json.dumps([vocabulary, marked]).encode()).hexdigest()
 
 
 def _identity_of_slow(tokenizer: Any) -> str:

@@ -36,6 +36,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.initial import initialise
 from jllm.models.weights.source import (
     causal_class,
+    check_plain_weights,
     read_config,
     read_header,
     stored_dtypes,
@@ -63,7 +64,7 @@ def load_stage(
         UserError: the folder holds no model, one that cannot be split this way, or not all of its weights.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    weight_files(folder)
+    check_plain_weights(folder)
     _check_span(config, span)
     family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
     reader: Any = stage_class(family, span)

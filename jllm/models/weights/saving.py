@@ -33,6 +33,7 @@ from jllm.models.weights.source import (
 )
 from jllm.models.weights.tensor_file import tensor_file
 
+TEMPLATE_NAME, TEMPLATES_NAME = "chat_template.jinja", "additional_chat_templates"
 SHARD_BYTES = 4 * 2**30
 STAGE_METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a file of weights."""
@@ -116,11 +117,17 @@ def write_index(folder: str | Path) -> dict[str, str]:
 
 
 def write_companions(
-    model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtype, source: str | Path | None = None
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    source: str | Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Everything of a Hugging Face folder that is not a weight: configuration, tokenizer, chat template, licence, ...
 
-    Small files of `source` are copied as they are, except config.json, which is written from the model with `dtype`.
+    Small files of `source` and its named chat templates are copied as they are, except config.json, which is written
+    from the model with `dtype`. `chat_template` is what the data was made with; it is written where `source` has none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +139,10 @@ def write_companions(
             is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
             if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
                 shutil.copyfile(path, folder / path.name)
+        if (named := Path(source) / TEMPLATES_NAME).is_dir():
+            shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
+    if chat_template is not None and not (source is not None and _has_template(Path(source))):
+        (folder / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     if isinstance(model.config, AlibiLlamaConfig):
         fields = published_config(model.config, read_raw_config(Path(source)) if source is not None else {}, dtype)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -142,6 +153,17 @@ def write_companions(
     config.save_pretrained(folder)
     if model.generation_config is not None and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
+
+
+def _has_template(source: Path) -> bool:
+    """Whether a model folder has a chat template, in any of the places where transformers looks for one."""
+    if any((source / name).exists() for name in (TEMPLATE_NAME, TEMPLATES_NAME, "chat_template.json")):
+        return True
+    try:
+        settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ Reads `config.json` and the headers of the safetensors files (a few KiB each). E
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 _BY_LENGTH = {"dynamic", "longrope"}
 
+_PACKED = re.compile(
+    r"(.*\.)?(weight_scale(_inv|_2)?|weight_packed|weight_shape|qweight|qzeros|g_idx|SCB|weight\.(absmax|quant_map"
+    r"|nested_absmax|nested_quant_map|quant_state\..*))|.*_scale_inv"
+)
+"""Names of tensors that hold quantised weights, or say how to read them."""
+_BLOCKS = re.compile(r".*_(blocks|scales)")
+"""The same of mxfp4, where they are bytes."""
+_FEW_BITS = re.compile(r"F[468](_.*)?")
+"""Types of elements, in safetensors headers, that nothing trains in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
@@ -48,7 +59,8 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     """The configuration of a model folder; that of an older published layout in terms of the class it is read into.
 
     Raises:
-        UserError: no such folder, no sound config.json, or a type that needs the code in the folder and may not run it.
+        UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, or
+            quantised weights.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -63,6 +75,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
+    _check_config_plain(raw, path)
     if (layout := layout_of(raw)) is not None:
         try:
             return layout.read_config(raw)
@@ -81,6 +94,41 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} cannot be read as a {model_type!r} configuration: {error}") from None
     return config
+
+
+def _check_config_plain(raw: dict[str, Any], path: Path) -> None:
+    """Raises:
+    UserError: the configuration, or that of a part of the model, says that the weights are quantised.
+    """
+    if layout_of(raw) is not None:
+        return  # which says it in its own words
+    for key in ("quantization_config", "compression_config"):
+        if found := raw.get(key):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise _quantised(f"{path} says {key}: {method or key.removesuffix('_config')}")
+    for part in raw.values():
+        if isinstance(part, dict):
+            _check_config_plain(part, path)
+
+
+def _quantised(what: str) -> UserError:
+    return UserError(
+        f"{what}; quantised weights cannot be trained on, nor exported as they were: give the folder of the model in"
+        " bf16, fp16 or fp32"
+    )
+
+
+def check_plain_weights(folder: str | Path) -> None:
+    """Refuse a folder without weights, and one whose files hold quantised weights, whatever its configuration says.
+
+    Raises:
+        UserError: as said.
+    """
+    for path in weight_files(folder):
+        for name, entry in read_header(path).items():
+            bytes_ = entry["dtype"] == "U8" and _BLOCKS.fullmatch(name)
+            if bytes_ or _FEW_BITS.fullmatch(entry["dtype"]) or _PACKED.fullmatch(name):
+                raise _quantised(f"{path} holds {name} ({entry['dtype']})")
 
 
 def causal_class(
@@ -178,6 +226,8 @@ def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weig
     """Sizes and dtype of a model folder. `with_weights=False` is for --init, where only the configuration counts."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     text = config.get_text_config(decoder=True)
+    if with_weights:
+        check_plain_weights(folder)
     dtype = stored_dtype(folder) if with_weights else None
     if dtype is None:
         declared = getattr(config, "dtype", None) or getattr(text, "dtype", None)

@@ -13,10 +13,19 @@ from jllm.train.distributed.agreement import Agreement
 CONFIG_NAME = "config.json"
 
 
-def export(stage: PipelineStage, agreement: Agreement, folder: Path, *, source: Path, dtype: torch.dtype) -> None:
+def export(
+    stage: PipelineStage,
+    agreement: Agreement,
+    folder: Path,
+    *,
+    source: Path,
+    dtype: torch.dtype,
+    chat_template: str | None = None,
+) -> None:
     """Write `folder` for plain `from_pretrained`: the weights of all stages, and what `source` has beside its weights.
 
     Every process calls it. The folder appears, or is replaced, when it is complete; the weights have `dtype`.
+    `chat_template` is that of the data, for a `source` without one.
     """
     temporary = folder.with_name(f".{folder.name}{atomic.TEMPORARY_SUFFIX}")
     if agreement.place.is_first:
@@ -28,7 +37,7 @@ def export(stage: PipelineStage, agreement: Agreement, folder: Path, *, source: 
     agreement.barrier()
     if agreement.place.is_first:
         write_index(temporary)
-        write_companions(stage.model, temporary, dtype=dtype, source=source)
+        write_companions(stage.model, temporary, dtype=dtype, source=source, chat_template=chat_template)
         for path in temporary.iterdir():
             atomic.sync_file(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +51,8 @@ def _replace_files(temporary: Path, folder: Path) -> None:
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     for path in sorted(temporary.iterdir(), key=lambda path: (path.name == CONFIG_NAME, path.name)):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     temporary.rmdir()
     atomic.sync_file(folder)

@@ -83,7 +83,14 @@ class CheckpointSaver:
         return folder
 
     def save_model(
-        self, stage: PipelineStage, step: int, eval_loss: float | None, *, dtype: torch.dtype, writers: Sequence[int]
+        self,
+        stage: PipelineStage,
+        step: int,
+        eval_loss: float | None,
+        *,
+        dtype: torch.dtype,
+        writers: Sequence[int],
+        chat_template: str | None = None,
     ) -> Path:
         """Begin a checkpoint that is a Hugging Face folder (`--only_ckpt_model`); every process calls it.
 
@@ -92,6 +99,7 @@ class CheckpointSaver:
             eval_loss: of the newest evaluation.
             dtype: of the weights.
             writers: the processes that write the weights of their stage.
+            chat_template: of the data.
         """
         assert self._config.model is not None
         folder = self._begin(step)
@@ -103,7 +111,8 @@ class CheckpointSaver:
                 for name, tensors in stage_files(stage.model, stage.span, dtype=dtype)
             ]
         if self._completes:
-            write_companions(stage.model, temporary, dtype=dtype, source=self._config.model)
+            source = self._config.model
+            write_companions(stage.model, temporary, dtype=dtype, source=source, chat_template=chat_template)
 
         def write() -> None:
             for name, file in files:

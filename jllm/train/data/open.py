@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jllm.data.dataset.manifest import DataSet, open_data_set
+from jllm.data.dataset.manifest import DataSet, one_template, open_data_set
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
@@ -36,12 +36,14 @@ class DataFacts:
         num_rows: rows of an epoch.
         tokens: of an epoch; None where a manifest does not say.
         longest_row: in tokens; None where a manifest does not say.
+        chat_template: of its conversations; None where there are none, or several differ.
     """
 
     fingerprint: str
     num_rows: int
     tokens: int | None
     longest_row: int | None
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,10 @@ def open_evaluation_data(
     return _open(given, by_rows, shape, agreement, model, distributed=False)
 
 
-def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIndex, DataFacts]:
-    """The data sets of these folders as one, and the facts about it.
+def open_sets(
+    given: list[WeightedFolder], config: TrainConfig, vocab_size: int | None = None
+) -> tuple[ShardIndex, DataFacts]:
+    """The data sets of these folders as one, and the facts about it; `vocab_size` is the model's, ids must be below.
 
     Raises:
         UserError: as in `open_training_data`.
@@ -111,6 +115,8 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
     sets = [open_data_set(each.folder) for each in given]
     for data_set in sets:
         check_tokenizer(data_set, config)
+        if vocab_size is not None:
+            _check_ids(data_set, vocab_size)
     index = ShardIndex(*sets, weights=[each.weight for each in given])
     if index.num_rows == 0:
         raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
@@ -135,6 +141,7 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
         if None not in tokens
         else None,
         longest_row=max(known) if len(known) == len(longest) else None,
+        chat_template=one_template(sets),
     )
     return index, facts
 
@@ -151,7 +158,7 @@ def _open(
     index, facts, mistake = None, None, None
     if agreement.place.is_reader:
         try:
-            index, facts = open_sets(given, config)
+            index, facts = open_sets(given, config, model.vocab_size)
         except UserError as error:
             mistake = str(error)
     found = agreement.gather((agreement.node, facts, mistake))
@@ -206,11 +213,13 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         return parts[0]
     tokens = [part.tokens for part in parts]
     lengths = [part.longest_row for part in parts]
+    templates = {part.chat_template for part in parts} - {None}
     return DataFacts(
         fingerprint=hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
         num_rows=sum(part.num_rows for part in parts),
         tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+        chat_template=templates.pop() if len(templates) == 1 else None,
     )
 
 
@@ -229,6 +238,16 @@ def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare
     return EpochSteps(counts=tuple(counts))
 
 
+def _check_ids(data_set: DataSet, vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for, as far as the manifest knows them; the loader meets the rest."""
+    for entry in data_set.manifest.files:
+        if entry.largest_id is not None and entry.largest_id >= vocab_size:
+            raise UserError(
+                f"{data_set.folder / entry.path}: token id {entry.largest_id} in the data: the model has ids from 0 to"
+                f" {vocab_size - 1}; make the shards with the model's tokenizer"
+            )
+
+
 def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
     """Refuse shards that were made with another tokenizer than the model's, by the hash in the manifest."""
     made_with = data_set.manifest.tokenizer
@@ -236,7 +255,7 @@ def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
     if made_with is None or not any(config.model.glob("tokenizer*")):
         return
     of_model = load_tokenizer(str(config.model)).for_manifest
-    if of_model.sha256 != made_with.sha256:
+    if not made_with.is_same(of_model):
         raise UserError(
             f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
             f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"

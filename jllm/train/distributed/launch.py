@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jllm.errors import EXIT_CODE, UserError, report
+from jllm.errors import EXIT_CODE, UserError, of_file_system, report
 
 LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 1.0
@@ -198,6 +198,9 @@ def run_rank(function: Callable[[], Any]) -> None:
         code = 1
         if _is_out_of_memory(error):
             print(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
+            code = EXIT_CODE
+        elif isinstance(error, OSError) and (mistake := of_file_system(error)) is not None:
+            print(f"error: rank {rank()}: {mistake}", file=sys.stderr)
             code = EXIT_CODE
         elif any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
             time.sleep(LOST_RANK_SECONDS)  # the launcher, which ends the others when one has failed, is quicker

@@ -34,11 +34,15 @@ def test_thinking(facts: TokenizerFacts, engine: CheckedEngine) -> None:
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKING, TEMPLATES["chatml"]], ids=["plain", "thinking", "marked"])
-def test_an_answer_without_a_text_still_ends(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
+def test_an_answer_that_says_nothing_is_bad(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
     chat = Chat(facts, engine, template)
-    assert chat.trained([user("q"), assistant("")]) == "<|im_end|>"
-    assert chat.trained([user("q"), assistant(""), user("r"), assistant("one")]) == "<|im_end|>one<|im_end|>"
-    assert chat.trained([user("q"), assistant("one"), user("r"), assistant("")]) == "one<|im_end|><|im_end|>"
+    for messages in (
+        [user("q"), assistant("")],
+        [user("q"), assistant(" \n"), user("r"), assistant("one")],
+        [user("q"), assistant("one"), user("r"), {"role": "assistant", "content": None}],
+    ):
+        _, _, [bad] = chat.encode([{"messages": messages}])
+        assert bad.kind == "empty answer"
 
 
 def test_what_is_trained_on(facts: TokenizerFacts, engine: CheckedEngine) -> None:
@@ -115,3 +119,38 @@ def test_real_tokenizers(form: str) -> None:
         for message in messages:
             if message["role"] == "assistant" and message["content"].isascii():
                 assert message["content"].strip() in decoded
+
+
+@pytest.mark.parametrize("name", ["PLAIN", "chatml", "real"])
+def test_white_space_at_the_edges_of_an_answer_belongs_to_it(
+    name: str, facts: TokenizerFacts, engine: CheckedEngine
+) -> None:
+    """Where the template keeps it: qwen3's opens the last answer in another way than those before."""
+    if name == "real":
+        facts = load_tokenizer(str(asset_tokenizer("qwen3")))
+        engine = open_engine(facts, inert=True)
+    template = {"PLAIN": PLAIN, "chatml": TEMPLATES["chatml"], "real": facts.chat_template}[name]
+    assert template is not None
+    chat = Chat(facts, engine, template)
+    for text in ("  leading", "trailing \n", "\tboth\n\n", " ", "x"):
+        messages = [user("q"), assistant(f"{text}a{text}"), user("r"), assistant(f"{text}b{text}")]
+        shown = [f"{text}a{text}<|im_end|>", f"{text}b{text}<|im_end|>"]
+        assert chat.trained(messages) == "".join(shown)
+
+
+@pytest.mark.parametrize("template", [PLAIN, TEMPLATES["chatml"]], ids=["plain", "marked"])
+def test_a_flag_beats_training_on_everything(facts: TokenizerFacts, engine: CheckedEngine, template: str) -> None:
+    chat = Chat(facts, engine, template, train_on_prompt=True)
+    messages = [user("a"), assistant("one", train=False), {**user("b"), "masked": 1}, assistant("two")]
+    trained = chat.trained(messages)
+    assert trained.count("<|im_start|>") == 4
+    assert [text in trained for text in ("user\na", "one", "b<", "two<|im_end|>")] == [True, False, False, True]
+
+
+def test_developers_are_the_system_where_the_template_knows_none(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    messages = [{"role": "developer", "content": "Be terse."}, user("a"), assistant("b")]
+    named = "{%- for message in messages if message.role in ('system', 'user', 'assistant') %}"
+    for template, role in ((PLAIN, "developer"), (named + PLAIN.split("%}", 1)[1], "system")):
+        ids, _, bad = Chat(facts, engine, template).encode([{"messages": messages}])
+        assert not bad
+        assert f"<|im_start|>{role}\nBe terse.<|im_end|>" in Chat(facts, engine, template).decode(ids[0])

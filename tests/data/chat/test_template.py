@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.data.chat.builtin_templates import TEMPLATES
-from jllm.data.chat.formats import BadRecordError, read_conversation
+from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.marks import CLOSE, OPEN
+from jllm.data.chat.records.conversation import BadRecordError
 from jllm.data.chat.render_workers import renderer_of
 from jllm.data.chat.template import Limit, compile_template
 from jllm.data.tokenizer.checked_engine import CheckedEngine

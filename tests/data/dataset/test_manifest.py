@@ -101,6 +101,21 @@ def test_a_folder_of_sets_is_a_set(tmp_path: Path) -> None:
     assert [data_set.name for data_set in data_sets_below(tmp_path / "D/a")] == ["a"]
 
 
+def test_tokenizers_are_compared_by_what_they_do(tmp_path: Path) -> None:
+    """A backend that another version of the library wrote otherwise is the same where vocabulary and probes are."""
+    known = dataclasses.replace(TOKENIZER, vocabulary_sha256="v", probe_ids={"a": [1]})
+    rewritten = dataclasses.replace(known, sha256="1" * 64)
+    assert known.is_same(rewritten)
+    assert known.is_same(TOKENIZER)
+    for change in ({"vocabulary_sha256": "w"}, {"probe_ids": {"a": [2]}}, {"probe_ids": None}):
+        assert not known.is_same(dataclasses.replace(rewritten, **change))  # type: ignore[arg-type]
+    make_set(tmp_path / "D/a", 5, tokenizer=known)
+    make_set(tmp_path / "D/b", 5, tokenizer=rewritten)
+    assert open_data_set(tmp_path / "D").manifest.tokenizer == known
+    write_manifest(tmp_path / "D/a", open_data_set(tmp_path / "D/a").manifest)
+    assert open_data_set(tmp_path / "D/a").manifest.tokenizer == known, "read back"
+
+
 def test_one_tokenizer(tmp_path: Path) -> None:
     other = dataclasses.replace(TOKENIZER, name="other", sha256="1" * 64)
     sets = [

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS
+from jllm.data.tokenizer.facts import load_tokenizer
 from tests.data.chats import END_OUTSIDE
 from tests.data.raw2ids_runs import (
     documents,
@@ -49,6 +51,32 @@ def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -
     assert manifest.files[0].path == "some-00000/some-00000-00000.zstd.parquet"
     assert all(entry.rows <= 20 for entry in manifest.files)
     assert not (out / ".raw2ids").exists()
+
+
+def test_the_manifest_records_what_checks_need(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", documents(20))
+    facts = load_tokenizer(str(byte_tokenizer))
+    for more, end in (([], facts.eos_id), (["--doc_suffix", "[5,7]"], 7), (["--doc_suffix", ""], None)):
+        out = tmp_path / f"out-{end}"
+        raw2ids("-i", source, "-o", out, "--tokenizer", byte_tokenizer, "-t", "pretrain", *more)
+        written = json.loads((out / "_manifest.json").read_text())
+        assert written["tokenizer"].get("document_end") == end
+        assert written["tokenizer"]["vocabulary_sha256"] == facts.vocabulary_sha256
+        probes = written["tokenizer"]["probe_ids"]
+        assert len(probes) >= 30
+        assert all(
+            tuple(probes[text]) == ids
+            for text, ids in zip(facts.probes, facts.probe_ids, strict=True)
+            if text in probes
+        )
+        assert written["labels_checked"] is True
+        assert written["largest_id"] == max(max(row) for row in rows_of(out))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    raw2ids("-i", chat, "-o", tmp_path / "chat", "--tokenizer", byte_tokenizer, "--chat_template", "chatml")
+    manifest = read_manifest(tmp_path / "chat")
+    assert manifest is not None
+    assert manifest.chat_template == TEMPLATES["chatml"]
 
 
 def test_text_and_jsonl_give_the_same_rows(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -258,3 +286,114 @@ def test_chat_from_the_command_line(tmp_path: Path, byte_tokenizer: Path) -> Non
     missing = raw2ids("-i", source, "--tokenizer", byte_tokenizer, "-o", tmp_path / "no", check=False)
     assert missing.returncode == 2
     assert "--chat_template" in missing.stderr
+
+
+def piped(data: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jllm.raw2ids", "-i", "-", *map(str, words)]
+    return subprocess.run(command, input=data, capture_output=True, text=True, timeout=120)
+
+
+def test_standard_input_is_never_finished_earlier_nor_gone_on_with(tmp_path: Path, byte_tokenizer: Path) -> None:
+    words = ["-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    first = '{"text": "first"}\n' + '{"text": null}\n' * 30
+    assert piped(first, *words).returncode == 2  # too many bad records; what was made stays
+    assert (tmp_path / "out" / ".raw2ids").is_dir()
+    second = piped('{"text": "second"}\n', *words)
+    assert second.returncode == 0, second.stderr
+    assert rows_of(tmp_path / "out") == reference_stream(byte_tokenizer, ["second"])
+    before = tree(tmp_path / "out")
+    third = piped('{"text": "third"}\n', *words)
+    assert third.returncode == 2
+    assert "may be other data; start over with -C" in third.stderr
+    assert tree(tmp_path / "out") == before
+    assert piped('{"text": "third"}\n', *words, "-C").returncode == 0
+    assert rows_of(tmp_path / "out") == reference_stream(byte_tokenizer, ["third"])
+
+
+def test_a_pipe_is_read_like_standard_input(tmp_path: Path, byte_tokenizer: Path) -> None:
+    script = (
+        f'{sys.executable} -m jllm.raw2ids -i <(echo \'{{"text": "one"}}\') --input_format jsonl -t pretrain'
+        f" -o {tmp_path}/out --tokenizer {byte_tokenizer}"
+    )
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True, timeout=120)
+    assert rows_of(tmp_path / "out") == reference_stream(byte_tokenizer, ["one"])
+
+
+def test_what_nothing_can_be_made_of_is_dropped_though_too_many_are_bad(tmp_path: Path, byte_tokenizer: Path) -> None:
+    """Twelve bad records and no other: what the message says is true of a second run too."""
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 12)
+    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    for _ in range(2):
+        result = raw2ids(*words, check=False)
+        assert result.returncode == 2
+        assert "none of its 12 records can be used" in result.stderr
+        assert '"text" is null' in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_changes_during_a_run_is_refused(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jllm.data.prepare import run
+
+    source = write_jsonl(tmp_path / "some.jsonl", documents(30))
+    convert = run.convert
+
+    def changed(*arguments: object) -> object:
+        totals = convert(*arguments)  # type: ignore[arg-type]
+        write_jsonl(source, documents(31))
+        return totals
+
+    monkeypatch.setattr(run, "convert", changed)
+    words = ["-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    result = raw2ids(*words, check=False)
+    assert result.returncode == 2
+    assert "was changed while it was read" in result.stderr
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    raw2ids(*words)
+
+
+def test_mistakes_in_format_and_fields_do_not_wait_for_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"some": "thing"}\n')
+    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", tmp_path / "empty"]
+    for more, said in (
+        (["--field_map", "user"], "--field_map user: write role=field"),
+        (["--date", "yesterday"], "--date yesterday: write it as 2026-01-31"),
+        (["--format", "alpaca", "--field_map", "user=a,assistant=b"], "--format alpaca: not together with --field_map"),
+        ([], "look like no known chat format"),
+    ):
+        result = raw2ids(*words, *more, check=False)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_file_of_a_tokenizer_is_named(tmp_path: Path, byte_tokenizer: Path) -> None:
+    (tmp_path / "tok").mkdir()
+    for path in byte_tokenizer.iterdir():
+        (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos')
+    source = write_jsonl(tmp_path / "some.jsonl", ["text"])
+    result = raw2ids(
+        "-i", source, "-o", tmp_path / "out", "--tokenizer", tmp_path / "tok", "-t", "pretrain", check=False
+    )
+    assert result.returncode == 2
+    assert "tokenizer_config.json is not valid JSON" in result.stderr
+
+
+def test_an_output_in_the_input_is_refused_before_anything_is_removed(tmp_path: Path, byte_tokenizer: Path) -> None:
+    write_jsonl(tmp_path / "some.jsonl", ["text"])
+    words = ["--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    raw2ids("-i", tmp_path / "some.jsonl", "-o", tmp_path / "in" / "out", *words)
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["text"])
+    before = tree(tmp_path)
+    for out in ("in", "in/out", "in/../in/new", "in/deep/out"):
+        result = raw2ids("-i", tmp_path / "in", "-o", tmp_path / out, *words, "-C", check=False)
+        assert result.returncode == 2
+        assert "lies in the input folder" in result.stderr
+    shard = next((tmp_path / "in" / "out").rglob("*.parquet"))
+    result = raw2ids("-i", shard, "-o", tmp_path / "in" / "out", *words, "-C", check=False)
+    assert "lies in it; give another folder" in result.stderr
+    assert tree(tmp_path) == before

@@ -1,15 +1,18 @@
 """Repartition deals blocks to partitions by renames alone, and survives being killed."""
 
+import dataclasses
 import os
 from pathlib import Path
 
+import pyarrow.dataset
 import pytest
 from click.testing import CliRunner, Result
 
 from jllm.commands.repartition import main
-from jllm.data.dataset.manifest import open_data_set, verify
+from jllm.data.dataset.manifest import open_data_set, verify, write_manifest
 from jllm.data.shuffle import repartition as module
 from jllm.data.shuffle.repartition import make_plan, recover, repartition
+from tests.data.foreign_sets import spark_like
 from tests.data.sets import content, make_set, row_numbers
 
 
@@ -50,7 +53,7 @@ def test_partition_k_holds_block_k_of_every_set(tmp_path: Path) -> None:
 def test_info_adds_up(tmp_path: Path) -> None:
     folder = two_sets(tmp_path / "D")
     assert run("-d", folder, "-n", 2).exit_code == 0
-    info = (folder / "data.info").read_text().splitlines()
+    info = (folder / "_data.info").read_text().splitlines()
     facts = dict(line.split(":", 1) for line in info if ":" in line)
     assert facts["Samples"].split() == ["60", "x", "6"]
     assert facts["Partitions"].strip() == "2"
@@ -58,6 +61,61 @@ def test_info_adds_up(tmp_path: Path) -> None:
     assert sum(int(row[2]) for row in table) == 60
     assert sum(int(row[1]) for row in table) == int(facts["Files"])
     assert table[0][0].startswith(facts["Id"].strip())
+
+
+def test_pyarrow_reads_the_folder(tmp_path: Path) -> None:
+    folder = two_sets(tmp_path / "D")
+    assert run("-d", folder, "-n", 2).exit_code == 0
+    assert pyarrow.dataset.dataset(folder).count_rows() == 60
+
+
+def test_the_old_name_of_the_info(tmp_path: Path) -> None:
+    """One of ours gets the new name; a file that only happens to be called so stays."""
+    folder = two_sets(tmp_path / "D")
+    (folder / "data.info").write_text("mine")
+    assert run("-d", folder, "-n", 2).exit_code == 0
+    assert (folder / "data.info").read_text() == "mine"
+    for number, said in ((2, "nothing to do"), (1, "ready")):
+        (folder / "_data.info").replace(folder / "data.info")
+        result = run("-d", folder, "-n", number)
+        assert said in result.output
+        assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["_data.info", "_manifest.json"]
+
+
+def test_sets_that_were_never_shuffled_are_named(tmp_path: Path) -> None:
+    folder = two_sets(tmp_path / "D")
+    make_set(folder / "c/c-00000", 40, files=4)
+    make_set(folder / "c/c-00001", 40, files=4)
+    spark_like(folder / "d")
+    for name, command in (("a-00000", "raw2ids"), ("b-00000", "shuffle_datasets"), ("c/c-00000", "shuffle_datasets")):
+        manifest = open_data_set(folder / name).manifest
+        write_manifest(folder / name, dataclasses.replace(manifest, command=command))
+
+    def named() -> list[str]:
+        lines = run("-d", folder, "-n", 2, "--dry_run").output.splitlines()
+        return [line for line in lines if "never shuffled" in line]
+
+    first = named()
+    assert [line.split()[3] for line in first] == ["a-00000", "c", "d"]
+    assert "made by raw2ids" in first[0]
+    assert "made by shuffle_datasets, test" in first[1]
+    assert "made by an unknown program" in first[2]
+    assert run("-d", folder, "-n", 2).exit_code == 0
+    assert named() == first, "also when they are dealt again"
+
+
+def test_uneven_partitions_are_said_with_figures(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 30, files=3)
+    result = run("-d", tmp_path / "D", "-n", 2, "--dry_run")
+    assert "warning: partitions are uneven: from 40 to 80 tokens, 60 on average" in result.output
+    make_set(tmp_path / "E/a", 30, files=3)
+    make_set(tmp_path / "E/b", 30, files=3)
+    result = run("-d", tmp_path / "E", "-n", 2)
+    assert "partitions are uneven" not in result.output
+    manifest = open_data_set(tmp_path / "E").manifest
+    tokens = [sum(entry.tokens or 0 for entry in manifest.files if f"part-0000{k}" in entry.path) for k in range(2)]
+    assert tokens == [120, 120]
+    assert verify(open_data_set(tmp_path / "E")) == []
 
 
 def test_running_again_changes_nothing(tmp_path: Path) -> None:

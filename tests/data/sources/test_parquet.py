@@ -43,3 +43,32 @@ def test_mistakes_name_the_file(tmp_path: Path) -> None:
         (source,) = resolve([str(tmp_path / f"{name}.parquet")])
         with pytest.raises(UserError, match=rf"{name}\.parquet: {said}"):
             list(parquet.chunks(source, 0, 0, 0, ["text", "other"], 100))
+
+
+objects = st.dictionaries(st.sampled_from("abcd"), st.integers(-9, 9) | st.none(), max_size=4)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({"calls": st.lists(st.fixed_dictionaries({"arguments": objects}))})))
+def test_structs_lose_the_nulls_that_arrow_added(rows: list[dict[str, list[dict[str, dict[str, int | None]]]]]) -> None:
+    """At any depth; lists keep theirs, and so do columns."""
+    extra: dict[str, object] = {
+        "calls": [{"arguments": {"a": 1, "z": {"deep": {"x": 1}, "list": [None, 1]}}}],
+        "n": None,
+    }
+    found = parquet.parse(pa.Table.from_pylist([extra, *rows, {"calls": None, "n": 1}]), 1).values
+
+    def naive(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: naive(item) for key, item in value.items() if item is not None}
+        return list(map(naive, value)) if isinstance(value, list) else value
+
+    assert found[0] == extra
+    assert found[1:-1] == [{"calls": naive(row["calls"]), "n": None} for row in rows]
+    assert found[-1] == {"calls": None, "n": 1}
+
+
+def test_maps_are_objects() -> None:
+    kind = pa.map_(pa.string(), pa.string())
+    table = pa.table({"arguments": pa.array([{"a": "1"}, {}], type=kind)})
+    assert parquet.parse(table, 1).values == [{"arguments": {"a": "1"}}, {"arguments": {}}]

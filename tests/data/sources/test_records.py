@@ -85,3 +85,14 @@ def test_each_record_is_a_text_or_bad(values: list[Any]) -> None:
     for line, text in zip(found.lines, found.values, strict=True):
         assert values[line // 3]["text"] == text
         assert text.strip()
+
+
+def test_null_is_called_null() -> None:
+    values = [{"text": None}, {"other": 1}, {"a": {"text": None}}, {"a": None}]
+    records = Records(values=values, lines=[1, 2, 3, 4], bad=[])
+    assert [bad.detail for bad in texts_of(records, "jsonl", "text").bad[:2]] == [
+        '"text" is null', 'no "text" (there is: other)',
+    ]  # fmt: skip
+    assert [bad.detail.startswith('"a.text" is null') for bad in texts_of(records, "jsonl", "a.text").bad] == [
+        False, False, True, False,
+    ]  # fmt: skip

@@ -1,5 +1,7 @@
 """`jllm convert`: what plain transformers loads has the published logits; ending early leaves nothing."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,18 @@ def test_a_conversion_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch
         convert_checkpoint(tmp_path / "old", tmp_path / "new")
     with pytest.raises(UserError, match="loads as it is"):
         convert_checkpoint(tmp_path / "new", tmp_path / "newer")
+
+
+@pytest.mark.parametrize("given", ["missing", "empty"])
+def test_a_folder_that_is_no_model_is_named_at_once(tmp_path: Path, given: str) -> None:
+    """Before anything large is imported: a process that could not even import torch says it."""
+    (tmp_path / "empty").mkdir()
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None;"
+        "from jllm.commands.convert import main; main(sys.argv[1:])"
+    )
+    words = ["-m", str(tmp_path / given), "-o", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert str(tmp_path / given) in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from jllm.errors import UserError
 from jllm.models.pipeline.span import StageSpan
@@ -62,3 +64,68 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     (strange / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
     with pytest.raises(UserError, match="trust_remote_code"):
         read_config(strange)
+
+
+def refused(folder: Path) -> str:
+    """The one line with which a folder is refused, before a run starts and where weights are loaded."""
+    said = set()
+    for load in (
+        lambda: model_info(folder),
+        lambda: loading.load_stage(folder, WHOLE, dtype=torch.float32),
+    ):
+        with pytest.raises(UserError) as caught:
+            load()
+        said.add(str(caught.value))
+    (line,) = said
+    assert "\n" not in line
+    assert "give the folder of the model in bf16" in line
+    return line
+
+
+QUANTISED = {
+    "fp8 in blocks": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+    "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    "older bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    **{method: {"quant_method": method} for method in AUTO_QUANTIZATION_CONFIG_MAPPING},
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_every_quantised_source_is_refused_by_name(folder: Path, tmp_path: Path, name: str, key: str) -> None:
+    """Whatever the method, by config.json alone; also where a part of the model is quantised, and with --init."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    for changed in ({**config, key: QUANTISED[name]}, {**config, "text_config": {key: QUANTISED[name]}}):
+        (copy / "config.json").write_text(json.dumps(changed))
+        line = refused(copy)
+        assert str(copy / "config.json") in line
+        assert key in line
+        assert str(QUANTISED[name].get("quant_method", key.removesuffix("_config"))) in line
+        with pytest.raises(UserError, match="quantised weights"):
+            model_info(copy, with_weights=False)
+    (copy / "config.json").write_text(json.dumps({**config, key: None}))
+    assert model_info(copy).num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", torch.zeros(4, 4, dtype=torch.float8_e4m3fn)),
+        ("model.layers.1.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
+        ("model.layers.1.mlp.up_proj.weight_scale", torch.ones(4)),
+        ("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(4, 4, dtype=torch.uint8)),
+        ("model.layers.1.mlp.experts.gate_up_proj_scales", torch.zeros(4, dtype=torch.uint8)),
+        ("model.layers.1.mlp.up_proj.SCB", torch.ones(4)),
+        ("model.layers.1.mlp.up_proj.weight.absmax", torch.ones(4)),
+        ("model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", torch.zeros(4, dtype=torch.uint8)),
+        ("model.layers.1.mlp.up_proj.qweight", torch.zeros(4, 4, dtype=torch.int32)),
+        ("model.layers.1.mlp.up_proj.weight_packed", torch.zeros(4, 4, dtype=torch.int32)),
+    ],
+)
+def test_quantised_weights_are_refused_whatever_the_configuration_says(
+    folder: Path, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    save_file({**load_file(folder / "model.safetensors"), name: tensor}, copy / "model.safetensors", {"format": "pt"})
+    assert f"holds {name} (" in refused(copy)

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, from_list_array
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, Int64, from_list_array
 from jllm.data.dataset.describe import further_columns
-from jllm.data.dataset.manifest import DataSet, verify
+from jllm.data.dataset.manifest import JOINED, DataSet
 from jllm.data.dataset.reader import ShardReader
-from jllm.errors import UserError
+from jllm.errors import printable, say
 
 Decode = Callable[[Sequence[int]], str]
 
-BUCKET = 512
+MOST_BARS = 16
 BAR = 40
 SHOWN_ELEMENTS = 16
 TRAINED, PADDING, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -33,34 +33,63 @@ def show_summary(data: DataSet) -> None:
         UserError: a file cannot be read.
     """
     manifest = data.manifest
-    print(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, made by {manifest.command}")
+    made = "no manifest" if manifest.command == JOINED else f"made by {manifest.command}"
+    print(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, {made}")
     if manifest.tokenizer:
         print(f"  tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids")
     for name in ("tokens", "trained_tokens"):
         if manifest.total(name) is not None:
             print(f"  {name} {manifest.total(name):,}")
-    for name in ("documents", "document_tokens", "engine", "chat", "bad_records"):
+    for name in ("documents", "document_tokens", "engine", "chat"):
         if manifest.extra.get(name):
-            print(f"  {name} {manifest.extra[name]}")
+            print(f"  {name} {_fact(manifest.extra[name])}")
+    for kind, found in (manifest.extra.get("bad_records") or {}).items():
+        print(f"  bad {found['count']:,} x {kind}; first: {found['examples'][0] if found['examples'] else 'unknown'}")
     further = further_columns(data.paths, data.folder)
     for column in further.carried:
-        print(f"  column {column.name} {column.type_name}")
+        say(f"  column {column.name} {column.type_name}")
     for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
-        print(f"  column {name} left out: {reason}")
+        say(f"  column {name} left out: {reason}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
-    longest = 0
     for path in data.paths:
         for batch in _ids(path):
-            lengths = np.diff(from_list_array(batch.column(INPUT_IDS))[1])
-            longest = max(longest, int(lengths.max(initial=0)))
-            found = np.bincount(np.maximum(lengths - 1, 0) // BUCKET)
+            found = np.bincount(np.diff(from_list_array(batch.column(INPUT_IDS))[1]))
             counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
             counts[: len(found)] += found
-    print(f"row lengths, longest {longest:,}:")
-    for bucket in np.flatnonzero(counts).tolist():
-        bar = "#" * max(1, round(BAR * int(counts[bucket]) / int(counts.max())))
-        print(f"  {bucket * BUCKET + 1:>8,} - {(bucket + 1) * BUCKET:>8,}  {int(counts[bucket]):>12,}  {bar}")
+    print(f"row lengths, longest {len(counts) - 1:,}:")
+    bars = histogram(counts)
+    most = max((rows for _, _, rows in bars), default=1)
+    for first, last, rows in bars:
+        bar = "#" * max(1, round(BAR * rows / most))
+        print(f"  {first:>8,} - {last:>8,}  {rows:>12,}  {bar}")
+
+
+def histogram(counts: Int64) -> list[tuple[int, int, int]]:
+    """Rows by length, in at most `MOST_BARS` ranges of one width, a power of two: first, last, number of rows.
+
+    Args:
+        counts: [longest + 1] rows of each length; those of none are counted with the shortest.
+    """
+    longest = len(counts) - 1
+    width = 1
+    while -(-longest // width) > MOST_BARS:
+        width *= 2
+    bucket = np.maximum(np.arange(longest + 1) - 1, 0) // width
+    sums = np.bincount(bucket, weights=counts).astype(np.int64)
+    return [(each * width + 1, (each + 1) * width, int(sums[each])) for each in np.flatnonzero(sums).tolist()]
+
+
+def _fact(value: Any) -> str:
+    """What a manifest says, for people: no more than one level of names, and nothing that is empty."""
+    if isinstance(value, dict):
+        facts = [
+            f"{name.replace('_', ' ')} {_fact(item)}" for name, item in value.items() if item not in (None, "", [])
+        ]
+        return ", ".join(facts)
+    if isinstance(value, list):
+        return "; ".join(map(_fact, value))
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def _ids(path: Path) -> Iterator[pa.RecordBatch]:
@@ -81,7 +110,7 @@ def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0
                 for row in batch.slice(max(0, start - number)).to_pylist():
                     if rows <= 0:
                         return
-                    _show(max(number, start), row, decode or _plain, colored)
+                    show_row(max(number, start), row, decode or _plain, colored=colored)
                     start, rows = start + 1, rows - 1
             number += batch.num_rows
 
@@ -90,20 +119,22 @@ def _plain(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids)) + " "
 
 
-def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> None:
+def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool) -> None:
+    """Print one row, as `show_rows` does."""
     ids: list[int] = row["input_ids"]
     labels = row.get("labels") or ids
     boundaries = row.get("cu_seqlens")
     real = boundaries[-1] if boundaries else len(ids)
-    trained = sum(label >= 0 for label in labels[:real])
+    starts = {0, *(boundaries or ())}  # what nothing comes before is never predicted
+    trained = sum(label >= 0 and i not in starts for i, label in enumerate(labels[:real]))
     documents = f", {len(boundaries) - 1} documents" if boundaries else ""
-    print(f"--- row {number}: {real} tokens, {trained} of them in labels{documents}, {len(ids) - real} padding")
+    print(f"--- row {number}: {real} tokens, {trained} of them trained{documents}, {len(ids) - real} padding")
     shown = []
     begin = 0
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or kinds[end] != kinds[begin]:
-            text = decode(ids[begin:end])
+            text = printable(decode(ids[begin:end]))
             marks = (
                 {TRAINED: "[[", PADDING: "((", PLAIN: ""}[kinds[begin]],
                 {TRAINED: "]]", PADDING: "))", PLAIN: ""}[kinds[begin]],
@@ -116,7 +147,7 @@ def _show(number: int, row: dict[str, Any], decode: Decode, colored: bool) -> No
             begin = end
     print("".join(shown))
     for name in [name for name in row if name not in COLUMNS]:
-        print(f"{name}: {_value(row[name])}")
+        say(f"{name}: {_value(row[name])}")
 
 
 def _value(value: Any) -> str:
@@ -127,16 +158,3 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return str(np.float32(value)) if isinstance(value, float) else str(value)
-
-
-def show_verified(data: DataSet) -> None:
-    """Read every file and say that its checksum matches.
-
-    Raises:
-        UserError: one does not.
-    """
-    problems = verify(data)
-    if problems:
-        raise UserError("; ".join(problems[:3]))
-    checked = sum(entry.sha256 is not None for entry in data.manifest.files)
-    print(f"verified: {checked} of {len(data.manifest.files)} files have a checksum, and all of them match")

@@ -1,0 +1,85 @@
+"""Messages in all their forms."""
+
+from typing import Any
+
+import pytest
+
+from jllm.data.chat.records.conversation import BadRecordError, ReadingStyle
+from jllm.data.chat.records.messages import ROLES, read_messages
+from tests.data.chats import assistant, user
+
+STYLE = ReadingStyle()
+
+
+def one(message: dict[str, Any], **style: Any) -> dict[str, Any]:
+    (found,) = read_messages([message], ReadingStyle(**style)).messages
+    return found
+
+
+def test_roles_have_many_names() -> None:
+    for name, role in ROLES.items():
+        if role != "function_call":
+            assert one({"role": name.upper(), "content": "x"}) == {"role": role, "content": "x"}
+    assert one({"role": "developer", "content": "x"}, developer_as_system=True)["role"] == "system"
+    assert one({"role": "critic", "content": "x"}, names=frozenset(["critic"]))["role"] == "critic"
+    with pytest.raises(BadRecordError, match='the role "critic"; known are'):
+        one({"role": "critic", "content": "x"})
+    with pytest.raises(BadRecordError, match='the role "critic"; known are'):
+        one({"user": "x", "critic": "y"})
+
+
+def test_calls_of_functions_have_many_forms() -> None:
+    arguments = {"x": 1}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    wanted = {"role": "assistant", "content": "", "tool_calls": calls}
+    for message in (
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "tool_call", "value": {"name": "f", "arguments": arguments}},
+        {"assistant": "", "tool_calls": calls},
+        {"function_call": {"name": "f", "arguments": arguments}},
+    ):
+        assert one(message) == wanted
+    with pytest.raises(BadRecordError, match="is no answer"):
+        one({"role": "user", "content": "x", "tool_calls": calls})
+
+
+@pytest.mark.parametrize(("message", "says"), [
+    ({"role": "user", "content": None}, "null"), ({"role": "user"}, "null"), ({"user": None}, "null"),
+    ({"role": "user", "content": []}, "without a text"), ({"from": "human", "value": ""}, "without a text"),
+    ({"role": 3, "content": "x"}, "3"), ({"content": "x"}, 'no role; it has "content"'), ({}, "no role"),
+    ({"role": "user", "content": "x", "value": "y"}, "both"), (assistant("a", reasoning=["x"]), "a list"),
+    (assistant("a", reasoning="x", thinking="y"), "more than one"), (user("x") | {"loss": 0.3}, '"loss" 0.3'),
+    (assistant("a", train_detail=[{}]), "train_detail"), ({"assistant": "a", "weight": 0.5}, '"weight" 0.5'),
+])  # fmt: skip
+def test_what_says_nothing_clear_is_refused(message: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRecordError, match=says):
+        one(message)
+
+
+def test_refusals_and_reasoning() -> None:
+    assert one({"role": "assistant", "content": None, "refusal": "no"})["content"] == "no"
+    assert one({"role": "assistant", "content": "a", "refusal": "no"})["content"] == "a\n\nno"
+    for name in ("reasoning", "reasoning_content", "thinking"):
+        found = one(assistant("a", **{name: "hm"}))
+        assert found == assistant("a", reasoning="hm", reasoning_content="hm", thinking="hm")
+
+
+def test_fields_of_messages_are_used_or_counted() -> None:
+    messages = [user("x") | {"images": ["a.png"], "id": 3, "name": "Ann"}, assistant("y", citations=None, mood="good")]
+    found = read_messages(messages, STYLE)
+    assert found.notes == {f"unused field: {name} of messages": 1 for name in ("images", "name", "mood")}
+    known = read_messages(messages, ReadingStyle(names=frozenset(["mood", "name"])))
+    assert known.notes == {"unused field: images of messages": 1}
+    assert (known.messages[0]["name"], known.messages[1]["mood"]) == ("Ann", "good")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert read_messages([{"role": "system", "content": "s", "tools": tools}], STYLE).tools == tools
+
+
+def test_flags_of_questions_are_counted() -> None:
+    found = read_messages([user("x") | {"train": True}, user("y") | {"masked": 1}, {"user": "a", "assistant": "b",
+                           "train": 0}], STYLE)  # fmt: skip
+    assert found.trained == [False] * 4
+    assert found.refused == [False, True, True, True]
+    assert found.notes == {"left out: flags that would train what is no answer": 1}

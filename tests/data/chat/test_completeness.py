@@ -1,0 +1,84 @@
+"""What templates leave out is found, whatever it is and wherever it stands."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jllm.data.chat.completeness import Completeness
+from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError
+from tests.data.chats import AGENT, END, PLAIN, TURNS, Chat, assistant, chat_of, user
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "a thing", "n": [1, True, None]}}}
+TOOL = {"type": "function", "function": {"name": "find", "description": "finds", "parameters": {"type": "object"}}}
+ONLY = "{%- for message in messages if message.role in ('user', 'assistant') %}" + PLAIN.split("%}", 1)[1]
+NO_NUMBERS = (
+    TURNS + "{{- message.content }}{%- for call in message.tool_calls or [] %}"
+    "{{- call.function.name + ': ' }}{%- for key, value in call.function.arguments.items() if value is string %}"
+    "{{- key + '=' + value }}{%- endfor %}{%- endfor %}" + END
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "kind"),
+    [
+        (ONLY, [{"role": "system", "content": "s"}, user("a system"), assistant("s")], None, "message not shown"),
+        (ONLY, [user("a"), {"role": "tool", "content": "user"}, assistant("b")], None, "message not shown"),
+        (PLAIN, [user("find"), assistant("find", tool_calls=[CALL]), user("r"), assistant("s")], None,
+         "tool call not found"),
+        (NO_NUMBERS, [user("q"), assistant("", tool_calls=[CALL])], None, "tool call not found"),
+        (PLAIN, [user("find"), assistant("finds")], [TOOL], "tools not shown"),
+        (PLAIN, [user("q"), assistant("b", reasoning_content="user")], None, "reasoning not shown"),
+        (PLAIN, [user("q"), assistant("b", reasoning="user"), user("r"), assistant("c")], None, "reasoning not shown"),
+        (AGENT, [user("q"), assistant("", reasoning="x"), user("r"), assistant("c")], None, "empty answer"),
+    ],
+)  # fmt: skip
+def test_what_is_left_out_is_named(tmp_path: Path, template: str, messages: Any, tools: Any, kind: str) -> None:
+    """Also where the same words stand elsewhere."""
+    chat = chat_of(tmp_path, template)
+    for train_on_prompt in (False, True):
+        chat = Chat(chat.facts, chat.encoder.assembler().engine, template, train_on_prompt=train_on_prompt)
+        record = {"messages": messages, **({"tools": tools} if tools else {})}
+        ids, _, [bad], _ = chat.encode_as("jsonl", [record], "messages")
+        assert (ids, bad.kind) == ([], kind)
+
+
+def test_what_may_be_left_out_is_counted(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path / "agent", AGENT)
+    messages = [user("q"), assistant("a", reasoning_content="early"), user("r"), assistant("b", reasoning="late")]
+    ids, _, bad, counts = chat.encode_as("jsonl", [{"messages": messages}] * 3, "messages")
+    assert not bad
+    assert "early" not in chat.decode(ids[0])
+    assert "late" in chat.decode(ids[0])
+    assert counts[f"{LEFT_OUT}reasoning of earlier turns, by the template"] == 3
+    plain = chat_of(tmp_path / "plain", PLAIN, ignore_tools=True)
+    _, _, bad, counts = plain.encode_as(
+        "jsonl", [{"messages": [user("q"), assistant("a")], "tools": [TOOL]}], "messages"
+    )
+    assert not bad
+    assert counts[f"{LEFT_OUT}lists of tools (--ignore_tools)"] == 1
+
+
+def test_text_around_a_think_block_is_looked_up(tmp_path: Path) -> None:
+    cut = TURNS + "{{- message.content.split('</think>')[-1] }}" + END
+    chat = chat_of(tmp_path, cut)
+    ids, _, bad = chat.encode([{"messages": [user("q"), assistant(text)]} for text in
+                               ("a", "one<think>x</think>two", "<think>x</think>two")])  # fmt: skip
+    assert len(ids) == 1
+    assert [record.line for record in bad] == [2, 3]
+
+
+def test_a_shape_is_rendered_once() -> None:
+    seen = []
+
+    def render(messages: Any, tools: Any) -> str:
+        seen.append(messages)
+        if len(messages) == 3:
+            raise BadRecordError("template error", "no three")
+        return "".join(message["content"] for message in messages)
+
+    completeness = Completeness(render)
+    for text in ("a", "b", "a" * 100):
+        assert not completeness.thoughts_left_out([user(text), assistant(text)], None)
+        assert not completeness.thoughts_left_out([user(text), assistant(text), user("x")], None)
+    assert len(seen) == 2

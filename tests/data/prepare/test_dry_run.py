@@ -1,0 +1,71 @@
+"""`--dry_run`: what it says is what the run makes, and it writes nothing."""
+
+import gzip
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from jllm.data.dataset.manifest import read_manifest
+from tests.data.raw2ids_runs import documents, raw2ids, tree, write_jsonl
+from tests.data.tokenizers_for_tests import asset_tokenizer
+
+CHAT = {"messages": [{"role": "user", "content": "q \x1b[31m"}, {"role": "assistant", "content": "an answer"}]}
+
+
+def numbers(text: str, pattern: str) -> list[int]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [int(group.replace(",", "")) for group in found.groups()]
+
+
+@pytest.mark.parametrize("more", [[], ["--stack"], ["--packing", "best_fit"]])
+@pytest.mark.parametrize("count", [40, 1500])
+def test_what_it_says_of_documents(tmp_path: Path, byte_tokenizer: Path, more: list[str], count: int) -> None:
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(count))
+    (tmp_path / "in" / "z.jsonl.gz").write_bytes(gzip.compress(b'{"text": "more"}\n' * 200))
+    before = tree(tmp_path)
+    words = ["-i", tmp_path / "in", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", *more]
+    shown = raw2ids(*words, "--dry_run").stdout
+    assert tree(tmp_path) == before
+    raw2ids(*words)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    (tokens,) = numbers(shown, r"the whole input: (?:about )?([\d,]+) tokens")
+    if count == 40:
+        assert tokens == manifest.extra["document_tokens"]
+        assert numbers(shown, r"([\d,]+) documents, ([\d,]+) tokens, ([\d,]+) trained in ([\d,]+) rows")[1] == tokens
+        assert "estimate" not in shown
+    else:
+        assert abs(tokens - manifest.extra["document_tokens"]) < 0.35 * manifest.extra["document_tokens"]
+        assert "(estimate)" in shown
+        assert numbers(shown, r"bad records: (\d+) of the first ([\d,]+)") == [0, 1000]
+    assert shown.count("--- row ") == min(3, manifest.rows)
+
+
+def test_what_it_says_of_chats(tmp_path: Path, byte_tokenizer: Path) -> None:
+    lines = [json.dumps(CHAT)] * 9 + ['{"messages": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer]
+    shown = raw2ids(*words, "--chat_template", "chatml", "--dry_run").stdout
+    for said in (
+        "format: messages", "template: chatml", "<|im_end|> x 18", "bad records: 1 of the first 10", "a.jsonl:10: ",
+        "[[an answer<|im_end|>]]", "\\x1b[31m", "nothing was written",
+    ):  # fmt: skip
+        assert said in shown
+    assert "\x1b" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_quick(tmp_path: Path) -> None:
+    """Also with a real tokenizer and a large file."""
+    tokenizer = asset_tokenizer("qwen3")
+    (tmp_path / "a.jsonl").write_text((json.dumps(CHAT) + "\n") * 200_000)
+    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", tokenizer, "--dry_run"]
+    raw2ids(*words, own_process=True)  # the tokenizer's cache is filled
+    begin = time.monotonic()
+    raw2ids(*words, own_process=True)
+    assert time.monotonic() - begin < 5

@@ -1,0 +1,47 @@
+"""Folders are walked whole; JSON of ours that is something else is named; what cannot be written names its path."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jllm import atomic
+from jllm.errors import UserError
+from tests.odd_files import DAMAGED_JSON, bare_root
+
+
+def test_a_walk_follows_links_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to("../beside")
+    (tmp_path / "a" / "b" / "back").symlink_to("..")
+    (tmp_path / "a" / "itself").symlink_to("itself")
+    found = {place.relative_to(tmp_path).as_posix(): files for place, _, files in atomic.walk(tmp_path / "a")}
+    assert found == {"a": ["itself"], "a/b": [], "a/link": ["file"]}
+
+
+def test_a_walk_does_not_pass_over_what_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0)
+    with bare_root(), pytest.raises(PermissionError, match="shut"):
+        list(atomic.walk(tmp_path))
+    (tmp_path / "shut").chmod(0o700)
+
+
+@pytest.mark.parametrize("what", list(DAMAGED_JSON))
+def test_what_is_no_object_is_named(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(DAMAGED_JSON[what])
+    if what == "an empty object":
+        assert atomic.read_object(path, "do it again") == {}
+        return
+    with pytest.raises(UserError, match=r"x\.json: (not valid JSON|holds a JSON \w+ and no object).*; do it again"):
+        atomic.read_object(path, "do it again")
+    assert atomic.read_object(tmp_path / "not there", "") is None
+
+
+def test_an_error_without_a_path_gets_that_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, atomic.replacing(tmp_path / "x"):
+        raise OSError(28, os.strerror(28))
+    assert caught.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
