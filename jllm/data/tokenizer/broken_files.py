@@ -32,7 +32,7 @@ def broken_file(folder: Path) -> str | None:
         except UnicodeDecodeError as error:
             return f"{path}: no UTF-8 at byte {error.start}"
         except ValueError as error:
-            return f"{path}: " + (f"no JSON: {error}" if text.strip() else "is empty")
+            return f"{path}: " + (f"not valid JSON: {error}" if text.strip() else "is empty")
         except (OSError, RecursionError) as error:
             return f"{path}: {getattr(error, 'strerror', None) or 'nested too deeply'}"
         if path.suffix == ".json" and not isinstance(value, dict):

@@ -190,9 +190,6 @@ class TokenizerLoading:
             if broken is not None:
                 raise UserError(f"--tokenizer {self.name}: {broken[:400]}; copy the file again")
             others = [path.name for path in folder.glob("*.model")] if not (folder / "tokenizer.json").is_file() else []
-            broken = _broken_file(folder)
-            if broken is not None:
-                raise UserError(f"--tokenizer {self.name}: {broken}; get the file again")
             hint = f"; {others[0]} alone may need: pip install sentencepiece tiktoken" if others else ""
             raise UserError(
                 f"--tokenizer {self.name}: cannot be loaded; give a folder with a tokenizer that"
@@ -215,20 +212,6 @@ class TokenizerLoading:
         if self._key not in _loaded and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
-
-
-def _broken_file(folder: Path) -> str | None:
-    """Which of a tokenizer's JSON files cannot be read, and why."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            return f"{path.name} cannot be read ({error.strerror})"
-        except (ValueError, RecursionError) as error:
-            return f"{path.name} is not valid JSON ({error})"
-        if not isinstance(value, dict) and path.name.startswith("tokenizer"):
-            return f"{path.name} holds no JSON object"
-    return None
 
 
 def _facts_of(values: dict[str, Any]) -> TokenizerFacts:
