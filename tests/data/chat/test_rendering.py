@@ -1,6 +1,7 @@
 """Conversations to segments: what is encoded, and what is trained on."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -93,12 +94,12 @@ def test_a_template_without_an_end_of_turn_is_noticed(
 
 
 def test_conversations_with_tools_have_their_own_template(facts: TokenizerFacts, engine: CheckedEngine) -> None:
-    chat = Chat(facts, engine, PLAIN, tools_template="{{- tools[0].function.name }}" + PLAIN)
+    chat = Chat(facts, engine, PLAIN, tools_template="{{- tools | tojson }}" + PLAIN)
     tools = [{"type": "function", "function": {"name": "name_of_tool"}}]
     messages = [user("a"), assistant("b")]
     ids, labels, bad = chat.encode([{"messages": messages, "tools": tools}, {"messages": messages}])
     assert not bad
-    assert [chat.decode(row).split("<|im_start|>")[0] for row in ids] == ["name_of_tool", ""]
+    assert [chat.decode(row).split("<|im_start|>")[0] for row in ids] == [json.dumps(tools), ""]
     assert [chat.decode(row) for row in labels] == ["b<|im_end|>"] * 2
 
 

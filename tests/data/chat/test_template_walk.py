@@ -21,8 +21,9 @@ def _require_nothing_lost(found: dict[str, dict[str, Outcome]]) -> None:
         for case, outcome in cases.items():
             assert outcome.result in ("equal", "refused"), (template, case)
             if outcome.result == "refused":
-                assert template == OWN or outcome.detail.startswith(f"the template {template} "), (template, case)
-            elif template != OWN:
+                by_template = template == OWN or outcome.detail.startswith(f"the template {template} ")
+                assert by_template or case == "an empty answer", (template, case)
+            else:
                 old = ("thought1",) if case == "reasoning of an earlier turn" else ()
                 assert outcome.left_out in ((), old), (template, case)
 
