@@ -7,7 +7,7 @@ export JLLM_ASSETS ?= $(HOME)/.cache/jllm-assets
 # DeepSpeed finds its launcher, and ninja to compile with, on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup assets demo test test-families lint bench clean
+.PHONY: help setup assets demo test test-families templates lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for 
 
 test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (5 minutes)
 	$(BIN)/python tools/test_families.py
+
+templates: .venv/.stamp-dev fetch-assets ## all tokenizers at hand with all built-in templates, and docs/templates.md (a minute)
+	$(BIN)/python tools/walk_templates.py
 
 lint: .venv/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -127,12 +127,13 @@ def run_loop(tokenizer: Path, data: Path) -> tuple[float, float]:
     import tokenizers
 
     from jllm.data.dataset.shards import INPUT_IDS, ShardWriter, schema, to_list_array
+    from jllm.data.tokenizer.document_end import document_end
     from jllm.data.tokenizer.facts import load_tokenizer
 
     facts = load_tokenizer(str(tokenizer))
     assert facts.backend is not None
-    assert facts.eos_id is not None
-    eos_id = facts.eos_id
+    eos_id = document_end(facts)
+    assert eos_id is not None
     backend = tokenizers.Tokenizer.from_str(facts.backend)
     backend.encode_batch_fast(["warm up"], add_special_tokens=False)
     begin, before = time.perf_counter(), time.process_time()

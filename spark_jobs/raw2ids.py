@@ -199,7 +199,7 @@ def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "Da
     """How conversations are read and rendered, decided once, on the driver."""
     if config.type != "ft":
         return {}
-    template, _ = recipes.template_of(config, facts)
+    template = recipes.template_text(config, facts)
     date = recipes.date_of(config, template, None)
     format_name = recipes.format_asked_for(config) or _format_of_input(config, frame)
     plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
@@ -212,6 +212,14 @@ def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
     sample = frame.limit(SAMPLE).toArrow().combine_chunks().to_batches()
     records = parse_chunk(chunk_of(sample[0], config.read_format, 0, 1), _kind(config)).values if sample else []
     return commonest_format(records, "-i")
+
+
+def _document_suffix(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> tuple[int, ...] | None:
+    """The ids that documents end in, as the tasks have them; None for conversations."""
+    if config.type == "ft":
+        return None
+    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
+    return recipes.affixes_of(config, facts, engine)[1]
 
 
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
@@ -247,11 +255,12 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
 
     found = attempts(attempted, Attempt(choice=config.engine))
     engine = {**found["engine"], "checks": found["counts"].get("checks", 0)} if found["engine"] else None
+    suffix = _document_suffix(config, facts)
     manifest = Manifest(
         command="spark_jobs/raw2ids",
         options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
         files=describe_output(spark, output),
-        tokenizer=facts.for_manifest,
+        tokenizer=dataclasses.replace(facts.for_manifest, document_end=suffix[-1] if suffix else None),
         labels_checked=True,
         chat_template=chat["plan"].template if chat else None,
         sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
@@ -261,6 +270,7 @@ def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
             "unused_fields": named(found["counts"], UNUSED),
             "bad_records": found["bad"],
             "engine": engine,
+            **({} if suffix is None else {"document_end": recipes.document_end_record(config, facts, suffix)}),
         },
     )
     write_manifest_at(spark, output, manifest)

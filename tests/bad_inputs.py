@@ -74,7 +74,7 @@ GOOD_WORDS = {
     "shuffle_datasets": SHUFFLE,
     "shuffle_partition": SHUFFLE,
     "repartition": ("-d", "{folder}/sets", "-n", "1"),
-    "manifest": ONE,
+    "manifest": (*ONE, "--force"),
     "inspect": (*ONE, "--verify"),
 }
 

@@ -29,7 +29,7 @@ def main(config: InspectConfig) -> None:
     """Show a data set: summary, row lengths, decoded rows with the trained part coloured; --verify checks every
     byte."""
     from jllm.data.dataset.manifest import open_data_set, verify_folder
-    from jllm.data.dataset.show import show_rows, show_summary
+    from jllm.data.show import show_rows, show_summary
     from jllm.data.tokenizer.decoding import make_decoder
     from jllm.machine import usable_cores
 

@@ -62,7 +62,7 @@ def reference_stream(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
 
     backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     backend.encode_special_tokens = True
-    end = backend.token_to_id("<|im_end|>")
+    end = backend.token_to_id("<|endoftext|>")
     return [[*backend.encode(text, add_special_tokens=False).ids, end] for text in texts]
 
 

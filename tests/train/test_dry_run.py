@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import train_rank
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dry")
     tiny_llama(folder / "model", tied=True)
     tiny_llama(folder / "deep", tied=True, layers=5)
+    write_rows(folder / "beyond", [{"input_ids": [1, VOCABULARY, 2]}] * 24)
     shutil.copytree(folder / "model", folder / "fp8")
     config = json.loads((folder / "model/config.json").read_text())
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -61,6 +62,7 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--seq_len 8": lambda folder: {"seq_len": 8},
     "matches no module": lambda folder: {"target_modules": "no_such_module"},
     "has no routers": lambda folder: {"router_aux_loss_coef": 0.1},
+    "token id 97 in the data": lambda folder: {"train_data": (str(folder / "beyond"),)},
     "quantization_config: fp8": lambda folder: {"model": folder / "fp8"},
     "contradicts the options": lambda folder: {"ds_config": folder / "other.json"},
 }

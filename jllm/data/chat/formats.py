@@ -22,10 +22,10 @@ from typing import Any
 
 from jllm.data.chat.records.beside import with_fields, without_ignored_tools
 from jllm.data.chat.records.content import text_of
-from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle, kind_of
+from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.records.messages import ROLES, read_messages
 from jllm.data.chat.records.tidying import tidy
-from jllm.data.sources.records import field_of, path_of
+from jllm.data.sources.records import field_of, json_type, path_of
 from jllm.errors import UserError
 
 Fields = dict[str, str]
@@ -35,7 +35,7 @@ Fields = dict[str, str]
 def _field(record: Any, key: str) -> Any:
     """What a record must have in a field."""
     if not isinstance(record, dict):
-        raise BadRecordError("wrong type", f"the record is {kind_of(record)}, not an object")
+        raise BadRecordError("wrong type", f"the record is {json_type(record)}, not an object")
     value = record.get(key)
     if value is None:
         raise BadRecordError("missing field", f'"{key}" is null' if key in record else f'no "{key}"')
@@ -45,7 +45,7 @@ def _field(record: Any, key: str) -> Any:
 def _list(record: Any, key: str) -> list[Any]:
     value = _field(record, key)
     if not isinstance(value, list):
-        raise BadRecordError("wrong type", f'"{key}" is {kind_of(value)}, not a list')
+        raise BadRecordError("wrong type", f'"{key}" is {json_type(value)}, not a list')
     return value
 
 
@@ -127,7 +127,7 @@ def _of_fields(record: Any, fields: Fields, style: ReadingStyle) -> Conversation
         value = field_of(record, path)
         tops.append(field if isinstance(record, dict) and field in record else path[0])
         if value is None and role != "system" and role != "tools":
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else kind_of(record)
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else json_type(record)
             raise BadRecordError("missing field", f'no "{field}" (there is: {keys[:80]})')
         if role == "tools":
             beside["tools"] = value
@@ -136,7 +136,7 @@ def _of_fields(record: Any, fields: Fields, style: ReadingStyle) -> Conversation
         elif isinstance(value, list) and value and _holds_messages(value):
             found = _and_then(found, read_messages(value, style), trained=True)
         elif role == "messages":
-            raise BadRecordError("wrong type", f'"{field}" is {kind_of(value)}, not a list of messages')
+            raise BadRecordError("wrong type", f'"{field}" is {json_type(value)}, not a list of messages')
         elif value is not None and (value != "" or role != "system"):
             found = _and_then(found, _of_turns([(role, text_of(value, f'"{field}"'))], style), trained=True)
     rest = {name: value for name, value in record.items() if name not in tops} if isinstance(record, dict) else {}

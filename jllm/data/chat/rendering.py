@@ -21,7 +21,7 @@ import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jllm.data.chat.completeness import Completeness
 from jllm.data.chat.marks import (
@@ -40,8 +40,11 @@ from jllm.data.chat.marks import (
 from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten, inverted
 from jllm.data.chat.template import compile_template
-from jllm.data.chat.tool_calls import WITH_A_CALL, calls_as
+from jllm.data.chat.tool_calls import SAMPLE_TOOLS, WITH_A_CALL, calls_as
 from jllm.errors import UserError
+
+TOO_SLOW = "template takes too long"
+_PAIR: list[dict[str, Any]] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class RenderPlan:
 
     Attributes:
         template: the source of the template.
+        tools_template: that of the one for conversations with tools, where it is another; see `for_tools`.
+        with_tools: all conversations have tools: the template may fail on others.
+        named: what the template is called in messages.
         special_tokens: name → text for the template.
         added: content → id, special, lstrip, rstrip of the tokenizer's added tokens.
         date: what `strftime_now` shows, as ISO text.
@@ -71,6 +77,28 @@ class RenderPlan:
     short_cut: bool = True
     join: str = "\n\n"
     ignore_tools: bool = False
+    tools_template: str | None = None
+    with_tools: bool = False
+    named: str = "--chat_template"
+
+    @property
+    def for_tools(self) -> "RenderPlan":
+        """The plan for conversations with tools."""
+        if self.tools_template is None:
+            return self
+        return dataclasses.replace(self, template=self.tools_template, tools_template=None, with_tools=True)
+
+
+class EndOfTurn(NamedTuple):
+    """What ends an answer.
+
+    Attributes:
+        token: what the template writes behind it: a control token, or in its marks any text; None for nothing.
+        trained: whether it is trained on.
+    """
+
+    token: str | None
+    trained: bool
 
 
 class Renderer:
@@ -92,6 +120,7 @@ class Renderer:
         self._user_hidden = token_pattern(special + emitted)
         self._answer_hidden = token_pattern(special)
         self.completeness = Completeness(self.render)
+        self._sample_tools = SAMPLE_TOOLS if plan.with_tools else None
 
     @property
     def needs_marks(self) -> bool:
@@ -101,7 +130,8 @@ class Renderer:
     @property
     def template(self) -> Any:
         if self._template is None:
-            self._template = compile_template(self.plan.template, datetime.date.fromisoformat(self.plan.date))
+            date = datetime.date.fromisoformat(self.plan.date)
+            self._template = compile_template(self.plan.template, date, named=self.plan.named)
             if not self.markup.marked:
                 self._learn()
         return self._template
@@ -154,7 +184,8 @@ class Renderer:
         for as_text, without_content in itertools.product((False, True), repeat=2):
             style = {"as_text": as_text, "without_content": without_content}
             try:
-                text = self._render([{"role": "user", "content": "a"}, calls_as(answer, **style), *rest], None)
+                said = [{"role": "user", "content": "a"}, calls_as(answer, **style), *rest]
+                text = self._render(said, self._sample_tools)
             except BadRecordError:
                 continue
             if "name_of_tool" in text and "its_value" in text:
@@ -167,15 +198,18 @@ class Renderer:
         there is one call, and the tool's words would be trained on."""
         messages = [with_marks(each) if each["role"] == "assistant" else each for each in WITH_A_CALL]
         builder = SegmentBuilder(self.markup, StandIns(), everything=False)
-        segments = builder.build(self.render(messages, None))
+        segments = builder.build(self.render(messages, self._sample_tools))
         return not any("result_of_tool" in each.text[start:end] for each in segments for start, end in each.spans)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
+        template.environment.limit.begin()
         try:
             text: str = template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=False, **self.plan.special_tokens
             )
+        except TimeoutError as error:
+            raise BadRecordError(TOO_SLOW, f"{error}") from None
         except Exception as error:  # templates are programs: they fail in every way
             raise BadRecordError("template error", f"{type(error).__name__}: {error}"[:200]) from None
         return text
@@ -187,13 +221,13 @@ class Renderer:
             {"role": "assistant", "content": f"{START}answer{END}"},
         ]
         try:
-            text = self.render([*messages, *messages], None)
+            text = self.render([*messages, *messages], self._sample_tools)
         except BadRecordError as error:
-            raise UserError(f"--chat_template: fails on a question and its answer: {error}") from None
+            raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
         asked, start, end = text.find(CLOSE), text.find(START), text.find(END)
         if min(start, end) < 0 or not asked < start < end:  # the question may be shown in part
             raise UserError(
-                "--chat_template: the answer of an assistant does not come out of the template; mark it with"
+                f"{self.plan.named}: the answer of an assistant does not come out of the template; mark it with"
                 " {% generation %} ... {% endgeneration %}"
             )
         ends = set()
@@ -211,24 +245,32 @@ class Renderer:
         last = max(self.markup.control.finditer(text), key=lambda match: match.start(), default=None)
         return (self.markup.id_of(last.group()), text[last.end() :]) if last is not None else (None, text)
 
-    def unmarked_end_of_turn(self) -> str | None:
-        """The token that the template writes behind an answer and leaves out of what it marks as generated; None
-        where the marks take it in, or there are none."""
-        if not self.markup.marked or self.plan.train_on_prompt:
-            return None
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    def check(self) -> None:
+        """Find out whether the template is one.
+
+        Raises:
+            UserError: it is not valid, does not end, or answers do not come out of it.
+        """
         try:
-            text = self.render(messages, None)
-        except BadRecordError:  # a template for other conversations, of which nothing is known here
+            self.render(_PAIR, self._sample_tools)
+        except BadRecordError as error:  # or it is a template for other conversations, of which nothing is known here
+            if error.kind == TOO_SLOW:
+                raise UserError(f"{self.plan.named}: fails on a question and its answer: {error}") from None
+
+    def end_of_turn(self) -> EndOfTurn | None:
+        """What ends an answer; None where the template refuses a question and its answer."""
+        marked = self.markup.marked
+        try:
+            text = self.render(_PAIR if marked else [_PAIR[0], with_marks(_PAIR[1])], self._sample_tools)
+        except BadRecordError:
             return None
-        marked, closed, behind = text.rpartition(CLOSE)
-        last = max(
-            self.markup.control.finditer(marked.rpartition(OPEN)[2]), key=lambda match: match.end(), default=None
-        )
-        if not closed or (last is not None and not last.string[last.end() :].strip()):
-            return None
+        answer, _, behind = text.rpartition(CLOSE if marked else END)
+        written = answer.rpartition(_PAIR[1]["content"])[2].strip() if marked else ""
+        if written:  # in the marks, be it a token of this tokenizer or a text
+            return EndOfTurn(written, trained=True)
         following = self.markup.control.match(behind.lstrip())
-        return following.group().strip() if following else None
+        token = following.group().strip() if following else None
+        return EndOfTurn(token, trained=token is not None and (not marked or self.plan.train_on_prompt))
 
     def rendered(
         self, conversation: Conversation, trained: list[bool], *, careful: bool

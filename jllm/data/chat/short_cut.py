@@ -82,7 +82,13 @@ class ConversationRenderer:
         return self._count % _VERIFY_EVERY == 1
 
     def _rendered(self, conversation: Conversation, trained: list[bool]) -> tuple[FlatSegments, str | None]:
-        return self.renderer.rendered(conversation, trained, careful=self._verifies)
+        renderer = self.renderer if conversation.tools is None else self._for_tools
+        return renderer.rendered(conversation, trained, careful=self._verifies)
+
+    @functools.cached_property
+    def _for_tools(self) -> Renderer:
+        """What renders conversations with tools."""
+        return self.renderer if self.plan.tools_template is None else Renderer(self.plan.for_tools)
 
     def _is_plain(self, conversation: Conversation) -> bool:
         if conversation.tools is not None:

@@ -27,6 +27,23 @@ WITH_A_CALL: list[dict[str, Any]] = [
 """What shows how a template treats tool calls."""
 
 
+SAMPLE_TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "name_of_tool",
+            "description": "what it does",
+            "parameters": {
+                "type": "object",
+                "properties": {"argument": {"type": "string", "description": "what it is"}},
+                "required": ["argument"],
+            },
+        },
+    }
+]
+"""The tools for what is found out about a template that is for conversations with tools."""
+
+
 def calls_as(message: Mapping[str, Any], *, as_text: bool, without_content: bool) -> Mapping[str, Any]:
     """A message with its tool calls written another way: arguments as JSON text, as OpenAI has them, where most
     templates write the object as JSON themselves; and null in place of an empty content. DeepSeek's template wants

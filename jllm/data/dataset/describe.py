@@ -27,6 +27,7 @@ from jllm.data.dataset.manifest import (
     Manifest,
     Tokenizer,
     entry_of_written,
+    one_template,
     one_tokenizer,
     open_data_set,
     read_manifest,
@@ -138,7 +139,7 @@ def describe(
         cores: files that are read at the same time.
         tokenizer: made the ids; None: the one that is recorded, where one is.
         special_ids: of it; the one that most documents end in is recorded.
-        force: replace a manifest; its tokenizer stays where none is given.
+        force: replace a manifest; its tokenizer, where none is given, and its chat template stay.
 
     Raises:
         UserError: no folder, no shards, a file that cannot be read or has ids of another tokenizer, or a manifest that
@@ -156,7 +157,7 @@ def describe(
     paths = list_shards(folder) if amended is None else [folder / entry.path for entry in amended.files]
     if not paths and amended is None:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
-    recorded = amended.tokenizer if amended is not None else _tokenizer_recorded(folder)
+    recorded, template = _recorded(folder)
     if amended is not None and recorded is not None and tokenizer is not None and not recorded.is_same(tokenizer):
         raise UserError(
             f"--tokenizer {tokenizer.name}: {folder} was made with another ({recorded.name}, {recorded.sha256[:12]});"
@@ -182,7 +183,13 @@ def describe(
         )
     else:
         manifest = Manifest(
-            command=COMMAND, options={}, files=entries, tokenizer=made_with, further=further, labels_checked=True
+            command=COMMAND,
+            options={},
+            files=entries,
+            tokenizer=made_with,
+            further=further,
+            labels_checked=True,
+            chat_template=template,
         )
     write_manifest(folder, manifest)
     return manifest
@@ -206,15 +213,16 @@ def _commonest_end(found: Sequence[Described], special_ids: Collection[int]) -> 
     return None
 
 
-def _tokenizer_recorded(folder: Path) -> Tokenizer | None:
-    """What the manifest of a folder says, or those of the data sets in it, which must say the same."""
+def _recorded(folder: Path) -> tuple[Tokenizer | None, str | None]:
+    """Tokenizer and chat template of a folder's manifest, or of those of the data sets in it, which must agree."""
     try:
-        recorded = read_manifest(folder)
+        manifest = read_manifest(folder)
     except UserError:  # edited by hand; that is what this command repairs
-        return None
-    if recorded is not None:
-        return recorded.tokenizer
-    return one_tokenizer(DataSet(folder=place, manifest=manifest) for place, manifest in sets_in(folder).items())
+        return None, None
+    if manifest is not None:
+        return manifest.tokenizer, manifest.chat_template
+    sets = [DataSet(folder=place, manifest=manifest) for place, manifest in sets_in(folder).items()]
+    return one_tokenizer(sets), one_template(sets)
 
 
 def warnings_about(folder: Path) -> list[str]:

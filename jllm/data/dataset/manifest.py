@@ -13,6 +13,8 @@ reads for each file; it finds files that are missing, added, or changed in size 
 import dataclasses
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -168,6 +170,9 @@ class Manifest:
                 raise ValueError(f"path {entry.path} leads out of the folder")
         if self.tokenizer is not None:
             _check_fields(self.tokenizer)
+            for ids in (self.tokenizer.probe_ids or {}).values():
+                if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+                    raise TypeError("probe_ids are no lists of ids")
         if not isinstance(self.command, str) or not isinstance(self.options, dict):
             raise TypeError("made_by is no command with options")
         if not all(isinstance(source, dict) for source in self.sources):
@@ -211,7 +216,8 @@ def _check_fields(value: Any) -> None:
     """
     for field in dataclasses.fields(value):
         found: Any = getattr(value, field.name)
-        allowed: Any = field.type  # a class, or a union of classes
+        members = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
+        allowed: Any = tuple(typing.get_origin(member) or member for member in members)
         if not isinstance(found, allowed) or isinstance(found, bool) or (isinstance(found, int) and found < 0):
             raise TypeError(f"{field.name} is {found!r:.40}")
 

@@ -17,7 +17,6 @@ import numpy as np
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.shards import ShardWriter
-from jllm.data.dataset.show import show_row
 from jllm.data.dataset.token_counts import count_trained
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import pretokenized, recipes
@@ -25,6 +24,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
 from jllm.data.prepare.totals import describe
+from jllm.data.show import show_row
 from jllm.data.sources.chunk import Chunk, first_records, size_of
 from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import Source, resolve

@@ -27,6 +27,7 @@ from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import BadRecord, texts_of
 from jllm.data.tokenizer.checked_engine import CheckedEngine
+from jllm.data.tokenizer.document_end import document_end
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 
@@ -105,18 +106,19 @@ def _ids(values: tuple[int, ...]) -> Int32:
 
 
 def pretrain_affixes(facts: TokenizerFacts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What goes around a document: the tokenizer's own prefix, and its end-of-text token.
+    """What goes around a document: the tokenizer's own prefix, and the token that ends documents.
 
     Raises:
         UserError: the tokenizer has no end-of-text token.
     """
-    if facts.eos_id is None:
+    end = document_end(facts)
+    if end is None:
         raise UserError(
             f"--tokenizer {facts.name}: it has no end-of-text token to end documents with; set eos_token in its"
             " tokenizer_config.json, or give --doc_suffix"
         )
-    own = facts.suffix if facts.suffix[-1:] != (facts.eos_id,) else facts.suffix[:-1]
-    return facts.prefix, (*own, facts.eos_id)
+    own = facts.suffix if facts.suffix[-1:] not in ((facts.eos_id,), (end,)) else facts.suffix[:-1]
+    return facts.prefix, (*own, end)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

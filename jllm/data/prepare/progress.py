@@ -78,6 +78,10 @@ def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int,
             f" ({100 * trained / max(1, tokens):.1f} %); {100 * tokens / max(1, room):.1f} % of rows x {max_len}"
             " filled",
         ]
+    end = sets[0][1].extra.get("document_end")
+    if end is not None:
+        said = f"{end['token']} ({', '.join(map(str, end['ids']))})" if end["ids"] else "nothing"
+        lines.append(f"  documents end in {said}")
     if totals.counts.get("overlong"):
         lines.append(f"  dropped {totals.counts['overlong']:,} conversations longer than {max_len} tokens")
     lines += notes(totals.counts)

@@ -5,9 +5,11 @@ same encoder and packer (`pretrain_encoder`, `chat_encoder`, `packer_of`) and fe
 """
 
 import datetime
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -29,17 +31,35 @@ from jllm.errors import UserError, did_you_mean
 
 
 def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts) -> tuple[int, ...]:
-    """An option that is text, an id, or a list of ids, as ids. Control tokens in the text are parsed."""
+    """An option that is text, an id, or a list of ids, as ids. Control tokens in the text are parsed.
+
+    A list is what has brackets around it, is not empty, and has a number among its items, which are separated by
+    commas: `[INST]` is text. Without brackets all items are numbers.
+
+    Raises:
+        UserError: an item of a list is no number, or no id of the tokenizer.
+    """
     text = value.strip()
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    items = [item.strip() for item in inner.split(",")]
-    if all(item.isdigit() for item in items):
-        ids = tuple(int(item) for item in items)
-        wrong = [index for index in ids if index >= facts.vocab_size]
-        if wrong:
-            raise UserError(f"--{option} {value}: id {wrong[0]} is beyond the vocabulary ({facts.vocab_size} ids)")
-        return ids
-    return tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
+    in_brackets = text.startswith("[") and text.endswith("]")
+    items = [item.strip() for item in (text[1:-1] if in_brackets else text).split(",")]
+    numbers = [bool(_NUMBER.fullmatch(item)) for item in items]
+    if not (any(numbers) if in_brackets else all(numbers)):
+        return tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
+    allowed = f"ids are numbers from 0 to {facts.vocab_size - 1}"
+    for item, is_number in zip(items, numbers, strict=True):
+        if not is_number:
+            raise UserError(f'--{option} {value}: "{item}" is no id; {allowed}, and text has no brackets around it')
+        if item.startswith("-"):
+            raise UserError(f"--{option} {value}: id {item} is below 0; {allowed}")
+        if len(item.lstrip("0")) > _MOST_DIGITS or int(item) >= facts.vocab_size:
+            raise UserError(
+                f"--{option} {value}: id {item} is beyond the vocabulary ({facts.vocab_size} ids); {allowed}"
+            )
+    return tuple(map(int, items))
+
+
+_NUMBER = re.compile(r"-?[0-9]+")
+_MOST_DIGITS = 18
 
 
 def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
@@ -94,6 +114,14 @@ def affixes_of(
         return facts.prefix, suffix
     own_prefix, own_suffix = pretrain_affixes(facts)
     return (own_prefix if prefix is None else prefix), own_suffix
+
+
+def document_end_record(config: Raw2IdsConfig, facts: TokenizerFacts, suffix: tuple[int, ...]) -> dict[str, Any]:
+    """What documents end in, for the manifest: the ids, and their text where it is known: that of the last one if it
+    is a control token, else what the option says."""
+    of_id = {token["id"]: token["content"] for token in facts.added}
+    named = of_id.get(suffix[-1]) if suffix else ""
+    return {"ids": list(suffix), "token": config.doc_suffix if named is None else named}
 
 
 def packer_of(
@@ -173,30 +201,58 @@ def _format_of_source(source: Source, number: int) -> str:
 
 
 def template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> tuple[str, str]:
-    """The chat template and what it is called: a built-in name, a file, text, or the tokenizer's own.
+    """The chat template and what it is called: a name of the tokenizer's own, a built-in name, a file, text, or the
+    tokenizer's own.
 
     Raises:
         UserError: there is none of that name, or the tokenizer has none of its own.
     """
     given = config.chat_template
     if given is None:
+        if facts.chat_template is None and facts.chat_templates:
+            own = ", ".join(sorted(facts.chat_templates))
+            raise UserError(
+                f"--tokenizer {facts.name}: has several chat templates ({own}), and none that is called default;"
+                f" choose one of them with --chat_template, or a built-in one ({', '.join(TEMPLATES)}), or a file"
+            )
         if facts.chat_template is None:
             raise UserError(
                 f"--tokenizer {facts.name}: has no chat template; choose one with --chat_template"
                 f" ({', '.join(TEMPLATES)}, or a file)"
             )
         return facts.chat_template, "the tokenizer's own"
+    if given in facts.chat_templates:
+        return facts.chat_templates[given], f"the tokenizer's own {given}"
     if given in TEMPLATES:
         return TEMPLATES[given], given
     if "{{" in given or "{%" in given:
         return given, "given as text"
     path = Path(given)
     if not path.is_file():
+        names = [*facts.chat_templates, *TEMPLATES]
         raise UserError(
-            f"--chat_template {given}: no such file, and no built-in template; there are: {', '.join(TEMPLATES)}."
-            f"{did_you_mean(given, TEMPLATES)}"
+            f"--chat_template {given}: no such file, and no built-in template; there are: {', '.join(names)}."
+            f"{did_you_mean(given, names)}"
         )
-    return path.read_text(encoding="utf-8"), path.name
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--chat_template {given}: no UTF-8 at byte {error.start}; a template is text in UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--chat_template {given}: {error.strerror}") from None
+
+
+def tools_template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> str | None:
+    """The template for conversations with tools, where the tokenizer has one of its own for them, as transformers
+    chooses it; None where the same template is for all."""
+    return facts.chat_templates.get("tool_use") if config.chat_template is None else None
+
+
+def template_text(config: Raw2IdsConfig, facts: TokenizerFacts) -> str:
+    """All that the templates of a run say, for `date_of`."""
+    return template_of(config, facts)[0] + (tools_template_of(config, facts) or "")
 
 
 def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:
@@ -206,8 +262,11 @@ def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, shor
         UserError: the template is not valid, or answers do not come out of it.
     """
     source, _ = template_of(config, facts)
+    given = config.chat_template
     plan = RenderPlan(
         template=source,
+        tools_template=tools_template_of(config, facts),
+        named=f"--tokenizer {facts.name}: its chat template" if given is None else "--chat_template",
         special_tokens=facts.special_tokens,
         added=facts.added,
         date=date,
@@ -219,19 +278,31 @@ def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, shor
         join=config.join.replace("\\n", "\n"),
         ignore_tools=config.ignore_tools,
     )
-    assert Renderer(plan).template is not None
+    for each in (plan, plan.for_tools):
+        Renderer(each).check()
     return plan
 
 
 def template_warnings(plan: RenderPlan) -> list[str]:
     """What is odd about a template without being wrong, one line each."""
-    token = Renderer(plan).unmarked_end_of_turn()
-    if token is None:
-        return []
-    return [
-        f"the chat template writes {token} behind {{% endgeneration %}}, so no end of turn is trained on and the model"
-        " never learns to stop; use a template with it before {% endgeneration %} (--chat_template)"
-    ]
+    found = [_end_of_turn_warning(each) for each in (plan, plan.for_tools)]
+    return list(dict.fromkeys(warning for warning in found if warning is not None))
+
+
+def _end_of_turn_warning(plan: RenderPlan) -> str | None:
+    """What to say of a template after which a model never learns to stop; None where it does."""
+    end = Renderer(plan).end_of_turn()
+    if end is None or end.trained:
+        return None
+    if end.token is None:
+        return (
+            "the chat template writes nothing that ends a turn behind an answer, so the model never learns to stop;"
+            " use a template that writes a token of the tokenizer there, such as {{ eos_token }} (--chat_template)"
+        )
+    return (
+        f"the chat template writes {end.token} behind {{% endgeneration %}}, so no end of turn is trained on and the"
+        " model never learns to stop; use a template with it before {% endgeneration %} (--chat_template)"
+    )
 
 
 def date_of(config: Raw2IdsConfig, template: str, earlier: str | None) -> str:

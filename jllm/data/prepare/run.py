@@ -96,7 +96,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     finally:
         loading.cancel()
     if config.debug:
-        from jllm.data.dataset.show import show_rows
+        from jllm.data.show import show_rows
         from jllm.data.tokenizer.decoding import make_decoder
 
         show_rows(open_data_set(output), make_decoder(config.tokenizer, manifest.tokenizer), rows=config.debug)
@@ -160,7 +160,7 @@ class _Preparation:
         }
         if self.chat:
             check_for_chat(facts)
-            template, _ = recipes.template_of(config, facts)
+            template = recipes.template_text(config, facts)
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)
 
@@ -215,6 +215,7 @@ class _Preparation:
         config = self.config
         plan: RenderPlan | None = None
         encoder: ChunkEncoder | None = None
+        suffix: tuple[int, ...] | None = None
         prefix: tuple[int, ...] = ()
         if self.chat:  # conversations are rendered while the engine is being opened
             date = self.identity["date"] or "1970-01-01"
@@ -229,7 +230,7 @@ class _Preparation:
             if not self.given.all:
                 documents = recipes.pretrain_encoder(config, self.facts, engine)
                 self.document_end = documents.suffix[-1] if documents.suffix else None
-                encoder = documents
+                encoder, suffix = documents, documents.suffix
         if self.given.some:
             encoder = pretokenized.ids_encoder(config, self.facts, self.given, encoder)
         assert encoder is not None
@@ -248,6 +249,8 @@ class _Preparation:
         sets = []
         for index, output in enumerate(self.outputs):
             manifest = self._manifest(record, plan, index, entries[index], totals)
+            if suffix is not None:
+                manifest.extra["document_end"] = recipes.document_end_record(config, self.facts, suffix)
             sets.append((output.place.folder, manifest))
         for folder, manifest in reversed(sets):  # the data set that was asked for is finished last
             write_manifest(folder, manifest)
@@ -334,6 +337,11 @@ class _Preparation:
             extra["chat"] = {
                 "template": recipes.template_of(self.config, self.facts)[1],
                 "template_sha256": hashlib.sha256(plan.template.encode()).hexdigest(),
+                **(
+                    {"tools_template_sha256": hashlib.sha256(plan.tools_template.encode()).hexdigest()}
+                    if plan.tools_template is not None
+                    else {}
+                ),
                 "formats": list(dict.fromkeys(self.formats)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),

@@ -59,7 +59,7 @@ def _has_null(value: Any, path: Sequence[str]) -> bool:
     return isinstance(inside, dict) and last in inside
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What JSON calls the type of a value."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
@@ -84,10 +84,10 @@ def texts_of(records: Records, kind: str, field: str) -> Records:
         elif text is None and _has_null(record, path):
             bad.append(BadRecord(kind="empty document", line=line, detail=f'"{field}" is null'))
         elif text is None:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else _json_type(record)
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else json_type(record)
             bad.append(BadRecord(kind="missing field", line=line, detail=f'no "{field}" (there is: {keys[:80]})'))
         else:
-            detail = f'"{field}" is {_json_type(text)}, not text'
+            detail = f'"{field}" is {json_type(text)}, not text'
             bad.append(BadRecord(kind="wrong type", line=line, detail=detail))
     bad.sort(key=lambda record: record.line)
     return Records(values=values, lines=lines, bad=bad)

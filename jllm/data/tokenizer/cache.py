@@ -17,10 +17,17 @@ from typing import Any
 
 from jllm import __version__
 from jllm.data.tokenizer import fast_json
+from jllm.data.tokenizer.broken_files import TEMPLATES_FOLDER
 
 MOST_ENTRIES = 16
 LARGEST_FILE = 64 << 20
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder that a tokenizer may be made of, and others beside them; in order."""
+    folders = [folder, folder / TEMPLATES_FOLDER]
+    return sorted(path for each in folders if each.is_dir() for path in each.iterdir() if path.is_file())
 
 
 def entry_of(folder: Path, questions: object) -> Path | None:
@@ -34,11 +41,12 @@ def entry_of(folder: Path, questions: object) -> Path | None:
     for library in ("transformers", "tokenizers", "sentencepiece", "tiktoken"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             sums.update(f"{library} {importlib.metadata.version(library)}\n".encode())
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
-    for path in files:
+    for path in files_of(folder):
+        if path.suffix in _WEIGHTS:
+            continue
         if path.suffix == ".py" or path.stat().st_size > LARGEST_FILE:
             return None
-        sums.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        sums.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "jllm" / "tokenizers" / f"{sums.hexdigest()}.json"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jllm.data.dataset.columns import Int32, Int64
 from jllm.data.tokenizer.backend import as_inert, for_fastokens, rewritten, with_short_merges
-from jllm.data.tokenizer.facts import TokenizerFacts
+from jllm.data.tokenizer.facts import TokenizerFacts, auto_tokenizer, without_notices
 
 
 class TokenizerEngine(Protocol):
@@ -102,11 +102,11 @@ class SlowEngine:
         import transformers
 
         self.version = f"{transformers.__version__} (slow)"
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(facts.path, trust_remote_code=trust_remote_code)
+        self._tokenizer = auto_tokenizer(facts.path, trust_remote_code=trust_remote_code)
         self._lock = threading.Lock()
 
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
-        with self._lock:
+        with self._lock, without_notices():
             rows = [
                 self._tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special).input_ids
                 for text in texts

@@ -10,16 +10,20 @@ Guarantees: the hash is that of the serialised backend; nothing is read from `to
 Cost: some seconds and some hundred MB in the child, while this process is free to do something else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllm.data.tokenizer import cache, fast_json
+from jllm.data.tokenizer.broken_files import broken_file
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +87,8 @@ class TokenizerFacts:
         eos_id, pad_id: None where the tokenizer has none.
         special_tokens: name → text, such as {"bos_token": "<s>"}; what chat templates may use.
         added: added tokens as in `tokenizer.json`: content, id, special, normalized, lstrip, rstrip, single_word.
-        chat_template: the tokenizer's own, or None.
+        chat_template: the tokenizer's own, the default one where there are several; or None.
+        chat_templates: name → source where there are several, as transformers reads them; else empty.
         probes: difficult strings; `probe_ids` the ids of each with special tokens as ordinary text, `probe_special_ids`
             with special tokens parsed, both without prefix and suffix.
     """
@@ -107,6 +112,7 @@ class TokenizerFacts:
     probe_special_ids: tuple[tuple[int, ...], ...]
     transformers_version: str
     tokenizers_version: str
+    chat_templates: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def for_manifest(self) -> "manifest.Tokenizer":
@@ -150,7 +156,10 @@ class TokenizerLoading:
             return
         self._entry = None
         if folder.is_dir() and not trust_remote_code:
-            self._entry = cache.entry_of(folder, (PROBES, _ASKED))
+            try:
+                self._entry = cache.entry_of(folder, (PROBES, _ASKED))
+            except OSError as error:
+                raise UserError(f"--tokenizer {name}: {error.filename}: {error.strerror}") from None
             kept = cache.read(self._entry) if self._entry is not None else None
             if kept is not None:
                 _loaded[self._key] = dataclasses.replace(_facts_of(kept), name=base_name(name), path=name)
@@ -167,7 +176,8 @@ class TokenizerLoading:
         """The facts.
 
         Raises:
-            UserError: there is no such tokenizer, or it cannot be loaded; the message is the library's last line.
+            UserError: there is no such tokenizer, or it cannot be loaded; the message names the file that is broken,
+                or is the library's last line.
         """
         if self._key in _loaded:
             return _loaded[self._key]
@@ -176,10 +186,10 @@ class TokenizerLoading:
             lines = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
             reason = lines[-1] if lines else f"the loader ended with code {self._child.returncode}"
             folder = Path(self.name)
-            others = [path.name for path in folder.glob("*.model")] if not (folder / "tokenizer.json").is_file() else []
-            broken = _broken_file(folder)
+            broken = broken_file(folder) if folder.is_dir() else None
             if broken is not None:
-                raise UserError(f"--tokenizer {self.name}: {broken}; get the file again")
+                raise UserError(f"--tokenizer {self.name}: {broken[:400]}; copy the file again")
+            others = [path.name for path in folder.glob("*.model")] if not (folder / "tokenizer.json").is_file() else []
             hint = f"; {others[0]} alone may need: pip install sentencepiece tiktoken" if others else ""
             raise UserError(
                 f"--tokenizer {self.name}: cannot be loaded; give a folder with a tokenizer that"
@@ -204,20 +214,6 @@ class TokenizerLoading:
             self._child.communicate()
 
 
-def _broken_file(folder: Path) -> str | None:
-    """Which of a tokenizer's JSON files cannot be read, and why."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            return f"{path.name} cannot be read ({error.strerror})"
-        except (ValueError, RecursionError) as error:
-            return f"{path.name} is not valid JSON ({error})"
-        if not isinstance(value, dict) and path.name.startswith("tokenizer"):
-            return f"{path.name} holds no JSON object"
-    return None
-
-
 def _facts_of(values: dict[str, Any]) -> TokenizerFacts:
     """Facts out of JSON, which has lists where they have tuples."""
     values = dict(values)
@@ -236,8 +232,8 @@ def _state_of(folder: Path, trust_remote_code: bool) -> Any:
     """Stands for the content of a tokenizer's folder; None for a name on the hub, which is looked up each time."""
     if not folder.is_dir():
         return None
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", ".bin")]
-    states = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    files = [path for path in cache.files_of(folder) if path.suffix not in (".safetensors", ".bin")]
+    states = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return str(folder.resolve()), tuple(states), trust_remote_code
 
 
@@ -282,12 +278,35 @@ def _be_quick_where_there_is_no_hub(name: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """What transformers notices about a tokenizer stays out of the lines of a command: its notices are about settings
+    that concern none of them, or are said by jllm itself."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def auto_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
+    """What AutoTokenizer makes of a folder or hub name, without a word."""
+    import transformers
+
+    with without_notices():
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     import tokenizers
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = auto_tokenizer(name, trust_remote_code=trust_remote_code)
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "backend_tokenizer", None) else None
     parsed: dict[str, Any] = fast_json.loads(backend) if backend else {"pre_tokenizer": None}
     added = tuple(parsed["added_tokens"]) if backend else _added_of_slow(tokenizer)
@@ -295,8 +314,9 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
     template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    named: dict[str, str] = template if isinstance(template, dict) else {}
+    if named:
+        template = named.get("default")
     if not isinstance(template, str):
         template = None
 
@@ -321,6 +341,7 @@ def _facts(name: str, trust_remote_code: bool) -> TokenizerFacts:
         special_tokens=specials,
         added=added,
         chat_template=template,
+        chat_templates=named,
         probes=probes,
         probe_ids=encoded(True),
         probe_special_ids=encoded(False),

@@ -103,8 +103,10 @@ def open_evaluation_data(
     return _open(given, by_rows, shape, agreement, model, distributed=False)
 
 
-def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIndex, DataFacts]:
-    """The data sets of these folders as one, and the facts about it.
+def open_sets(
+    given: list[WeightedFolder], config: TrainConfig, vocab_size: int | None = None
+) -> tuple[ShardIndex, DataFacts]:
+    """The data sets of these folders as one, and the facts about it; `vocab_size` is the model's, ids must be below.
 
     Raises:
         UserError: as in `open_training_data`.
@@ -113,6 +115,8 @@ def open_sets(given: list[WeightedFolder], config: TrainConfig) -> tuple[ShardIn
     sets = [open_data_set(each.folder) for each in given]
     for data_set in sets:
         check_tokenizer(data_set, config)
+        if vocab_size is not None:
+            _check_ids(data_set, vocab_size)
     index = ShardIndex(*sets, weights=[each.weight for each in given])
     if index.num_rows == 0:
         raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
@@ -154,7 +158,7 @@ def _open(
     index, facts, mistake = None, None, None
     if agreement.place.is_reader:
         try:
-            index, facts = open_sets(given, config)
+            index, facts = open_sets(given, config, model.vocab_size)
         except UserError as error:
             mistake = str(error)
     found = agreement.gather((agreement.node, facts, mistake))
@@ -232,6 +236,16 @@ def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare
         order = index.order(seed=config.seed, epoch=len(counts), shuffle=not config.no_shuf)
         counts.append(share.budget.count_steps(row_lengths(index, order)))
     return EpochSteps(counts=tuple(counts))
+
+
+def _check_ids(data_set: DataSet, vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for, as far as the manifest knows them; the loader meets the rest."""
+    for entry in data_set.manifest.files:
+        if entry.largest_id is not None and entry.largest_id >= vocab_size:
+            raise UserError(
+                f"{data_set.folder / entry.path}: token id {entry.largest_id} in the data: the model has ids from 0 to"
+                f" {vocab_size - 1}; make the shards with the model's tokenizer"
+            )
 
 
 def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:

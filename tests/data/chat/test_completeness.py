@@ -7,7 +7,7 @@ import pytest
 
 from jllm.data.chat.completeness import Completeness
 from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError
-from tests.data.chats import AGENT, END, PLAIN, TURNS, Chat, assistant, chat_of, user
+from tests.data.chats import AGENT, END, PLAIN, THINKING, TURNS, Chat, assistant, chat_of, user
 
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "a thing", "n": [1, True, None]}}}
 TOOL = {"type": "function", "function": {"name": "find", "description": "finds", "parameters": {"type": "object"}}}
@@ -61,11 +61,22 @@ def test_what_may_be_left_out_is_counted(tmp_path: Path) -> None:
 
 def test_text_around_a_think_block_is_looked_up(tmp_path: Path) -> None:
     cut = TURNS + "{{- message.content.split('</think>')[-1] }}" + END
-    chat = chat_of(tmp_path, cut)
-    ids, _, bad = chat.encode([{"messages": [user("q"), assistant(text)]} for text in
-                               ("a", "one<think>x</think>two", "<think>x</think>two")])  # fmt: skip
-    assert len(ids) == 1
-    assert [record.line for record in bad] == [2, 3]
+    records = [{"messages": [user("q"), assistant(text)]} for text in
+               ("a", "one<think>x</think>two", "<think>x</think>two")]  # fmt: skip
+    for everything in (False, True):  # without marks nothing else looks for answers
+        ids, _, bad = chat_of(tmp_path, cut, train_on_prompt=everything).encode(records)
+        assert len(ids) == 1
+        assert [record.line for record in bad] == [2, 3]
+
+
+def test_what_stands_before_a_think_block_is_looked_up(tmp_path: Path) -> None:
+    """The template shows reasoning and what is behind it; with other words before it, these are lost."""
+    for everything in (False, True):
+        chat = chat_of(tmp_path, THINKING, train_on_prompt=everything)
+        texts = ("<think>x</think>two", "one <think>x</think>two")
+        ids, _, [bad] = chat.encode([{"messages": [user("q"), assistant(text)]} for text in texts])
+        assert len(ids) == 1
+        assert (bad.line, bad.kind) == (2, "message not shown")
 
 
 def test_a_shape_is_rendered_once() -> None:

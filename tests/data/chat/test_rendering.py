@@ -1,6 +1,7 @@
 """Conversations to segments: what is encoded, and what is trained on."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -73,6 +74,35 @@ def test_an_end_of_turn_outside_of_the_marks_is_noticed(facts: TokenizerFacts, e
         assert template_warnings(dataclasses.replace(plan, template=template)) == []
 
 
+@pytest.mark.parametrize("before", ["", " ", "\n"])
+def test_a_template_without_an_end_of_turn_is_noticed(
+    facts: TokenizerFacts, engine: CheckedEngine, before: str
+) -> None:
+    """With marks and without; where everything is trained on, too."""
+    endless = "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    shown = "{{- message.content }}{{- '" + before.replace("\n", "\\n") + "' }}"
+    marked = (
+        "{%- if message.role == 'assistant' %}{%- generation %}" + shown + "{%- endgeneration %}{%- else %}" + shown
+    )
+    for template in (endless + shown + "{%- endfor %}", endless + marked + "{%- endif %}{%- endfor %}"):
+        for everything in (False, True):
+            plan = Chat(facts, engine, template, train_on_prompt=everything).plan
+            (warning,) = template_warnings(plan)
+            assert "nothing that ends a turn" in warning
+    both = Chat(facts, engine, PLAIN, tools_template=endless + shown + "{%- endfor %}").plan
+    assert len(template_warnings(both)) == 1
+
+
+def test_conversations_with_tools_have_their_own_template(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    chat = Chat(facts, engine, PLAIN, tools_template="{{- tools | tojson }}" + PLAIN)
+    tools = [{"type": "function", "function": {"name": "name_of_tool"}}]
+    messages = [user("a"), assistant("b")]
+    ids, labels, bad = chat.encode([{"messages": messages, "tools": tools}, {"messages": messages}])
+    assert not bad
+    assert [chat.decode(row).split("<|im_start|>")[0] for row in ids] == [json.dumps(tools), ""]
+    assert [chat.decode(row) for row in labels] == ["b<|im_end|>"] * 2
+
+
 @pytest.mark.parametrize("form", ["qwen3", "llama-2"])
 def test_real_tokenizers(form: str) -> None:
     folder = asset_tokenizer("qwen3" if form == "qwen3" else "llama2")
@@ -107,6 +137,22 @@ def test_white_space_at_the_edges_of_an_answer_belongs_to_it(
         messages = [user("q"), assistant(f"{text}a{text}"), user("r"), assistant(f"{text}b{text}")]
         shown = [f"{text}a{text}<|im_end|>", f"{text}b{text}<|im_end|>"]
         assert chat.trained(messages) == "".join(shown)
+
+
+def test_white_space_where_only_some_of_it_is_kept() -> None:
+    facts = load_tokenizer(str(asset_tokenizer("qwen3")))
+    assert facts.chat_template is not None
+    chat = Chat(facts, open_engine(facts, inert=True), facts.chat_template)
+    assert chat.trained([user("q"), assistant("\n  b ")]) == "  b <|im_end|>", "qwen3's takes line ends from the front"
+
+
+def test_white_space_between_words_of_a_template(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    """No control token is near that could say where an answer begins and ends."""
+    template = (
+        "{%- for message in messages %}{{- '[' + message.role + ']' + message.content + ' (end)\\n' }}{%- endfor %}"
+    )
+    chat = Chat(facts, engine, template)
+    assert chat.trained([user("q"), assistant("  a\n"), user("r"), assistant("\tb ")]) == "  a\n\tb "
 
 
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["chatml"]], ids=["plain", "marked"])

@@ -1,20 +1,28 @@
 """Chat templates as programs: what goes wrong in them."""
 
 import datetime
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.marks import CLOSE, OPEN
 from jllm.data.chat.records.conversation import BadRecordError
-from jllm.data.chat.template import compile_template
+from jllm.data.chat.render_workers import renderer_of
+from jllm.data.chat.template import Limit, compile_template
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError
 from tests.data.chats import PLAIN, Chat, assistant, user
+from tests.data.raw2ids_runs import raw2ids
 
 
 def test_template_errors(facts: TokenizerFacts, engine: CheckedEngine) -> None:
@@ -28,6 +36,81 @@ def test_template_errors(facts: TokenizerFacts, engine: CheckedEngine) -> None:
 
 
 DAY = datetime.date(2026, 1, 31)
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ENDLESS,
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+        "{% for x in [[1]] * 99 recursive %}" + ENDLESS + "{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_template_ends(source: str, thread: bool) -> None:
+    def run() -> str:
+        template = compile_template(source, DAY)
+        template.environment.limit.seconds = 0.1
+        with pytest.raises(TimeoutError, match=r"ran for more than 0\.1 s"):
+            template.render()
+        template.environment.limit.begin()  # and the next conversation has its own time
+        with pytest.raises(TimeoutError):
+            template.render()
+        return "ended"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert (pool.submit(run).result(60) if thread else run()) == "ended"
+
+
+def test_time_that_passes_elsewhere_does_not_count() -> None:
+    template = compile_template("{% for i in range(9999) %}{{ '' if i % 3000 else wait() }}{% endfor %}done", DAY)
+    template.environment.limit.seconds = 0.1
+    assert template.render(wait=lambda: time.sleep(0.1) or "") == "done"
+
+
+@settings(max_examples=100, deadline=None)
+@given(left=st.integers(-300, 300), right=st.integers(0, 60), text=st.text(max_size=5))
+def test_products_and_powers_are_those_of_python(left: int, right: int, text: str) -> None:
+    source = "{{ a * b }} {{ a ** b }} {{ c * b }} {{ b * [c] }} {{ 0.5 * b }} {{ 2 ** -b }}"
+    wanted = f"{left * right} {left**right} {text * right} {right * [text]} {0.5 * right} {2**-right}"
+    assert compile_template(source, DAY).render(a=left, b=right, c=text) == wanted
+
+
+@pytest.mark.parametrize("source", ["{{ 'a' * 10 ** 12 }}", "{{ 10 ** (10 ** 10) }}", "{{ [1] * x }}", "{{ x * [1] }}"])
+def test_products_that_nothing_can_hold_are_refused(source: str) -> None:
+    with pytest.raises(OverflowError, match="too large"):
+        compile_template(source, DAY).render(x=10**10)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_does_not_end_is_refused_before_anything_is_made(
+    tmp_path: Path, byte_tokenizer: Path, marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Limit.__init__, "__defaults__", (0.2,))
+    (tmp_path / "slow.jinja").write_text(TEMPLATES["chatml"] + ENDLESS if marked else PLAIN + ENDLESS)
+    (tmp_path / "chat.jsonl").write_text(json.dumps([{"user": "a"}, {"assistant": "b"}]) + "\n")
+    refused = raw2ids(
+        "-i", tmp_path / "chat.jsonl", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "--chat_template",
+        tmp_path / "slow.jinja", check=False,
+    )  # fmt: skip
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--chat_template: fails on a question and its answer: the template ran for more than" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_does_not_end_on_a_record_costs_that_record(
+    facts: TokenizerFacts, engine: CheckedEngine
+) -> None:
+    slow = "{% if messages[0].content == 'slow <' %}" + ENDLESS + "{% endif %}" + PLAIN
+    chat = Chat(facts, engine, slow)
+    renderer = renderer_of(chat.plan)
+    renderer.renderer.template.environment.limit.seconds = 0.1
+    records = [{"messages": [user(text), assistant("yes")]} for text in ("a", "slow <", "b")]
+    ids, _, bad = chat.encode(records)
+    assert len(ids) == 2
+    assert [(record.kind, record.line) for record in bad] == [("template takes too long", 2)]
 
 
 @pytest.mark.parametrize(

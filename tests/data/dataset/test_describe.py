@@ -107,7 +107,11 @@ def test_a_manifest_is_replaced_by_force_alone(tmp_path: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
     assert run(manifest_command, folder).exit_code == 2, "not one that is broken either"
     assert run(manifest_command, folder, "--force").exit_code == 0
-    assert open_data_set(folder).manifest.command == "manifest"
+    manifest = open_data_set(folder).manifest
+    assert manifest.command == "manifest"
+    write_manifest(folder, dataclasses.replace(manifest, chat_template="{{ x }}"))
+    assert run(manifest_command, folder, "--force").exit_code == 0
+    assert open_data_set(folder).manifest.chat_template == "{{ x }}"
     assert run(manifest_command, folder, "--force", "--verify").exit_code == 2
 
 

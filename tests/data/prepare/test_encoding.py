@@ -72,7 +72,8 @@ def test_documents_and_bad_records(
 
 
 def test_what_goes_around_documents(tmp_path: Path, facts: TokenizerFacts) -> None:
-    assert pretrain_affixes(facts) == ((), (facts.eos_id,))
+    end = next(token["id"] for token in facts.added if token["content"] == "<|endoftext|>")
+    assert pretrain_affixes(facts) == ((), (end,))
     without = load_tokenizer(str(make_byte_tokenizer(tmp_path / "without", eos_token=None)))
     with pytest.raises(UserError, match=r"no end-of-text token .* give --doc_suffix"):
         pretrain_affixes(without)

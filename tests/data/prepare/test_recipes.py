@@ -1,10 +1,15 @@
 """Options turned into encoders and packers: what they do to the rows."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
@@ -73,7 +78,7 @@ def test_text_an_id_or_ids(byte_tokenizer: Path) -> None:
     for value in ("100000", "[1, 100000]"):
         with pytest.raises(UserError, match="id 100000 is beyond the vocabulary"):
             recipes.ids_of(value, "doc_prefix", engine, facts)
-    own = (facts.prefix, (facts.eos_id,))
+    own = (facts.prefix, (of_token["<|endoftext|>"],))
     assert recipes.affixes_of(config(type="pretrain"), facts, engine) == own
     assert recipes.affixes_of(config(type="pretrain", doc_prefix="3"), facts, engine) == ((3,), own[1])
     assert recipes.affixes_of(config(type="pretrain", doc_suffix=""), facts, engine) == ((), ())
@@ -97,6 +102,81 @@ def test_the_packer_of_the_options(
     packer = recipes.packer_of(config(**values), load_tokenizer(str(byte_tokenizer)))
     assert type(packer) is kind
     assert packer.columns == columns
+
+
+WORDS = st.text("0123456789-+.ax\u00b2 ", max_size=6)
+ITEMS = st.one_of(
+    st.integers(-(10**30), 10**30).map(str),
+    st.text("0123456789-+.ax\u00b2 ", max_size=6),
+    st.sampled_from(["", "INST"]),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(items=st.lists(ITEMS, min_size=1, max_size=4), brackets=st.booleans())
+def test_ids_are_ids_of_the_tokenizer_or_refused_and_all_else_is_text(
+    byte_tokenizer: Path, items: list[str], brackets: bool
+) -> None:
+    facts = load_tokenizer(str(byte_tokenizer))
+    engine = open_engine(facts)
+    value = ",".join(items)
+    value = f"[{value}]" if brackets else value
+    kinds = [re.fullmatch("-?[0-9]+", item.strip()) is not None for item in ",".join(items).split(",")]
+    if not (any(kinds) if brackets else all(kinds)):
+        wanted = tuple(engine.encode([value], parse_special=True)[0].tolist()) if value else ()
+        assert recipes.ids_of(value, "doc_prefix", engine, facts) == wanted
+    elif all(kinds) and all(0 <= int(item) < facts.vocab_size and "-" not in item for item in items):
+        assert recipes.ids_of(value, "doc_prefix", engine, facts) == tuple(map(int, items))
+    else:
+        with pytest.raises(UserError, match=r"--doc_prefix .*: .*ids are numbers from 0 to"):
+            recipes.ids_of(value, "doc_prefix", engine, facts)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("[1,x]", '"x" is no id'),
+        ("[1,]", '"" is no id'),
+        ("-1", "id -1 is below 0"),
+        ("[-1, 2]", "id -1 is below 0"),
+        ("9" * 5000, "is beyond the vocabulary"),
+    ],
+)
+def test_ids_that_are_none_are_one_line_and_leave_nothing(
+    tmp_path: Path, byte_tokenizer: Path, value: str, said: str
+) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", ["a"])
+    words = ["-i", source, "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    for option in ("--doc_prefix", "--doc_suffix", "--sequence_prefix"):
+        more = ["--stack"] if option == "--sequence_prefix" else []
+        refused = raw2ids(*words, *more, f"{option}={value}", check=False)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert said in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_end_in_what_the_summary_and_the_manifest_name(tmp_path: Path, byte_tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "some.jsonl", ["one", "two"])
+    words = ["-i", source, "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    of_token = {token["content"]: token["id"] for token in load_tokenizer(str(byte_tokenizer)).added}
+    end, turn = of_token["<|endoftext|>"], of_token["<|im_end|>"]
+    for suffix, ids, named in (
+        (None, [end], "<|endoftext|>"),
+        ("<|im_end|>", [turn], "<|im_end|>"),
+        (str(turn), [turn], "<|im_end|>"),
+        ("a", None, "a"),
+        ("", [], ""),
+    ):
+        out = tmp_path / f"out {suffix}"
+        result = raw2ids(*words, "-o", out, *([] if suffix is None else ["--doc_suffix", suffix]))
+        manifest = read_manifest(out)
+        assert manifest is not None
+        recorded = manifest.extra["document_end"]
+        assert recorded["token"] == named
+        assert ids is None or recorded["ids"] == ids
+        assert all(row[len(row) - len(recorded["ids"]) :] == recorded["ids"] for row in rows_of(out))
+        said = f"{named} ({', '.join(map(str, recorded['ids']))})" if named else "nothing"
+        assert f"  documents end in {said}\n" in result.stdout
 
 
 def test_formats_are_asked_for_or_found_file_by_file(tmp_path: Path) -> None:
@@ -130,6 +210,34 @@ def test_templates_have_names_files_or_are_text(tmp_path: Path, byte_tokenizer: 
         recipes.template_of(config(chat_template="chatmk"), facts)
     with pytest.raises(UserError, match="has no chat template; choose one with --chat_template"):
         recipes.template_of(config(), facts)
+
+
+def test_named_templates_of_a_tokenizer(byte_tokenizer: Path) -> None:
+    named = {"default": "{{ 1 }}", "tool_use": "{{ strftime_now('%d') }}", "rag": "{{ 3 }}"}
+    facts = dataclasses.replace(
+        load_tokenizer(str(byte_tokenizer)), chat_template=named["default"], chat_templates=named
+    )
+    assert recipes.template_of(config(), facts) == ("{{ 1 }}", "the tokenizer's own")
+    assert recipes.tools_template_of(config(), facts) == named["tool_use"]
+    assert recipes.date_of(config(date="2026-01-31"), recipes.template_text(config(), facts), None) == "2026-01-31"
+    for name in named:
+        assert recipes.template_of(config(chat_template=name), facts)[0] == named[name]
+        assert recipes.tools_template_of(config(chat_template=name), facts) is None
+    assert recipes.template_of(config(chat_template="chatml"), facts)[1] == "chatml"
+    with pytest.raises(UserError, match=r'there are: default, tool_use, rag, chatml.*Did you mean "tool_use"'):
+        recipes.template_of(config(chat_template="tool_us"), facts)
+    without = dataclasses.replace(facts, chat_template=None, chat_templates={"tool_use": "x", "rag": "y"})
+    with pytest.raises(
+        UserError, match=r"has several chat templates \(rag, tool_use\), and none that is called default"
+    ):
+        recipes.template_of(config(), without)
+
+
+def test_templates_that_cannot_be_read(tmp_path: Path, byte_tokenizer: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="no UTF-8 at byte 0"):
+        recipes.template_of(config(chat_template=str(path)), load_tokenizer(str(byte_tokenizer)))
 
 
 def test_dates_of_templates_that_show_one() -> None:

@@ -12,6 +12,7 @@ import pytest
 from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS
+from jllm.data.prepare.encoding import pretrain_affixes
 from jllm.data.tokenizer.facts import load_tokenizer
 from tests.data.chats import END_OUTSIDE
 from tests.data.raw2ids_runs import (
@@ -56,7 +57,8 @@ def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -
 def test_the_manifest_records_what_checks_need(tmp_path: Path, byte_tokenizer: Path) -> None:
     source = write_jsonl(tmp_path / "some.jsonl", documents(20))
     facts = load_tokenizer(str(byte_tokenizer))
-    for more, end in (([], facts.eos_id), (["--doc_suffix", "[5,7]"], 7), (["--doc_suffix", ""], None)):
+    own = pretrain_affixes(facts)[1][-1]
+    for more, end in (([], own), (["--doc_suffix", "[5,7]"], 7), (["--doc_suffix", ""], None)):
         out = tmp_path / f"out-{end}"
         raw2ids("-i", source, "-o", out, "--tokenizer", byte_tokenizer, "-t", "pretrain", *more)
         written = json.loads((out / "_manifest.json").read_text())
@@ -380,7 +382,7 @@ def test_a_broken_file_of_a_tokenizer_is_named(tmp_path: Path, byte_tokenizer: P
         "-i", source, "-o", tmp_path / "out", "--tokenizer", tmp_path / "tok", "-t", "pretrain", check=False
     )
     assert result.returncode == 2
-    assert "tokenizer_config.json is not valid JSON" in result.stderr
+    assert "tokenizer_config.json: not valid JSON" in result.stderr
 
 
 def test_an_output_in_the_input_is_refused_before_anything_is_removed(tmp_path: Path, byte_tokenizer: Path) -> None:

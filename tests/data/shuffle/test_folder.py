@@ -3,13 +3,16 @@
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 
+from jllm.commands.manifest import main as describe
 from jllm.commands.repartition import main as repartition
 from jllm.commands.shuffle_datasets import main as shuffle_datasets
 from jllm.commands.shuffle_partition import main as shuffle_partition
 from jllm.data.dataset.manifest import Tokenizer, open_data_set, read_manifest, write_manifest
+from tests.data.foreign_sets import ids, write
 from tests.data.sets import make_set, row_numbers
 
 
@@ -115,22 +118,44 @@ def test_damaged_input_names_the_file(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", [0, 2, 3, 60, -1, -3, -9])
-def test_every_byte_is_checked(tmp_path: Path, place: int) -> None:
+def test_every_byte_is_checked(tmp_path: Path) -> None:
     """Also those that no reader of the rows needs; and a set that is refused leaves nothing behind."""
     make_set(tmp_path / "D/a", 500, files=3)
     path = tmp_path / "D/a/a-00000/a-00000-00001.zstd.parquet"
     good = path.read_bytes()
-    data = bytearray(good)
+    for place in (*range(40), *range(40, len(good), 37), *range(-12, 0)):
+        data = bytearray(good)
+        data[place] ^= 1
+        path.write_bytes(data)
+        result = run(shuffle_datasets, "-d", tmp_path / "D")
+        assert result.exit_code == 2, place
+        assert path.name in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert [each.name for each in tmp_path.iterdir()] == ["D"]
+    path.write_bytes(good)
+    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+
+
+def test_bytes_of_columns_that_are_left_out_are_checked(tmp_path: Path) -> None:
+    """A file of another writer, without checksums in its pages: what its manifest says of the whole file counts."""
+    rows = {"input_ids": ids([[1, 2]] * 50), "meta": pa.array([{"a": number} for number in range(50)])}
+    path = write(tmp_path / "D/a/a.parquet", rows, compression="none")
+    assert run(describe, tmp_path / "D/a").exit_code == 0
+    data = bytearray(path.read_bytes())
+    place = data.index((41).to_bytes(8, "little"))  # an element of the column that is left out
     data[place] ^= 1
     path.write_bytes(data)
     result = run(shuffle_datasets, "-d", tmp_path / "D")
     assert result.exit_code == 2
-    assert path.name in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert [each.name for each in tmp_path.iterdir()] == ["D"]
-    path.write_bytes(good)
-    assert run(shuffle_datasets, "-d", tmp_path / "D").exit_code == 0
+    assert f"{path}: the content does not match its checksum" in result.stderr
+
+
+def test_a_file_without_its_magic_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "D/a/a.parquet", {"input_ids": ids([[1, 2]] * 50)})
+    path.write_bytes(b"PAR2" + path.read_bytes()[4:])
+    result = run(shuffle_datasets, "-d", tmp_path / "D")
+    assert result.exit_code == 2
+    assert f"{path}: not a complete Parquet file" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_a_list_that_does_not_end_well_is_told(tmp_path: Path, text: str, bad: i
 
 EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 elements = st.recursive(
-    st.integers() | st.text(st.sampled_from('ab"\\[]{},: é\n'), max_size=8),
+    st.integers(-(2**63), 2**64 - 1) | st.text(st.sampled_from('ab"\\[]{},: é\n'), max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"]', max_size=2), inner, max_size=2),
     max_leaves=6,
 )

@@ -6,7 +6,8 @@ Guarantees: arguments are values, not JSON text; a call or a tool that has no su
 import json
 from typing import Any
 
-from jllm.data.chat.records.conversation import BadRecordError, kind_of, shown
+from jllm.data.chat.records.conversation import BadRecordError, shown
+from jllm.data.sources.records import json_type
 
 _ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
 _KNOWN_OF_CALLS = frozenset(("name", "id", "type", "index", "call_id", "strict", *_ARGUMENTS))
@@ -57,13 +58,13 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise BadRecordError("wrong type", f"{where} is {kind_of(value)}, not a list")
+        raise BadRecordError("wrong type", f"{where} is {json_type(value)}, not a list")
     return [_tool(_parsed(tool, f"{where} has a tool that is no JSON"), where, i) for i, tool in enumerate(value)]
 
 
 def _tool(tool: Any, where: str, number: int) -> dict[str, Any]:
     if not isinstance(tool, dict):
-        raise BadRecordError("wrong type", f"{where} {number} is {kind_of(tool)}, not the description of a tool")
+        raise BadRecordError("wrong type", f"{where} {number} is {json_type(tool)}, not the description of a tool")
     if "function" not in tool and isinstance(tool.get("name"), str):
         tool = {"type": "function", "function": tool}
     described: dict[str, Any] = tool

@@ -6,7 +6,8 @@ not join.
 
 from typing import Any, NamedTuple
 
-from jllm.data.chat.records.conversation import BadRecordError, kind_of, shown
+from jllm.data.chat.records.conversation import BadRecordError, shown
+from jllm.data.sources.records import json_type
 
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
@@ -31,13 +32,13 @@ def content_of(value: Any, where: str) -> Content:
     if value is None:
         return Content("")
     if not isinstance(value, list):
-        raise BadRecordError("wrong type", f"{where} is {kind_of(value)}, not text")
+        raise BadRecordError("wrong type", f"{where} is {json_type(value)}, not text")
     texts, reasoning = [], []
     for part in value:
         if isinstance(part, str):
             raise BadRecordError("wrong type", f"{where} is a list of texts, and nothing says how they belong together")
         if not isinstance(part, dict):
-            raise BadRecordError("wrong type", f"{where} has a part that is {kind_of(part)}, not an object")
+            raise BadRecordError("wrong type", f"{where} has a part that is {json_type(part)}, not an object")
         kind = part.get("type")
         if kind in _TEXT_PARTS:
             texts.append(_only_text(part, "text", where))
@@ -54,7 +55,7 @@ def _only_text(part: dict[str, Any], field: str, where: str) -> str:
     """The text of a part that holds nothing else."""
     text = part.get(field)
     if not isinstance(text, str):
-        raise BadRecordError("wrong type", f"{where} has a part whose {shown(field)} is {kind_of(text)}, not text")
+        raise BadRecordError("wrong type", f"{where} has a part whose {shown(field)} is {json_type(text)}, not text")
     for name, value in part.items():
         if name != field and name not in _HARMLESS and value not in (None, "", [], {}):
             raise BadRecordError("unknown part", f"{where} has a part of text that also holds {shown(name)}")

@@ -4,7 +4,10 @@ Guarantees: plain data, which travels to worker processes.
 """
 
 import dataclasses
+import json
 from typing import Any
+
+from jllm.errors import printable
 
 
 class BadRecordError(Exception):
@@ -69,22 +72,13 @@ MORE = f"{UNUSED}(others)"
 
 
 def unused(name: object) -> str:
-    """The name under which an unused field is counted; its own, cut where it is long and fit for a terminal."""
-    text = ascii(str(name)[:40])
-    return f"{UNUSED}{name if text[1:-1] == name else text}"
+    """The name under which an unused field is counted: its own, cut where it is long, on one line."""
+    return f"{UNUSED}{shown(str(name))[1:-1]}"
 
 
 def shown(value: object) -> str:
-    """A value out of a record for a message: short, on one line, without control codes."""
-    text = ascii(value) if not isinstance(value, str) else f'"{ascii(value)[1:-1]}"'
-    return text if len(text) <= 48 else f"{text[:45]}..."
-
-
-def kind_of(value: object) -> str:
-    """What a value is, as JSON calls it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    """A value out of a record for a message: as JSON, short, on one line, without control codes."""
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    if len(text) <= 48:
+        return text
+    return f'{text[:44]}..."' if isinstance(value, str) else f"{text[:45]}..."

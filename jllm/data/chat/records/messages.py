@@ -15,11 +15,11 @@ from jllm.data.chat.records.conversation import (
     BadRecordError,
     Conversation,
     ReadingStyle,
-    kind_of,
     shown,
     unused,
 )
 from jllm.data.chat.records.flags import flag_of, is_flag
+from jllm.data.sources.records import json_type
 
 CALLER = "function_call"
 """A role that is an assistant's call of a function, its content."""
@@ -86,7 +86,7 @@ def read_messages(given: list[Any], style: ReadingStyle) -> Conversation:
     found = Conversation(messages=[], trained=[], refused=[])
     for number, item in enumerate(given):
         if not isinstance(item, dict):
-            raise BadRecordError("wrong type", f"message {number} is {kind_of(item)}, not an object")
+            raise BadRecordError("wrong type", f"message {number} is {json_type(item)}, not an object")
         _read(item, number, style, found)
     return found
 
@@ -182,7 +182,7 @@ def _add_answer(message: dict[str, Any], rest: dict[str, Any], reasoning: str, w
         if value is None or value is False:
             continue
         if not isinstance(value, str):
-            raise BadRecordError("wrong type", f"{where} has {shown(name)} that is {kind_of(value)}, not text")
+            raise BadRecordError("wrong type", f"{where} has {shown(name)} that is {json_type(value)}, not text")
         if value.strip() and value not in thoughts:
             thoughts.append(value)
     if len(thoughts) > 1:

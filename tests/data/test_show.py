@@ -15,7 +15,7 @@ from jllm.commands.inspect import main
 from jllm.commands.manifest import main as manifest_command
 from jllm.data.dataset.columns import Column
 from jllm.data.dataset.manifest import open_data_set, write_manifest
-from jllm.data.dataset.show import MOST_BARS, histogram
+from jllm.data.show import MOST_BARS, histogram
 from tests.data.foreign_sets import ids, write
 from tests.data.sets import make_set
 from tests.data.typed_sets import make_typed_set
