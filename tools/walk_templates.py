@@ -6,6 +6,7 @@ Each case (a system message, tools, calls in parallel, reasoning, ...) is encode
     python tools/walk_templates.py            the tokenizers of $JLLM_ASSETS; exit code 1 if something differs
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ message. *without*: what the template leaves out; for reasoning of earlier turns
 
 
 def main() -> int:
+    """Write the document; 1 where something differs, or there is nothing to walk over."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folders = asset_tokenizers()
     if not folders:
         print("no tokenizers at hand: set JLLM_ASSETS, and bring them with: make assets", file=sys.stderr)

@@ -32,8 +32,14 @@ ASSUMED_LENGTH = 2048
 
 
 def read_model_info(config: TrainConfig) -> ModelInfo:
-    """Sizes and dtype of `--model`, without loading weights."""
+    """Sizes and dtype of `--model`, without loading weights.
+
+    Raises:
+        UserError: there is no such model, or its family does not keep documents apart as `--block_mask` asks.
+    """
     assert config.model is not None
+    if config.block_mask:
+        check_block_mask(read_config(config.model, trust_remote_code=config.trust_remote_code))
     return model_info(
         config.model,
         trust_remote_code=config.trust_remote_code,
@@ -64,8 +70,6 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     """
     assert config.model is not None
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
-    if config.block_mask:
-        check_block_mask(model_config)
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     attention = choose_attention(
         model_class,

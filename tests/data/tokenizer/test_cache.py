@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from jllm.data.tokenizer import cache, facts
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
@@ -63,6 +64,34 @@ def test_any_change_is_seen(folder: Path, load: Callable[[Path], tuple[Tokenizer
     changed, asked = load(folder)
     assert asked
     assert changed.chat_template == "{{ messages }}"
+
+
+def test_named_templates_are_those_of_transformers_and_their_changes_are_seen(
+    folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]
+) -> None:
+    (folder / "chat_template.jinja").write_text("{{ 0 }}")
+    first, _ = load(folder)
+    assert (first.chat_template, first.chat_templates) == ("{{ 0 }}", {})
+    (folder / "additional_chat_templates").mkdir()
+    for number, name in enumerate(("tool_use", "rag", "tool_use"), 1):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(f"{{{{ {number} }}}}")
+        changed, asked = load(folder)
+        assert asked
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert changed.chat_templates == tokenizer.chat_template
+        assert changed.chat_template == tokenizer.get_chat_template() == "{{ 0 }}"
+        assert changed.chat_templates["tool_use"] == tokenizer.get_chat_template(tools=[{}])
+    (folder / "chat_template.jinja").unlink()
+    changed, _ = load(folder)
+    assert changed.chat_template is None
+    assert set(changed.chat_templates) == {"tool_use", "rag"}
+    config = folder / "tokenizer_config.json"
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": named}))
+    (folder / "additional_chat_templates" / "tool_use.jinja").unlink()
+    (folder / "additional_chat_templates" / "rag.jinja").unlink()
+    changed, _ = load(folder)
+    assert (changed.chat_template, changed.chat_templates) == ("a", {"default": "a", "tool_use": "b"})
 
 
 def test_a_broken_entry_is_loaded_anew(folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]) -> None:

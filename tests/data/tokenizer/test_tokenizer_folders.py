@@ -78,3 +78,14 @@ def test_a_tokenizer_of_python_code_alone(tmp_path: Path) -> None:
     refused = raw2ids(*words, "-C", "-o", tmp_path / "out", check=False)
     assert refused.returncode == 2
     assert tree(tmp_path / "out") == before  # found out before anything was removed
+
+
+def test_notices_of_transformers_stay_out_of_our_lines(tmp_path: Path) -> None:
+    """This tokenizer runs in the command's own process, and has something to say of texts that are long to it."""
+    folder = make_slow_folder(tmp_path / "tokenizer")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 5, "odd_setting": 1}))
+    source = write_jsonl(tmp_path / "some.jsonl", TEXTS)
+    words = ["-i", source, "-o", tmp_path / "out", "--tokenizer", folder, "-t", "pretrain"]
+    result = raw2ids(*words, own_process=True)
+    assert result.stderr.splitlines() == ["engine: hf, not fastokens: the tokenizer has no fast backend"]
