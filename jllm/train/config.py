@@ -335,10 +335,10 @@ def resolved_options(config: TrainConfig) -> dict[str, Any]:
 
 def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:
     """Raises:
-    UserError: a run that goes on from a checkpoint after `step` would have nothing to do.
+    UserError: a run that goes on from a checkpoint after `step` would have nothing to do. With `--resume_ckpt auto`,
+        the line that is given again and again, that is its end and no mistake.
     """
-    only_export = config.resume_ckpt == "auto" and config.output_dir is not None
-    if step > total_steps or (step == total_steps and not only_export):
+    if step > total_steps or (step == total_steps and config.resume_ckpt != "auto"):
         raise UserError(
             f"{checkpoint} is after step {step} of {total_steps}: nothing is left to train;"
             " raise --max_steps or --num_train_epochs"

@@ -95,7 +95,8 @@ def check_folders_are_free(config: TrainConfig) -> None:
     """
     if config.resume_ckpt == AUTO or config.clean:
         return
-    ways_out = "give --resume_ckpt auto to go on with it, --clean to start over, or another folder"
+    go_on = "--resume_ckpt auto to go on with it, " if config.checkpoint is not None else ""
+    ways_out = f"give {go_on}--clean to start over, or another folder"
     if config.checkpoint is not None:
         found = [*list_checkpoints(config.checkpoint, marker=MODEL_MARKER), *list_checkpoints(config.checkpoint)]
         if found and (config.resume_ckpt is None or run_id_of(found[-1]) not in (None, run_id(config))):

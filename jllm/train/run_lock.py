@@ -15,6 +15,7 @@ Cost: one small file; a touch every 20 seconds.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import socket
@@ -31,6 +32,8 @@ PREFIX = ".run-lock-"
 TOUCH_SECONDS = 20.0
 STALE_SECONDS = 120.0
 POLL_SECONDS = 1.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links say (FAT, many that are mounted from an object store)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ class RunLock:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(complete, mine)
+            _give_name(complete, mine)
         except FileExistsError:
             return False
         finally:
@@ -185,6 +188,20 @@ def _newest(folder: Path) -> Path | None:
 
 def _generation(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
+
+
+def _give_name(complete: Path, name: Path) -> None:
+    """Let `name` be a copy of a file. Raises FileExistsError where it is there already, for all askers but one."""
+    try:
+        os.link(complete, name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A run killed here leaves a lock that nobody can read, which is stale after `STALE_SECONDS`.
+        with name.open("x", encoding="utf-8") as file:
+            file.write(complete.read_text(encoding="utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _is_stale(path: Path) -> bool:

@@ -216,9 +216,8 @@ def test_another_model_is_refused(
     name = str(tmp_path.relative_to(folder.parent))
     model = {"model": variant(folder, f"model-{tmp_path.name}", **changes), "checkpoint": None}
     resume = options_of(folder, name, **model, resume_ckpt=start, log_dir=tmp_path / "log")
-    begin = options_of(folder, name, **model, from_ckpt=Path(start), log_dir=tmp_path / "log")
+    begin = options_of(folder, name, **model, from_ckpt=Path(start), log_dir=tmp_path / "log-begin")
     convert = {**begin, "num_train_epochs": 0, "output_dir": tmp_path / "out"}
-    begin["clean"] = True  # of the records of the run before
     gentle = [resume, begin, convert]
     answers = train_each(ranks, gentle, tmp_path / "console")
     options = ["--resume_ckpt", "--from_ckpt", "--from_ckpt"]

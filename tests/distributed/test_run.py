@@ -223,8 +223,8 @@ def test_the_template_of_the_data_is_exported(
     (tmp_path / "model/additional_chat_templates").mkdir()
     (tmp_path / "model/additional_chat_templates/rag.jinja").write_text("{{ rag }}")
     (tmp_path / "out/chat_template.jinja").unlink()
-    for _ in range(2):  # the second time into a folder that has them
-        more = {**more, "only_ckpt_model": False, "checkpoint": None}
+    for number in range(2):  # the second time into a folder that has them
+        more = {**more, "only_ckpt_model": False, "checkpoint": None, "log_dir": tmp_path / f"log-{number}"}
         assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
         assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ rag }}"
         assert not (tmp_path / "out/chat_template.jinja").exists()
