@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError
+from jllm.machine import parse_duration
 from jllm.options import option
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -56,6 +57,12 @@ class TrainConfig:
     tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
     output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
 
+    export: str = option(
+        "last",
+        help="which weights --output_dir gets: the last, or those of the checkpoint with the lowest evaluation loss",
+        choices=("last", "best"),
+    )
+
     # Parallelism
     pipe_parallel_size: int = option(1, help="pipeline stages; what remains of the processes is data-parallel")
     model_parallel_size: int = option(1, help="tensor-parallel processes; only 1 in this version")
@@ -80,6 +87,11 @@ class TrainConfig:
     global_batch_size: int | None = option(None, help="rows of a step over all processes, instead of the above")
     num_train_epochs: int = option(1, help="passes over the data; 0: convert --from_ckpt to --output_dir only")
     max_steps: int | None = option(None, help="train exactly this many steps, over as many epochs as that takes")
+    time_limit: str | None = option(
+        None,
+        metavar="DURATION",
+        help="save and leave, with exit code 75, before the process is this old: 23h50m or 23:50:00",
+    )
     steps_per_print: int = option(1, help="steps between two lines on the console")
 
     # Optimizer
@@ -215,6 +227,15 @@ class TrainConfig:
             raise UserError("--early_stop looks at the evaluation loss; give --eval_data")
         if self.best_of and not self.eval_data:
             raise UserError("--best_of looks at the evaluation loss; give --eval_data")
+        if self.export == "best" and not (self.best_of and self.checkpoint):
+            raise UserError("--export best takes a checkpoint that --best_of keeps; give --best_of 1 and --checkpoint")
+        if self.time_limit_seconds is not None and (self.checkpoint is None or self.only_ckpt_model):
+            why = (
+                "--only_ckpt_model leaves nothing to go on from" if self.only_ckpt_model else "there is no --checkpoint"
+            )
+            raise UserError(
+                f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
+            )
         if self.only_ckpt_model and self.resume_ckpt == "auto":
             raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
@@ -224,6 +245,16 @@ class TrainConfig:
         parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
         parse_epochs(self.skip_epoch, "--skip_epoch")
         named_folders(self.eval_data)
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """`--time_limit` as a number."""
+        return None if self.time_limit is None else parse_duration("--time_limit", self.time_limit)
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether a run can go on from what this one saves."""
+        return self.checkpoint is not None and not self.only_ckpt_model
 
     @property
     def resolved_log_dir(self) -> Path | None:

@@ -104,3 +104,21 @@ def check_folders_are_free(config: TrainConfig) -> None:
     records = None if config.resolved_log_dir is None else config.resolved_log_dir / METRICS_NAME
     if config.resume_ckpt is None and records is not None and records.is_file() and records.stat().st_size:
         raise UserError(f"{records} holds the records of another run: {ways_out}")
+
+
+def check_model_folders(config: TrainConfig, agreement: Agreement) -> None:
+    """See to it that the stages of a model are written to one folder; every process calls it.
+
+    Raises:
+        UserError: they are on several nodes, and what they write would not come together.
+    """
+    nodes = agreement.gather(agreement.node)
+    if len({nodes[rank] for rank in agreement.mesh.writers}) == 1:
+        return
+    model_only = config.checkpoint if config.only_ckpt_model else None
+    for name, folder in (("--output_dir", config.output_dir), ("--checkpoint", model_only)):
+        if folder is not None and not agreement.sees_one_folder(folder):
+            raise UserError(
+                f"{name} {folder} is another folder on each node, and each would get a part of the model; give one"
+                " that all nodes share"
+            )

@@ -147,7 +147,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
-    from jllm.train import triggers
+    from jllm.train import requests
     from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
     passed = [0.0]
@@ -158,7 +158,7 @@ def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
         return train_step(*arguments)
 
     TrainingEngine.train_step = slow  # type: ignore[method-assign]
-    triggers.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
+    requests.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
     return train_rank(options)
 
 

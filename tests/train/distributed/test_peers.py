@@ -118,7 +118,9 @@ def test_an_end_in_order_is_no_loss(group: type[Group]) -> None:
     assert run.errors() == []
 
 
-@pytest.mark.parametrize(("end", "codes"), [("mistake-0", [2, 1, 1]), ("mistake-2", [1, 1, 2]), ("mistake-all", [2] * 3)])
+@pytest.mark.parametrize(
+    ("end", "codes"), [("mistake-0", [2, 1, 1]), ("mistake-2", [1, 1, 2]), ("mistake-all", [2] * 3)]
+)
 def test_one_speaks_of_a_mistake_and_all_end(group: type[Group], end: str, codes: list[int]) -> None:
     run = group(world=3, timeout=600, end=end)  # type: ignore[call-arg]
     assert run.codes() == codes
