@@ -8,7 +8,6 @@ end does so, and says why; unless all were asked, and are on their way. A second
 """
 
 import contextlib
-import datetime
 import enum
 import os
 import signal
@@ -17,11 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from jllm.machine import process_seconds
 from jllm.train.config import TrainConfig
-from jllm.train.distributed import launch
+from jllm.train.distributed import launch, peers
 from jllm.train.ending import INTERRUPT_EXIT_CODE, SIGTERM_EXIT_CODE, Ending
 
 BOUNDARY_SECONDS = 30.0
@@ -102,23 +99,14 @@ class Requests:
 
     def _end_in_time(self) -> None:
         """End this process where the others do not come to the end of a step, and were not all asked to end."""
-        try:
-            # The first process has the store; where it is gone, there is nobody to agree with.
-            store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=datetime.timedelta(seconds=BOUNDARY_SECONDS),
-            )
-            asked = store.add("jllm/asked-to-end", 1)
-            if self._heard.wait(BOUNDARY_SECONDS):
-                return
-            if store.add("jllm/asked-to-end", 0) >= self._world_size:
-                return
-        except RuntimeError:
-            asked = 0
+        peers.ask_to_end()
+        if self._heard.wait(BOUNDARY_SECONDS):
+            return
+        asked = peers.asked_to_end()
+        if len(asked) >= self._world_size or self._world_size == 1:
+            return  # all are on their way, and the launcher, which has its own patience, decides
         interrupted = Request.INTERRUPT in self._signals
-        if asked <= 1:
+        if launch.rank() == min(asked, default=launch.rank()):
             with contextlib.suppress(OSError, ValueError):
                 print(
                     f"error: rank {launch.rank()} was asked to end ({'Ctrl-C' if interrupted else 'SIGTERM'}), and the"

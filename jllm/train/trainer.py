@@ -260,9 +260,7 @@ class TrainingRun:
             if self.other_length is not None:
                 self.recorder.say(self.other_length)
             if self.had_ended:
-                how = (
-                    "stopped early, which more --early_stop would not have" if self.early_stop.stops else "is complete"
-                )
+                how = "stopped early (more --early_stop goes on)" if self.early_stop.stops else "is complete"
                 self.recorder.say(f"the run {how}: nothing is left to train")
             if self.fresh_optimizer:
                 self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")

@@ -53,7 +53,9 @@ def test_a_finished_run_leaves_no_lock_and_a_new_one_is_refused(
     before = content(tmp_path)
     for more in ({}, {"checkpoint": None}, {"only_ckpt_model": True}, {"from_ckpt": tmp_path / "ckpt"}):
         answers = ranks(2).run(train_rank, options(folder, tmp_path, **more))
-        assert all(answer is not None and "of another run: give --resume_ckpt auto" in answer for answer in answers)
+        go_on = "" if more == {"checkpoint": None} else "--resume_ckpt auto to go on with it, "
+        ways_out = f"of another run: give {go_on}--clean to start over, or another folder"
+        assert all(answer is not None and ways_out in answer for answer in answers)
     assert content(tmp_path) == before
     assert ranks(2).run(train_rank, options(folder, tmp_path, resume_ckpt="auto")) == [None] * 2
     assert ranks(2).run(train_rank, options(folder, tmp_path, clean=True, max_steps=1)) == [None] * 2

@@ -28,7 +28,7 @@ GRACE_SECONDS = 6.0
 """How long the others may take to meet the mistake that one process has met."""
 ANSWER_SECONDS = 3.0
 LOST_EXIT_CODE = 1
-_STEP, _GOODBYE, _MISTAKE = "step", "goodbye", "mistake"
+_STEP, _GOODBYE, _MISTAKE, _ASKED = "step", "goodbye", "mistake", "asked"
 _BEAT, _SPEAK, _END, _FIRST_LEAVES = "beat", "speak", "end", "first leaves"
 
 
@@ -72,6 +72,7 @@ class _Known:
     step: int
     heard: float
     has_left: bool = False
+    is_asked: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -137,6 +138,10 @@ class _Desk:
             known.heard = time.monotonic()
             known.step = message.get(_STEP, known.step)
             known.has_left |= _GOODBYE in message
+            if _ASKED in message:
+                known.is_asked = True
+                asked = [each.rank for each in self._known.values() if each is not None and each.is_asked]
+                self._tell_all({_ASKED: asked})
             if known.rank == 0 and (_GOODBYE in message or _MISTAKE in message):
                 self._tell_all({_FIRST_LEAVES: True}, but=0)
             if _MISTAKE in message:
@@ -183,6 +188,7 @@ class Peers:
         self._line.send({"token": token, "rank": rank, "host": socket.gethostname()})
         self._step = 0
         self._has_left = self._first_leaves = False
+        self.asked: list[int] = []
         self._answer: bool | None = None
         self._answered = threading.Event()
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
@@ -195,6 +201,10 @@ class Peers:
         """This process ends in order: the others do too, or need it no longer."""
         self._has_left = True
         self._line.send({_GOODBYE: True})
+
+    def ask_to_end(self) -> None:
+        """Tell the others that this process is asked to end."""
+        self._line.send({_ASKED: True})
 
     def may_speak(self) -> bool:
         """This process ends for a mistake; whether it is the one that says so. All others end too."""
@@ -220,6 +230,7 @@ class Peers:
                     if _SPEAK in message:
                         self._answer = bool(message[_SPEAK])
                         self._answered.set()
+                    self.asked = message.get(_ASKED, self.asked)
                     self._first_leaves |= _FIRST_LEAVES in message
                     if _END in message and not self._has_left:
                         os._exit(LOST_EXIT_CODE)
@@ -275,6 +286,17 @@ def leave() -> None:
     """Before the last thing that all processes do together: this one ends in order after it."""
     if _mine is not None:
         _mine.leave()
+
+
+def ask_to_end() -> None:
+    """Tell the others that this process is asked to end."""
+    if _mine is not None:
+        _mine.ask_to_end()
+
+
+def asked_to_end() -> list[int]:
+    """The ranks that are known to be asked to end, this one's own included where it is not alone."""
+    return _mine.asked if _mine is not None else []
 
 
 def may_speak() -> bool | None:

@@ -70,13 +70,15 @@ for number in range(20):
 
 
 def test_sigterm_is_seen_inside_a_call_that_does_not_return() -> None:
-    """Such as a collective operation whose peers are gone: asked to end alone, the rank ends after five seconds."""
+    """Such as a collective operation whose peers are gone: asked to end alone, the rank ends after a while."""
     code = """
 import ctypes, os
 from pathlib import Path
+from jllm.train import requests
 from jllm.train.requests import Requests
 from jllm.train.config import TrainConfig
 
+requests.BOUNDARY_SECONDS = 3
 Requests(TrainConfig(model=Path("model"), train_data=("data",)), is_first=False, world_size=2).listen()
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 print(flush=True)
