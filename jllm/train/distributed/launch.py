@@ -112,6 +112,8 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
             ) from None
         raise UserError(f"cannot reach the other processes at {where}: {error}") from None
     peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds)
+    if get_accelerator().device_name() == "cpu":
+        _forget_buffer_name()
 
 
 def _set_alone_environment() -> None:
@@ -161,6 +163,19 @@ def _compile_cpu_operator() -> None:
             f"training on CPU compiles a DeepSpeed operator ({builder.name}), which failed: {reason[:200]};"
             " install a C++ compiler (such as the package g++) and ninja, or set CXX to the compiler"
         ) from None
+
+
+def _forget_buffer_name() -> None:
+    """Remove the name of the shared memory (66 MiB a rank) that DeepSpeed's CPU backend has made.
+
+    It would stay for ever where a process is killed or leaves at once. Everyone has opened it by now, so the memory
+    itself ends with the last process of the run.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    where = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
