@@ -3,9 +3,9 @@
     python benchmarks/three_weeks.py [--events 60] [--seed 1] [--steps_per_event 25]
 
 A supervisor does what a scheduler does: it starts a run of two processes, always by the same line, until it exits with
-0. Meanwhile events happen at random moments: kill -9 of a rank, of the launcher, of all; a file-size limit that makes one
-process's writes fail for a while; a flipped byte in the newest checkpoint; a second start; the lock of a run on another
-host; a rank that stands still for longer than `--timeout`; SIGTERM to one or all; the line's own time limit.
+0. Meanwhile events happen at random moments: kill -9 of a rank, of the launcher, of all; a file-size limit that makes
+one process's writes fail for a while; a flipped byte in the newest checkpoint; a second start; the lock of a run on
+another host; a rank that stands still for longer than `--timeout`; SIGTERM to one or all; the line's own time limit.
 
 Prints one JSON line: how often each event came, how many starts it took, and whether the losses of all steps are
 bit-identical to those of an undisturbed run. The exit code is 1 where they are not, or where an end asked for a person.
@@ -65,27 +65,16 @@ class Start(subprocess.Popen[bytes]):
 
     def __init__(self, line: list[str], output: Path) -> None:
         self.output = output
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with output.open("ab") as file:
             super().__init__(
-                [
-                    sys.executable,
-                    "-m",
-                    "deepspeed.launcher.runner",
-                    "--num_gpus",
-                    "2",
-                    "--master_port",
-                    str(free_port()),
-                ]
-                + line,
+                [*launcher, "--master_port", str(free_port()), *line],
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
                 cwd=ROOT,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                },
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
             )
 
     def processes(self) -> dict[int, list[str]]:
