@@ -279,7 +279,7 @@ class ThreeWeeks:
 
     def _forge_a_lock(self, start: Start, place: Path) -> None:
         """All are killed, and before the next start a run on another host, long gone itself, has left its lock."""
-        from jllm.train.run_lock import PREFIX, STALE_SECONDS, Holder
+        from jllm.train.lifecycle.run_lock import PREFIX, STALE_SECONDS, Holder
 
         start.clear()
         for path in (place / "ckpt").glob(f"{PREFIX}*"):

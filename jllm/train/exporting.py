@@ -9,13 +9,13 @@ from jllm.train import setup
 from jllm.train.checkpoint.export import export
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import is_exported, load_weights, load_weights_only
+from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.config import TrainConfig
 from jllm.train.distributed import peers
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.records.metrics import Recorder
-from jllm.train.saving import RunSaver
 from jllm.train.shape import RunShape
 
 

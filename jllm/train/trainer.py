@@ -13,6 +13,7 @@ from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
 from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.random_state import random_states, restore_random_states
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Intact,
@@ -25,8 +26,8 @@ from jllm.train.checkpoint.resume import (
     other_length,
     record_of_run,
 )
+from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.checkpoint.state import TrainingState
-from jllm.train.clean import remove_earlier_runs
 from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
 from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps
@@ -34,19 +35,18 @@ from jllm.train.distributed import launch, peers
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
-from jllm.train.ending import PERSON_EXIT_CODE, Ending, StoppedError
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
 from jllm.train.exporting import convert, export_run
+from jllm.train.lifecycle.clean import remove_earlier_runs
+from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
+from jllm.train.lifecycle.requests import Request, Requests
+from jllm.train.lifecycle.run_folders import check_folders_are_free, check_model_folders, locked, run_id
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
-from jllm.train.random_state import random_states, restore_random_states
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.throughput import peak_memory, utilisation
-from jllm.train.requests import Request, Requests
-from jllm.train.run_folders import check_folders_are_free, check_model_folders, locked, run_id
-from jllm.train.saving import RunSaver
 from jllm.train.shape import RunShape, resolve_shape
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, SpikeWatch
 
@@ -55,7 +55,7 @@ LARGE_EVALUATION_SHARE = 0.15
 
 
 def run(config: TrainConfig) -> int:
-    """The work of one process, from joining the others to the exported folder; the exit code (`jllm.train.ending`).
+    """The work of one process, from joining the others to the exported folder. Returns the exit code.
 
     Raises:
         UserError: impossible options, data or model; on every process, or on the one that met it.

@@ -1,6 +1,6 @@
 """When to evaluate, when to save, when to stop: what follows from the step and its numbers, alike on all processes.
 
-What depends on one process alone is a request (`jllm.train.requests`).
+What depends on one process alone is a request (`jllm.train.lifecycle.requests`).
 """
 
 import math
@@ -9,7 +9,7 @@ from collections import deque
 
 from jllm.train.config import TrainConfig, parse_epochs
 from jllm.train.data.batching import EpochSteps
-from jllm.train.ending import StoppedError
+from jllm.train.lifecycle.ending import StoppedError
 
 
 class Cadence:

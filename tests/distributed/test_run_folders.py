@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jllm.train.run_lock import PREFIX, Holder
+from jllm.train.lifecycle.run_lock import PREFIX, Holder
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows

@@ -19,8 +19,8 @@ from pathlib import Path
 from jllm.errors import UserError
 from jllm.parallel.collectives import Collectives
 from jllm.train.data.loader import ReadAhead, Step
-from jllm.train.ending import StoppedError
-from jllm.train.requests import Request
+from jllm.train.lifecycle.ending import StoppedError
+from jllm.train.lifecycle.requests import Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ def test_sigterm_is_seen_inside_a_call_that_does_not_return() -> None:
     code = """
 import ctypes, os
 from pathlib import Path
-from jllm.train import requests
-from jllm.train.requests import Requests
+from jllm.train.lifecycle import requests
+from jllm.train.lifecycle.requests import Requests
 from jllm.train.config import TrainConfig
 
 requests.BOUNDARY_SECONDS = 3

@@ -1,4 +1,4 @@
-"""What one process asks of all: files, the clock, the age of the process; and which of several reasons to end counts."""
+"""What one process asks of all: files, the clock, the age of the process; which of several reasons to end counts."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,14 @@ def test_the_first_reason_to_end_counts() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("23h50m", 85800), ("90m", 5400), ("1d", 86400), ("2d3h4m5s", 183845), ("23:50:00", 85800), ("1-12:00:00", 129600)],
+    [
+        ("23h50m", 85800),
+        ("90m", 5400),
+        ("1d", 86400),
+        ("2d3h4m5s", 183845),
+        ("23:50:00", 85800),
+        ("1-12:00:00", 129600),
+    ],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration("--time_limit", text) == seconds
@@ -56,5 +63,5 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "0m", "90", "1.5h", "-1h", "5m2h", "1:2:3", "9" * 20 + "d", "h", "inf"])
 def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(UserError, match="--time_limit .*: give a duration such as 23h50m"):
+    with pytest.raises(UserError, match=r"--time_limit .*: give a duration such as 23h50m"):
         parse_duration("--time_limit", text)

@@ -6,7 +6,7 @@ from pathlib import Path
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig, named_folders, weighted_folders
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.run_lock import PREFIX
+from jllm.train.lifecycle.run_lock import PREFIX
 
 
 def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:

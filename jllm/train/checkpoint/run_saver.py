@@ -1,9 +1,9 @@
 """The checkpoints of a run: begun, written or not, tried again, and what is said of each.
 
 A checkpoint is begun between two steps and written in the background. How it comes along is a request of each process
-(`jllm.train.requests`), so all processes know at the end of the next step that it is written, or that it is not. Then
-what is half written is removed, and one more is begun at once, after the retention has made room. Where that fails too
-the run ends, and says which checkpoints there are.
+(`jllm.train.lifecycle.requests`), so all processes know at the end of the next step that it is written, or that it is
+not. Then what is half written is removed, and one more is begun at once, after the retention has made room. Where that
+fails too the run ends, and says which checkpoints there are.
 """
 
 import time
@@ -15,13 +15,13 @@ from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.train.checkpoint import folders
 from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.random_state import random_states
 from jllm.train.checkpoint.saver import CheckpointSaver, ranked
 from jllm.train.checkpoint.state import TrainingState
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.random_state import random_states
+from jllm.train.lifecycle.requests import Request
 from jllm.train.records.metrics import Recorder
-from jllm.train.requests import Request
 
 
 class RunSaver:

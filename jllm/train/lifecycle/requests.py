@@ -19,7 +19,7 @@ from pathlib import Path
 from jllm.machine import process_seconds
 from jllm.train.config import TrainConfig
 from jllm.train.distributed import launch, peers
-from jllm.train.ending import INTERRUPT_EXIT_CODE, SIGTERM_EXIT_CODE, Ending
+from jllm.train.lifecycle.ending import INTERRUPT_EXIT_CODE, SIGTERM_EXIT_CODE, Ending
 
 BOUNDARY_SECONDS = 30.0
 

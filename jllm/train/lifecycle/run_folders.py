@@ -1,8 +1,8 @@
 """The folders of a run are its own: locked while it goes on, and never another run's.
 
-A run writes to `--checkpoint` and to its log folder. It holds a lock on both (`jllm.train.run_lock`), on every node
-that has folders of its own. Checkpoints and records that are there already are those of the run that goes on from
-them; a new run is refused, because it would overwrite the records, and its retention would remove the checkpoints.
+A run writes to `--checkpoint` and to its log folder. It holds a lock on both (`jllm.train.lifecycle.run_lock`), on
+every node that has folders of its own. Checkpoints and records that are there already are those of the run that goes on
+from them; a new run is refused, because it would overwrite the records, and its retention would remove the checkpoints.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from jllm.train.checkpoint.folders import INDEX_NAME, MODEL_MARKER, list_checkpo
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.lifecycle.run_lock import RunLock
 from jllm.train.records.metrics import METRICS_NAME
-from jllm.train.run_lock import RunLock
 
 AUTO = "auto"
 """The `--resume_ckpt` that finds out by itself."""

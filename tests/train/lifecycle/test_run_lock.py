@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from jllm.errors import UserError
-from jllm.train import run_lock
-from jllm.train.run_lock import PREFIX, STALE_SECONDS, Holder, RunLock
+from jllm.train.lifecycle import run_lock
+from jllm.train.lifecycle.run_lock import PREFIX, STALE_SECONDS, Holder, RunLock
 
 
 def lock_of(folder: Path, run: str = "mine", lost: Callable[[str], None] = print) -> RunLock:
@@ -72,7 +72,7 @@ def test_one_of_many_that_ask_at_once_gets_it(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_a_stale_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, time; from jllm.train.run_lock import RunLock\n"
+        "import sys, pathlib, time; from jllm.train.lifecycle.run_lock import RunLock\n"
         "RunLock(pathlib.Path(sys.argv[1]), 'r', lost=print).take(wait=0, say=print)\n"
         "print('held', flush=True); time.sleep(60)"
     )
