@@ -68,9 +68,13 @@ class Collectives:
 
     def total(self, value: int) -> int:
         """The sum of a number over all processes."""
-        number = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(number, group=self._group)
-        return int(number)
+        return self.totals([value])[0]
+
+    def totals(self, values: list[int]) -> list[int]:
+        """The sums of numbers, equally many on all processes."""
+        numbers = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(numbers, group=self._group)
+        return numbers.tolist()  # type: ignore[no-any-return]
 
     @property
     def node(self) -> int:

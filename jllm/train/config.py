@@ -9,6 +9,7 @@ from typing import Any
 from jllm.errors import UserError
 from jllm.machine import parse_duration
 from jllm.options import option
+from jllm.train.records.sinks.names import services_of
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -158,6 +159,13 @@ class TrainConfig:
     log_dir: Path | None = option(
         None, help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
     )
+    report_to: str = option(
+        "", help="services that get the numbers too, by commas: mlflow, trackio, wandb; each by its own package"
+    )
+    report_files: bool = option(False, help="give the files of checkpoints and model to --report_to, not their places")
+    trace_step: int | None = option(
+        None, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
+    )
     dry_run: bool = option(False, help="print the options, the stages, steps and estimates, and end without training")
     config: Path | None = option(
         None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
@@ -169,7 +177,7 @@ class TrainConfig:
             self, 1, "pipe_parallel_size", "per_device_train_batch_size", "steps_per_print", "timeout", "lr_cycles"
         )
         _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
-        _at_least(self, 1, "batch_size_tokens")
+        _at_least(self, 1, "batch_size_tokens", "trace_step")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
         _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
         _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint", "lock_wait")
@@ -241,6 +249,7 @@ class TrainConfig:
         if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
             raise UserError(f"--steps_per_eval {self.steps_per_eval}: a whole number of steps, or a share below 1")
         _check_folders(self)
+        services_of(self.report_to)
         skipped_steps(self)
         parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
         parse_epochs(self.skip_epoch, "--skip_epoch")

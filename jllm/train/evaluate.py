@@ -1,5 +1,8 @@
 """Evaluation: every row of a data set once, loss and accuracy averaged exactly over its trained tokens.
 
+Quantiles of the tokens' losses, and of the entropies of what the model predicts for them, come from histograms whose
+bins are within 0.8 % (`jllm.train.objectives.histogram`); they are the same however rows are divided.
+
 Rows are dealt to the pipelines as in training; the last, short batch is filled with fully masked rows. A set has at
 least one trained token: without any, every model would have the same loss. Cost: one forward pass over the set.
 """
@@ -7,7 +10,8 @@ least one trained token: without any, every model would have the same loss. Cost
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
@@ -17,7 +21,8 @@ from jllm.train.data.loader import Step, eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import TrainingEngine
-from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropyAndAccuracy
+from jllm.train.objectives.cross_entropy import CORRECT, ENTROPIES, LOSSES, TOP5, CrossEntropyAndAccuracy
+from jllm.train.objectives.histogram import BINS, quantile
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.shape import RunShape
 from jllm.train.triggers import Cadence
@@ -26,16 +31,24 @@ MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""
 
 
+PERCENTILES = (10, 50, 90, 99)
+"""Of losses and entropies, in the records."""
 Exchange = Callable[[Iterator[Step] | None], tuple[Step | None, StepFacts]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The mean loss over `tokens` trained tokens, of which the model ranked `correct` first."""
+    """The mean loss over `tokens` trained tokens, of which the model ranked `correct` first, `top5` among five.
+
+    `losses` and `entropies` are histograms of the tokens.
+    """
 
     loss: float
     tokens: int
     correct: int
+    top5: int
+    losses: Sequence[int]
+    entropies: Sequence[int]
 
     @property
     def perplexity(self) -> float:
@@ -46,6 +59,19 @@ class Evaluation:
     def accuracy(self) -> float:
         """The share of trained tokens that had the highest logit."""
         return self.correct / self.tokens
+
+    def record(self) -> dict[str, Any]:
+        """As the records of a run have it."""
+        found: dict[str, Any] = {
+            "eval_loss": self.loss,
+            "eval_tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "top5_accuracy": self.top5 / self.tokens,
+        }
+        for name, counts in (("loss", self.losses), ("entropy", self.entropies)):
+            found |= {f"{name}_p{percent}": quantile(counts, percent / 100) for percent in PERCENTILES}
+        return found
 
 
 def open_evaluation_sets(
@@ -97,7 +123,17 @@ def evaluate(
             return None
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
-    return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(objective.reported(CORRECT)))
+    correct, top5, *counts = agreement.totals(
+        [
+            objective.reported(CORRECT),
+            objective.reported(TOP5),
+            *objective.all_reported(LOSSES, BINS),
+            *objective.all_reported(ENTROPIES, BINS),
+        ]
+    )
+    return Evaluation(
+        loss=total / tokens, tokens=tokens, correct=correct, top5=top5, losses=counts[:BINS], entropies=counts[BINS:]
+    )
 
 
 def mean_loss(evaluations: Iterable[Evaluation]) -> float:

@@ -70,7 +70,8 @@ def export_run(
         assert saver is not None
         _load_best(stage, saver, agreement, recorder, step=step)
     export(stage, agreement, folder, source=config.model, dtype=model.dtype, chat_template=chat_template)
-    recorder.say(f"wrote {folder}")
+    recorder.event("export", f"wrote {folder}", step=step, folder=str(folder))
+    recorder.artefact("model", folder)
 
 
 def _load_best(stage: PipelineStage, saver: RunSaver, agreement: Agreement, recorder: Recorder, *, step: int) -> None:

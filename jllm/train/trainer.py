@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from jllm import __version__
 from jllm.errors import UserError
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
@@ -46,7 +47,9 @@ from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
-from jllm.train.records.throughput import peak_memory, utilisation
+from jllm.train.records.sinks.choice import reporters_of
+from jllm.train.records.step_record import record_of_step
+from jllm.train.records.throughput import DeviceUse
 from jllm.train.shape import RunShape, resolve_shape
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, SpikeWatch
 
@@ -74,7 +77,9 @@ def run(config: TrainConfig) -> int:
     agreement.from_first_reader(lambda: check_folders_are_free(config))
     run = agreement.from_first_reader(lambda: run_id(config))
     with locked(config, agreement, run):
-        return TrainingRun(config, shape, agreement, model_info, run=run).train()
+        training = TrainingRun(config, shape, agreement, model_info, run=run)
+        with training.recorder.until_the_end():
+            return training.train()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,8 @@ class TrainingRun:
             total_steps=self.total_steps,
             first_step=self.step + 1,
             steps_per_print=config.steps_per_print,
+            evaluates_first=self.evaluation_pending,
+            reporters=reporters_of(config, run) if agreement.place.is_first else (),
         )
 
     def train(self) -> int:
@@ -209,7 +216,6 @@ class TrainingRun:
         if self.step > 0:
             self._save_checkpoint()
         self._finish_saving()
-        self.recorder.close()
         if not self._is_saved:
             raise UserError(str(error))
         raise UserError(f"{error}; the state after step {self.step} is saved", exit_code=PERSON_EXIT_CODE)
@@ -226,18 +232,21 @@ class TrainingRun:
 
     def _leave(self, ending: Ending) -> int:
         """The last thing that all processes do together."""
-        code = ending.exit_code(is_saved=self._is_saved)
+        code, line = ending.exit_code(is_saved=self._is_saved), None
         if not ending.is_done:
             left = "the same line goes on from here" if self._is_saved else "nothing is saved"
-            self.recorder.say(f"{ending.value}: the run ends after step {self.step}, {left} (exit code {code})")
+            line = f"{ending.value}: the run ends after step {self.step}, {left} (exit code {code})"
+        self.recorder.event("end", line, step=self.step, reason=ending.value, exit_code=code, is_saved=self._is_saved)
         self.requests.close()
         peers.leave()
         self.agreement.barrier()
-        self.recorder.close()
+        self.recorder.close(waits=ending.is_done)
         return code
 
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
+        world = shape.mesh.world_size
+        self.recorder.event("start", run=self.id, version=__version__, processes=world, total_steps=self.total_steps)
         self.recorder.say(self.plan.table)
         self.recorder.say(
             f"{shape.processes}; a step is {shape.accumulation} micro-batches of"
@@ -248,15 +257,16 @@ class TrainingRun:
             self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
         )
         if share > LARGE_EVALUATION_SHARE:
-            self.recorder.say(
-                f"warning: evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"
+            self.recorder.warn(
+                f"evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"
             )
         if self.saver is not None and self.saver.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
             for problem in self.resumed.damaged:
-                self.recorder.say(f"warning: {problem}; the checkpoint before it is taken")
-            self.recorder.say(f"going on from {self.resumed.reader.folder} after step {self.step}")
+                self.recorder.warn(f"{problem}; the checkpoint before it is taken")
+            folder = self.resumed.reader.folder
+            self.recorder.event("resume", f"going on from {folder} after step {self.step}", checkpoint=str(folder))
             if self.other_length is not None:
                 self.recorder.say(self.other_length)
             if self.had_ended:
@@ -277,7 +287,7 @@ class TrainingRun:
     def _exchange(self, steps: Iterator[Step] | None) -> tuple[Step | None, StepFacts]:
         """Read a step, share it, and hear what any process asks for meanwhile."""
         told = self.saver.request() if self.saver is not None else Request.NOTHING
-        step, facts = self.agreement.step(steps, self.requests.now() | told, peak_memory())
+        step, facts = self.agreement.step(steps, self.requests.now() | told, DeviceUse.now())
         self.told = facts.request
         self.asked |= facts.request
         return step, facts
@@ -316,32 +326,25 @@ class TrainingRun:
             norm = self.engine.gradient_norm
         self._advance(facts)
         seconds = time.perf_counter() - started
-        speed = facts.tokens / seconds
-        self.recorder.train(
-            {
-                "step": self.step,
-                "epoch": facts.epoch + facts.rows_after / self.data.facts.num_rows,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": norm,
-                "tokens": facts.tokens,
-                "trained_tokens": facts.trained_tokens,
-                "tokens_per_second": speed,
-                "mfu": utilisation(speed, self.plan.flops_per_token, self.shape.mesh.world_size),
-                **self._router_balance(),
-                "data_wait": facts.waited / seconds,
-                "seconds": seconds,
-                "memory_mib": list(facts.memory),
-                "consumed_tokens": self.consumed_tokens,
-                "consumed_rows": self.consumed_rows,
-            }
+        record = record_of_step(
+            facts,
+            step=self.step,
+            loss=loss,
+            norm=norm,
+            rate=rate,
+            seconds=seconds,
+            rows_of_epoch=self.data.facts.num_rows,
+            flops_per_token=self.plan.flops_per_token,
+            world_size=self.shape.mesh.world_size,
         )
+        consumed = {"consumed_tokens": self.consumed_tokens, "consumed_rows": self.consumed_rows}
+        self.recorder.train(record | self._router_balance() | consumed)
         if loss is not None and norm is not None:  # after the record, which is the last one where the guard stops
             # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
             warning = self.nan_guard.check(self.step, loss, norm if self.config.precision != "fp16" else 0.0)
             spike = self.spike_watch.check(self.step, loss)
             if warning or spike:
-                self.recorder.say(warning or spike or "")
+                self.recorder.event("bad_step" if warning else "spike", warning or spike, message=warning or spike)
 
     def _router_balance(self) -> dict[str, Any]:
         if self.built.routers is None:
@@ -381,17 +384,8 @@ class TrainingRun:
             if result is None:
                 return False
             results[name] = result
-            self.recorder.evaluation(
-                {
-                    "step": self.step,
-                    "name": name,
-                    "eval_loss": result.loss,
-                    "eval_tokens": result.tokens,
-                    "perplexity": result.perplexity,
-                    "accuracy": result.accuracy,
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+            seconds = time.perf_counter() - started
+            self.recorder.evaluation({"step": self.step, "name": name, **result.record(), "seconds": seconds})
         self.evaluation_pending = False
         if not results:
             return False

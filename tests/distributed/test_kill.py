@@ -17,6 +17,7 @@ from jllm.train.checkpoint.folders import list_checkpoints, step_of_folder, temp
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.train.records.lines import without_times
 
 STEPS = 40
 KILLS = 1 + 4 * (int(os.environ.get("JLLM_TEST_SIZE", "1")) > 1)
@@ -53,7 +54,8 @@ def samples_of(watched: Path, rank: int) -> list[list[int]]:
 
 def check_went_on(watched: Path, straight: Path, checkpoints: Path, last: int) -> None:
     """The watched run began with the step after `last`, and read what the straight run read from there on."""
-    lines = [line for line in (watched / "console").read_text().split("\n") if line.startswith(("going on", "step "))]
+    console = without_times((watched / "console").read_text())
+    lines = [line for line in console if line.startswith(("going on", "step "))]
     went_on = [line for line in lines if line.startswith("going on")]
     folder = checkpoints / f"step-{last:08d}"
     assert went_on == ([f"going on from {folder} after step {last}"] if last else [])

@@ -20,7 +20,7 @@ from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
 from tests.train.records.flags import parse
-from tests.train.records.lines import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
+from tests.train.records.lines import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE, TIME
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
         (EVALUATION_LINE, "evaluation ", 3),
         (ESTIMATE_LINE, "about ", 1),
     ):
-        found = [line for line in lines if re.match(rf"{start}(?:\d|on )", line)]
+        found = [line for line in lines if re.match(rf"{TIME}{start}(?:\d|on )", line)]
         assert len(found) == count
         assert all(form.fullmatch(line) for line in found), found
 
@@ -181,15 +181,19 @@ def test_a_step_that_is_not_finite_is_recorded(
     more = {"max_steps": 4, "learning_rate": 1e30, "gradient_clipping": 0.0, "on_nan": policy, "optimizer": "sgd"}
     answers = ranks(2).run(train_rank, logged_options(folder, tmp_path, **more))
     lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    lines, events = [line for line in lines if "event" not in line], [line for line in lines if "event" in line]
     bad = next(line for line in lines if isinstance(line["loss"], str) or isinstance(line["grad_norm"], str))
     assert {bad["loss"], bad["grad_norm"]} & {"nan", "inf"}
     assert bad["step"] == 2
     if policy == "stop":
         assert all(answer is not None and answer.startswith("step 2: loss") for answer in answers)
         assert lines[-1] == bad
+        assert (events[-1]["event"], events[-1]["reason"]) == ("end", "error")
+        assert events[-1]["message"] == answers[0]
     else:
         assert answers == [None] * 2
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert [each["step"] for each in events if each["event"] == "bad_step"] == [2, 3, 4]
     assert plot([tmp_path / "log"]).is_file()
 
 

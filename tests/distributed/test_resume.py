@@ -15,6 +15,7 @@ from jllm.train.checkpoint.format import write_index
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.train.records.lines import without_times
 
 STEPS = 7
 
@@ -65,7 +66,7 @@ def train_each(ranks: Callable[[int], Ranks], runs: list[dict[str, Any]], consol
 
 def going_on(console: Path) -> list[str]:
     """Where the runs of a console went on, and the first step of each."""
-    lines = [line for line in console.read_text().splitlines() if line.startswith(("going on", "step "))]
+    lines = [line for line in without_times(console.read_text()) if line.startswith(("going on", "step "))]
     found = []
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("going on"):

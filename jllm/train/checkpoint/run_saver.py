@@ -84,7 +84,9 @@ class RunSaver:
         else:
             self._folder = self._saver.save(self._state.pieces(alone=self.saves_alone), random_states(), run)
         self.newest_step = run.step
-        recorder.say(f"checkpoint {self._folder} started after {time.perf_counter() - self._begun:.2f} s of waiting")
+        seconds = time.perf_counter() - self._begun
+        line = f"checkpoint {self._folder} started after {seconds:.2f} s of waiting"
+        recorder.event("checkpoint_started", line, step=run.step, checkpoint=str(self._folder), seconds=seconds)
 
     def hear(self, everyone: Request, run: RunState, recorder: Recorder) -> None:
         """Take what all told at the end of a step.
@@ -102,7 +104,10 @@ class RunSaver:
         if Request.FAILED in everyone:
             self._try_again(run, recorder)
         elif Request.WRITING not in everyone:
-            recorder.say(f"checkpoint {self._folder} written after {time.perf_counter() - self._begun:.1f} s")
+            seconds = time.perf_counter() - self._begun
+            line = f"checkpoint {self._folder} written after {seconds:.1f} s"
+            recorder.event("checkpoint_written", line, step=run.step, checkpoint=str(self._folder), seconds=seconds)
+            recorder.artefact("checkpoint", self._folder)
             self._folder, self._is_retry = None, False
 
     def finish(self, run: RunState, recorder: Recorder) -> None:
@@ -122,11 +127,13 @@ class RunSaver:
         failure = self._agreement.gather_first(lambda: self._saver.failure)
         self._saver.give_up()
         self._folder = None
+        again = "" if was_retry else "; it is tried once more"
+        line = f"warning: checkpoint {folder} could not be written: {failure}{again}"
+        recorder.event("checkpoint_failed", line, step=run.step, checkpoint=str(folder), reason=failure)
         if was_retry:
             raise UserError(
                 f"--checkpoint {self.root}: {folder} could not be written: {failure}; {self._what_is_there()}"
             )
-        recorder.say(f"warning: checkpoint {folder} could not be written: {failure}; it is tried once more")
         self._saver.make_room()
         self._agreement.barrier()
         self._is_retry = True

@@ -21,6 +21,9 @@ from jllm.parallel.collectives import Collectives
 from jllm.train.data.loader import ReadAhead, Step
 from jllm.train.lifecycle.ending import StoppedError
 from jllm.train.lifecycle.requests import Request
+from jllm.train.records.throughput import DevicesUse, DeviceUse
+
+NOTHING_USED = DeviceUse()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class StepFacts:
         epoch: the epoch the step belongs to, from 0.
         rows_before: rows of that epoch consumed before the step.
         request: what any process asks of all.
-        memory: the peak of each stage so far, in MiB, the largest over its pipelines.
+        devices: what each stage uses.
     """
 
     waited: float
@@ -47,7 +50,7 @@ class StepFacts:
     epoch: int
     rows_before: int
     request: Request
-    memory: tuple[int, ...]
+    devices: DevicesUse
 
     @property
     def rows_after(self) -> int:
@@ -58,9 +61,12 @@ class Agreement(Collectives):
     """The processes of one run; every method is called by all of them together."""
 
     def step(
-        self, steps: Iterator[Step] | ReadAhead | None, request: Request = Request.NOTHING, memory: int = 0
+        self,
+        steps: Iterator[Step] | ReadAhead | None,
+        request: Request = Request.NOTHING,
+        device: DeviceUse = NOTHING_USED,
     ) -> tuple[Step | None, StepFacts]:
-        """Read one step, which only readers do, and share it, and what this process asks for and uses (in MiB).
+        """Read one step, which only readers do, and share it, and what this process asks for and uses.
 
         Raises:
             StoppedError: on every process: a reader cannot read on, or readers are at different places of their data.
@@ -72,13 +78,12 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 9
+        mine = [0] * 6
         if step is not None:
             start = step.start
             mine[:6] = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
-        mine[6:] = [int(request), memory, int(mistake is not None)]
-        everyone = self.gather_numbers(mine)
-        if everyone[:, 8].any():
+        everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
+        if everyone[:, 7].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -97,7 +102,7 @@ class Agreement(Collectives):
             epoch=epoch,
             rows_before=rows_before,
             request=functools.reduce(operator.or_, map(Request, everyone[:, 6].tolist())),
-            memory=tuple(max(each) for each in self.mesh.by_stage(everyone[:, 7].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 8:].tolist())),
         )
 
     def sees_one_folder(self, folder: Path) -> bool:

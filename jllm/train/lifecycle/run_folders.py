@@ -17,7 +17,7 @@ from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.lifecycle.run_lock import RunLock
-from jllm.train.records.metrics import METRICS_NAME
+from jllm.train.records.metrics_file import METRICS_NAME, run_of_records
 
 AUTO = "auto"
 """The `--resume_ckpt` that finds out by itself."""
@@ -65,9 +65,22 @@ def _end(why: str) -> None:
 
 
 def run_id(config: TrainConfig) -> str:
-    """The id of the run that the checkpoint of `--resume_ckpt` is of, or a new one."""
+    """The id of the run that `--resume_ckpt` goes on with: of its checkpoint or, where there is none, of the records
+    that it goes on in; otherwise a new one."""
+    known = _id_of_checkpoints(config)
+    records = _records_of(config)
+    if not known and config.resume_ckpt is not None and records is not None:
+        known = run_of_records(records)
+    return known or uuid.uuid4().hex[:16]
+
+
+def _id_of_checkpoints(config: TrainConfig) -> str | None:
     known = [run_id_of(folder) for folder in reversed(_given_checkpoints(config))]
-    return next((found for found in known if found is not None), None) or uuid.uuid4().hex[:16]
+    return next((found for found in known if found is not None), None)
+
+
+def _records_of(config: TrainConfig) -> Path | None:
+    return None if config.resolved_log_dir is None else config.resolved_log_dir / METRICS_NAME
 
 
 def run_id_of(folder: Path) -> str | None:
@@ -88,22 +101,30 @@ def _given_checkpoints(config: TrainConfig) -> list[Path]:
 
 
 def check_folders_are_free(config: TrainConfig) -> None:
-    """Refuse a new run where another one's checkpoints or records are.
+    """Refuse a run where another one's checkpoints or records are.
 
     Raises:
         UserError: there are some, with the ways out.
     """
-    if config.resume_ckpt == AUTO or config.clean:
+    if config.clean:
         return
     go_on = "--resume_ckpt auto to go on with it, " if config.checkpoint is not None else ""
     ways_out = f"give {go_on}--clean to start over, or another folder"
-    if config.checkpoint is not None:
+    if config.checkpoint is not None and config.resume_ckpt != AUTO:
         found = [*list_checkpoints(config.checkpoint, marker=MODEL_MARKER), *list_checkpoints(config.checkpoint)]
         if found and (config.resume_ckpt is None or run_id_of(found[-1]) not in (None, run_id(config))):
             raise UserError(f"--checkpoint {config.checkpoint} holds {found[-1].name} of another run: {ways_out}")
-    records = None if config.resolved_log_dir is None else config.resolved_log_dir / METRICS_NAME
-    if config.resume_ckpt is None and records is not None and records.is_file() and records.stat().st_size:
+    records = _records_of(config)
+    if records is None or not records.is_file() or not records.stat().st_size:
+        return
+    if config.resume_ckpt is None:
         raise UserError(f"{records} holds the records of another run: {ways_out}")
+    known, recorded = _id_of_checkpoints(config), run_of_records(records)
+    if known and recorded and known != recorded:
+        raise UserError(
+            f"{records} holds the records of another run ({recorded}) than --resume_ckpt {config.resume_ckpt} goes on"
+            f" with ({known}): give another --log_dir"
+        )
 
 
 def check_model_folders(config: TrainConfig, agreement: Agreement) -> None:

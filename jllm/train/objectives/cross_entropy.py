@@ -1,11 +1,13 @@
-"""Cross-entropy summed over trained tokens; for training, and with the count of right answers for evaluation.
+"""Cross-entropy summed over trained tokens; for training, and with counts and histograms for evaluation.
 
 Works in chunks of the sequence, as `jllm.train.objectives.chunks` cuts them. Cost: the logits of one chunk in the
-compute type and in fp32; where there is more than one, each is computed once more in the backward pass.
+compute type and in fp32; where there is more than one, each is computed once more in the backward pass. What an
+evaluation counts beside the loss goes over the chunk in blocks of `BLOCK_ELEMENTS` logits: three of them in fp32.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -13,10 +15,16 @@ from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.bundle import LABELS
 from jllm.models.pipeline.head import Head
 from jllm.train.objectives.chunks import sum_over_chunks
+from jllm.train.objectives.histogram import BINS, histogram
 from jllm.train.objectives.objective import Sums
 
 CORRECT = "correct"
 """The reported number of trained tokens that had the highest logit."""
+TOP5 = "top5"
+"""The reported number of those for which fewer than five tokens had a higher logit."""
+LOSSES, ENTROPIES = "losses", "entropies"
+"""The reported histograms of the trained tokens' losses, and of the entropies of what the model predicts for them."""
+BLOCK_ELEMENTS = 2**22
 
 
 class CrossEntropy:
@@ -32,17 +40,38 @@ class CrossEntropy:
 
 
 class CrossEntropyAndAccuracy:
-    """The objective of evaluation: the same loss, and `CORRECT`."""
+    """The objective of evaluation: the same loss, and `CORRECT`, `TOP5`, `LOSSES`, `ENTROPIES`."""
 
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
-        """The summed cross-entropy, and how many tokens were ranked first."""
-        loss, correct = sum_over_chunks(
-            lambda logits, labels: (_summed(logits, labels), (logits.argmax(-1) == labels).sum()),
+        """The summed cross-entropy, and what is counted of the tokens."""
+        loss, correct, top5, losses, entropies = sum_over_chunks(
+            lambda logits, labels: (
+                _summed(logits, labels),
+                (logits.argmax(-1) == labels).sum(),
+                *_counted(logits.flatten(0, -2), labels.flatten()),
+            ),
             hidden,
             head,
             fields[LABELS],
         )
-        return Sums(loss=loss, reported={CORRECT: correct})
+        return Sums(loss=loss, reported={CORRECT: correct, TOP5: top5, LOSSES: losses, ENTROPIES: entropies})
+
+
+@torch.no_grad()
+def _counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] and labels [N] → `TOP5`, a scalar, and `LOSSES` and `ENTROPIES`, [BINS] each."""
+    top5 = torch.zeros((), dtype=torch.int64, device=logits.device)
+    losses, entropies = (torch.zeros(BINS, dtype=torch.int64, device=logits.device) for _ in range(2))
+    size = max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    for block, targets in zip(logits.split(size), labels.split(size), strict=True):
+        trained = targets != IGNORE_INDEX
+        scores = block.float()
+        of_targets = scores.gather(1, targets.clamp(min=0)[:, None])
+        top5 += (((scores > of_targets).sum(-1) < 5) & trained).sum()
+        losses += histogram(scores.logsumexp(-1) - of_targets[:, 0], trained)
+        # Logits of -inf have the probability 0, and add 0 to the entropy.
+        entropies += histogram(torch.special.entr(scores.softmax(-1)).sum(-1), trained)
+    return top5, losses, entropies
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:

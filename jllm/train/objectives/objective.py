@@ -23,7 +23,7 @@ class Sums:
 
     Attributes:
         loss: scalar, fp32, to be differentiated.
-        reported: scalars by name, to be added up over micro-batches and processes.
+        reported: whole numbers by name, scalars or [N], to be added up over micro-batches and processes.
     """
 
     loss: Tensor
@@ -61,7 +61,12 @@ class ObjectiveInUse:
 
     def reported(self, name: str) -> int:
         """The sum of this name since `use`, waiting for the device; 0 on stages that have no objective."""
-        return int(self._reported[name]) if name in self._reported else 0
+        return sum(self.all_reported(name, 1))
+
+    def all_reported(self, name: str, count: int) -> list[int]:
+        """The same for one that has `count` numbers."""
+        found = self._reported.get(name)
+        return [0] * count if found is None else found.reshape(count).tolist()  # type: ignore[no-any-return]
 
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
         """The scaled sum of a micro-batch, to be differentiated."""

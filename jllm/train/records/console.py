@@ -1,11 +1,16 @@
-"""The console of a run: plain lines, and on a terminal a progress bar below them."""
+"""The console of a run: plain lines with the time, and on a terminal a progress bar below them.
 
+A console that nobody reads any more, or that goes to a full disk, does not end a run.
+"""
+
+import contextlib
+import datetime
 import sys
 from typing import Any
 
 
 class Display:
-    """Lines, each printed at once.
+    """Lines, each printed at once, after the time in UTC; a table of several lines is printed as it is.
 
     On a terminal with `rich` there, a bar with the newest step's facts stays below the lines.
 
@@ -21,10 +26,13 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        if self._task is None:
-            print(line, flush=True)
-        else:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if "\n" not in line:
+            line = f"{time_stamp('seconds')}  {line}"
+        with contextlib.suppress(OSError):
+            if self._task is None:
+                print(line, flush=True)
+            else:
+                self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, facts: str) -> None:
         """Show where the run is."""
@@ -41,6 +49,15 @@ class Display:
         if self._task is not None:
             self._progress.stop()
             self._task = None
+
+
+def time_stamp(timespec: str) -> str:
+    """The time of the clock in UTC, as ISO 8601 writes it: "2026-01-31T23:59:59Z".
+
+    Args:
+        timespec: "seconds" or "milliseconds".
+    """
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def _progress() -> Any:

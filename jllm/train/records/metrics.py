@@ -1,27 +1,31 @@
-"""Records of a run: a console line, `metrics.jsonl`, TensorBoard.
+"""Records of a run: console lines, `metrics.jsonl`, TensorBoard, services.
 
-`metrics.jsonl` has one JSON object a line. Training records have `step` (from 1), `epoch`, `loss`, `lr`, `grad_norm`,
-`tokens` (of the step, over the whole world), `trained_tokens`, `tokens_per_second`, `mfu` (null where the device's peak
-is not known), `memory_mib` (peak of each stage, the largest over its pipelines), `data_wait` (share of the step's time
-in which the reader was waited for), `seconds`, `consumed_tokens` and `consumed_rows`; a step of `--skip_train_steps`
-has no loss. Evaluation records have `step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`,
-`perplexity`, `accuracy` and `seconds`. A resumed run goes on in the same file, after the lines of steps it is about to
-repeat are dropped. A step that ends the run because its loss or gradient is not finite is recorded too; NaN and
-infinity are text.
+`metrics.jsonl` has one JSON object a line, each with its `time` (ISO 8601, UTC). Training records have `step` (from 1),
+`epoch`, `loss`, `lr`, `grad_norm`, `tokens` (of the step, over the whole world), `trained_tokens`,
+`tokens_per_second`, `mfu` (null where the device's peak is not known), `memory_mib` (peak of each stage, the largest
+over its pipelines), `data_wait` (share of the step's time in which the reader was waited for), `seconds`,
+`consumed_tokens` and `consumed_rows`; a step of `--skip_train_steps` has no loss. Evaluation records have `step` (0:
+before training), `name` (of the set), `eval_loss`, `eval_tokens`, `perplexity`, `accuracy`, `seconds` and more of
+`jllm.train.evaluate`. Events have `event`, what happened, and `step`, the last one that was made. A resumed run goes on
+in the same file, after the records of steps it is about to repeat are dropped; events stay. A step that ends the run
+because its loss or gradient is not finite is recorded too; NaN and infinity are text.
 
-Only the first process records; on the others every method does nothing.
+Only the first process records; on the others every method does nothing. No sink ends a run: a full disk is waited for,
+and a service that is away is passed over.
 """
 
-import json
-import math
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jllm import atomic
-from jllm.train.records.console import Display
+from jllm.train.records.appended_file import AppendedFile
+from jllm.train.records.console import Display, time_stamp
+from jllm.train.records.metrics_file import METRICS_NAME, drop_from_step, line_of
+from jllm.train.records.sinks.reporter import Reporter
+from jllm.train.records.sinks.tensorboard import Board
 
-METRICS_NAME = "metrics.jsonl"
 ESTIMATE_STEPS = 5
 """After so many steps the run says how long it takes; the first one, in which things are set up, does not count."""
 
@@ -30,15 +34,26 @@ class Recorder:
     """Writes the records of a run.
 
     Args:
-        folder: where the files go; None keeps to the console.
+        folder: where the files go; None keeps to the console and the services.
         enabled: whether this process records.
         total_steps: for the console line.
         first_step: the first step this run makes; records of it and later ones, left by an earlier run, are dropped.
         steps_per_print: steps between two console lines.
+        evaluates_first: whether an evaluation precedes the first step of a run that goes on; its records, left by an
+            earlier start that did not come to its end, are dropped.
+        reporters: services that get the numbers too.
     """
 
     def __init__(
-        self, folder: Path | None, *, enabled: bool, total_steps: int, first_step: int, steps_per_print: int
+        self,
+        folder: Path | None,
+        *,
+        enabled: bool,
+        total_steps: int,
+        first_step: int,
+        steps_per_print: int,
+        evaluates_first: bool = False,
+        reporters: Sequence[Reporter] = (),
     ) -> None:
         self._total_steps = total_steps
         self._steps_per_print = steps_per_print
@@ -46,27 +61,60 @@ class Recorder:
         self._display = Display(total_steps=total_steps, first_step=first_step) if enabled else None
         self._first_step = first_step
         self._timed_from = self._started
-        self._file: Any = None
-        self._board: Any = None
+        self._file: AppendedFile | None = None
+        self._board: Board | None = None
+        self._reporters = reporters if enabled else ()
+        self._step = first_step - 1
         if enabled and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / METRICS_NAME
-            _drop_from_step(path, first_step)
-            self._file = path.open("a", encoding="utf-8")
-            self._board = _tensorboard(folder, first_step)
+            drop_from_step(path, first_step, evaluates_first=evaluates_first or first_step == 1)
+            self._file = AppendedFile(path, self.warn)
+            self._board = self._tensorboard(folder)
+
+    def _tensorboard(self, folder: Path) -> Board | None:
+        try:
+            return Board(folder, self._first_step, self.warn)
+        except ImportError:
+            self.say("TensorBoard is not installed (pip install tensorboard): metrics.jsonl is written alone")
+            return None
 
     def say(self, line: str) -> None:
         """A line on the console."""
         if self._display is not None:
             self._display.say(line)
 
+    def event(self, name: str, line: str | None = None, *, step: int | None = None, **facts: Any) -> None:
+        """Something that happened to the run.
+
+        Args:
+            name: what it is.
+            line: for the console; None where it is not said there.
+            step: the last step that was made, where that is not the newest that was recorded.
+            facts: more of it, as JSON values.
+        """
+        if self._display is None:
+            return
+        if line is not None:
+            self.say(line)
+        self._write({"event": name, "step": self._step if step is None else step, **facts})
+
+    def warn(self, line: str) -> None:
+        """An event that is a warning."""
+        self.event("warning", f"warning: {line}", message=line)
+
+    def artefact(self, kind: str, folder: Path) -> None:
+        """A checkpoint or model that is complete; services that know such things are told."""
+        for reporter in self._reporters:
+            reporter.artefact(kind, folder, step=self._step)
+
     def train(self, record: dict[str, Any]) -> None:
         """A training step."""
         if self._display is None:
             return
-        self._write(record)
-        self._scalars("train", record, ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait"))
         step, facts = record["step"], self._facts(record)
+        self._step = step
+        self._write(record)
         self._display.step(step, facts[0])
         if step % self._steps_per_print == 0 or step == self._total_steps:
             self._display.say("  ".join((f"step {step}/{self._total_steps}", *facts)))
@@ -75,8 +123,6 @@ class Recorder:
             self._display.say(
                 f"about {left} to go for the other {self._total_steps - step:,} steps, at the pace so far"
             )
-        if self._board is not None and not all(map(_is_finite, record.values())):
-            self._board.flush()  # the run may end here, by an error
 
     def _facts(self, record: dict[str, Any]) -> list[str]:
         """What the console says of a step, the loss first."""
@@ -112,32 +158,49 @@ class Recorder:
         if self._display is None:
             return
         self._write(record)
-        self._scalars(f"eval/{record['name']}", record, ("eval_loss", "perplexity", "accuracy"))
         when = f"after step {record['step']}/{self._total_steps}" if record["step"] else "before the first step"
-        self._display.say(
+        self.say(
             f"evaluation on {record['name']} {when}  loss {record['eval_loss']:.4f}"
             f"  perplexity {record['perplexity']:.3f}  accuracy {100 * record['accuracy']:.2f}%"
             f"  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s"
         )
 
     def _write(self, record: dict[str, Any]) -> None:
+        record = {"time": time_stamp("milliseconds"), **record}
         if self._file is not None:
-            finite = {key: _finite(value) for key, value in record.items()}
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
-
-    def _scalars(self, prefix: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
+            self._file.append(line_of(record).encode())
         if self._board is not None:
-            for name in (name for name in names if record[name] is not None):
-                self._board.add_scalar(f"{prefix}/{name.removeprefix('eval_')}", record[name], record["step"])
+            self._board.numbers(record)
+        for reporter in self._reporters:
+            reporter.numbers(record)
+            problem = reporter.take_problem()
+            if problem is not None:
+                self.warn(problem)
 
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._display is not None:
-            self._display.close()
-        for sink in (self._file, self._board):
+    @contextlib.contextmanager
+    def until_the_end(self) -> Iterator[None]:
+        """Record, for a run that ends by an error, that it does, and close everything in any case."""
+        try:
+            yield
+        except BaseException as error:
+            message = " ".join(f"{error}".split()) or type(error).__name__
+            self.event("end", reason="error", exit_code=getattr(error, "exit_code", 1), message=message)
+            self.close(waits=False)
+            raise
+        self.close()
+
+    def close(self, *, waits: bool = True) -> None:
+        """Write what waits, and close the files; a second time it does nothing.
+
+        Args:
+            waits: whether a service that is slow is waited for.
+        """
+        for reporter in self._reporters:
+            reporter.close(waits=waits)
+        for sink in (self._board, self._file, self._display):
             if sink is not None:
                 sink.close()
+        self._reporters, self._board, self._file, self._display = (), None, None, None
 
 
 def clock(seconds: float) -> str:
@@ -145,35 +208,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: such a value is written as text."""
-    return value if _is_finite(value) else str(value)
-
-
-def _drop_from_step(path: Path, first_step: int) -> None:
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run died
-            continue
-        if record["step"] < first_step and (first_step > 1 or "eval_loss" not in record):
-            kept.append(line + "\n")
-    atomic.write_text(path, "".join(kept))
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("TensorBoard is not installed (pip install tensorboard): metrics.jsonl is written alone", flush=True)
-        return None
-    return SummaryWriter(log_dir=str(folder), purge_step=first_step)

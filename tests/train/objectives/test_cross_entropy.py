@@ -8,7 +8,16 @@ from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head
-from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropy, CrossEntropyAndAccuracy
+from jllm.train.objectives import cross_entropy
+from jllm.train.objectives.cross_entropy import (
+    CORRECT,
+    ENTROPIES,
+    LOSSES,
+    TOP5,
+    CrossEntropy,
+    CrossEntropyAndAccuracy,
+)
+from jllm.train.objectives.histogram import BINS, histogram
 from jllm.train.objectives.objective import ObjectiveInUse
 from tests.train.objectives.heads import (
     BATCH,
@@ -38,6 +47,37 @@ def test_evaluation_counts_what_is_ranked_first(tokens: int, monkeypatch: pytest
         assert in_use.reported(CORRECT) == 2 * expected
         in_use.use(CrossEntropyAndAccuracy())
         assert in_use.reported(CORRECT) == 0
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(5, 3), (24, 1), (24, 24)])
+def test_evaluation_counts_ranks_losses_and_entropies(tokens: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one would write them down, whatever the chunks and blocks; a logit of -inf is an id that never comes."""
+    head = LinearHead(torch.float32)
+    hidden, fields = micro_batch(torch.float32)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", block * head.vocabulary)
+
+    class Masked(Head):
+        def __call__(self, hidden: Tensor) -> Tensor:
+            return head(hidden).index_fill(-1, torch.tensor([7]), -torch.inf)
+
+    fields["labels"][fields["labels"] == 7] = 8
+    with torch.no_grad():
+        in_use = ObjectiveInUse(CrossEntropyAndAccuracy())
+        with chunks_of(tokens, monkeypatch):
+            in_use(hidden, Masked(head.vocabulary), fields)
+        logits, labels = Masked(head.vocabulary)(hidden).flatten(0, 1), fields["labels"].flatten()
+    trained = labels != IGNORE_INDEX
+    logits, labels = logits[trained], labels[trained]
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(-1)
+    assert in_use.reported(TOP5) == int((ranks < 5).sum()) > in_use.reported(CORRECT)
+    of_tokens = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    entropies = torch.distributions.Categorical(logits=logits.clamp(min=-1e30)).entropy()
+    for name, numbers in ((LOSSES, of_tokens), (ENTROPIES, entropies)):
+        found = torch.tensor(in_use.all_reported(name, BINS)).cumsum(0)
+        # A number on the edge of two bins may fall into either.
+        assert int((found - histogram(numbers, torch.ones_like(labels).bool()).cumsum(0)).abs().max()) <= 1
+        assert int(found[-1]) == len(labels)
+    assert ObjectiveInUse(CrossEntropy()).all_reported(LOSSES, 3) == [0, 0, 0]
 
 
 def test_nothing_trained_gives_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

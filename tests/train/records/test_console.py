@@ -2,8 +2,11 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
+
+from tests.train.records.lines import TIME, without_times
 
 SHOW = """
 import sys
@@ -22,7 +25,8 @@ recorder.close()
 
 def test_plain_lines() -> None:
     done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True, timeout=60)
-    lines = done.stdout.splitlines()
+    assert all(re.match(TIME, line) for line in done.stdout.splitlines())
+    lines = without_times(done.stdout)
     assert lines[0] == "going on"
     assert [line.split("  ")[:2] for line in lines[1:3]] == [["step 2/4", "loss 0.5000"], ["step 4/4", "loss 0.2500"]]
     assert lines[3].startswith("evaluation on held-out after step 4/4  loss 2.0000")
