@@ -98,7 +98,7 @@ def train_command(steps: int) -> str:
             f"--train_data demo-run/data-sf --eval_data demo-run/eval --seq_len {SEQUENCE}",
             f"--pipe_parallel_size 2 --per_device_train_batch_size 1 --gradient_accumulation_steps {ROWS_PER_STEP}",
             f"--max_steps {steps} --learning_rate 3e-4 --precision fp32",
-            "--log_dir demo-run/log --output_dir demo-run/output",
+            f"--log_dir demo-run/log --output_dir demo-run/output --trace_step {steps}",
         )
     )
 

@@ -1,4 +1,4 @@
-"""`jllm plot RUN`: loss, learning rate, speed and gradient norm of a run, drawn into one file."""
+"""`jllm plot RUN`: the curves of runs, and the timelines of traced steps, drawn into one file."""
 
 import dataclasses
 from pathlib import Path
@@ -12,19 +12,29 @@ class PlotConfig:
     """Options of `plot`."""
 
     runs: tuple[Path, ...] = option(
-        dataclasses.MISSING, help="folders of runs, or metrics.jsonl files", positional=True
+        dataclasses.MISSING, help="folders of runs, metrics.jsonl files, or trace-step-N.json files", positional=True
     )
     output: Path | None = option(None, "-o", help=".html or .png file to write [default: plot.html beside the records]")
+    smooth: float = option(
+        0.0, help="running mean of training curves: the weight of what came before, such as 0.9; 0: as they are"
+    )
+    x: str = option("step", help="what runs to the right", choices=("step", "tokens", "hours"))
+    log_x: bool = option(False, help="logarithmic axis to the right")
+    log_y: bool = option(False, help="logarithmic axes upwards; what is not above 0 is left out")
 
     def __post_init__(self) -> None:
         if self.output is not None and self.output.suffix.lower() not in (".html", ".png"):
             raise UserError(f'--output {self.output}: its name must end in ".html" or ".png"')
+        if not 0 <= self.smooth < 1:
+            raise UserError(f"--smooth {self.smooth}: it must be at least 0 and below 1")
 
 
 @command(PlotConfig, name="plot")
 def main(config: PlotConfig) -> None:
-    """Draw loss, learning rate, speed and gradient norm of RUNS (log folders, folders with log/metrics.jsonl, or the
-    files themselves; several are overlaid) into one HTML or PNG file."""
-    from jllm.train.records.curves import plot
+    """Draw RUNS (log folders, folders with log/metrics.jsonl, or the files themselves; several are overlaid) into one
+    HTML or PNG file: loss, learning rate, speed, evaluations, memory, and the timelines of steps that --trace_step
+    traced."""
+    from jllm.train.records.curves import Look, plot
 
-    print(f"wrote {plot(list(config.runs), config.output)}")
+    look = Look(smooth=config.smooth, x=config.x, log_x=config.log_x, log_y=config.log_y)
+    print(f"wrote {plot(list(config.runs), config.output, look)}")

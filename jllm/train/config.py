@@ -244,6 +244,8 @@ class TrainConfig:
             raise UserError(
                 f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
             )
+        if self.trace_step is not None and self.resolved_log_dir is None:
+            raise UserError(f"--trace_step {self.trace_step} writes beside the records; give --log_dir or --checkpoint")
         if self.only_ckpt_model and self.resume_ckpt == "auto":
             raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):

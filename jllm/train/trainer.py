@@ -35,6 +35,7 @@ from jllm.train.data.open import epoch_steps, open_training_data, read_training_
 from jllm.train.distributed import launch, peers
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
+from jllm.train.distributed.tracing import traced_step
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
 from jllm.train.exporting import convert, export_run
@@ -319,7 +320,8 @@ class TrainingRun:
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
-                loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
+                with traced_step(self.engine, self.agreement, self.config, number, self.recorder):
+                    loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")
                 raise

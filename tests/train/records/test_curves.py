@@ -1,5 +1,6 @@
 """`jllm plot`: real records in, one file out; a user's mistake is one line."""
 
+import html
 import json
 import re
 import subprocess
@@ -12,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jllm.commands.plot import main
-from jllm.train.records.curves import panels_of, read_records, thinned
+from jllm.train.records.curves import Look, panels_of, read_records, thinned
 from jllm.train.records.metrics import Recorder
-from jllm.train.records.svg import label, ticks
+from jllm.train.records.svg import label, log_ticks, ticks
 
 
 def record_run(folder: Path, steps: int = 40, *, slope: float = 0.05) -> Path:
@@ -37,6 +38,13 @@ def record_run(folder: Path, steps: int = 40, *, slope: float = 0.05) -> Path:
     return folder
 
 
+TITLES = [
+    *("loss", "accuracy", "learning rate", "gradient norm", "tokens / s", "seconds a step"),
+    *("share of a step that waits for data", "peak memory, MiB"),
+]
+"""The diagrams of such a run: of what it has any number of."""
+
+
 def run(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
@@ -47,14 +55,14 @@ def test_the_page_draws_every_curve(tmp_path: Path) -> None:
     page = tmp_path / "run/log/plot.html"
     assert result.output.splitlines()[-1] == f"wrote {page}"
     text = page.read_text(encoding="utf-8")
-    assert re.findall("<h2>(.*?)</h2>", text) == ["loss", "learning rate", "tokens / s", "gradient norm"]
+    assert re.findall("<h2>(.*?)</h2>", text) == TITLES
     for name in ("train", "eval web", "eval code"):
         assert f"</i>{name} (last" in text
     assert "http" not in text
     assert "<script" not in text
     drawings = [ElementTree.fromstring(part) for part in re.findall("<svg.*?</svg>", text, re.DOTALL)]
     points = [[len(str(line.get("points")).split()) for line in d.iter("polyline")] for d in drawings]
-    assert points == [[38, 3, 3], [40], [40], [40]]
+    assert points == [[38, 3, 3], [3, 3], *[[40]] * 6]
     for drawing in drawings:
         _, _, width, height = map(float, str(drawing.get("viewBox")).split())
         for line in drawing.iter("polyline"):
@@ -122,6 +130,91 @@ def test_a_run_of_one_step_and_unusual_values(tmp_path: Path) -> None:
     assert titles == ["loss", "learning rate", "tokens / s"]
 
 
+def drawings_of(page: Path) -> list[ElementTree.Element]:
+    text = page.read_text(encoding="utf-8")
+    return [ElementTree.fromstring(part) for part in re.findall("<svg.*?</svg>", text, re.DOTALL)]
+
+
+def test_hovering_shows_the_values_of_all_curves(tmp_path: Path) -> None:
+    """Everywhere in a diagram, by style sheets alone: one stripe and one box for each place."""
+    record_run(tmp_path / "log")
+    assert run(tmp_path / "log").exit_code == 0
+    loss = drawings_of(tmp_path / "log/plot.html")[0]
+    stripes = [group for group in loss.iter("g") if group.get("class") == "at"]
+    areas = [
+        (float(area.get("x", 0)), float(area.get("width", 0)))
+        for group in stripes
+        for area in group
+        if area.get("class") == "area"
+    ]
+    assert len(areas) == len(stripes) == 39  # steps 0 to 40 without 7 and 8, where only training has no value
+    assert sum(width for _, width in areas) == pytest.approx(620 - 70 - 12, abs=0.1 * len(areas))
+    at_20 = [[text.text for text in group.iter("text")] for group in stripes][20 - 2]
+    assert at_20 == ["step 20", "train: 4", "eval web: 4", "eval code: 4"]
+
+
+def test_smoothing_keeps_what_was_measured(tmp_path: Path) -> None:
+    """A mean of all values so far, the newest weighing most; evaluations are not smoothed."""
+    records = read_records(record_run(tmp_path / "log") / "metrics.jsonl")
+    [loss, *_] = panels_of({"run": records}, Look(smooth=0.5))
+    [plain, *_] = panels_of({"run": records})
+    train = loss.curves[0]
+    assert train.raw == plain.curves[0].points
+    values = [value for _, value in train.raw]
+    for place, (_, smoothed) in enumerate(train.points):
+        weights = [0.5 ** (place - before) for before in range(place + 1)]
+        mean = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
+        assert smoothed == pytest.approx(mean)
+    assert loss.curves[1:] == plain.curves[1:]
+    assert run(tmp_path / "log", "--smooth", "1").exit_code == 2
+
+
+@pytest.mark.parametrize("axis", ["step", "tokens", "hours"])
+def test_axes(tmp_path: Path, axis: str) -> None:
+    lines: list[dict[str, Any]] = [{"step": 0, "name": "web", "eval_loss": 3.0, "time": "2026-01-01T00:00:00.000Z"}]
+    for step in range(1, 101):
+        time = f"2026-01-01T{step // 60:02d}:{step % 60:02d}:00.000Z"
+        lines.append({"step": step, "loss": 10.0 / step, "consumed_tokens": 1000 * step, "time": time, "lr": 0.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scale = {"step": 1.0, "tokens": 1000.0, "hours": 1 / 60}[axis]
+    [loss, _] = panels_of({"run": lines}, Look(x=axis))
+    assert [x for x, _ in loss.curves[0].points] == pytest.approx([scale * step for step in range(1, 101)])
+    assert loss.curves[1].points == [(0.0, 3.0)]
+    # What is 0 is on no logarithmic axis; equal factors are equally far apart there.
+    [only] = panels_of({"run": lines}, Look(x=axis, log_x=True, log_y=True))
+    assert [len(curve.points) for curve in only.curves] == [100]
+    assert run(tmp_path, "--x", axis, "--log_x", "--log_y").exit_code == 0
+    [drawing] = drawings_of(tmp_path / "plot.html")
+    [line] = drawing.iter("polyline")
+    places = [tuple(map(float, pair.split(","))) for pair in str(line.get("points")).split()]
+    for part in (0, 1):
+        moved = [places[2 * step - 1][part] - places[step - 1][part] for step in (1, 2, 5, 10, 50)]
+        assert moved == pytest.approx([moved[0]] * 5, abs=0.21)
+        assert moved[0]
+
+
+def test_stages_events_and_names_that_are_no_text(tmp_path: Path) -> None:
+    """A curve for each stage; events are marked; whatever a run calls itself is text in the page."""
+    name = '<script>"&\x1b</title>'
+    lines: list[dict[str, Any]] = [
+        {"event": "start", "step": 0, "run": "x"},
+        *({"step": step, "loss": 1.0, "memory_mib": [step, 2 * step]} for step in range(1, 6)),
+        {"event": "resume", "step": 2, "loss": 9.0},
+        {"step": 5, "name": name, "eval_loss": 1.0, "loss_p50": 0.5, "loss_p90": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss, quantiles, memory = panels_of({"run": lines})
+    assert [mark.text for mark in loss.marks] == ["run: resume after step 2"]
+    assert [curve.name for curve in quantiles.curves] == [f"eval {name} p50", f"eval {name} p90"]
+    assert [curve.points[-1] for curve in memory.curves] == [(5, 5), (5, 10)]
+    assert run(tmp_path).exit_code == 0
+    text = (tmp_path / "plot.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert html.escape(name.replace("\x1b", "\\x1b")) in text
+    assert len(drawings_of(tmp_path / "plot.html")) == 3
+
+
 def test_thinning_keeps_spikes_and_ends() -> None:
     points = [(float(i), 1.0) for i in range(100_000)]
     points[54_321] = (54_321.0, 99.0)
@@ -139,6 +232,12 @@ def test_ticks_and_labels() -> None:
         assert found[0] <= low + 1e-12
         assert found[-1] >= high - 1e-12
         assert 2 <= len(found) <= 8
+    for low, high in ((1, 1e9), (3.2, 3.3), (2, 2), (1e-7, 3e-5), (10, 100), (5, 5.0001), (1, 1)):
+        found = log_ticks(low, high)
+        assert found[0] <= low * (1 + 1e-9)
+        assert found[-1] >= high * (1 - 1e-9)
+        assert 2 <= len(found) <= 9
+        assert found == sorted(set(found))
     assert [label(v) for v in (0, 1e-5, 0.25, 1200, 45_000, 2.5e6)] == ["0", "1e-05", "0.25", "1200", "45k", "2.5M"]
 
 

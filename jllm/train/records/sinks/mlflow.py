@@ -1,6 +1,6 @@
 """MLflow, through its own package; what its environment variables say (tracking URI, experiment) holds.
 
-A run of ours is found by its tag `jllm.run`, so that going on goes on in the same run of MLflow's.
+A run of ours is found by a tag, so that going on goes on in the same run of MLflow's.
 """
 
 import os

@@ -1,0 +1,68 @@
+"""A timeline as a section of an HTML page: inline SVG, a bar's facts where the pointer is."""
+
+import html
+from collections.abc import Iterator
+
+from jllm.errors import printable
+from jllm.train.records.svg import label, ticks
+from jllm.train.records.timeline import COLOURS, Lane, Timeline
+
+WIDTH, ROW, GAP = 1280, 24, 6
+LEFT, RIGHT, BOTTOM, HEADER = 150, 12, 30, 26
+LEAST_WIDTH = 0.3
+"""Of a bar: what is narrower is drawn as wide."""
+NUMBER_WIDTH = 14
+"""Bars that are wider show the number of their micro-batch."""
+
+
+def section(timeline: Timeline) -> str:
+    """The section of a timeline: measured rows above, ideal ones below, on one axis of milliseconds."""
+    steps = ticks(0.0, 1000 * max(timeline.seconds, timeline.ideal_seconds))
+    scale = (WIDTH - LEFT - RIGHT) / steps[-1]
+    parts: list[str] = []
+    y = 0
+    for title, rows in (("measured", timeline.rows), ("ideal schedule", timeline.ideal)):
+        parts.append(f'<text x="0" y="{y + HEADER - 9}" class="part">{title}</text>')
+        y += HEADER
+        for row in rows:
+            parts.extend(_row(row, y, scale))
+            y += ROW + GAP
+    height = y + BOTTOM
+    axis = []
+    for tick in steps:
+        x = LEFT + tick * scale
+        axis.append(f'<line class="grid" x1="{x:.1f}" y1="{HEADER}" x2="{x:.1f}" y2="{y}"/>')
+        anchor = "end" if tick == steps[-1] else "middle"
+        unit = " ms" if tick == steps[-1] else ""
+        axis.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">{label(tick)}{unit}</text>')
+    kinds = "".join(f'<li><i class="box" style="background:{COLOURS[kind]}"></i>{kind}</li>' for kind in COLOURS)
+    notes = "".join(f"<li>{_text(note)}</li>" for note in timeline.notes)
+    title = _text(timeline.title)
+    drawing = (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">{"".join(axis)}{"".join(parts)}</svg>'
+    )
+    return (
+        f'<section class="wide">\n<h2>{title}</h2>\n{drawing}\n<ul>{kinds}<li>nothing: idle</li></ul>\n'
+        f'<ul class="notes">{notes}</ul>\n</section>'
+    )
+
+
+def _row(row: Lane, y: int, scale: float) -> Iterator[str]:
+    yield f'<text x="{LEFT - 8}" y="{y + ROW - 8}" text-anchor="end">{_text(row.name)}</text>'
+    yield f'<rect class="idle" x="{LEFT}" y="{y}" width="{WIDTH - LEFT - RIGHT}" height="{ROW}"/>'
+    for bar in row.bars:
+        x, width = LEFT + 1000 * bar.start * scale, max(1000 * (bar.end - bar.start) * scale, LEAST_WIDTH)
+        title = _text(f"{row.name}: {bar.text}")
+        yield (
+            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[bar.kind]}">'
+            f"<title>{title}</title></rect>"
+        )
+        if width > NUMBER_WIDTH and bar.micro_batch is not None:
+            yield (
+                f'<text class="number" x="{x + width / 2:.1f}" y="{y + ROW - 8}" text-anchor="middle">'
+                f"{bar.micro_batch}</text>"
+            )
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))

@@ -1,0 +1,64 @@
+"""`--trace_step`: one step of a real run, with all that every stage did, on one clock; other steps as they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jllm.train.records import trace
+from jllm.train.records.curves import plot
+from jllm.train.records.timeline import timeline_of
+from jllm.train.records.trace import read_trace
+from tests.distributed.ranks import Ranks
+from tests.distributed.runs import logged_options, records, train_rank
+from tests.fixtures import random_rows, tiny_llama, write_rows
+
+MICRO_BATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trace")
+    tiny_llama(folder / "model", tied=True)
+    write_rows(folder / "data", random_rows(48), files=2)
+    return folder
+
+
+def test_a_step_of_two_pipelines(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    for name, more in (("plain", {}), ("traced", {"trace_step": 2})):
+        options = logged_options(folder, tmp_path / name, max_steps=3, **more)
+        assert ranks(4).run(train_rank, options) == [None] * 4
+    logs = [tmp_path / name / "log" for name in ("plain", "traced")]
+    assert [r["loss"] for r in records(logs[0])] == [r["loss"] for r in records(logs[1])]
+    assert [path.name for path in logs[1].glob("trace*")] == ["trace-step-2.json"]
+    assert not list(logs[0].glob("trace*"))
+    [event] = [each for each in records(logs[1], "event") if each["event"] == "trace"]
+    assert event["step"] == 2
+    found = read_trace(logs[1] / "trace-step-2.json")
+    assert [(each.stage, each.pipeline) for each in sorted(found.processes, key=lambda p: (p.pipeline, p.stage))] == [
+        (stage, pipeline) for pipeline in range(2) for stage in range(2)
+    ]
+    for process in found.processes:
+        for earlier, later in zip(process.spans, process.spans[1:], strict=False):
+            assert earlier.start <= earlier.end <= later.start
+        for kind in (trace.FORWARD, trace.BACKWARD, trace.LOAD):
+            numbers = [span.micro_batch for span in process.spans if span.kind == kind]
+            assert numbers == list(range(MICRO_BATCHES))
+        sends = trace.SEND_ACTIVATION if process.stage == 0 else trace.SEND_GRADIENT
+        assert len([span for span in process.spans if span.kind == sends]) == MICRO_BATCHES
+        assert [span.kind for span in process.spans][-1] == trace.OPTIMIZER
+    seconds = max(span.end for process in found.processes for span in process.spans)
+    assert 0 < seconds < records(logs[1])[1]["seconds"]
+    # What one stage has received it had not before the other one sent it, give or take the clocks.
+    for pipeline in found.pipelines:
+        first, last = found.pipeline(pipeline)
+        for number in range(MICRO_BATCHES):
+            [sent] = [s for s in first.spans if (s.kind, s.micro_batch) == (trace.SEND_ACTIVATION, number)]
+            [got] = [s for s in last.spans if (s.kind, s.micro_batch) == (trace.RECEIVE_ACTIVATION, number)]
+            assert got.end >= sent.start - 10 * found.clock_error - 1e-3
+    timeline = timeline_of(found)
+    assert len(timeline.rows) == 4
+    assert timeline.ideal_seconds > 0
+    page = plot([tmp_path / "traced"]).read_text()
+    assert "ideal schedule" in page
+    assert "<h2>step 2</h2>" in page
