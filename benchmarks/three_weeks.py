@@ -216,7 +216,7 @@ class ThreeWeeks:
     def _steps_recorded(self, place: Path) -> int:
         """The newest step on record."""
         with contextlib.suppress(OSError, ValueError, IndexError):
-            return int(json.loads((place / "ckpt/log/metrics.jsonl").read_text().splitlines()[-1])["step"])
+            return self.losses(place)[-1][0]
         return 0
 
     def kinds(self) -> dict[str, Callable[[Start, Path], None]]:

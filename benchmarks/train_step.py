@@ -90,7 +90,7 @@ def run_ours(folder: Path, options: argparse.Namespace) -> tuple[float, float | 
     command += ["--log_dir", str(folder / "log")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (folder / "log/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines][WARM_UP:]
+    records = [record for record in map(json.loads, lines) if "loss" in record][WARM_UP:]
     speed = statistics.median(record["tokens_per_second"] for record in records)
     return speed, statistics.median(record["mfu"] for record in records) if records[0]["mfu"] else None
 

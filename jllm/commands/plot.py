@@ -16,7 +16,7 @@ class PlotConfig:
     )
     output: Path | None = option(None, "-o", help=".html or .png file to write [default: plot.html beside the records]")
     smooth: float = option(
-        0.0, help="running mean of training curves: the weight of what came before, such as 0.9; 0: as they are"
+        0.0, help="running mean of noisy training curves: the weight of what came before, such as 0.9; 0: as they are"
     )
     x: str = option("step", help="what runs to the right", choices=("step", "tokens", "hours"))
     log_x: bool = option(False, help="logarithmic axis to the right")

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -16,6 +18,7 @@ import pytest
 
 from jllm.train.config import TrainConfig
 from jllm.train.records.curves import plot
+from jllm.train.records.sinks.flat import flat_numbers
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -102,6 +105,110 @@ def test_tensorboard_has_every_step_once(ranks: Callable[[int], Ranks], folder: 
             assert [step for step, _ in found] == [step for step, _ in expected]
             assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
         assert [value for _, value in scalars(log, "train/lr")] == pytest.approx([r["lr"] for r in records(log)])
+
+
+def test_events_tell_what_happened_and_every_number_is_on_the_board(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    """A run, a requeue that repeats two steps, and one that finds nothing left to do: one history, in order of time."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {"max_steps": 6, "steps_per_eval": 3.0, "eval_data": (f"held-out={folder / 'eval'}",)}
+    more |= {"checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 4, "resume_ckpt": "auto"}
+    log = tmp_path / "log"
+    for start in range(3):
+        if start == 1:
+            shutil.rmtree(tmp_path / "ckpt/step-00000006")
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
+    lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
+    events = [line for line in lines if "event" in line]
+    written = ["checkpoint_started", "checkpoint_written"]
+    history = ["start", *written, *written, "end", "start", "resume", *written, "end", "start", "resume", "end"]
+    assert [event["event"] for event in events] == history
+    assert len({event["run"] for event in events if event["event"] == "start"}) == 1
+    assert [event["checkpoint"][-1] for event in events if event["event"] == "checkpoint_started"] == ["4", "6", "6"]
+    ends = [event for event in events if event["event"] == "end"]
+    assert [(end["reason"], end["exit_code"], end["is_saved"], end["step"]) for end in ends] == [
+        ("complete", 0, True, 6)
+    ] * 3
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    board = EventAccumulator(str(log)).Reload()
+    for line in lines:
+        if "event" not in line:
+            for tag, value in flat_numbers(line).items():
+                assert (line["step"], pytest.approx(value, rel=1e-6)) in [
+                    (each.step, each.value) for each in board.Scalars(tag)
+                ]
+
+
+def test_quantiles_do_not_depend_on_how_rows_are_divided(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    """Histograms are added up over stages and pipelines; they are those of the losses of one plain model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from jllm.train.objectives.histogram import histogram, quantile
+    from tests.distributed.reference import targets_of
+
+    found = []
+    for name, processes, stages in (("one", 1, 1), ("two", 2, 2), ("four", 4, 2)):
+        more = {"eval_data": (str(folder / "eval"),), "max_steps": 1, "pipe_parallel_size": stages}
+        options = logged_options(folder, tmp_path / name, **more)
+        assert ranks(processes).run(train_rank, options) == [None] * processes
+        record = records(tmp_path / name / "log", "eval_loss")[0]
+        found.append({key: record[key] for key in record if "_p" in key or "accuracy" in key})
+    # Another order of sums may move a token over the edge of a bin.
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=0.016)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    losses, entropies, top5 = [], [], 0
+    for row in random_rows(7, seed=1):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(row["input_ids"][:-1])[None]).logits[0]
+        targets = torch.tensor(targets_of(row))
+        logits, targets = logits[targets >= 0], targets[targets >= 0]
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+        top5 += int((logits.topk(5).indices == targets[:, None]).sum())
+    for name, each in (("loss", torch.cat(losses)), ("entropy", torch.cat(entropies))):
+        counts = histogram(each, torch.ones_like(each).bool()).tolist()
+        for percent in (10, 50, 90, 99):
+            assert found[0][f"{name}_p{percent}"] == pytest.approx(quantile(counts, percent / 100), rel=0.016)
+    assert found[0]["top5_accuracy"] == pytest.approx(top5 / len(torch.cat(losses)))
+
+
+def train_rank_on_a_full_disk(options: dict[str, Any]) -> str | None:
+    """A run whose records find the disk full from the second step on, until the fifth is being recorded."""
+    from jllm.train.records import appended_file
+
+    real, lines = os.write, [0]
+
+    def write(descriptor: int, data: bytes) -> int:
+        lines[0] += data.count(b'"loss": ')
+        if 2 <= lines[0] < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    appended_file.os = types.SimpleNamespace(**{**vars(os), "write": write})  # type: ignore[assignment]
+    return train_rank(options)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    options = logged_options(folder, tmp_path, max_steps=8)
+    assert ranks(2).run(train_rank_on_a_full_disk, options) == [None] * 2
+    lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    warnings = [line["message"] for line in lines if line.get("event") == "warning"]
+    assert len(warnings) <= 2  # of metrics.jsonl, and of TensorBoard's file
+    assert "metrics.jsonl: No space left on device; what is recorded is kept" in warnings[0]
+    assert [value for _, value in scalars(tmp_path / "log", "train/loss")] == pytest.approx(
+        [line["loss"] for line in lines if "loss" in line]
+    )
 
 
 def test_the_recorded_options_make_the_same_run(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:

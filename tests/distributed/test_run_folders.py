@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_the_checkpoints_of_another_run_are_not_mixed_with(
     assert ranks(2).run(train_rank, options(folder, tmp_path / "one", resume_ckpt=start)) == [None] * 2
     runs = {json.loads(path.read_text())["run"] for path in (tmp_path / "one").rglob("index.json")}
     assert len(runs) == 1
+
+
+def test_records_of_another_run_are_not_mixed_with(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """Going on, by name or by `auto`, with records of another run: refused. Before there is a checkpoint, the records
+    say which run goes on."""
+    for name in ("one", "other"):
+        assert ranks(2).run(train_rank, options(folder, tmp_path / name)) == [None] * 2
+    before = content(tmp_path)
+    for start in (str(tmp_path / "one/ckpt"), "auto"):
+        mixed = options(folder, tmp_path / "one", resume_ckpt=start, log_dir=tmp_path / "other/log")
+        for answer in ranks(2).run(train_rank, mixed):
+            assert answer is not None
+            assert f"{tmp_path / 'other/log/metrics.jsonl'} holds the records of another run" in answer
+            assert "give another --log_dir" in answer
+    assert content(tmp_path) == before
+    shutil.rmtree(tmp_path / "one/ckpt")
+    assert ranks(2).run(train_rank, options(folder, tmp_path / "one", resume_ckpt="auto")) == [None] * 2
+    starts = [event["run"] for event in records(tmp_path / "one/log", "event") if event["event"] == "start"]
+    assert len(starts) == 2
+    index = json.loads((tmp_path / "one/ckpt/step-00000003/index.json").read_text())
+    assert {*starts, index["run"]} == {starts[0]}
 
 
 def test_a_folder_in_use_is_refused_and_waited_for_by_auto(

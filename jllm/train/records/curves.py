@@ -44,6 +44,8 @@ PANELS = (
     ("max_expert_load", None, "largest load of an expert"),
 )
 """What is drawn: the name in a training record, the name or names in an evaluation, and the title."""
+NOISY = ("loss", "grad_norm", "tokens_per_second", "mfu", "seconds", "data_wait", "device_busy", "aux_loss")
+"""What a running mean makes easier to read."""
 AXES = ("step", "tokens", "hours")
 MARKED = {"resume": 0, "spike": 1, "bad_step": 4, "checkpoint_failed": 4}
 """Events that are marked in the first panel, and their colours."""
@@ -87,7 +89,7 @@ class Look:
     """How curves are drawn.
 
     Attributes:
-        smooth: weight of what came before in a running mean of training curves; 0 draws them as they are.
+        smooth: weight of what came before in a running mean of the `NOISY` curves; 0 draws them as they are.
         x: one of `AXES`.
         log_x, log_y: logarithmic axes, without what is not above 0.
     """
@@ -252,14 +254,15 @@ def panels_of(runs: dict[str, list[dict[str, Any]]], look: Look = PLAIN) -> list
 
 def _training(name: str, steps: list[dict[str, Any]], key: str, xs: _Xs, look: Look) -> list[Curve]:
     """The curve of a number, or those of a list of numbers, one a stage."""
+    smooth = look.smooth if key in NOISY else 0.0
     stages = max((len(value) for record in steps if isinstance(value := record.get(key), list)), default=None)
     if stages is None:
-        return [_smoothed(name, _points(steps, key, xs), look.smooth)]
+        return [_smoothed(name, _points(steps, key, xs), smooth)]
     return [
         _smoothed(
             f"{name} stage {stage}" if stages > 1 else name,
             _points([{**record, key: record[key][stage]} for record in steps if _has(record, key, stage)], key, xs),
-            look.smooth,
+            smooth,
         )
         for stage in range(stages)
     ]

@@ -88,8 +88,8 @@ def timeline_of(found: Trace) -> Timeline:
     ideal = _ideal(ideal_of)
     ideal_seconds = max((bar.end for row in ideal for bar in row.bars), default=0.0)
     notes = [
-        f"step {found.step}: {1000 * seconds:.1f} ms; forward and backward passes alone, on even stages and without"
-        f" anything between them, {1000 * ideal_seconds:.1f} ms ({100 * ideal_seconds / seconds:.0f} %)"
+        f"step {found.step}: {duration(seconds)}; forward and backward passes alone, on even stages and without"
+        f" anything between them, {duration(ideal_seconds)} ({100 * ideal_seconds / seconds:.0f} %)"
     ]
     for row in rows:
         computes, waits = row.share(*_COMPUTES, of=seconds), row.share(WAITING, of=seconds)
@@ -98,7 +98,7 @@ def timeline_of(found: Trace) -> Timeline:
             f"{row.name}: computes {100 * computes:.0f} %, waits for its neighbours {100 * waits:.0f} %, otherwise idle"
             f" {100 * (1 - busy - waits):.0f} %"
         )
-    notes.append(f"clocks of processes may differ by {1000 * found.clock_error:.2f} ms")
+    notes.append(f"clocks of processes may differ by {duration(found.clock_error)}")
     return Timeline(
         title=f"step {found.step}",
         rows=rows,
@@ -107,6 +107,11 @@ def timeline_of(found: Trace) -> Timeline:
         ideal_seconds=ideal_seconds,
         notes=notes,
     )
+
+
+def duration(seconds: float) -> str:
+    """0.01234 → "12.34 ms"; 2 → "2.00 s"."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
 def _bars(process: ProcessTrace, stages: Sequence[ProcessTrace]) -> list[Bar]:
@@ -133,7 +138,7 @@ def _is(span: Span, kind: str, micro_batch: int | None) -> bool:
 
 def _bar(kind: str, span: Span, start: float, end: float, what: str) -> Bar:
     which = "" if span.micro_batch is None else f", micro-batch {span.micro_batch}"
-    text = f"{what}{which}: {1000 * (end - start):.2f} ms, from {1000 * start:.2f} ms"
+    text = f"{what}{which}: {duration(end - start)}, from {duration(start)}"
     return Bar(kind=kind, start=start, end=end, text=text, micro_batch=span.micro_batch)
 
 

@@ -16,8 +16,10 @@ NUMBER_WIDTH = 14
 
 
 def section(timeline: Timeline) -> str:
-    """The section of a timeline: measured rows above, ideal ones below, on one axis of milliseconds."""
-    steps = ticks(0.0, 1000 * max(timeline.seconds, timeline.ideal_seconds))
+    """The section of a timeline: measured rows above, ideal ones below, on one axis."""
+    longest = max(timeline.seconds, timeline.ideal_seconds)
+    unit, size = ("s", 1.0) if longest >= 2 else ("ms", 0.001)
+    steps = [tick * size for tick in ticks(0.0, longest / size)]
     scale = (WIDTH - LEFT - RIGHT) / steps[-1]
     parts: list[str] = []
     y = 0
@@ -33,8 +35,8 @@ def section(timeline: Timeline) -> str:
         x = LEFT + tick * scale
         axis.append(f'<line class="grid" x1="{x:.1f}" y1="{HEADER}" x2="{x:.1f}" y2="{y}"/>')
         anchor = "end" if tick == steps[-1] else "middle"
-        unit = " ms" if tick == steps[-1] else ""
-        axis.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">{label(tick)}{unit}</text>')
+        shown = label(tick / size) + (f" {unit}" if tick == steps[-1] else "")
+        axis.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">{shown}</text>')
     kinds = "".join(f'<li><i class="box" style="background:{COLOURS[kind]}"></i>{kind}</li>' for kind in COLOURS)
     notes = "".join(f"<li>{_text(note)}</li>" for note in timeline.notes)
     title = _text(timeline.title)
@@ -51,10 +53,10 @@ def _row(row: Lane, y: int, scale: float) -> Iterator[str]:
     yield f'<text x="{LEFT - 8}" y="{y + ROW - 8}" text-anchor="end">{_text(row.name)}</text>'
     yield f'<rect class="idle" x="{LEFT}" y="{y}" width="{WIDTH - LEFT - RIGHT}" height="{ROW}"/>'
     for bar in row.bars:
-        x, width = LEFT + 1000 * bar.start * scale, max(1000 * (bar.end - bar.start) * scale, LEAST_WIDTH)
+        x, width = LEFT + bar.start * scale, max((bar.end - bar.start) * scale, LEAST_WIDTH)
         title = _text(f"{row.name}: {bar.text}")
         yield (
-            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[bar.kind]}">'
+            f'<rect class="bar" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[bar.kind]}">'
             f"<title>{title}</title></rect>"
         )
         if width > NUMBER_WIDTH and bar.micro_batch is not None:

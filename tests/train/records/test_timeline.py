@@ -3,8 +3,12 @@
 import pytest
 
 from jllm.train.records import trace
-from jllm.train.records.timeline import COMMUNICATION, WAITING, timeline_of
+from jllm.train.records.timeline import COMMUNICATION, WAITING, duration, timeline_of
 from tests.train.records.steps import step_of
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.0, 0.012344, 2.0)] == ["0.00 ms", "12.34 ms", "2.00 s"]
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (2, 4), (3, 8), (4, 6), (4, 2)])
