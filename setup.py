@@ -31,7 +31,7 @@ SPARK = ["pandas>=2.2", "pyspark>=4.0"]
 DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
 GPU = ["bitsandbytes>=0.50", "liger-kernel>=0.6", "peft>=0.18"]
 PLOT = ["matplotlib>=3.8"]  # PNGs of `jllm plot`
-REPORT = ["mlflow-skinny>=3", "trackio>=0.40", "wandb>=0.20"]  # --report_to
+REPORT = ["mlflow-skinny>=3", "trackio>=0.40", "wandb>=0.31"]  # --report_to
 DEV = [
     *DEMO,
     *SPARK,

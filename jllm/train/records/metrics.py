@@ -173,9 +173,11 @@ class Recorder:
             self._board.numbers(record)
         for reporter in self._reporters:
             reporter.numbers(record)
-            problem = reporter.take_problem()
-            if problem is not None:
-                self.warn(problem)
+            self._warn_of(reporter)
+
+    def _warn_of(self, reporter: Reporter) -> None:
+        for problem in reporter.take_problems():
+            self.warn(problem)
 
     @contextlib.contextmanager
     def until_the_end(self) -> Iterator[None]:
@@ -197,6 +199,7 @@ class Recorder:
         """
         for reporter in self._reporters:
             reporter.close(waits=waits)
+            self._warn_of(reporter)
         for sink in (self._board, self._file, self._display):
             if sink is not None:
                 sink.close()

@@ -15,7 +15,7 @@ from jllm.train.records.sinks.flat import flat_numbers
 
 MOST_WAITING = 20_000
 CLOSE_SECONDS, HURRY_SECONDS = 30.0, 4.0
-LONGEST_PAUSE = 60.0
+LONGEST_PAUSE, CLOSING_PAUSE = 60.0, 1.0
 
 
 class Service(Protocol):
@@ -48,8 +48,8 @@ class Reporter:
         self._service, self._pause = service, pause
         self._waiting: collections.deque[tuple[str, tuple[Any, ...]]] = collections.deque([("begin", ())])
         self._changed = threading.Condition()
-        self._closes = False
-        self._problem: str | None = None
+        self._closing = threading.Event()
+        self._problems: list[str] = []
         self._has_failed = False
         self._thread = threading.Thread(target=self._work, name=f"report-to-{service.name}", daemon=True)
         self._thread.start()
@@ -64,11 +64,11 @@ class Reporter:
         """Pass on that a checkpoint or model is complete."""
         self._put("artefact", kind, folder, step)
 
-    def take_problem(self) -> str | None:
-        """A warning that is to be said, once."""
+    def take_problems(self) -> list[str]:
+        """Warnings that are to be said, once."""
         with self._changed:
-            problem, self._problem = self._problem, None
-        return problem
+            found, self._problems = self._problems, []
+        return found
 
     def close(self, *, waits: bool = True) -> None:
         """Wait for what is left, and close the run of the service.
@@ -78,9 +78,13 @@ class Reporter:
         """
         self._put("end")
         with self._changed:
-            self._closes = True
+            self._closing.set()
             self._changed.notify()
         self._thread.join(CLOSE_SECONDS if waits else HURRY_SECONDS)
+        if self._thread.is_alive():
+            with self._changed:
+                left = sum(method != "end" for method, _ in self._waiting)
+                self._problems.append(f"--report_to {self._service.name}: {left} records did not get there in time")
 
     def _put(self, method: str, *arguments: Any) -> None:
         with self._changed:
@@ -94,7 +98,7 @@ class Reporter:
         while True:
             with self._changed:
                 while not self._waiting:
-                    if self._closes:
+                    if self._closing.is_set():
                         return
                     self._changed.wait()
                 method, arguments = self._waiting[0]
@@ -102,7 +106,10 @@ class Reporter:
                 getattr(self._service, method)(*arguments)
             except Exception as error:
                 self._failed(error)
-                time.sleep(pause)
+                if self._closing.is_set():
+                    time.sleep(min(pause, CLOSING_PAUSE))
+                else:
+                    self._closing.wait(pause)  # the end of a run is a reason to try at once
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             pause = self._pause
@@ -114,6 +121,6 @@ class Reporter:
             if not self._has_failed:
                 self._has_failed = True
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                self._problem = (
-                    f"--report_to {self._service.name}: {reason}; it is tried again, and the records have everything"
+                self._problems.append(
+                    f"--report_to {self._service.name}: {reason}; it is tried again, and metrics.jsonl has everything"
                 )

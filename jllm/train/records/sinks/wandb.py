@@ -24,6 +24,9 @@ class Wandb:
         """Open the run, or go on with the one of this id."""
         import wandb
 
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+            # The package would ask on the terminal of the run.
+            raise ConnectionError("not logged in; run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
         run = self._reported
         if run.folder is not None:
             run.folder.mkdir(parents=True, exist_ok=True)

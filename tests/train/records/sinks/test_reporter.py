@@ -43,15 +43,15 @@ class Memory:
 def test_an_outage_loses_nothing_and_is_said_once() -> None:
     service = Memory()
     reports = Reporter(service, pause=0.001)
-    problems = []
+    problems: list[str] = []
     for step in range(1, 41):
         service.is_away = 10 <= step < 20 or 30 <= step < 35
         reports.numbers({"step": step, "loss": 1 / step})
         time.sleep(0.002)
-        problems.append(reports.take_problem())
+        problems += reports.take_problems()
     reports.artefact("model", Path("out"), step=40)
     reports.close()
-    [problem] = [each for each in problems if each is not None]
+    [problem] = problems + reports.take_problems()
     assert problem.startswith("--report_to memory: ConnectionError: no route to host; it is tried again")
     steps = [("numbers", {"train/loss": 1 / step}, step) for step in range(1, 41)]
     assert service.calls == [("begin",), *steps, ("artefact", "model", Path("out"), 40), ("end",)]
@@ -66,6 +66,7 @@ def test_a_service_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reporter, "HURRY_SECONDS", 0.05)
     reports.close(waits=False)
     assert service.calls == []
+    assert reports.take_problems() == ["--report_to memory: 101 records did not get there in time"]
     service.here.set()
 
 

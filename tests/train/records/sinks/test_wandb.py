@@ -1,12 +1,30 @@
 """The package of Weights & Biases, offline: numbers, the run that goes on, artefacts."""
 
+import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.train.records.sinks.reporting import report
+from tests.train.records.sinks.reporting import RUN, report
+
+
+def test_nobody_is_asked_for_a_key(tmp_path: Path) -> None:
+    """Without one that is a warning, once, and the run goes on."""
+    pytest.importorskip("wandb", reason='wandb is not installed: pip install "jllm[report]"')
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    command = [sys.executable, "-c", RUN, str(tmp_path), "wandb", "1", "places"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150, check=True)
+    assert done.stdout.count("warning: --report_to wandb: ConnectionError: not logged in") == 1
+    events = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    warnings = [event["message"] for event in events if event.get("event") == "warning"]
+    assert len(warnings) == 2
+    assert warnings[1].endswith("records did not get there in time")
 
 
 def log_entries(log: bytes) -> Iterator[bytes]:
