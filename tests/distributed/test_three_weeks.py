@@ -1,4 +1,4 @@
-"""A run that is left alone: one line, started again and again, through what happens on clusters; in full in benchmarks."""
+"""A run left alone: one line, started again and again, through what happens on clusters; in full in benchmarks."""
 
 import os
 from pathlib import Path
