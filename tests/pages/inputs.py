@@ -20,7 +20,7 @@ from tests.pages.blocks import ROOT
 CHATML = """{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
 {{- '<|im_end|>\\n' }}{%- endfor %}"""
 VOCABULARY = 410
-DOCUMENTS = 300
+DOCUMENTS = 60
 
 
 def _tokenizer(path: Path) -> None:
@@ -43,7 +43,7 @@ def _parquet(path: Path) -> None:
 
 
 def _chats(path: Path) -> None:
-    texts = documents(120, seed=3)
+    texts = documents(40, seed=3)
     pairs = zip(texts[::2], texts[1::2], strict=True)
     rows = [[{"user": question}, {"assistant": answer}] for question, answer in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -66,8 +66,8 @@ def _set(path: Path) -> None:
 
 def _foreign(path: Path) -> None:
     """A folder of one file that another program wrote."""
-    rows = [[number % VOCABULARY, 5, 7, 9] for number in range(90)]
-    tags = pa.array([["forum", "news"][number % 2] for number in range(90)])
+    rows = [[number % VOCABULARY, 5, 7, 9] for number in range(30)]
+    tags = pa.array([["forum", "news"][number % 2] for number in range(30)])
     write(path / "part-00000-a1.c000.snappy.parquet", {"input_ids": ids(rows), "source": tags})
 
 
