@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -89,9 +90,9 @@ def run_here(line: Line, folder: Path, *more: str) -> "subprocess.CompletedProce
 
 
 def _work(name: str, words: tuple[str, ...], folder: str) -> None:
+    os.setsid()
     found = command_of(["jllm", name.removesuffix("_datasets").replace("_", "-"), *words])
     assert found is not None
-    os.setsid()
     os.chdir(folder)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         found[0].main(list(words))
@@ -102,6 +103,14 @@ def start(line: Line, folder: Path) -> "context.Process":
     process = context.Process(target=_work, args=(line.command.name, line.words, str(folder)))
     process.start()
     return process
+
+
+def end(process: "context.Process") -> None:
+    """Kill a line that `start` started, with all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has not come so far as to lead a session
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def mistakes(err: str) -> list[str]:

@@ -20,6 +20,7 @@ permutation, and the cap for everything else.
 import contextlib
 import dataclasses
 import fcntl
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ from jllm.errors import UserError, say
 
 COMMAND = "shuffle_datasets"
 PLAN_NAME = ".plan.json"
+CLEANED = {"cleaned": True}
+"""The plan of a folder in which `clean` left what is not ours: a shuffle may begin there, as in an empty one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def _said(plan: dict[str, Any]) -> str:
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
-        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
+        if atomic.read_object(path, "give --clean to start over, or another --output") not in (plan, CLEANED):
             raise UserError(
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"
@@ -135,14 +138,25 @@ def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
 def _held(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Record the plan and keep other runs out of the folder; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN_NAME).is_file():
+    if not (folder / PLAN_NAME).is_file() or atomic.read_object(folder / PLAN_NAME, "remove it") == CLEANED:
         atomic.write_json(folder / PLAN_NAME, plan)
+    with _locked(folder):
+        atomic.remove_temporaries(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that has a plan.
+
+    Raises:
+        UserError: another run has it.
+    """
     with (folder / PLAN_NAME).open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another run is at work there; wait for it, or end it") from None
-        atomic.remove_temporaries(folder)
         yield
 
 
@@ -164,20 +178,30 @@ def _leave_nothing(folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove an earlier run's result, finished or not; anything else in the folder stays."""
+    """Remove an earlier run's result, finished or not; anything else in the folder stays.
+
+    Raises:
+        UserError: the folder holds another command's result, or a run is at work there.
+    """
     manifest = read_manifest(folder)
     plan = folder / PLAN_NAME
     if manifest is None and not plan.is_file():
         return
     if manifest is not None and manifest.command != COMMAND:
         raise UserError(f"{folder}: holds the result of {manifest.command}; --clean removes only shuffled data")
-    # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
-    atomic.write_json(plan, {})
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in folder.glob(f"{folder.name}-*.parquet"):
-        path.unlink()
-    for path in folder.glob(".*.parquet.json"):
-        path.unlink()
-    clear_traces(folder)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    with _locked(folder) if plan.is_file() else contextlib.nullcontext():
+        # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
+        atomic.write_json(plan, {})
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        block = re.compile(rf"{re.escape(folder.name)}-\d{{5,}}\.\w+\.parquet")
+        for path in list(folder.iterdir()):
+            of_block = path.name.removeprefix(".").removesuffix(".json") if path.name[0] == "." else path.name
+            if block.fullmatch(of_block) and path.is_file():
+                path.unlink()
+        shutil.rmtree(folder / SCRATCH_NAME, ignore_errors=True)
+        atomic.remove_temporaries(folder)
+        if any(path != plan for path in folder.iterdir()):
+            atomic.write_json(plan, CLEANED)
+        else:
+            plan.unlink()
+            folder.rmdir()
