@@ -163,9 +163,18 @@ def _locked(folder: Path) -> Iterator[None]:
 def clear_traces(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     shutil.rmtree(folder / SCRATCH_NAME, ignore_errors=True)
-    for path in folder.glob(".*.json"):
+    for path in _block_files(folder, records_only=True):
         path.unlink()
+    (folder / PLAN_NAME).unlink(missing_ok=True)
     atomic.remove_temporaries(folder)
+
+
+def _block_files(folder: Path, *, records_only: bool = False) -> list[Path]:
+    """The blocks in a folder, and the hidden records that unfinished runs keep of them, by their names."""
+    block = re.compile(rf"{re.escape(folder.name)}-\d{{5,}}\.\w+\.parquet")
+    records = [path for path in folder.glob(".*.json") if block.fullmatch(path.name[1:].removesuffix(".json"))]
+    blocks = [path for path in folder.glob("*.parquet") if block.fullmatch(path.name)]
+    return records if records_only else [*records, *blocks]
 
 
 def _leave_nothing(folder: Path) -> None:
@@ -193,11 +202,8 @@ def clean(folder: Path) -> None:
         # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
         atomic.write_json(plan, {})
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        block = re.compile(rf"{re.escape(folder.name)}-\d{{5,}}\.\w+\.parquet")
-        for path in list(folder.iterdir()):
-            of_block = path.name.removeprefix(".").removesuffix(".json") if path.name[0] == "." else path.name
-            if block.fullmatch(of_block) and path.is_file():
-                path.unlink()
+        for path in _block_files(folder):
+            path.unlink()
         shutil.rmtree(folder / SCRATCH_NAME, ignore_errors=True)
         atomic.remove_temporaries(folder)
         if any(path != plan for path in folder.iterdir()):
