@@ -4,8 +4,10 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -41,12 +43,37 @@ def _command_of_script(path: Path) -> click.Command | None:
     return found if isinstance(found, click.Command) else None
 
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+"""With what is installed beside this Python."""
+
+
+def is_here(name: str) -> bool:
+    """Whether a command can be called on this machine."""
+    needed = [name, *(["java"] if name == "spark-submit" else [])]
+    return all(shutil.which(program, path=PATH) is not None for program in needed)
+
+
 @functools.cache
 def help_of(*words: str) -> str:
     """What a command says about itself."""
-    done = subprocess.run([*words, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    done = subprocess.run(
+        [*words, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": PATH},
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, f"{words}: {done.stderr}"
     return done.stdout + done.stderr
+
+
+def is_theirs(flag: str, *command: str) -> bool:
+    """Whether another project's command has a flag; where the command is not here, nobody can tell."""
+    if not is_here(command[0]):
+        return True
+    return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_of(*command)) is not None
 
 
 def command_of(words: Sequence[str]) -> tuple[click.Command, list[str]] | None:
@@ -108,8 +135,8 @@ def check_known(command: str) -> None:
     for name in OF_OTHERS:
         if words[: len(name.split())] == name.split():
             theirs = words[: len(words) - len(own)]
-            text = help_of(sys.executable, "-m", *name.split()) if name.startswith("pip") else help_of(name)
-            unknown = [flag for flag in used_flags(theirs) if not re.search(rf"(?<![\w-]){flag}(?![\w-])", text)]
+            program = [sys.executable, "-m", "pip", "install"] if name.startswith("pip") else [name]
+            unknown = [flag for flag in used_flags(theirs) if not is_theirs(flag, *program)]
             assert not unknown, f"{unknown} in: {command}"
 
 

@@ -1,6 +1,5 @@
 """Every command, Python snippet and file of the pages: it runs as it stands, and leaves what it was given as it was."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from tests.pages.blocks import COMMANDS, FILE, PAGES, PYTHON, ROOT, RULE, TEXT, Block, blocks_of
 from tests.pages.inputs import lay_out
-from tests.pages.parsers import check_accepted, split
+from tests.pages.parsers import check_accepted, is_here, split
 from tests.pages.session import Session, checksums
 
 WITH_BLOCKS = [page for page in PAGES if any(block.kind != TEXT for block in blocks_of(page))]
@@ -17,7 +16,7 @@ WITH_BLOCKS = [page for page in PAGES if any(block.kind != TEXT for block in blo
 
 def runs_here(command: str) -> bool:
     """Whether what the command needs beside Python is on this machine."""
-    return split(command)[:1] != ["spark-submit"] or shutil.which("java") is not None
+    return split(command)[:1] != ["spark-submit"] or is_here("spark-submit")
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
@@ -128,7 +127,7 @@ def test_a_mark_without_a_reason_is_refused(tmp_path: Path, comment: str) -> Non
     ],
 )
 def test_a_command_that_is_gone_is_noticed(command: str) -> None:
-    if "spark" in command and shutil.which("java") is None:
-        pytest.skip("no Java")
+    if "--mastr" in command and not is_here("spark-submit"):
+        pytest.skip("no Java, or no pyspark")
     with pytest.raises(AssertionError):
         check_accepted(command)

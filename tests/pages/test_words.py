@@ -10,13 +10,14 @@ import pytest
 
 from jllm.cli import COMMANDS
 from tests.pages.blocks import PAGES, ROOT, code_spans
-from tests.pages.parsers import check_known, command_of, flags_of, help_of
+from tests.pages.parsers import check_known, command_of, flags_of, is_theirs
 
 CALLS = re.compile(
     r"(?:jllm [a-z]|python -m jllm|python \w+/\w+\.py|\w+_jobs/\w+\.py|make [a-z]|deepspeed |pip install )"
 )
 ABOUT_THE_PAST = ("decisions.md", "measurements.md")
 """They name what was tried and left, of ours and of other projects."""
+PRESENT = [page for page in PAGES if page.name not in ABOUT_THE_PAST]
 
 
 def all_commands() -> list[click.Command]:
@@ -40,10 +41,8 @@ def alternatives(span: str) -> list[str]:
     return [f"{found[1]}{word}{found[3]}" for word in found[2].split("|")] if found is not None else [span]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
 def test_options_exist_and_take_the_values_that_are_shown(page: Path) -> None:
-    if page.name in ABOUT_THE_PAST:
-        pytest.skip("about what was tried and left")
     commands = all_commands()
     wrong = []
     for span in code_spans(page):
@@ -60,7 +59,7 @@ def test_options_exist_and_take_the_values_that_are_shown(page: Path) -> None:
 
 
 def of_another_project(flag: str) -> bool:
-    return any(re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(name)) for name in ("spark-submit", "deepspeed"))
+    return any(is_theirs(flag, name) for name in ("spark-submit", "deepspeed"))
 
 
 def takes(command: click.Command, flag: str, value: str | None) -> bool:
@@ -90,11 +89,9 @@ def words_of_the_code() -> set[str]:
     return {word for name in names for word in re.findall(r"\w+", (ROOT / name).read_text(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
 def test_names_exist(page: Path) -> None:
     """Functions, fields, columns, files: a name with an underscore, or with dots, is in the code by that name."""
-    if page.name in ABOUT_THE_PAST:
-        pytest.skip("about what was tried and left")
     known = words_of_the_code()
     named = [span for span in code_spans(page) if re.fullmatch(r"[A-Za-z_]\w*(?:\.\w+)*(?:\(\))?", span)]
     named = [span for span in named if "_" in span.strip("_") or ("." in span and not span.startswith("spark."))]

@@ -153,6 +153,7 @@ def test_an_object_store_instead_of_folders(cluster: Cluster, folder: Path, stor
     assert not left
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(SIZE < 2, reason="fetches and packs 130 MiB of packages: set JLLM_TEST_SIZE=2")
 def test_executors_that_have_nothing_but_python(cluster: Cluster, folder: Path) -> None:
     """The archive of `tools/pack_for_spark.py` is all that they get beside it."""
@@ -160,7 +161,7 @@ def test_executors_that_have_nothing_but_python(cluster: Cluster, folder: Path) 
     if not python.exists():
         pytest.skip(f"no {python}, a Python without packages")
     words = [sys.executable, str(ROOT / "tools" / "pack_for_spark.py"), "-o", "build/spark"]
-    subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=280)
+    subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=600)
     while sum(worker.poll() is None for worker in cluster.workers) < 2:
         cluster.add_worker()
     # One executor, because each unpacks half a gigabyte.
