@@ -137,3 +137,9 @@ def code_spans(page: Path) -> list[str]:
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"(?<=\n)\n(?:    .*\n)+", "\n", text)
     return [re.sub(r"\s+", " ", span) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+def alternatives(span: str) -> list[str]:
+    """What a span stands for: `a b|c` is `a b` and `a c`."""
+    found = re.match(r"(.* )(\w+(?:\|\w+)+)( .*|$)", span)
+    return [f"{found[1]}{word}{found[3]}" for word in found[2].split("|")] if found is not None else [span]

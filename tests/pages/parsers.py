@@ -140,6 +140,17 @@ def check_known(command: str) -> None:
             assert not unknown, f"{unknown} in: {command}"
 
 
+def is_complete(command: str) -> bool:
+    """Whether a command of ours could be run as it stands: nothing that it needs is left out."""
+    if "..." in command or {"-h", "--help"} & set(split(command)):
+        return False
+    try:
+        check_accepted(command)
+    except AssertionError:
+        return False
+    return True
+
+
 def check_accepted(command: str) -> None:
     """See to it that a whole command would be accepted: its options, their values, and what these say together.
 

@@ -1,14 +1,27 @@
 """Every command, Python snippet and file of the pages: it runs as it stands, and leaves what it was given as it was."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.pages.blocks import COMMANDS, FILE, PAGES, PYTHON, ROOT, RULE, TEXT, Block, blocks_of
+from tests.pages.blocks import (
+    COMMANDS,
+    FILE,
+    PAGES,
+    PYTHON,
+    ROOT,
+    RULE,
+    TEXT,
+    Block,
+    alternatives,
+    blocks_of,
+    code_spans,
+)
 from tests.pages.inputs import lay_out
-from tests.pages.parsers import check_accepted, is_here, split
+from tests.pages.parsers import check_accepted, is_complete, is_here, split
 from tests.pages.session import Session, checksums
 
 WITH_BLOCKS = [page for page in PAGES if any(block.kind != TEXT for block in blocks_of(page))]
@@ -21,11 +34,12 @@ def runs_here(command: str) -> bool:
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
 def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
-    """In one folder, where each command finds what those before it made."""
+    """In one folder, where each command finds what those before it made; then what the text names between backticks."""
     blocks = [block for block in blocks_of(page) if block.kind != TEXT]
+    named = commands_in_the_text(page)
     folder = tmp_path / "here"
     folder.mkdir()
-    lay_out(folder, "\n".join(block.text for block in blocks))
+    lay_out(folder, "\n".join([*(block.text for block in blocks), *named]))
     for block in blocks:
         if block.kind == FILE:
             (folder / block.file_name).write_text(block.tried, encoding="utf-8")
@@ -37,9 +51,7 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
                 if block.only_parsed or not runs_here(command):
                     check_accepted(command)
                     continue
-                done = session.run(command)
-                assert done.returncode == 0, f"{block}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-                assert "Traceback" not in done.stderr, f"{block}: {command}\n{done.stderr}"
+                run_command(command, session)
         elif block.kind == PYTHON:
             run_python(block, session)
         elif block.kind == RULE:
@@ -47,6 +59,22 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
         left = checksums(folder)
         changed = sorted(name for name, digest in given.items() if left.get(name) != digest)
         assert not changed, f"{block} changed its input: {changed}"
+
+    for command in named:
+        run_command(command, session)
+
+
+def commands_in_the_text(page: Path) -> list[str]:
+    """Whole commands of ours between backticks; one without what it needs, such as a command's name, is none."""
+    spans = [either for span in code_spans(page) for either in alternatives(span)]
+    found = [span for span in spans if re.match(r"jllm [a-z]|python -m jllm", span) and is_complete(span)]
+    return list(dict.fromkeys(found))
+
+
+def run_command(command: str, session: Session) -> None:
+    done = session.run(command)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
 
 
 def run_python(block: Block, session: Session) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from jllm.cli import COMMANDS
-from tests.pages.blocks import PAGES, ROOT, code_spans
+from tests.pages.blocks import PAGES, ROOT, alternatives, code_spans
 from tests.pages.parsers import check_known, command_of, flags_of, is_theirs
 
 CALLS = re.compile(
@@ -33,12 +33,6 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         if CALLS.match(span):
             for either in alternatives(span):
                 check_known(either if not either.startswith("spark_jobs") else f"spark-submit {either}")
-
-
-def alternatives(span: str) -> list[str]:
-    """`a b|c` is `a b` and `a c`."""
-    found = re.match(r"(.* )(\w+(?:\|\w+)+)( .*|$)", span)
-    return [f"{found[1]}{word}{found[3]}" for word in found[2].split("|")] if found is not None else [span]
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
