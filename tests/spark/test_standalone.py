@@ -18,7 +18,7 @@ from tests.data.raw2ids_runs import documents, raw2ids, rows_of, write_jsonl
 from tests.data.sets import table_of
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.pages.session import kill_group
-from tests.spark.cluster import ROOT, Cluster, finish, running, spark_home, wait_until
+from tests.spark.standalone import ROOT, Cluster, finish, running, spark_home, wait_until
 
 pytestmark = pytest.mark.slow
 SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
