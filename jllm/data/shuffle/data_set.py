@@ -123,9 +123,11 @@ def _said(plan: dict[str, Any]) -> str:
 
 
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
+    if _is_cleaned(folder):
+        return
     path = folder / PLAN_NAME
     if path.is_file():
-        if atomic.read_object(path, "give --clean to start over, or another --output") not in (plan, CLEANED):
+        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
             raise UserError(
                 f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
                 " over, or another --output"
@@ -138,7 +140,7 @@ def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
 def _held(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Record the plan and keep other runs out of the folder; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN_NAME).is_file() or atomic.read_object(folder / PLAN_NAME, "remove it") == CLEANED:
+    if not (folder / PLAN_NAME).is_file() or _is_cleaned(folder):
         atomic.write_json(folder / PLAN_NAME, plan)
     with _locked(folder):
         atomic.remove_temporaries(folder)
@@ -158,6 +160,10 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{folder}: another run is at work there; wait for it, or end it") from None
         yield
+
+
+def _is_cleaned(folder: Path) -> bool:
+    return atomic.read_object(folder / PLAN_NAME, "give --clean to start over, or another --output") == CLEANED
 
 
 def clear_traces(folder: Path) -> None:
