@@ -120,8 +120,8 @@ class SegmentBuilder:
                 length += len(found)
             elif kind == _TOKEN:
                 index = self.markup.id_of(found)
-                final = False
-                if ending >= 0:
+                final, ended = False, ending >= 0
+                if ended:
                     blank = not "".join(texts)[ending - length :].strip() if ending < length else True
                     final = index in ends_of_turn and blank
                     close_span(length if final else ending)
@@ -139,6 +139,7 @@ class SegmentBuilder:
                 segment = Segment(control=index, trained=trained)
                 if trained:
                     group.append((segment, None))
+                group = [] if ended else group  # of what the template's own marks do not stand around
                 segments.append(segment)
                 text, texts, length = Segment(), [], 0
                 since = 0 if since >= 0 else -1

@@ -5,6 +5,7 @@ same encoder and packer (`pretrain_encoder`, `chat_encoder`, `packer_of`) and fe
 """
 
 import datetime
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -253,6 +254,12 @@ def tools_template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> str | Non
 def template_text(config: Raw2IdsConfig, facts: TokenizerFacts) -> str:
     """All that the templates of a run say, for `date_of`."""
     return template_of(config, facts)[0] + (tools_template_of(config, facts) or "")
+
+
+def template_hashes(config: Raw2IdsConfig, facts: TokenizerFacts) -> list[str | None]:
+    """sha256 of the template's source, and of that for conversations with tools where that is another."""
+    sources = (template_of(config, facts)[0], tools_template_of(config, facts))
+    return [None if source is None else hashlib.sha256(source.encode()).hexdigest() for source in sources]
 
 
 def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:
