@@ -28,7 +28,7 @@ _CLOSED = "</think>"
 _MOVED = frozenset(("system", "developer"))
 _PIECE = 16
 """So many letters of a message in a row are found nowhere by chance."""
-_TEXT, _THOUGHT, _CALL, _TOOL = "text", "thought", "call", "tool"
+_TEXT, _THOUGHT, _CALL, _TOOL, _NAME = "text", "thought", "call", "tool", "name"
 
 
 class Completeness:
@@ -48,17 +48,14 @@ class Completeness:
         Raises:
             BadRecordError: the template leaves out anything else.
         """
-        key = (tuple(map(_shape, messages)), tuple(map(_is_function, tools or ())))
-        if key not in self._shapes:
-            if len(self._shapes) > _SHAPES_KEPT:
-                self._shapes.clear()
-            self._shapes[key] = self._missing(messages, tools)
-        missing = self._shapes[key]
+        missing = self._left_out(messages, tools)
         if not missing:
             return frozenset()
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         left_out = set()
         for what, number in missing:
+            if what == _NAME:
+                continue
             if what == _TOOL:
                 raise BadRecordError(
                     "tools not shown", "the template does not show its tools; leave them out with --ignore_tools"
@@ -85,6 +82,10 @@ class Completeness:
                 )
             left_out.add(number)
         return frozenset(left_out)
+
+    def names_left_out(self, messages: Messages, tools: list[Any] | None) -> int:
+        """Of how many messages the template does not show the name of who speaks."""
+        return sum(what == _NAME for what, _ in self._left_out(messages, tools) or ())
 
     def require_in(self, text: str, messages: Messages, tools: list[Any] | None, left_out: frozenset[int]) -> int:
         """Look up what the shape of a conversation cannot tell.
@@ -141,6 +142,14 @@ class Completeness:
             if _is_function(tool) and not _is_in(tool["function"]["name"], text):
                 raise BadRecordError("tools not shown", "the template does not show a tool as it is")
         return changed
+
+    def _left_out(self, messages: Messages, tools: list[Any] | None) -> tuple[tuple[str, int], ...] | None:
+        key = (tuple(map(_shape, messages)), tuple(map(_is_function, tools or ())))
+        if key not in self._shapes:
+            if len(self._shapes) > _SHAPES_KEPT:
+                self._shapes.clear()
+            self._shapes[key] = self._missing(messages, tools)
+        return self._shapes[key]
 
     def _missing(self, messages: Messages, tools: list[Any] | None) -> tuple[tuple[str, int], ...] | None:
         """What of messages of this shape does not come out, in order; None where the template shows that only for the
@@ -209,6 +218,8 @@ def _canary(message: Mapping[str, Any], number: int, gaps: _Gaps) -> Mapping[str
         canary["content"] = gaps.take(_TEXT, number)
     if message.get(REASONING[0]):
         canary.update(dict.fromkeys(REASONING, gaps.take(_THOUGHT, number)))
+    if isinstance(message.get("name"), str):
+        canary["name"] = gaps.take(_NAME, number)
     if message.get("tool_calls"):
         canary["tool_calls"] = [
             {**call, "function": {"name": gaps.take(_CALL, number), "arguments": {"x": gaps.take(_CALL, number)}}}

@@ -39,7 +39,7 @@ from jllm.data.chat.marks import (
     with_marks,
 )
 from jllm.data.chat.probes import probes_of
-from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle
+from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle, unused
 from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten, inverted
 from jllm.data.chat.template import compile_template
 from jllm.data.chat.tool_calls import SAMPLE_TOOLS, WITH_A_CALL, calls_as
@@ -326,6 +326,10 @@ class Renderer:
             segments = self.segments_of(text, stand_ins, hidden, trained)
         if left_out:
             conversation.note(f"{LEFT_OUT}reasoning of earlier turns, by the template", len(left_out))
+        # Where the template does not speak of names, they were counted when they were read.
+        named = "name" in self.style.names and any("name" in message for message in hidden)
+        if named and (unseen := self.completeness.names_left_out(hidden, tools)):
+            conversation.note(unused("name of messages"), unseen)
         if changed:
             conversation.note(f"{LEFT_OUT}parts of messages, by the template", changed)
         return flatten(segments), None if stand_ins.used else bare

@@ -198,7 +198,14 @@ def _format_of_source(source: Source, number: int) -> str:
     first = next(read_chunks(source, number), None)
     if first is None:
         return "messages"  # of no record
-    return commonest_format(parse_chunk(first, source.kind).values, f"-i {source.name}")
+    records = parse_chunk(first, source.kind)
+    if records.bad and not records.values:
+        bad = records.bad[0]
+        raise UserError(
+            f"-i {source.name}: none of its first records can be read ({source.name}:{bad.line}: {bad.kind}:"
+            f" {bad.detail})"
+        )
+    return commonest_format(records.values, f"-i {source.name}")
 
 
 def template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> tuple[str, str]:

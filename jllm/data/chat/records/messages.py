@@ -1,6 +1,6 @@
 """Messages in the forms that people write, to a role, a text, calls and reasoning.
 
-A message names its role (`role` or `from`, with `content` or `value`), or its role is the key of its text.
+A message names its role (`role` or `from`, with `content`, `value` or `text`), or its role is the key of its text.
 
 Guarantees: what a message holds comes out, is counted as left out, or is refused by name; a flag counts whatever the
 form of its message.
@@ -113,11 +113,13 @@ def _read(item: dict[str, Any], number: int, style: ReadingStyle, found: Convers
     if not isinstance(role, str):
         raise BadRecordError("wrong type", f"message {number} has the role {shown(role)}, not text")
     given = [field for field in ("content", "value") if field in item]
+    if not given and isinstance(item.get("text"), str):
+        given = ["text"]
     if len(given) == 2 and item["content"] is None:
         given = ["value"]
     elif len(given) == 2 and item["value"] not in (None, "", item["content"]):
         raise BadRecordError("wrong type", f'message {number} has both "content" and "value"')
-    rest = {name: value for name, value in item.items() if name not in (key, "content", "value")}
+    rest = {name: value for name, value in item.items() if name not in (key, "content", "value", *given)}
     return _add(role, item[given[0]] if given else None, rest, number, style, found)
 
 
