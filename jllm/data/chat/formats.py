@@ -210,8 +210,8 @@ def _what(records: list[Any]) -> str:
     """What the first record is, for a message."""
     if not records or isinstance(records[0], list):
         return ""
-    has = ", ".join(map(str, records[0])) if isinstance(records[0], dict) else json_type(records[0])
-    return f" (the first has: {has[:80]})"
+    has = f"has: {', '.join(map(str, records[0]))}" if isinstance(records[0], dict) else f"is {json_type(records[0])}"
+    return f" (the first {has[:80]})"
 
 
 def is_pair(record: Any) -> bool:

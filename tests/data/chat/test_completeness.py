@@ -157,3 +157,15 @@ def test_a_shape_is_rendered_once() -> None:
         assert not completeness.thoughts_left_out([user(text), assistant(text)], None)
         assert not completeness.thoughts_left_out([user(text), assistant(text), user("x")], None)
     assert len(seen) == 2
+
+
+def test_names_that_a_template_does_not_show_are_counted(tmp_path: Path) -> None:
+    """Also where it speaks of names elsewhere, as of those of tools."""
+    calls = "{%- for call in message.tool_calls or [] %}{{- call.name }}{%- endfor %}"
+    shown = "{%- if message.name %}{{- message.name + ': ' }}{%- endif %}"
+    messages = [user("q") | {"name": "Bob"}, assistant("a"), user("r") | {"name": "Ann"}, assistant("b")]
+    for part, times in (("", 2), (calls, 2), (shown, 0)):
+        template = TURNS + part + "{{- message.content }}" + END
+        _, _, bad, counts = chat_of(tmp_path, template).encode_as("jsonl", [{"messages": messages}], "messages")
+        assert not bad
+        assert counts.get("unused field: name of messages", 0) == times

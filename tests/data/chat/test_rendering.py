@@ -187,3 +187,18 @@ def test_a_flag_trains_what_is_no_answer(tmp_path: Path, template: str) -> None:
     assert chat.trained(both) == f"so{end}"
     last = Chat(chat.facts, chat.encoder.assembler().engine, template, train_on="last")
     assert last.trained(asked) == f"so{end}"
+
+
+def test_an_empty_think_block_before_a_call_is_masked() -> None:
+    """A template opens the last answer with one; it is none of the answer's, with a text or without."""
+    facts = load_tokenizer(str(asset_tokenizer("qwen3")))
+    chat = Chat(facts, open_engine(facts, inert=True), facts.chat_template or "")
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    shown = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    earlier = [user("q"), assistant("", tool_calls=[call]), user("r")]
+    assert chat.trained(earlier[:2]) == shown
+    assert chat.trained([*earlier, assistant("", tool_calls=[call, call])]) == shown + shown.replace(
+        "<|im_end|>", "\n" + shown
+    )
+    thought = assistant("", tool_calls=[call], reasoning_content="hm")
+    assert chat.trained([user("q"), thought]) == f"<think>\nhm\n</think>\n\n{shown}"

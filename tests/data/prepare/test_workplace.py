@@ -42,7 +42,7 @@ IDENTITY: dict[str, Any] = {
         ({"options": {"max_len": 5}}, "was made with stack = True, now it is None"),
         ({"tokenizer": "other"}, "another tokenizer"),
         ({"rules": 0}, "another version of this command, whose rules are not the same"),
-        ({"template": ["b", None]}, "the chat template was changed"),
+        ({"template": ["b", None]}, "the chat template was changed since it was begun"),
         ({"sources": []}, r"the input changed \(a\.jsonl\)"),
         ({"sources": [{**IDENTITY["sources"][0], "bytes": 4}]}, r"the input changed \(a\.jsonl\)"),
     ],

@@ -88,3 +88,10 @@ def test_flags_of_questions_are_heard() -> None:
     weighed = read_messages([user("x") | {"weight": 1}, user("y") | {"masked": False}, assistant("z")], STYLE)
     assert weighed.trained == [False, False, True]
     assert weighed.notes == {"left out: weights of what is no answer": 2}
+
+
+def test_the_text_of_a_message_may_be_called_text() -> None:
+    assert one({"role": "assistant", "text": "a"}) == assistant("a")
+    found = read_messages([{"role": "user", "content": "q", "text": "t"}], STYLE)
+    assert found.messages == [user("q")]
+    assert found.notes == {"unused field: text of messages": 1}
