@@ -98,14 +98,15 @@ class ConversationRenderer:
     def _is_plain(self, conversation: Conversation) -> bool:
         if conversation.tools is not None:
             return False
+        longest = self._longest
+        if longest is not None and any(len(message["content"]) > longest for message in conversation.messages):
+            return False
         is_plain = self._is_plain_text
         return all(len(message) == 2 and is_plain(message["content"]) for message in conversation.messages)
 
     def _is_plain_text(self, text: str) -> bool:
         first = text[:1]
         if not first or text[-1:].isspace() or not (first.isalnum() or first in _PLAIN):
-            return False
-        if self._longest is not None and len(text) > self._longest:
             return False
         # One character is found ten times faster than one of several, and there is no other one in ASCII.
         return not ("<" in text if self._tags_only and text.isascii() else self._unusual.search(text))

@@ -112,7 +112,7 @@ def _read(item: dict[str, Any], number: int, style: ReadingStyle, found: Convers
     role = item[key]
     if not isinstance(role, str):
         raise BadRecordError("wrong type", f"message {number} has the role {shown(role)}, not text")
-    given = [field for field in ("content", "value") if field in item]
+    given: list[str] = [field for field in ("content", "value") if field in item]
     if not given and isinstance(item.get("text"), str):
         given = ["text"]
     if len(given) == 2 and item["content"] is None:
