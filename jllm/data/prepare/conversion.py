@@ -204,4 +204,5 @@ def _saved_and_read(run: Conversion, point: ResumePoint, number: int) -> Iterato
         for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
             yield run.cache.load((number, chunk.index)) or chunk
     except UserError as error:
-        raise UnreadableSourceError(str(error), number) from None
+        again = "" if source.once else "; run the same command again when it is mended"
+        raise UnreadableSourceError(f"{error}{again}", number) from None

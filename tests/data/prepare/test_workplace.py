@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest, write_manifest
+from jllm.data.packing.packers import Documents
 from jllm.data.prepare import outputs
+from jllm.data.prepare.sink import ResumePoint, Sink
 from jllm.data.prepare.workplace import Workplace
 from jllm.data.sources import identity
+from jllm.data.sources.chunks import CHUNK_BYTES
 from jllm.errors import UserError
 from tests.data.chats import PLAIN
 from tests.data.raw2ids_runs import documents, finished_files, raw2ids, tree, write_jsonl
@@ -166,6 +169,42 @@ def test_a_damaged_file_may_be_mended(tmp_path: Path, byte_tokenizer: Path, good
     if more:
         assert tree(tmp_path / "_eval" / "out") == tree(tmp_path / "_eval" / "wanted")
     assert kept.items() <= finished_files(tmp_path / "out").items(), "what was made before stays"
+
+
+def test_a_damaged_file_that_a_killed_run_had_begun(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made of its good part cannot be told apart any more: mended, all is made anew, by the same line."""
+    texts = [text * 20 for text in documents(3000)]
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(30))
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert len(data) > 3 * CHUNK_BYTES
+    damaged = tmp_path / "in" / "b.jsonl.gz"
+    damaged.write_bytes(gzip.compress(data, mtime=0))
+    words: list[object] = ["--tokenizer", byte_tokenizer, "-t", "pretrain", "--batch_size", 100]
+    raw2ids("-i", tmp_path / "in", "-o", tmp_path / "wanted", *words)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) * 3 // 4])
+    line = ["-i", tmp_path / "in", "-o", tmp_path / "out", *words]
+    feed = Sink.feed
+
+    def killed(self: Sink, point: ResumePoint, stem: str, fed: Documents) -> None:
+        feed(self, point, stem, fed)
+        if point.place == (1, 1):
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(Sink, "feed", killed)
+    with pytest.raises(RuntimeError):
+        raw2ids(*line)
+    monkeypatch.undo()
+    assert len(finished_files(tmp_path / "out")) > 1
+    failed = raw2ids(*line, check=False)
+    assert "b.jsonl.gz: cannot be read" in failed.stderr
+    assert "run the same command again when it is mended" in failed.stderr
+    damaged.write_bytes(whole)
+    raw2ids(*line)
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
 
 
 def test_another_file_may_not_be_changed_with_the_damaged_one(tmp_path: Path, byte_tokenizer: Path) -> None:
