@@ -331,7 +331,7 @@ class Renderer:
         if named and (unseen := self.completeness.names_left_out(hidden, tools)):
             conversation.note(unused("name of messages"), unseen)
         if changed:
-            conversation.note(f"{LEFT_OUT}parts of messages, by the template", changed)
+            conversation.note(f"{LEFT_OUT}text of messages that the template cuts or replaces", changed)
         return flatten(segments), None if stand_ins.used else bare
 
     def _render_refused(self, messages: list[dict[str, Any]], refused: list[bool], tools: list[Any] | None) -> str:

@@ -109,7 +109,7 @@ def test_a_message_of_which_some_is_shown_is_counted(tmp_path: Path) -> None:
             "jsonl", [{"messages": [user(text), assistant("b")]}], "messages"
         )
         assert (len(ids), bad) == (1, [])
-        assert counts.get(f"{LEFT_OUT}parts of messages, by the template", 0) == times
+        assert counts.get(f"{LEFT_OUT}text of messages that the template cuts or replaces", 0) == times
 
 
 def test_a_system_text_may_be_moved(tmp_path: Path) -> None:
