@@ -199,7 +199,6 @@ def test_what_is_empty_is_not_shown(tmp_path: Path) -> None:
         "unused_fields": {"score": 3},
         "warnings": [],
         "date": None,
-        "overlong": 0,
     }
     write_manifest(folder, dataclasses.replace(manifest, extra={"chat": chat}))
     assert "  chat template own, unused fields score 3" in inspect(folder, "-n", 0).splitlines()
