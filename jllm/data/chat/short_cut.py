@@ -135,7 +135,10 @@ class ConversationRenderer:
         flat = skeleton.filled([message["content"] for message in conversation.messages])
         whole = None
         if self._verifies:
-            wanted, whole = self._rendered(conversation, trained)
+            try:
+                wanted, whole = self._rendered(conversation, trained)
+            except BadRecordError as error:  # which no text that it shows as it is would be
+                raise ShortCutError(f"the template treats texts in its own way: {error}") from None
             if wanted != flat:
                 raise ShortCutError("the template treats texts in its own way")
         return flat, whole
