@@ -55,6 +55,8 @@ class RunState:
         rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
         chat_template: of the training data, for an export of the checkpoint.
+        evaluation_pending: whether the evaluation that follows the step is still to be made.
+        run: the run's id; "" for checkpoints from before there were ids.
     """
 
     step: int
@@ -67,6 +69,8 @@ class RunState:
     rebounds: int
     config: dict[str, Any]
     chat_template: str | None = None
+    evaluation_pending: bool = False
+    run: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
