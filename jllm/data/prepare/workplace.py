@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from jllm.data.dataset.shards import CODECS, list_shards
 from jllm.errors import UserError
 
 WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
-_START_OVER = "start over with -C, or give another -o"
+START_OVER = "start over with -C, or give another -o"
 
 
 class Workplace:
@@ -122,7 +122,7 @@ class Workplace:
 
     def _identity(self) -> dict[str, Any] | None:
         with contextlib.suppress(UserError):  # what was damaged says nothing
-            value = atomic.read_object(self.work / "run.json", _START_OVER)
+            value = atomic.read_object(self.work / "run.json", START_OVER)
             if value is not None and {"options", "tokenizer", "sources"} <= value.keys():
                 return value
         return None
@@ -153,47 +153,22 @@ class Workplace:
         """
         manifest = read_manifest(self.folder)
         if manifest is not None:
-            made: dict[str, Any] = {"options": manifest.options, "tokenizer": None, "sources": []}
-            if manifest.tokenizer:
-                made["tokenizer"] = manifest.tokenizer.sha256
-            made["sources"] = [{"name": item["name"], "bytes": item["bytes"]} for item in manifest.sources]
-            wanted = {
-                "options": identity["options"],
-                "tokenizer": identity["tokenizer"],
-                "sources": [{"name": item["name"], "bytes": item["bytes"]} for item in identity["sources"]],
-            }
-            self._compare(json.loads(json.dumps(wanted)), made)
+            compare(self.folder, *as_finished(identity, manifest))
             made_at = (self.folder / MANIFEST_NAME).stat().st_mtime_ns
-            newer = [item["name"] for item in identity["sources"] if item["modified"] and item["modified"] > made_at]
-            if newer:
-                raise UserError(f"-o {self.folder}: finished before {newer[0]} was changed; {_START_OVER}")
+            refuse_newer(self.folder, identity, made_at)
             for entry in manifest.files:
                 path = self.folder / entry.path
                 if not path.is_file() or path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
-                    raise UserError(f"-o {self.folder}: {entry.path} is missing or changed; {_START_OVER}")
+                    raise not_as_made(self.folder, entry.path)
             return manifest
         earlier = self._identity()
         if earlier is not None:
-            self._compare(json.loads(json.dumps(identity)), earlier)
+            compare(self.folder, json.loads(json.dumps(identity)), earlier)
         elif list_shards(self.folder):
-            raise UserError(
-                f"-o {self.folder}: holds Parquet files that this command did not write; give another folder"
-            )
+            raise not_ours(self.folder)
         else:
             atomic.write_json(self.work / "run.json", identity)
         return None
-
-    def _compare(self, wanted: dict[str, Any], made: dict[str, Any]) -> None:
-        for key in {**made["options"], **wanted["options"]}:
-            before, now = made["options"].get(key), wanted["options"].get(key)
-            if before != now:
-                raise UserError(f"-o {self.folder}: was made with {key} = {before!r}, now it is {now!r}; {_START_OVER}")
-        if made["tokenizer"] != wanted["tokenizer"]:
-            raise UserError(f"-o {self.folder}: was made with another tokenizer; {_START_OVER}")
-        if made["sources"] != wanted["sources"]:
-            differing = [a["name"] for a in wanted["sources"] if a not in made["sources"]]
-            differing += [b["name"] for b in made["sources"] if b not in wanted["sources"]]
-            raise UserError(f"-o {self.folder}: the input changed ({differing[0]}); {_START_OVER}")
 
     def date_of_earlier_run(self) -> str | None:
         """The date that the unfinished run in this folder gave to its template."""
@@ -220,6 +195,53 @@ class Workplace:
         """Remove the half-written files of a killed run."""
         for path in self.work.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def as_finished(identity: dict[str, Any], manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is wanted, and what a manifest says was made, for `compare`."""
+
+    def sources(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"name": item.get("name"), "bytes": item.get("bytes")} for item in items]
+
+    made = {
+        "options": manifest.options,
+        "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
+        "sources": sources(manifest.sources),
+    }
+    return json.loads(json.dumps({**identity, "sources": sources(identity["sources"])})), made
+
+
+def refuse_newer(folder: object, identity: dict[str, Any], made_at: int) -> None:
+    """Raises:
+    UserError: a source was changed after the data set was finished, at `made_at` nanoseconds.
+    """
+    newer = [item["name"] for item in identity["sources"] if item["modified"] and item["modified"] > made_at]
+    if newer:
+        raise UserError(f"-o {folder}: finished before {newer[0]} was changed; {START_OVER}")
+
+
+def not_ours(folder: object) -> UserError:
+    return UserError(f"-o {folder}: holds Parquet files that this command did not write; give another folder")
+
+
+def not_as_made(folder: object, path: str) -> UserError:
+    return UserError(f"-o {folder}: {path} is missing or changed; {START_OVER}")
+
+
+def compare(folder: object, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises:
+    UserError: what a run in `folder` made, or makes, is not what is wanted; both as plain data.
+    """
+    for key in {**made["options"], **wanted["options"]}:
+        before, now = made["options"].get(key), wanted["options"].get(key)
+        if before != now:
+            raise UserError(f"-o {folder}: was made with {key} = {before!r}, now it is {now!r}; {START_OVER}")
+    if made["tokenizer"] != wanted["tokenizer"]:
+        raise UserError(f"-o {folder}: was made with another tokenizer; {START_OVER}")
+    if made["sources"] != wanted["sources"]:
+        differing = [a["name"] for a in wanted["sources"] if a not in made["sources"]]
+        differing += [b["name"] for b in made["sources"] if b not in wanted["sources"]]
+        raise UserError(f"-o {folder}: the input changed ({differing[0]}); {START_OVER}")
 
 
 def modified_at(path: str) -> int | None:
