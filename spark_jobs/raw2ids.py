@@ -37,21 +37,22 @@ from jllm.data.prepare.workplace import WORK_NAME, as_finished, compare, not_as_
 from jllm.data.sources.inputs import KINDS, Source
 from jllm.data.spark.encoding import FORMAT_SCHEMA, EncodingJob, FormatJob, GivenSources
 from jllm.data.spark.failures import as_mistakes
-from jllm.data.spark.files import HadoopFiles
+from jllm.data.spark.files import HadoopFiles, is_local, local_path
 from jllm.data.spark.findings import Findings, InputFindings, together
 from jllm.data.spark.place import JobPlace
-from jllm.data.spark.session import job_session, jvm_process, set_up
+from jllm.data.spark.session import driver_of, job_session, set_up
 from jllm.data.spark.shards import CODECS_OF_SPARK, describe_output, schema_of, write_shards
 from jllm.data.spark.sources import (
+    LINES,
+    MARK_BYTES,
     ROWS,
     WAY_OF_IDS,
     SourceGroup,
     group_in_format,
     groups_of,
-    is_local,
-    local_path,
     modified_at,
     paths_of,
+    reading_of,
     resolved,
 )
 from jllm.data.spark.worker_errors import WorkerErrors
@@ -162,7 +163,7 @@ class SparkPreparation:
 
     def result(self) -> tuple[Manifest, str]:
         """The manifest, of this run or an earlier one, and what is said of it."""
-        with self.place.held(jvm=jvm_process(self.spark)):
+        with self.place.held(driver_of(self.spark)):
             template = recipes.template_text(self.config, self.facts) if self.config.type == "ft" else ""
             earlier = self.place.begun(("options", "tokenizer", "sources"))
             began = None if self.config.clean else (earlier or {}).get("date")
@@ -236,6 +237,9 @@ class SparkPreparation:
         for source, before in zip(self.sources, record["sources"], strict=True):
             if self._modified(source) != before["modified"]:
                 raise changed_meanwhile(source)
+        for number, source in enumerate(self.sources):
+            if reading_of(source) == LINES and (source.size or 0) > MARK_BYTES and number not in found.seen:
+                raise UserError(f"-i {source.path}: Spark passed over it; give it another name")
         totals = found.totals
         entries = () if not totals.documents else self._described(staged)
         self._judge(found, sum(entry.rows for entry in entries))
@@ -271,6 +275,7 @@ class SparkPreparation:
 
     def _described(self, staged: str) -> tuple[Any, ...]:
         with as_mistakes(f"-o {self.place.shown}", f"-o {self.place.shown}"):
+            self.place.settle(staged)
             return describe_output(self.spark, staged)
 
     def _judge(self, found: InputFindings, rows: int) -> None:

@@ -35,12 +35,12 @@ from jllm.data.shuffle.config import check_order
 from jllm.data.shuffle.data_set import not_empty, refuse_other_plan, refuse_other_result, refuse_place
 from jllm.data.shuffle.folder import blocks_of
 from jllm.data.shuffle.layout import block_edges, destinations
+from jllm.data.spark.dealing import keys_of_partitions
 from jllm.data.spark.failures import as_mistakes
-from jllm.data.spark.files import HadoopFiles, joined
+from jllm.data.spark.files import HadoopFiles, bare, is_local, joined, local_path
 from jllm.data.spark.place import JobPlace
-from jllm.data.spark.session import job_session, jvm_process, set_up
+from jllm.data.spark.session import driver_of, job_session, set_up
 from jllm.data.spark.shards import (
-    bare,
     checksums,
     describe_output,
     escaped,
@@ -49,7 +49,6 @@ from jllm.data.spark.shards import (
     schema_of,
     write_shards,
 )
-from jllm.data.spark.sources import is_local, local_path
 from jllm.data.spark.worker_errors import WorkerErrors
 from jllm.errors import UserError, say
 from jllm.options import command, option
@@ -168,21 +167,6 @@ class Positions:
         return found
 
 
-def keys_of_blocks(spark: "SparkSession", blocks: int) -> tuple[int, ...]:
-    """For every block a number that Spark's hash partitioning sends to the partition of the same number."""
-    from pyspark.sql.functions import col, hash, lit, pmod
-
-    found: dict[int, int] = {}
-    start = 0
-    while len(found) < blocks:
-        end = start + 16 * blocks
-        numbers = spark.range(start, end, numPartitions=1).select(col("id").cast("int").alias("id"))
-        for number, partition in numbers.select("id", pmod(hash("id"), lit(blocks))).collect():
-            found.setdefault(partition, number)
-        start = end
-    return tuple(found[block] for block in range(blocks))
-
-
 def _further_columns(manifest: Manifest, found: list[str]) -> FurtherColumns:
     """What the manifest says of further columns; one that it does not name was not looked at, and is left out."""
     unknown = set(found) - {*COLUMNS, *manifest.further.types, *manifest.further.left_out}
@@ -232,7 +216,7 @@ class SparkShuffle:
 
     def result(self) -> tuple[Manifest, bool]:
         """The manifest, and whether it is that of an earlier run."""
-        with self.place.held(jvm=jvm_process(self.spark)):
+        with self.place.held(driver_of(self.spark)):
             if self.config.clean:
                 self.place.clean()
             done = self.place.manifest()
@@ -272,6 +256,7 @@ class SparkShuffle:
         errors = WorkerErrors((UserError,))
         with as_mistakes(f"-d {config.data}", f"-o {config.output}"), errors.raised():
             self._write(frame, columns, further, staged, errors)
+            self.place.settle(staged)
             entries = describe_output(self.spark, staged)
         written = sum(entry.rows for entry in entries)
         assert written == manifest.rows, f"{written} rows written of {manifest.rows}"
@@ -323,7 +308,7 @@ class SparkShuffle:
             root=self.root,
             columns=columns,
             further=further.carried,
-            keys=keys_of_blocks(self.spark, self.blocks),
+            keys=keys_of_partitions(self.spark, self.blocks),
             errors=errors,
         )
         read = frame.select(

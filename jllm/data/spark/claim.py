@@ -3,18 +3,24 @@
 On the machine where it was written, a driver whose processes are gone holds nothing. Of a driver elsewhere only the
 touches are seen: when none comes for `STALE` seconds, it is gone.
 
+A job that was killed here leaves the temporary folder of its JVM, with the permutation of a shuffle in them; the next
+one on the same output removes them.
+
 Guarantees: of two jobs on one folder one works, and the other is refused or goes on when the first is gone.
 Cost: a small file every `BEAT` seconds.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +31,34 @@ BEAT, STALE = 10.0, 45.0
 SETTLE = 0.3
 """So long after it was written a claim is looked at again: of two at one moment the last one is there."""
 
+_OF_SPARK = re.compile(r"spark-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DriverProcess:
+    """What works for the process of a job.
+
+    Attributes:
+        jvm: the process of Spark's driver; None where it is on another machine.
+        scratch: the temporary folders that it removes when it ends, unless it is killed; broadcasts are there.
+    """
+
+    jvm: int | None = None
+    scratch: tuple[str, ...] = ()
+
+
+ALONE = DriverProcess()
+
 
 @contextlib.contextmanager
-def held(files: HadoopFiles, path: str, shown: str, *, jvm: int | None, beat: float = BEAT) -> Iterator[None]:
+def held(
+    files: HadoopFiles, path: str, shown: str, *, driver: DriverProcess = ALONE, beat: float = BEAT
+) -> Iterator[None]:
     """Hold the claim at `path` while the block runs.
 
     Args:
         shown: the folder, for people.
-        jvm: the process that writes for this one.
+        driver: what works for this process.
         beat: seconds between touches.
 
     Raises:
@@ -40,7 +66,8 @@ def held(files: HadoopFiles, path: str, shown: str, *, jvm: int | None, beat: fl
     """
     _wait_for_the_dead(files, path, shown)
     mine = {"job": secrets.token_hex(8), "host": socket.gethostname(), "boot": _boot(), "beat": 0}
-    mine["processes"] = [[pid, started_at(pid)] for pid in (os.getpid(), jvm) if pid is not None]
+    mine["processes"] = [[pid, started_at(pid)] for pid in (os.getpid(), driver.jvm) if pid is not None]
+    mine["scratch"] = list(driver.scratch)
     files.write(path, json.dumps(mine))
     time.sleep(SETTLE)
     there = _read(files, path)
@@ -54,6 +81,13 @@ def held(files: HadoopFiles, path: str, shown: str, *, jvm: int | None, beat: fl
     finally:
         done.set()
         keeper.join()
+
+
+def _remove_scratch(folders: Iterable[str]) -> None:
+    """Remove what the JVM of a job that was killed on this machine left in its temporary folders."""
+    for folder in map(Path, folders):
+        if _OF_SPARK.fullmatch(folder.name) and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def busy(shown: str) -> UserError:
@@ -79,6 +113,7 @@ def _wait_for_the_dead(files: HadoopFiles, path: str, shown: str) -> None:
         if first.get("host") == socket.gethostname() and first.get("boot") == _boot():
             alive = [started_at(pid) == since for pid, since in first.get("processes", ())]
             if not any(alive):
+                _remove_scratch(first.get("scratch", ()))
                 return
             if all(alive):
                 raise busy(shown)

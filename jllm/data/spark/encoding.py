@@ -27,8 +27,8 @@ from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import RefusedRecordError
+from jllm.data.spark.files import bare
 from jllm.data.spark.findings import Findings, Place
-from jllm.data.spark.shards import bare
 from jllm.data.spark.sources import FILE, LINES, NUMBER, START, VALUE, WHOLE
 from jllm.data.spark.worker_errors import WorkerErrors
 from jllm.data.tokenizer.checked_engine import open_engine

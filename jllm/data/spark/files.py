@@ -192,3 +192,18 @@ def reason_of(java: Any) -> str:
 def joined(folder: str, *names: str) -> str:
     """A path below a folder."""
     return "/".join([folder.rstrip("/"), *names])
+
+
+def bare(path: str) -> str:
+    """A full path without scheme and slashes in front, which are written in several ways."""
+    return path.split(":", 1)[-1].lstrip("/")
+
+
+def is_local(place: str) -> bool:
+    """Whether a full URI names a file of this machine, or of a folder that all share under one name."""
+    return place.startswith("file:")
+
+
+def local_path(place: str) -> str:
+    """The path of a local full URI."""
+    return "/" + bare(place)

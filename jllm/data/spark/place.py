@@ -20,7 +20,8 @@ from typing import Any
 from jllm.data.dataset.files import file_name
 from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest
 from jllm.data.spark import claim
-from jllm.data.spark.files import HadoopFiles, joined
+from jllm.data.spark.files import HadoopFiles, is_local, joined, local_path
+from jllm.data.spark.footers import settle
 from jllm.errors import UserError
 
 RUN, CLAIM, PENDING, SUCCESS = "run.json", "claim", "manifest.json", "_SUCCESS"
@@ -46,7 +47,7 @@ class JobPlace:
         self._begun_here = False
 
     @contextlib.contextmanager
-    def held(self, *, jvm: int | None = None) -> Iterator[None]:
+    def held(self, driver: claim.DriverProcess = claim.ALONE) -> Iterator[None]:
         """Keep other jobs out while the block runs; a mistake in it leaves nothing of this job.
 
         Raises:
@@ -55,7 +56,7 @@ class JobPlace:
         made = self._missing()
         try:
             self.files.make_folder(self.work)
-            holding = claim.held(self.files, joined(self.work, CLAIM), self.shown, jvm=jvm)
+            holding = claim.held(self.files, joined(self.work, CLAIM), self.shown, driver=driver)
             holding.__enter__()
         except UserError as error:
             self._take_away(made)
@@ -181,6 +182,14 @@ class JobPlace:
         self._begun_here = True
         self.files.write(joined(self.work, RUN), json.dumps(record))
         return joined(self.work, f"data-{secrets.token_hex(4)}")
+
+    def settle(self, staged: str) -> None:
+        """Make the bytes of what Spark wrote depend on its rows alone, where files can be changed in place."""
+        if not is_local(staged):
+            return
+        for path in Path(local_path(staged)).glob("part-*.parquet"):
+            settle(path)
+            path.with_name(f".{path.name}.crc").unlink(missing_ok=True)  # which Spark would find wrong
 
     def finish(self, staged: str, manifest: Manifest, codec: str) -> Manifest:
         """Make what Spark wrote to `staged`, which `manifest` describes, the data set; with the files' final names."""

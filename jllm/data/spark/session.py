@@ -4,9 +4,12 @@ Guarantees: the last line is the job's own; Spark's logs and Python's warnings a
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from jllm.data.spark.claim import DriverProcess
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -17,11 +20,11 @@ BATCH_ROWS, BATCH_BYTES = 2000, 32 << 20
 @contextlib.contextmanager
 def job_session(name: str, *, verbose: bool) -> Iterator["SparkSession"]:
     """The session that spark-submit configured, stopped at the end; or the one that is there, which stays."""
+    from pyspark import SparkContext
     from pyspark.sql import SparkSession
 
-    there = SparkSession.getActiveSession()
-    if there is not None:
-        yield there
+    if SparkContext._active_spark_context is not None:
+        yield SparkSession.builder.getOrCreate()
         return
     builder = SparkSession.builder.appName(name)
     with warnings.catch_warnings():
@@ -43,10 +46,13 @@ def set_up(spark: "SparkSession") -> None:
     spark.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", str(BATCH_BYTES))
 
 
-def jvm_process(spark: "SparkSession") -> int | None:
-    """The JVM that works for this process; None where it is on another machine, as with Spark Connect."""
-    jvm: Any = spark.sparkContext._jvm
-    return int(jvm.java.lang.ProcessHandle.current().pid()) if jvm is not None else None
+def driver_of(spark: "SparkSession") -> DriverProcess:
+    """The JVM that works for this process."""
+    context = spark.sparkContext
+    jvm: Any = context._jvm
+    own = getattr(context, "_temp_dir", None)
+    folders = () if own is None else (os.path.dirname(own),)
+    return DriverProcess(jvm=int(jvm.java.lang.ProcessHandle.current().pid()), scratch=folders)
 
 
 def _silence_logs() -> None:

@@ -19,6 +19,7 @@ from jllm.data.dataset.columns import COLUMNS, FLOAT32, INT32, TEXT, Column, ord
 from jllm.data.dataset.describe import describe_file
 from jllm.data.dataset.files import CONTRACT_KEY, CONTRACT_VERSION
 from jllm.data.dataset.manifest import FileEntry
+from jllm.data.spark.files import bare
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -94,11 +95,6 @@ def _describe_bytes(content: Any, name: str) -> FileEntry:
         path = Path(folder, Path(name).name)
         path.write_bytes(content)
         return dataclasses.replace(describe_file(path, Path(folder)).entry, path=name)
-
-
-def bare(path: str) -> str:
-    """A full path without scheme and slashes in front, which are written in several ways."""
-    return path.split(":", 1)[-1].lstrip("/")
 
 
 def relative_path(uri: str, root: str) -> str:

@@ -7,7 +7,9 @@ byte where its part of the file begins, and a number that counts within that par
 Cost: a listing; Spark reads each file once, a whole one in the memory of one task.
 """
 
+import collections
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +18,13 @@ from jllm.data.dataset.columns import INPUT_IDS
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
 from jllm.data.prepare.pretokenized import CHAT_COLUMNS
+from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import STDIN, Source, found_at_url, refuse_twice, resolve, source_of
 from jllm.data.sources.parquet import refuse_columns
+from jllm.data.spark.dealing import dealt
 from jllm.data.spark.failures import as_mistakes
-from jllm.data.spark.files import FileStatus, HadoopFiles
-from jllm.data.spark.shards import bare, escaped, quoted
+from jllm.data.spark.files import FileStatus, HadoopFiles, bare, is_local, local_path
+from jllm.data.spark.shards import escaped, quoted
 from jllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ FILE, START, NUMBER, VALUE = (f"_jllm_{name}" for name in ("file", "start", "num
 LINES, WHOLE, ROWS = "lines", "whole files", "rows"
 """How a group of sources is read."""
 WAY_OF_IDS = "rows of ids are a data set already: shuffle the folder as it is, or give it to python -m jllm.raw2ids"
+MARK_BYTES = 3
+"""A file of lines may be a byte order mark alone."""
 MOST_BYTES = (1 << 31) - (1 << 20)
 _PATTERN = frozenset("*?[]{}")
 
@@ -40,7 +46,7 @@ class SourceGroup:
 
     Attributes:
         reading: out of `LINES`, `WHOLE`, `ROWS`.
-        frame: `FILE`, and with lines and rows `START` and `NUMBER`; beside them `VALUE`, or the columns of rows.
+        frame: `FILE` and `NUMBER`, and `START` with lines and rows; beside them `VALUE`, or the columns of rows.
     """
 
     reading: str
@@ -69,16 +75,6 @@ class SourceGroup:
         return dataclasses.replace(self, frame=self.frame.select(*(quoted(name) for name in (*ours, *wanted))))
 
 
-def is_local(place: str) -> bool:
-    """Whether a full URI names a file of this machine, or of a folder that all share under one name."""
-    return place.startswith("file:")
-
-
-def local_path(place: str) -> str:
-    """The path of a local full URI."""
-    return "/" + bare(place)
-
-
 def resolved(files: HadoopFiles, inputs: Sequence[str], kind: str | None) -> list[Source]:
     """The sources that the inputs name; `Source.path` is a local path or a full URI.
 
@@ -104,7 +100,22 @@ def resolved(files: HadoopFiles, inputs: Sequence[str], kind: str | None) -> lis
     refuse_twice(sources)
     for source in sources:
         _refuse_unreadable(source)
+        if source.size == 0:
+            _judge_empty(source)
     return sources
+
+
+def _judge_empty(source: Source) -> None:
+    """What the local command says of an empty file, which Spark passes over.
+
+    Raises:
+        UserError: it is none of its kind.
+    """
+    with tempfile.NamedTemporaryFile(prefix="jllm-") as file:
+        try:
+            collections.deque(read_chunks(dataclasses.replace(source, path=file.name), 0), maxlen=0)
+        except UserError as error:
+            raise UserError(str(error).replace(file.name, source.path)) from None
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -200,11 +211,13 @@ def groups_of(
                 frame = numbered(frame.select(*_of_parts(), col("value").cast("binary").alias(VALUE)))
             elif reading == WHOLE:
                 frame = spark.read.format("binaryFile").load(paths)
-                frame = frame.select(col("path").alias(FILE), col("content").alias(VALUE))
+                frame = numbered(frame.select(col("path").alias(FILE), col("content").alias(VALUE)))
             else:
                 frame = spark.read.option("mergeSchema", "true").parquet(*paths)
                 frame = numbered(frame.select(*_of_parts(), *(col(quoted(name)) for name in frame.columns)))
-        found.append(SourceGroup(reading=reading, frame=frame.repartition(partitions) if partitions else frame))
+        found.append(
+            SourceGroup(reading=reading, frame=dealt(spark, frame, partitions, NUMBER) if partitions else frame)
+        )
     return found
 
 
@@ -219,7 +232,7 @@ def group_in_format(
         columns = [col(quoted(column)) for column in frame.columns]
         frame = numbered(frame.select(*_of_parts(), *columns))
         frame.schema  # noqa: B018 - where it has no files, Spark says so here
-    return SourceGroup(reading=ROWS, frame=frame.repartition(partitions) if partitions else frame)
+    return SourceGroup(reading=ROWS, frame=dealt(spark, frame, partitions, NUMBER) if partitions else frame)
 
 
 def _of_parts() -> list["Column"]:
