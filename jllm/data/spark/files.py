@@ -51,11 +51,14 @@ class HadoopFiles:
 
     def _asked(self, path: str, question: Any) -> Any:
         from py4j.protocol import Py4JError, Py4JJavaError
+        from pyspark.errors import PySparkException
 
         try:
             return question(*self._at(path))
         except Py4JJavaError as error:
             raise UserError(f"{path}: {reason_of(error.java_exception)}") from None
+        except PySparkException as error:
+            raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
         except (UnicodeError, Py4JError) as error:
             raise UserError(f"{path}: cannot be named to Spark ({type(error).__name__}); rename it") from None
 
