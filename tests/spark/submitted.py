@@ -14,7 +14,8 @@ import pyspark
 ROOT = Path(__file__).parents[2]
 SUBMIT = (
     str(Path(pyspark.__file__).parent / "bin" / "spark-submit"), "--master", "local[2]",
-    "--conf", "spark.ui.enabled=false", "--driver-memory", "512m",
+    "--conf", "spark.ui.enabled=false", "--conf", "spark.sql.codegen.wholeStage=false", "--driver-memory", "512m",
+    "--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # a job of seconds is over before it pays
 )  # fmt: skip
 
 

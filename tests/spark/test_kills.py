@@ -18,8 +18,8 @@ from tests.data.sets import make_set
 from tests.spark.lines import contents
 from tests.spark.submitted import kill_when, start, wait
 
-pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("JLLM_TEST_SIZE", "1"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * KILLS)]
 MOMENTS = (
     ("out/{work}/run.json", 1.0), ("out/{work}/data-*/_temporary/0/*/*/.part*", 0.3), ("out/part-*", 0.02),
     ("out/{work}/data-*/_SUCCESS", 0.5), ("out/{work}/moves.json", 0.05), ("out/_manifest.json", 0.01),
@@ -57,12 +57,12 @@ def killed_and_finished(tmp_path: Path, script: str, words: list[str], work: str
 def test_raw2ids(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "given").mkdir()
     for number in range(5):
-        lines = [json.dumps({"text": f"{number} {i} some text " * 5}) + "\n" for i in range(1500)]
+        lines = [json.dumps({"text": f"{number} {i} some text " * 5}) + "\n" for i in range(400)]
         (tmp_path / "given" / f"{number}.jsonl").write_text("".join(lines))
     words = ["-i", "given", "--tokenizer", str(tokenizer), "-t", "pretrain", "--stack", "--max_len", "64"]
     killed_and_finished(tmp_path, "raw2ids.py", [*words, "--partitions", "5"], ".raw2ids")
 
 
 def test_shuffle(tmp_path: Path) -> None:
-    make_set(tmp_path / "given" / "set", 20_000, files=4)
+    make_set(tmp_path / "given" / "set", 5_000, files=4)
     killed_and_finished(tmp_path, "shuffle.py", ["-d", "given/set", "-n", "5"], ".shuffle")
