@@ -1,3 +1,3 @@
 """The cluster of the Spark jobs' tests, for tests of what they are made of."""
 
-from tests.spark.conftest import spark as spark
+from tests.spark.cluster import spark as spark

@@ -33,7 +33,7 @@ def test_lines_of_several_sources() -> None:
     """Names come in codes; bad lines and blank ones leave the places of the others alone."""
     batch = pa.RecordBatch.from_pydict(
         {
-            FILE: ["file:///d/0%20%2541"] * 3 + ["file:///d/1%20%2541"] * 2,
+            FILE: ["file:/d/0%20%2541"] * 3 + ["file:/d/1%20%2541"] * 2,
             START: [0, 0, 64, 0, 0],
             NUMBER: [10, 11, 12, 5, 6],
             VALUE: [b'{"a": 1}', b"", b'{"a": 2}', b"no", b'{"a": 3}\r'],
