@@ -23,6 +23,7 @@ from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.outputs import (
+    RULES,
     changed_meanwhile,
     chat_record,
     is_parquet,
@@ -33,7 +34,8 @@ from jllm.data.prepare.outputs import (
 from jllm.data.prepare.progress import summary
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
 from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left, stopped_at
-from jllm.data.prepare.workplace import WORK_NAME, as_finished, compare, not_as_made, not_ours, refuse_newer
+from jllm.data.prepare.workplace import WORK_NAME, as_finished, compare, not_as_made, not_ours, refuse_sources
+from jllm.data.sources.identity import is_same, is_same_since
 from jllm.data.sources.inputs import KINDS, Source
 from jllm.data.spark.encoding import FORMAT_SCHEMA, EncodingJob, FormatJob, GivenSources
 from jllm.data.spark.failures import as_mistakes
@@ -50,9 +52,9 @@ from jllm.data.spark.sources import (
     SourceGroup,
     group_in_format,
     groups_of,
-    modified_at,
     paths_of,
     reading_of,
+    recorded,
     resolved,
 )
 from jllm.data.spark.worker_errors import WorkerErrors
@@ -176,7 +178,8 @@ class SparkPreparation:
             if finished is not None:
                 return finished, f"finished earlier: {finished.rows:,} rows, {finished.total('tokens'):,} tokens"
             if earlier is not None:
-                compare(self.place.shown, identity, {key: earlier.get(key) for key in identity})
+                compare(self.place.shown, identity, earlier)
+                refuse_sources(self.place.shown, identity["sources"], earlier["sources"], is_same)
                 pending = self.place.pending()
                 if pending is not None:
                     self.place.move(pending)
@@ -195,25 +198,39 @@ class SparkPreparation:
 
     def _identity(self) -> dict[str, Any]:
         options = {name: value for name, value in recorded_options(self.config).items() if name not in NOT_RECORDED}
-        sources = [
-            {"name": each.name, "bytes": each.size, "stem": each.stem, "modified": self._modified(each)}
-            for each in self.sources
-        ]
-        identity = {"options": options, "tokenizer": self.facts.sha256, "sources": sources, "date": self.date}
+        identity = {
+            "options": options,
+            "tokenizer": self.facts.sha256,
+            "rules": RULES,
+            "template": recipes.template_hashes(self.config, self.facts) if self.config.type == "ft" else None,
+            "sources": [self._recorded(each) for each in self.sources],
+            "date": self.date,
+        }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
 
-    def _modified(self, source: Source) -> int | None:
-        return None if self.config.format_of_spark else modified_at(self.files, source)
+    def _recorded(self, source: Source) -> dict[str, Any]:
+        if self.config.format_of_spark:
+            return {
+                "name": source.name,
+                "bytes": None,
+                "stem": source.stem,
+                "sample": None,
+                "modified": None,
+                "changed": None,
+            }
+        return recorded(self.files, source)
 
     def _finished(self, identity: dict[str, Any]) -> Manifest | None:
         manifest = self.place.manifest()
         if manifest is None:
             return None
         shown = self.place.shown
-        wanted = {key: value for key, value in identity.items() if key != "date"}
-        compare(shown, *as_finished(wanted, manifest))
-        refuse_newer(shown, identity, self.place.finished_at)
+        compare(shown, identity, as_finished(manifest))
+        made_at = self.place.finished_at
+        refuse_sources(
+            shown, identity["sources"], manifest.sources, lambda now, then: is_same_since(now, then, made_at)
+        )
         changed = self.place.changed(manifest)
         if changed is not None:
             raise not_as_made(shown, changed)
@@ -235,7 +252,7 @@ class SparkPreparation:
 
         found = attempts(attempted, Attempt(choice=config.engine))
         for source, before in zip(self.sources, record["sources"], strict=True):
-            if self._modified(source) != before["modified"]:
+            if self._recorded(source)["modified"] != before["modified"]:
                 raise changed_meanwhile(source)
         for number, source in enumerate(self.sources):
             if reading_of(source) == LINES and (source.size or 0) > MARK_BYTES and number not in found.seen:
@@ -253,16 +270,19 @@ class SparkPreparation:
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=suffix[-1] if suffix else None),
             labels_checked=True,
             chat_template=chat["plan"].template if chat else None,
-            sources=tuple({"name": each.name, "bytes": each.size, "stem": each.stem} for each in self.sources),
+            sources=tuple(
+                {key: each[key] for key in ("name", "bytes", "stem", "sample")} for each in record["sources"]
+            ),
             extra={
                 "documents": tally.documents,
                 "document_tokens": tally.document_tokens,
                 "longest_document": tally.longest,
                 "bad_records": totals.bad,
                 "engine": engine,
+                "rules": RULES,
                 **(
                     {"chat": chat_record(
-                        config, self.facts, chat["plan"], chat["formats"], self.date, totals.counts, warnings
+                        config, self.facts, record["template"], chat["formats"], self.date, totals.counts, warnings
                     )} if chat else {}
                 ),
                 **({} if suffix is None else {"document_end": recipes.document_end_record(config, self.facts, suffix)}),

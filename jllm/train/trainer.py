@@ -9,6 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from jllm.errors import UserError
+from jllm.models.weights.saving import has_template
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
 from jllm.train.checkpoint.export import export
@@ -75,8 +76,15 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_in
     assert config.output_dir is not None
     assert config.model is not None
     stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
-    load_weights_only(stage, config, agreement)
-    export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
+    state = load_weights_only(stage, config, agreement)
+    export(
+        stage,
+        agreement,
+        config.output_dir,
+        source=config.model,
+        dtype=model_info.dtype,
+        chat_template=state.chat_template,
+    )
     if agreement.place.is_first:
         print(f"wrote {config.output_dir}", flush=True)
 
@@ -205,6 +213,12 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
+        exports = self.config.output_dir is not None or self.config.checkpoint is not None
+        if facts.templates_differ and exports and self.config.model is not None and not has_template(self.config.model):
+            self.recorder.say(
+                "warning: the training data were made with different chat templates and the model has none, so its"
+                " exports get none; put the right one into the model's folder as chat_template.jinja"
+            )
         share = self._evaluation_share()
         if share > LARGE_EVALUATION_SHARE:
             self.recorder.say(
@@ -380,6 +394,7 @@ class TrainingRun:
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
             config=self.record,
+            chat_template=self.data.facts.chat_template,
         )
 
     def _resume(self, candidates: list[Path]) -> None:

@@ -176,7 +176,7 @@ def test_a_short_cut_that_fails(
     common = {"input": (given,), "tokenizer": str(tokenizer), "chat_template": template, "max_len": 4096}
     manifest = run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark")))
     said = capfd.readouterr().err
-    assert "starting over with the no short cut" in said
+    assert "starting over without the short cut" in said
     assert ("starting over with the hf engine" in said) == bool(lies)
     assert manifest.extra["engine"]["name"] == ("hf" if lies else "fastokens")
     arguments = ["-i", given, "--tokenizer", str(tokenizer), "--chat_template", template, "--max_len", "4096"]

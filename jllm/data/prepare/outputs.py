@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
-from jllm.data.chat.rendering import RenderPlan
 from jllm.data.dataset.manifest import MANIFEST_NAME
 from jllm.data.prepare import holdout, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -25,6 +23,9 @@ NOT_IN_THE_MANIFEST = (
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
+RULES = 2
+"""The version of the rules by which the same input, options and tokenizer become the same rows. It is raised with every
+change of them, so that a run is never finished by other rules than it was begun by."""
 NAMES_OF_OUR_FOLDERS = (MANIFEST_NAME, WORK_NAME, ".plan.json")
 """What a folder that a command of ours made, or has begun to make, has in it."""
 
@@ -86,21 +87,21 @@ def changed_meanwhile(source: Source) -> UserError:
 def chat_record(
     config: Raw2IdsConfig,
     facts: TokenizerFacts,
-    plan: RenderPlan,
+    hashes: Sequence[str | None],
     formats: Sequence[str],
     date: str,
     counts: Mapping[str, int],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """What the manifest says of conversations: how they were rendered, and what of them was left out."""
-    templates = {"template": plan.template, "tools_template": plan.tools_template}
+    """What the manifest says of conversations: how they were rendered, and what of them was left out.
+
+    Args:
+        hashes: of the templates, as `recipes.template_hashes` gives them.
+    """
     return {
         "template": recipes.template_of(config, facts)[1],
-        **{
-            f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest()
-            for name, text in templates.items()
-            if text is not None
-        },
+        "template_sha256": hashes[0],
+        **({"tools_template_sha256": hashes[1]} if hashes[1] is not None else {}),
         "formats": list(dict.fromkeys(formats)),
         "date": date or None,
         "overlong": counts.get("overlong", 0),

@@ -24,11 +24,12 @@ from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.conversion import Conversion, convert
+from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.outputs import (
     NAMES_OF_OUR_FOLDERS,
+    RULES,
     OutputSet,
     beside,
     changed_meanwhile,
@@ -43,7 +44,7 @@ from jllm.data.prepare.progress import Progress, summary
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
 from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left
-from jllm.data.prepare.workplace import modified_at
+from jllm.data.sources.identity import modified_at, record_of
 from jllm.data.sources.inputs import Source, resolve
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
 from jllm.data.tokenizer.early import EarlyEngines
@@ -154,14 +155,14 @@ class _Preparation:
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
-            "sources": [
-                {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
-                for source in given.sources
-            ],
+            "rules": RULES,
+            "template": None,
+            "sources": [record_of(source) for source in given.sources],
         }
         if self.chat:
             check_for_chat(facts)
             template = recipes.template_text(config, facts)
+            self.identity["template"] = recipes.template_hashes(config, facts)
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)
 
@@ -318,10 +319,17 @@ class _Preparation:
             "longest_document": tally.longest,
             "bad_records": totals.bad,
             "engine": engine,
+            "rules": RULES,
         }
         if plan is not None:
             extra["chat"] = chat_record(
-                self.config, self.facts, plan, self.formats, self.identity["date"], totals.counts, self.warnings
+                self.config,
+                self.facts,
+                self.identity["template"],
+                self.formats,
+                self.identity["date"],
+                totals.counts,
+                self.warnings,
             )
         return Manifest(
             command="raw2ids",
@@ -329,8 +337,8 @@ class _Preparation:
             files=tuple(entries),
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=self.document_end),
             sources=tuple(
-                {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
-                for source, count in zip(self.sources, counted, strict=False)
+                {**{key: source[key] for key in ("name", "bytes", "stem", "sample")}, **count}
+                for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
             chat_template=plan.template if plan is not None else None,
@@ -361,9 +369,19 @@ class _Preparation:
             max_tokens=config.max_tokens,
             log=self.log,
         )
-        with contextlib.ExitStack() as stack:
-            sinks = [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
-            totals = convert(run, sinks, self.progress)
+        sinks: list[Sink] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                sinks += [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
+                totals = convert(run, sinks, self.progress)
+        except UnreadableSourceError as error:
+            for sink in sinks:
+                sink.roll_back(error.source)
+            if error.source == 0:
+                self._leave_nothing()
+            for output in self.outputs if error.source else ():
+                output.place.note_unreadable(error.source)
+            raise
         return [sink.entries for sink in sinks], totals
 
     def _sink_plan(self, output: OutputSet, prefix: tuple[int, ...]) -> SinkPlan:

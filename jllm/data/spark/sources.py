@@ -11,14 +11,14 @@ import collections
 import dataclasses
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jllm.data.dataset.columns import INPUT_IDS
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
 from jllm.data.prepare.pretokenized import CHAT_COLUMNS
 from jllm.data.sources.chunks import read_chunks
+from jllm.data.sources.identity import record_of
 from jllm.data.sources.inputs import STDIN, Source, found_at_url, refuse_twice, resolve, source_of
 from jllm.data.sources.parquet import refuse_columns
 from jllm.data.spark.dealing import dealt
@@ -170,15 +170,13 @@ def _source_at(found: FileStatus, root: str, kind: str | None) -> Source:
     return source_of(found.path, name, found.size, kind)
 
 
-def modified_at(files: HadoopFiles, source: Source) -> int | None:
-    """When a source was last changed, in nanoseconds; None where it is gone."""
-    if source.is_local:
-        try:
-            return Path(source.path).stat().st_mtime_ns
-        except OSError:
-            return None
-    status = files.status(source.path)
-    return None if status is None else status.modified * 1_000_000
+def recorded(files: HadoopFiles, source: Source) -> dict[str, Any]:
+    """What a job remembers of a source, as `record_of`; elsewhere than on this machine its size and date."""
+    record = record_of(source)
+    if not source.is_local:
+        status = files.status(source.path)
+        record["modified"] = None if status is None else status.modified * 1_000_000
+    return record
 
 
 def paths_of(files: HadoopFiles, sources: Sequence[Source]) -> dict[str, int]:

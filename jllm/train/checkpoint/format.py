@@ -54,6 +54,7 @@ class RunState:
         eval_loss: of the newest evaluation, None before the first.
         rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
+        chat_template: of the training data, for an export of the checkpoint.
     """
 
     step: int
@@ -65,6 +66,7 @@ class RunState:
     eval_loss: float | None
     rebounds: int
     config: dict[str, Any]
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,8 @@ class CheckpointReader:
     @property
     def state(self) -> RunState:
         names = [field.name for field in dataclasses.fields(RunState)]
-        values = {name: self._index[name] for name in names}
+        values = {name: self._index[name] for name in names if name != "chat_template"}
+        values["chat_template"] = self._index.get("chat_template")  # which older checkpoints do not have
         values["cursor"] = Cursor(**values["cursor"])
         return RunState(**values)
 

@@ -327,8 +327,11 @@ def is_exported(folder: Path, checkpoint: Path) -> bool:
         return False
 
 
-def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> None:
+def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> RunState:
     """Take the weights of `--from_ckpt` into a stage: the fp32 masters where the checkpoint has them.
+
+    Returns:
+        The state of the run that they are of.
 
     Raises:
         UserError: the checkpoint is of another model. `--force_resume` allows one whose weights have the same shapes.
@@ -350,3 +353,4 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
             values = reader.read(kind, published, region_of(parameter))
             assert values is not None
             parameter.copy_(values.view(parameter.shape))
+    return reader.state
