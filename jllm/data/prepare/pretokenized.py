@@ -38,7 +38,8 @@ READ = (INPUT_IDS, LABELS, ATTENTION_MASK)
 """The columns that are read of such a source, beside those that mark what is trained on."""
 _NO_FLAG = 2
 """Stands for what is neither 0 nor 1 in a column of marks."""
-_CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+"""What a table of chat records has, one of them at least."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
     if config.type == "pretrain":
         made_of: Sequence[str] = (config.text_field.split(".")[0],)
     else:
-        made_of = () if config.field_map or config.format != "auto" else _CHAT_COLUMNS
+        made_of = () if config.field_map or config.format != "auto" else CHAT_COLUMNS
     found, marks, labels = [], [], False
     for source in sources:
         marked: tuple[str, ...] = ()
