@@ -97,7 +97,7 @@ def save_once(state: State, executor: str, folder: Path) -> dict[str, float]:
     path = saver.save(state.pieces(), {"cpu": torch.get_rng_state()}, run)
     pause = time.perf_counter() - started
     during = state.step()
-    saver.wait()
+    saver.is_done(wait=True)
     whole = time.perf_counter() - started
     stored = CheckpointReader(path).read("master", "layer.0", Region.of((WIDTH, WIDTH)))
     assert stored is not None

@@ -35,10 +35,15 @@ _OF_FILE_SYSTEMS = {
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: options, files, data. The message is one line."""
+    """A mistake in what the user gave: options, files, data. The message is one line.
 
-    def __init__(self, message: str) -> None:
+    Attributes:
+        exit_code: of a command that ends by it.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = EXIT_CODE) -> None:
         super().__init__(printable(" ".join(message.split())))
+        self.exit_code = exit_code
 
 
 def printable(text: str) -> str:
@@ -80,12 +85,18 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
 
-def report(message: str) -> None:
-    """Print a mistake on standard error, once for all the processes that a launcher started on this node.
+def report(message: str, *, speaks: bool | None = None) -> None:
+    """Print a mistake on standard error, once for all processes of a run.
 
-    They usually meet the same mistake at the same time. The first of them prints it at once and ends, and the launcher
-    then ends the others; one that is still there after `PEER_SECONDS` met it alone, and prints it.
+    Args:
+        message: the mistake.
+        speaks: whether this process is the one that says it. None where the processes do not know of each other: those
+            that a launcher started on this node usually meet the same mistake at the same time. The first of them
+            prints it at once and ends, and the launcher then ends the others; one that is still there after
+            `PEER_SECONDS` met it alone, and prints it.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if speaks is False:
+        return
+    if speaks is None and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PEER_SECONDS)
     print(f"error: {UserError(message)}", file=sys.stderr, flush=True)

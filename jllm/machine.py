@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,6 +65,28 @@ def parse_count(option: str, text: str) -> int:
         UserError: not a number; `option` names where it was given.
     """
     return _parse(option, text, _COUNT_UNITS, "([KMBT]?)", "a number such as 250000, 100M or 1B")
+
+
+def parse_duration(option: str, text: str) -> float:
+    """Seconds of `23h50m`, `90m`, `2d`, `30s`, or of `23:50:00` and `1-12:00:00` as SLURM writes them.
+
+    Raises:
+        UserError: not a duration; `option` names where it was given.
+    """
+    text = text.strip()
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.IGNORECASE | re.ASCII)
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text, re.ASCII)
+    parts = (units or clock) and [int(part or 0) for part in (units or clock).groups()]  # type: ignore[union-attr]
+    seconds = sum(part * unit for part, unit in zip(parts or (), (86400, 3600, 60, 1), strict=False))
+    if not 0 < seconds < 1 << 40:
+        raise UserError(f"{option} {text}: give a duration such as 23h50m, 90m or 23:50:00")
+    return float(seconds)
+
+
+def process_seconds() -> float:
+    """How long this process has been there, interpreter start included."""
+    started = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _parse(option: str, text: str, units: dict[str, int], suffix: str, allowed: str) -> int:

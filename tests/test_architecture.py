@@ -155,7 +155,11 @@ TESTED_ELSEWHERE: dict[str, str] = {
     # What only a run of several processes shows.
     "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
     "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",
-    "jllm/train/clean.py": "tests/distributed/test_run.py",
+    "jllm/train/lifecycle/clean.py": "tests/distributed/test_run.py",
+    "jllm/train/lifecycle/run_folders.py": "tests/distributed/test_run_folders.py",
+    "jllm/train/checkpoint/random_state.py": "tests/distributed/test_resume.py",
+    "jllm/train/checkpoint/run_saver.py": "tests/distributed/test_endings.py",
+    "jllm/train/exporting.py": "tests/distributed/test_endings.py",
     "jllm/train/data/open.py": "tests/distributed/test_data_path.py",
     "jllm/train/distributed/agreement.py": "tests/distributed/test_data_path.py",
     "jllm/train/distributed/deepspeed_engine.py": "tests/distributed/test_equality.py",

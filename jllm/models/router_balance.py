@@ -12,6 +12,7 @@ rows is routed as tokens are, and counts like them.
 Costs: a softmax, a histogram and a sum per routed layer; no wait for the device until `take` is called.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.structure import find_routers
+from jllm.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +160,19 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], torch.ones((), dtype=ctx.loss_dtype, device=gradients[0].device)
+
+
+def summary(reports: Sequence[RouterReport], mesh: Mesh) -> dict[str, float | None]:
+    """Balance loss and expert loads over all stages and pipelines, as records have them.
+
+    Args:
+        reports: of each process, by rank.
+        mesh: of the run.
+    """
+    load: dict[str, list[float]] = {}
+    for rank in mesh.writers:
+        load |= reports[rank].load
+    return {
+        "aux_loss": sum(report.loss for report in reports) / mesh.data,
+        "max_expert_load": max(max(shares) for shares in load.values()) if load else None,
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError
+from jllm.machine import parse_duration
 from jllm.options import option
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -49,9 +50,18 @@ class TrainConfig:
     resume_ckpt: str | None = option(
         None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
     )
+    lock_wait: int = option(
+        300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
+    )
     force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
     tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
     output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
+
+    export: str = option(
+        "last",
+        help="which weights --output_dir gets: the last, or those of the checkpoint with the lowest evaluation loss",
+        choices=("last", "best"),
+    )
 
     # Parallelism
     pipe_parallel_size: int = option(1, help="pipeline stages; what remains of the processes is data-parallel")
@@ -77,6 +87,11 @@ class TrainConfig:
     global_batch_size: int | None = option(None, help="rows of a step over all processes, instead of the above")
     num_train_epochs: int = option(1, help="passes over the data; 0: convert --from_ckpt to --output_dir only")
     max_steps: int | None = option(None, help="train exactly this many steps, over as many epochs as that takes")
+    time_limit: str | None = option(
+        None,
+        metavar="DURATION",
+        help="save and leave, with exit code 75, before the process is this old: 23h50m or 23:50:00",
+    )
     steps_per_print: int = option(1, help="steps between two lines on the console")
 
     # Optimizer
@@ -157,7 +172,7 @@ class TrainConfig:
         _at_least(self, 1, "batch_size_tokens")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
         _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
-        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint")
+        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint", "lock_wait")
         _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
         _at_least(self, 0, "force_constant_lr")
         _below_one(self, "adam_beta1", "adam_beta2")
@@ -212,6 +227,15 @@ class TrainConfig:
             raise UserError("--early_stop looks at the evaluation loss; give --eval_data")
         if self.best_of and not self.eval_data:
             raise UserError("--best_of looks at the evaluation loss; give --eval_data")
+        if self.export == "best" and not (self.best_of and self.checkpoint):
+            raise UserError("--export best takes a checkpoint that --best_of keeps; give --best_of 1 and --checkpoint")
+        if self.time_limit_seconds is not None and (self.checkpoint is None or self.only_ckpt_model):
+            why = (
+                "--only_ckpt_model leaves nothing to go on from" if self.only_ckpt_model else "there is no --checkpoint"
+            )
+            raise UserError(
+                f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
+            )
         if self.only_ckpt_model and self.resume_ckpt == "auto":
             raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
@@ -221,6 +245,16 @@ class TrainConfig:
         parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
         parse_epochs(self.skip_epoch, "--skip_epoch")
         named_folders(self.eval_data)
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """`--time_limit` as a number."""
+        return None if self.time_limit is None else parse_duration("--time_limit", self.time_limit)
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether a run can go on from what this one saves."""
+        return self.checkpoint is not None and not self.only_ckpt_model
 
     @property
     def resolved_log_dir(self) -> Path | None:
@@ -332,10 +366,10 @@ def resolved_options(config: TrainConfig) -> dict[str, Any]:
 
 def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:
     """Raises:
-    UserError: a run that goes on from a checkpoint after `step` would have nothing to do.
+    UserError: a run that goes on from a checkpoint after `step` would have nothing to do. With `--resume_ckpt auto`,
+        the line that is given again and again, that is its end and no mistake.
     """
-    only_export = config.resume_ckpt == "auto" and config.output_dir is not None
-    if step > total_steps or (step == total_steps and not only_export):
+    if step > total_steps or (step == total_steps and config.resume_ckpt != "auto"):
         raise UserError(
             f"{checkpoint} is after step {step} of {total_steps}: nothing is left to train;"
             " raise --max_steps or --num_train_epochs"

@@ -48,6 +48,7 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
 from jllm.train.evaluate import open_evaluation_sets
+from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import warmup_steps
@@ -91,6 +92,8 @@ def dry_run(config: TrainConfig) -> None:
         # The threads that a process of the run would have: `--partition_method profile` times layers with them.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     agreement = Alone(shape.mesh)
+    if config.num_train_epochs > 0:
+        check_folders_are_free(config)
     steps = _Steps(config, shape, agreement, model) if config.num_train_epochs > 0 else None
     family = setup.find_family(config)
     plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)

@@ -7,21 +7,26 @@ least one trained token: without any, every model would have the same loss. Cost
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, named_folders
-from jllm.train.data.loader import eval_micro_batches, eval_steps
+from jllm.train.data.batching import EpochSteps
+from jllm.train.data.loader import Step, eval_micro_batches, eval_steps
 from jllm.train.data.open import Data, open_evaluation_data
-from jllm.train.distributed.agreement import Agreement
+from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import TrainingEngine
 from jllm.train.objectives.cross_entropy import CORRECT, CrossEntropyAndAccuracy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.shape import RunShape
+from jllm.train.triggers import Cadence
 
 MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""
+
+
+Exchange = Callable[[Iterator[Step] | None], tuple[Step | None, StepFacts]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,17 @@ def _has_targets(data: Data) -> bool:
     return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
-def evaluate(engine: TrainingEngine, objective: ObjectiveInUse, agreement: Agreement, data: Data) -> Evaluation:
-    """Evaluate the model as it is; every process calls it."""
+def evaluate(
+    engine: TrainingEngine, objective: ObjectiveInUse, agreement: Agreement, data: Data, exchange: Exchange
+) -> Evaluation | None:
+    """Evaluate the model as it is; every process calls it. None where the run was asked to end meanwhile.
+
+    Args:
+        engine, objective: of the run.
+        agreement: the processes.
+        data: the set.
+        exchange: reads a step, shares it, and what all ask for.
+    """
     share = dataclasses.replace(
         data.share, accumulation=max(data.share.accumulation, MICRO_BATCHES_PER_STAGE * engine.num_stages)
     )
@@ -78,7 +92,9 @@ def evaluate(engine: TrainingEngine, objective: ObjectiveInUse, agreement: Agree
     steps = eval_steps(data.index, share) if data.index is not None else None
     total, tokens = 0.0, 0
     for count in eval_micro_batches(data.facts.num_rows, share):
-        step, facts = agreement.step(steps)
+        step, facts = exchange(steps)
+        if facts.request.ending is not None:
+            return None
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
     return Evaluation(loss=total / tokens, tokens=tokens, correct=agreement.total(objective.reported(CORRECT)))
@@ -88,3 +104,17 @@ def mean_loss(evaluations: Iterable[Evaluation]) -> float:
     """The loss over all sets' tokens together."""
     found = list(evaluations)
     return sum(each.loss * each.tokens for each in found) / sum(each.tokens for each in found)
+
+
+def evaluation_share(
+    training: Data, evaluation: Iterable[Data], cadence: Cadence, epochs: EpochSteps, *, step: int, total_steps: int
+) -> float:
+    """About how much of a run's time from `step` on evaluations take: a forward pass is a third of a training step."""
+    first = step + 1
+    times = (first == 1) + sum(cadence.evaluates(each) for each in range(first, total_steps + 1))
+    sets = [training, *evaluation]
+    known = all(data.facts.tokens for data in sets)
+    train, *evals = ((data.facts.tokens if known else data.facts.num_rows) or 0 for data in sets)
+    train_share = train * (total_steps - step) / epochs.counts[0]
+    evaluation_share = times * sum(evals) / 3
+    return evaluation_share / max(evaluation_share + train_share, 1)

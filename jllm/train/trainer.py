@@ -1,18 +1,19 @@
 """A training run, top to bottom."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from jllm.errors import UserError
+from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
-from jllm.train.checkpoint.export import export
 from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.random_state import random_states, restore_random_states
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Intact,
@@ -20,23 +21,26 @@ from jllm.train.checkpoint.resume import (
     check_weights,
     find_resume_points,
     first_intact,
-    is_exported,
     load_weights_only,
     optimizer_starts_afresh,
     other_length,
     record_of_run,
 )
-from jllm.train.checkpoint.saver import CheckpointSaver
+from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.checkpoint.state import TrainingState
-from jllm.train.clean import remove_earlier_runs
 from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
-from jllm.train.data.loader import Cursor, ReadAhead, Step, train_steps
-from jllm.train.data.open import epoch_steps, open_training_data
-from jllm.train.distributed import launch
+from jllm.train.data.loader import Cursor, ReadAhead, Step
+from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps
+from jllm.train.distributed import launch, peers
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
-from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets
+from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
+from jllm.train.exporting import convert, export_run
+from jllm.train.lifecycle.clean import remove_earlier_runs
+from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
+from jllm.train.lifecycle.requests import Request, Requests
+from jllm.train.lifecycle.run_folders import check_folders_are_free, check_model_folders, locked, run_id
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
@@ -44,21 +48,21 @@ from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.throughput import peak_memory, utilisation
 from jllm.train.shape import RunShape, resolve_shape
-from jllm.train.triggers import Cadence, EarlyStop, NanGuard, Request, Requests, SpikeWatch
+from jllm.train.triggers import Cadence, EarlyStop, NanGuard, SpikeWatch
 
 LARGE_EVALUATION_SHARE = 0.15
 """Where evaluations take more of a run's time, the run says so."""
 
 
-def run(config: TrainConfig) -> None:
-    """The work of one process, from joining the others to the exported folder.
+def run(config: TrainConfig) -> int:
+    """The work of one process, from joining the others to the exported folder. Returns the exit code.
 
     Raises:
         UserError: impossible options, data or model; on every process, or on the one that met it.
     """
     if config.dry_run:
         dry_run(config)
-        return
+        return 0
     shape = resolve_shape(config, launch.world_size())
     model_info = setup.read_model_info(config)
     launch.join(config.timeout, deterministic=config.deterministic)
@@ -66,26 +70,31 @@ def run(config: TrainConfig) -> None:
     agreement = Agreement(shape.mesh)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
-        return
-    TrainingRun(config, shape, agreement, model_info).train()
+        return 0
+    agreement.from_first_reader(lambda: check_folders_are_free(config))
+    run = agreement.from_first_reader(lambda: run_id(config))
+    with locked(config, agreement, run):
+        return TrainingRun(config, shape, agreement, model_info, run=run).train()
 
 
-def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
-    """`--num_train_epochs 0`: the Hugging Face folder of a checkpoint."""
-    assert config.output_dir is not None
-    assert config.model is not None
-    stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
-    load_weights_only(stage, config, agreement)
-    export(stage, agreement, config.output_dir, source=config.model, dtype=model_info.dtype)
-    if agreement.place.is_first:
-        print(f"wrote {config.output_dir}", flush=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run is between two steps."""
+
+    step: int
+    cursor: Cursor
+    consumed_tokens: int
+    consumed_rows: int
+    random_states: dict[str, torch.Tensor]
 
 
 class TrainingRun:
     """One run on one process: what it holds between its steps."""
 
-    def __init__(self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo) -> None:
-        self.config, self.shape, self.agreement, self.model_info = config, shape, agreement, model_info
+    def __init__(
+        self, config: TrainConfig, shape: RunShape, agreement: Agreement, model_info: ModelInfo, *, run: str
+    ) -> None:
+        self.config, self.shape, self.agreement, self.model_info, self.id = config, shape, agreement, model_info, run
         if config.clean:
             remove_earlier_runs(config, agreement)
         self.data = open_training_data(config, shape, agreement, model_info)
@@ -97,7 +106,7 @@ class TrainingRun:
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         candidates = find_resume_points(config, agreement)
-        self._check_model_folders()
+        check_model_folders(config, agreement)
         self.training = CrossEntropy()
         self.objective = ObjectiveInUse(self.training)
         self.built = setup.build_stage(
@@ -111,6 +120,7 @@ class TrainingRun:
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
         self.eval_loss: float | None = None
+        self.evaluation_pending = True  # before the first step
         self.early_stop = EarlyStop(config.early_stop)
         self.record = record_of_run(config, shape, self.total_steps)
         self.fresh_optimizer = False
@@ -118,16 +128,16 @@ class TrainingRun:
         self.resumed: Intact | None = None
         if candidates:
             self._resume(candidates)
-        self.had_ended = self.step == self.total_steps
+        self.had_ended = self.step == self.total_steps or self.early_stop.stops
+        self.good = self._position()
         self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
         self.requests = Requests(config, is_first=agreement.place.is_first, world_size=shape.mesh.world_size)
         self.nan_guard, self.spike_watch = NanGuard(config.on_nan), SpikeWatch()
-        self.saver: CheckpointSaver | None = None
-        self.saves_alone = False
+        self.asked = self.told = Request.NOTHING
+        self.saver: RunSaver | None = None
         if config.checkpoint is not None:
-            self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
-            ranks = agreement.ranks_of_node() if self.saves_alone else shape.mesh.ranks
-            self.saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
+            dtype, template = model_info.dtype, self.data.facts.chat_template
+            self.saver = RunSaver(config, agreement, self.state, self.stage, dtype=dtype, chat_template=template)
         self.recorder = Recorder(
             config.resolved_log_dir,
             enabled=agreement.place.is_first,
@@ -136,66 +146,95 @@ class TrainingRun:
             steps_per_print=config.steps_per_print,
         )
 
-    def _check_model_folders(self) -> None:
-        """Raises:
-        UserError: the stages of a model are on several nodes, and what they write would not come together.
-        """
-        nodes = self.agreement.gather(self.agreement.node)
-        if len({nodes[rank] for rank in self.shape.mesh.writers}) == 1:
-            return
-        model_only = self.config.checkpoint if self.config.only_ckpt_model else None
-        for name, folder in (("--output_dir", self.config.output_dir), ("--checkpoint", model_only)):
-            if folder is not None and not self.agreement.sees_one_folder(folder):
-                raise UserError(
-                    f"{name} {folder} is another folder on each node, and each would get a part of the model; give one"
-                    " that all nodes share"
-                )
+    def train(self) -> int:
+        """All steps, with evaluations and checkpoints between them, and the exported folder at the end; the exit code.
 
-    def train(self) -> None:
-        """All steps, with evaluations and checkpoints between them, and the exported folder at the end."""
+        Raises:
+            UserError: on every process: training cannot go on, with `PERSON_EXIT_CODE` where the state is saved; or
+                checkpoints cannot be written.
+        """
         self._introduce()
         self.requests.listen()
-        if self.step == 0:
-            self._evaluate()
-        steps = self._read_steps() if not self.had_ended else None
+        steps = read_training_steps(self.data, self.config, self.cursor) if not self.had_ended else None
         try:
-            while self.step < self.total_steps:
-                request = self._train_step(steps)
-                stop = bool(request & Request.QUIT)
-                if self.cadence.evaluates(self.step) and self._evaluate():
-                    self.recorder.say(f"early stop: the evaluation loss rose {self.config.early_stop} times in a row")
-                    stop = True
-                if stop or request & Request.SAVE or self.cadence.saves(self.step):
-                    self._save_checkpoint()
-                if stop:
-                    break
+            ending = self._make_steps(steps)
+        except StoppedError as error:
+            self._save_for_a_person(error)
         finally:
             if isinstance(steps, ReadAhead):
                 steps.close()
+        self._finish_saving()
+        if self.config.output_dir is not None and ending.is_done:
+            export_run(
+                self.config,
+                self.agreement,
+                self.stage,
+                self.saver,
+                self.recorder,
+                model=self.model_info,
+                chat_template=self.data.facts.chat_template,
+                step=self.step,
+                had_ended_at=self.resumed.reader.folder if self.resumed is not None and self.had_ended else None,
+            )
+        return self._leave(ending)
+
+    def _make_steps(self, steps: Iterator[Step] | ReadAhead | None) -> Ending:
+        """Train until the last step, or until something ends the run before it.
+
+        Raises:
+            StoppedError: on every process: training cannot go on.
+        """
+        if self.evaluation_pending and self._evaluate():
+            return Ending.EARLY_STOP
+        if self.early_stop.stops:
+            return Ending.EARLY_STOP
+        ending = self.requests.hear(self.asked)
+        while ending is None and self.step < self.total_steps:
+            self.asked = Request.NOTHING
+            self._train_step(steps)
+            self.evaluation_pending = self.cadence.evaluates(self.step)
+            stops_early = self.evaluation_pending and self._evaluate()
+            if stops_early:
+                self.recorder.say(f"early stop: the evaluation loss rose {self.config.early_stop} times in a row")
+            ending = Ending.EARLY_STOP if stops_early else self.requests.hear(self.asked)
+            if self.saver is not None:
+                self.saver.hear(self.told, self._run_state(), self.recorder)
+            if ending is not None or Request.SAVE in self.asked or self.cadence.saves(self.step):
+                self._save_checkpoint()
+        return ending or Ending.COMPLETE
+
+    def _save_for_a_person(self, error: StoppedError) -> NoReturn:
+        """Save the state before what cannot be gone on from, and end."""
+        self._go_back()
+        if self.step > 0:
+            self._save_checkpoint()
+        self._finish_saving()
+        self.recorder.close()
+        if not self._is_saved:
+            raise UserError(str(error))
+        raise UserError(f"{error}; the state after step {self.step} is saved", exit_code=PERSON_EXIT_CODE)
+
+    @property
+    def _is_saved(self) -> bool:
+        """Whether the same line goes on from here."""
+        saved = None if self.saver is None or not self.config.saves_state else self.saver.newest_step
+        return self.step in (saved, self.resumed.reader.state.step if self.resumed is not None else None)
+
+    def _finish_saving(self) -> None:
         if self.saver is not None:
-            self.saver.wait()
-        if self.config.output_dir is not None and not self.requests.ending:
-            self._export(self.config.output_dir)
+            self.saver.finish(self._run_state(), self.recorder)
+
+    def _leave(self, ending: Ending) -> int:
+        """The last thing that all processes do together."""
+        code = ending.exit_code(is_saved=self._is_saved)
+        if not ending.is_done:
+            left = "the same line goes on from here" if self._is_saved else "nothing is saved"
+            self.recorder.say(f"{ending.value}: the run ends after step {self.step}, {left} (exit code {code})")
+        self.requests.close()
+        peers.leave()
         self.agreement.barrier()
         self.recorder.close()
-
-    def _export(self, folder: Path) -> None:
-        """Write the Hugging Face folder, unless the run had ended, with its export, before it was resumed."""
-        if self.had_ended and self.resumed is not None:
-            last = self.resumed.reader.folder
-            if self.agreement.from_first_reader(lambda: is_exported(folder, last)):
-                self.recorder.say(f"{folder} is complete already: nothing is left to do")
-                return
-        assert self.config.model is not None
-        export(
-            self.stage,
-            self.agreement,
-            folder,
-            source=self.config.model,
-            dtype=self.model_info.dtype,
-            chat_template=self.data.facts.chat_template,
-        )
-        self.recorder.say(f"wrote {folder}")
+        return code
 
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
@@ -205,12 +244,14 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
-        share = self._evaluation_share()
+        share = evaluation_share(
+            self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
+        )
         if share > LARGE_EVALUATION_SHARE:
             self.recorder.say(
                 f"warning: evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"
             )
-        if self.saves_alone:
+        if self.saver is not None and self.saver.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
             for problem in self.resumed.damaged:
@@ -218,6 +259,9 @@ class TrainingRun:
             self.recorder.say(f"going on from {self.resumed.reader.folder} after step {self.step}")
             if self.other_length is not None:
                 self.recorder.say(self.other_length)
+            if self.had_ended:
+                how = "stopped early (more --early_stop goes on)" if self.early_stop.stops else "is complete"
+                self.recorder.say(f"the run {how}: nothing is left to train")
             if self.fresh_optimizer:
                 self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
         log_dir = self.config.resolved_log_dir
@@ -230,38 +274,26 @@ class TrainingRun:
             return f"at most {self.config.batch_size_tokens:,} tokens"
         return f"{self.shape.micro_batch} rows" if length is None else f"{self.shape.micro_batch} x {length} tokens"
 
-    def _evaluation_share(self) -> float:
-        """About how much of the run's time evaluations take: a forward pass is a third of a training step."""
-        first = self.step + 1
-        times = (first == 1) + sum(self.cadence.evaluates(step) for step in range(first, self.total_steps + 1))
-        sets = [self.data, *self.eval_data.values()]
-        known = all(data.facts.tokens for data in sets)
-        train, *evals = ((data.facts.tokens if known else data.facts.num_rows) or 0 for data in sets)
-        training = train * (self.total_steps - self.step) / self.epochs.counts[0]
-        evaluation = times * sum(evals) / 3
-        return evaluation / max(evaluation + training, 1)
+    def _exchange(self, steps: Iterator[Step] | None) -> tuple[Step | None, StepFacts]:
+        """Read a step, share it, and hear what any process asks for meanwhile."""
+        told = self.saver.request() if self.saver is not None else Request.NOTHING
+        step, facts = self.agreement.step(steps, self.requests.now() | told, peak_memory())
+        self.told = facts.request
+        self.asked |= facts.request
+        return step, facts
 
-    def _read_steps(self) -> Iterator[Step] | ReadAhead | None:
-        """This pipeline's steps from the cursor on; None where the process does not read."""
-        if self.data.index is None:
-            return None
-        ahead = self.config.num_workers > 0
-        steps = train_steps(
-            self.data.index,
-            self.data.share,
-            seed=self.config.seed,
-            shuffle=not self.config.no_shuf,
-            cursor=self.cursor,
-            ahead=ahead,
-            parts=self.data.parts,
-        )
-        return ReadAhead(steps) if ahead else steps
+    def _train_step(self, steps: Iterator[Step] | ReadAhead | None) -> None:
+        """One step.
 
-    def _train_step(self, steps: Iterator[Step] | ReadAhead | None) -> Request:
-        """One step; what any process asked for meanwhile."""
+        Raises:
+            StoppedError: on every process: its data cannot be read, or its loss is not finite.
+        """
         started = time.perf_counter()
-        step, facts = self.agreement.step(steps, self.requests.now(), peak_memory())
+        if self.nan_guard.is_good:
+            self.good = self._position()
         number = self.step + 1
+        peers.at_step(number)
+        step, facts = self._exchange(steps)
         rate = learning_rate(self.config, number, self.total_steps)
         loss, norm = None, None
         if self.built.checkpointing is not None and self.config.no_checkpoint_grad_step:
@@ -296,7 +328,7 @@ class TrainingRun:
                 "trained_tokens": facts.trained_tokens,
                 "tokens_per_second": speed,
                 "mfu": utilisation(speed, self.plan.flops_per_token, self.shape.mesh.world_size),
-                **self._router_record(),
+                **self._router_balance(),
                 "data_wait": facts.waited / seconds,
                 "seconds": seconds,
                 "memory_mib": list(facts.memory),
@@ -310,18 +342,11 @@ class TrainingRun:
             spike = self.spike_watch.check(self.step, loss)
             if warning or spike:
                 self.recorder.say(warning or spike or "")
-        return facts.request
 
-    def _router_record(self) -> dict[str, Any]:
-        """Balance loss and expert loads of a mixture of experts, over all stages and pipelines."""
+    def _router_balance(self) -> dict[str, Any]:
         if self.built.routers is None:
             return {}
-        reports = self.agreement.gather(self.built.routers.take())
-        load: dict[str, list[float]] = {}
-        for rank in self.shape.mesh.writers:
-            load |= reports[rank].load
-        aux_loss = sum(report.loss for report in reports) / self.shape.mesh.data
-        return {"aux_loss": aux_loss, "max_expert_load": max(max(shares) for shares in load.values()) if load else None}
+        return summary(self.agreement.gather(self.built.routers.take()), self.shape.mesh)
 
     def _advance(self, facts: StepFacts) -> None:
         self.step += 1
@@ -329,12 +354,33 @@ class TrainingRun:
         self.consumed_rows += facts.rows
         self.cursor = Cursor(epoch=facts.epoch, rows=facts.rows_after)
 
+    def _position(self) -> Position:
+        return Position(
+            step=self.step,
+            cursor=self.cursor,
+            consumed_tokens=self.consumed_tokens,
+            consumed_rows=self.consumed_rows,
+            random_states=random_states(),
+        )
+
+    def _go_back(self) -> None:
+        """To before the steps that left the weights as they were; another try makes them again."""
+        self.step, self.cursor = self.good.step, self.good.cursor
+        self.consumed_tokens, self.consumed_rows = self.good.consumed_tokens, self.good.consumed_rows
+        restore_random_states(self.good.random_states)
+
     def _evaluate(self) -> bool:
-        """Evaluate on every set; whether training should stop early."""
+        """Evaluate on every set; whether training should stop early.
+
+        Where the run is asked to end meanwhile, the evaluation is given up, and stays to be made.
+        """
         results: dict[str, Evaluation] = {}
         for name, data in self.eval_data.items():
             started = time.perf_counter()
-            results[name] = result = evaluate(self.engine, self.objective, self.agreement, data)
+            result = evaluate(self.engine, self.objective, self.agreement, data, self._exchange)
+            if result is None:
+                return False
+            results[name] = result
             self.recorder.evaluation(
                 {
                     "step": self.step,
@@ -346,28 +392,17 @@ class TrainingRun:
                     "seconds": time.perf_counter() - started,
                 }
             )
+        self.evaluation_pending = False
         if not results:
             return False
         self.eval_loss = mean_loss(results.values())
         return self.early_stop.should_stop(self.eval_loss)
 
     def _save_checkpoint(self) -> None:
-        if self.saver is None:
-            return
-        started = time.perf_counter()
-        if self.config.only_ckpt_model:
-            folder = self.saver.save_model(
-                self.stage,
-                self.step,
-                self.eval_loss,
-                dtype=self.model_info.dtype,
-                writers=self.shape.mesh.writers,
-                chat_template=self.data.facts.chat_template,
-            )
-        else:
-            folder = self.saver.save(self.state.pieces(alone=self.saves_alone), rng_states(), self._run_state())
-        self.requests.saved()
-        self.recorder.say(f"checkpoint {folder} after {time.perf_counter() - started:.2f} s of waiting")
+        """Begin a checkpoint, unless this very state is saved already."""
+        if self.saver is not None and not self._is_saved and self.saver.newest_step != self.step:
+            self.saver.save(self._run_state(), self.recorder)
+            self.requests.saved()
 
     def _run_state(self) -> RunState:
         return RunState(
@@ -380,6 +415,8 @@ class TrainingRun:
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
             config=self.record,
+            evaluation_pending=self.evaluation_pending,
+            run=self.id,
         )
 
     def _resume(self, candidates: list[Path]) -> None:
@@ -401,20 +438,5 @@ class TrainingRun:
         self.consumed_tokens, self.consumed_rows = saved.consumed_tokens, saved.consumed_rows
         self.eval_loss = self.early_stop.last = saved.eval_loss
         self.early_stop.rebounds = saved.rebounds
-        restore_rng(reader.rng(self.agreement.rank))
-
-
-def rng_states() -> dict[str, torch.Tensor]:
-    """The states of this process's random-number generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        states["device"] = get_accelerator().get_rng_state()
-    return states
-
-
-def restore_rng(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `rng_states`."""
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "device" in states and get_accelerator().device_name() != "cpu":
-        get_accelerator().set_rng_state(states["device"])
+        self.evaluation_pending = saved.evaluation_pending
+        restore_random_states(reader.rng(self.agreement.rank))

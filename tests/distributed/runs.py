@@ -10,11 +10,13 @@ def train_rank(options: dict[str, Any]) -> str | None:
     """One rank of a run, in a process group that other runs use too; a user's mistake comes back as its message."""
     from jllm.errors import UserError
     from jllm.train.config import TrainConfig
+    from jllm.train.distributed import peers
     from jllm.train.trainer import run
 
     try:
         run(TrainConfig(**options))
     except UserError as error:
+        peers.may_speak()  # as the command does: the others are told that this process ends in order
         return str(error)
     return None
 

@@ -33,7 +33,7 @@ def train_with_adapters(options: dict[str, Any], layers: tuple[int, ...]) -> dic
     config = TrainConfig(**options)
     shape = resolve_shape(config, launch.world_size())
     launch.join(config.timeout)
-    run = trainer.TrainingRun(config, shape, Agreement(shape.mesh), setup.read_model_info(config))
+    run = trainer.TrainingRun(config, shape, Agreement(shape.mesh), setup.read_model_info(config), run="r")
     names = published_names(run.stage.model, run.stage.span)
     values = {names[name]: parameter for name, parameter in run.stage.model.named_parameters()}
     before = {name: parameter.detach().float().numpy().copy() for name, parameter in values.items()}

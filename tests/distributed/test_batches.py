@@ -272,6 +272,7 @@ def test_text_is_converted_first(ranks: Callable[[int], Ranks], folder: Path, tm
         "eval_data": (f"same={tmp_path / 'texts.jsonl'}",),
         "seq_len": 32,
         "max_steps": 1,
+        "clean": True,
     }
     for _ in range(2):
         [answer] = ranks(1).run(train_rank, options_of(folder, tmp_path / "log", **more))

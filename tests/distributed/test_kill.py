@@ -26,11 +26,11 @@ GONE_SECONDS = 0.5
 
 def train_rank_watched(options: dict[str, Any], watched: Path) -> str | None:
     """A run that leaves beside its own records what the first process says, and which samples each reader reads."""
-    import jllm.train.trainer as loop
+    import jllm.train.data.open as data
 
     watched.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ["RANK"])
-    read = loop.train_steps
+    read = data.train_steps
     samples = (watched / f"samples-{rank}.jsonl").open("w", buffering=1)
 
     def recorded(*given: Any, **more: Any) -> Iterator[Any]:
@@ -39,7 +39,7 @@ def train_rank_watched(options: dict[str, Any], watched: Path) -> str | None:
             samples.write(json.dumps([step.start.epoch, step.start.rows, zlib.crc32(content)]) + "\n")
             yield step
 
-    loop.train_steps = recorded  # type: ignore[assignment]
+    data.train_steps = recorded  # type: ignore[assignment]
     place = watched / "console" if rank == 0 else Path(os.devnull)
     with place.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
         return train_rank(options)

@@ -147,7 +147,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
-    from jllm.train import triggers
+    from jllm.train import requests
     from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
     passed = [0.0]
@@ -158,13 +158,13 @@ def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
         return train_step(*arguments)
 
     TrainingEngine.train_step = slow  # type: ignore[method-assign]
-    triggers.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
+    requests.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: passed[0]})  # type: ignore[attr-defined]
     return train_rank(options)
 
 
 def test_checkpoints_by_minutes(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
     """A minute has passed after three steps; the step being made then is the last one before the checkpoint."""
-    more = {"max_steps": 10, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 9}
+    more = {"max_steps": 10, "checkpoint": tmp_path / "ckpt", "steps_per_checkpoint": 9, "clean": True}
     for minutes, expected in ((0.0, [9, 10]), (1.0, [4, 8, 9, 10]), (60.0, [9, 10])):
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
         options = logged_options(folder, tmp_path, **more, minutes_per_checkpoint=minutes)

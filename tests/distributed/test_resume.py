@@ -216,7 +216,7 @@ def test_another_model_is_refused(
     name = str(tmp_path.relative_to(folder.parent))
     model = {"model": variant(folder, f"model-{tmp_path.name}", **changes), "checkpoint": None}
     resume = options_of(folder, name, **model, resume_ckpt=start, log_dir=tmp_path / "log")
-    begin = options_of(folder, name, **model, from_ckpt=Path(start), log_dir=tmp_path / "log")
+    begin = options_of(folder, name, **model, from_ckpt=Path(start), log_dir=tmp_path / "log-begin")
     convert = {**begin, "num_train_epochs": 0, "output_dir": tmp_path / "out"}
     gentle = [resume, begin, convert]
     answers = train_each(ranks, gentle, tmp_path / "console")
@@ -315,10 +315,12 @@ def test_a_run_that_lost_its_export_is_finished(ranks: Callable[[int], Ranks], f
     assert losses(folder, "ended") == before
 
     shorter = {**options, "max_steps": STEPS - 1, "force_resume": True}
-    [without, beyond] = train_each(ranks, [{**options, "output_dir": None}, shorter], console)
-    for answer in (without, beyond):
+    [named, beyond] = train_each(ranks, [{**options, "resume_ckpt": str(folder / "ended")}, shorter], console)
+    for answer in (named, beyond):
         assert answer is not None
         assert "nothing is left to train" in answer
+    assert train_each(ranks, [{**options, "output_dir": None}], console) == [None]
+    assert "the run is complete: nothing is left to train\n" in console.read_text()
 
 
 def test_auto_with_a_tag_is_refused(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:

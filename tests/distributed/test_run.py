@@ -73,6 +73,7 @@ def test_retention_and_cadence(ranks: Callable[[int], Ranks], folder: Path, tmp_
         "checkpoint": tmp_path / "ckpt",
         "steps_per_checkpoint": 2,
         "background_executor": executor,
+        "clean": True,
     }
     for change, expected in (
         ({"max_num_checkpoints": 2}, [10, 12]),
@@ -171,7 +172,7 @@ def test_nan_never_reaches_the_weights(
     more = {"model": tmp_path / "model", "max_steps": 2, "precision": precision}
     answers = ranks(2).run(train_rank, logged_options(folder, tmp_path, **more))
     assert all(answer is not None and answer.startswith("step 1: loss") for answer in answers)
-    more |= {"on_nan": "skip", "output_dir": tmp_path / "out"}
+    more |= {"on_nan": "skip", "output_dir": tmp_path / "out", "clean": True}
     assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     for path in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(path).items():
@@ -187,6 +188,7 @@ def test_stage_without_anything_to_train(ranks: Callable[[int], Ranks], folder: 
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
         more = {"max_steps": 2, "output_dir": out, "target_modules": "layers.3", "precision": precision}
+        more |= {"clean": True}
         more |= {"learning_rate": 1.0, "gradient_clipping": 0.0, "optimizer": "sgd"}  # every weight moves, in bf16 too
         assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
         after: dict[str, Any] = {}
@@ -221,8 +223,8 @@ def test_the_template_of_the_data_is_exported(
     (tmp_path / "model/additional_chat_templates").mkdir()
     (tmp_path / "model/additional_chat_templates/rag.jinja").write_text("{{ rag }}")
     (tmp_path / "out/chat_template.jinja").unlink()
-    for _ in range(2):  # the second time into a folder that has them
-        more = {**more, "only_ckpt_model": False, "checkpoint": None}
+    for number in range(2):  # the second time into a folder that has them
+        more = {**more, "only_ckpt_model": False, "checkpoint": None, "log_dir": tmp_path / f"log-{number}"}
         assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
         assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ rag }}"
         assert not (tmp_path / "out/chat_template.jinja").exists()
@@ -288,7 +290,7 @@ def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
 
 
 def test_large_evaluations_are_announced(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
-    more = {"eval_data": (str(folder / "eval"),), "max_steps": 30, "pipe_parallel_size": 1}
+    more = {"eval_data": (str(folder / "eval"),), "max_steps": 30, "pipe_parallel_size": 1, "clean": True}
     for steps_per_eval, announced in ((1.0, True), (30.0, False)):
         options = logged_options(folder, tmp_path, **more, steps_per_eval=steps_per_eval)
         assert ranks(1).run(train_rank_into, options, tmp_path / "console") == [None]

@@ -54,6 +54,8 @@ class RunState:
         eval_loss: of the newest evaluation, None before the first.
         rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
+        evaluation_pending: whether the evaluation that follows the step is still to be made.
+        run: the run's id; "" for checkpoints from before there were ids.
     """
 
     step: int
@@ -65,6 +67,8 @@ class RunState:
     eval_loss: float | None
     rebounds: int
     config: dict[str, Any]
+    evaluation_pending: bool = False
+    run: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

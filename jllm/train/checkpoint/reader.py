@@ -81,7 +81,7 @@ class CheckpointReader:
     @property
     def state(self) -> RunState:
         names = [field.name for field in dataclasses.fields(RunState)]
-        values = {name: self._index[name] for name in names}
+        values = {name: self._index[name] for name in names if name in self._index}
         values["cursor"] = Cursor(**values["cursor"])
         return RunState(**values)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
@@ -333,14 +334,21 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
     Raises:
         UserError: the checkpoint is of another model. `--force_resume` allows one whose weights have the same shapes.
     """
-    import torch
-
     assert config.from_ckpt is not None
     assert config.model is not None
     reader = CheckpointReader(find_checkpoint(config.from_ckpt, config.tag, option="--from_ckpt"))
     if not config.force_resume:
         family = read_config(config.model, trust_remote_code=config.trust_remote_code)
         _check_architecture(reader.state, architecture_of(family), "--from_ckpt")
+    load_weights(stage, reader, agreement)
+
+
+def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agreement) -> None:
+    """Take the weights of a checkpoint into a stage: the fp32 masters where it has them and the stage is in fp32.
+
+    Raises:
+        UserError: on every process: the checkpoint is of another model.
+    """
     check_weights(reader, stage, agreement)
     names = published_names(stage.model, stage.span)
     with torch.no_grad():

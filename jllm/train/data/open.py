@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from jllm.data.dataset.manifest import DataSet, one_template, open_data_set
@@ -18,7 +19,7 @@ from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
 from jllm.train.data.batching import EpochSteps, Parts, TokenBudget, padded_length
-from jllm.train.data.loader import BatchShare
+from jllm.train.data.loader import BatchShare, Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.rows import ShardIndex, row_lengths
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
@@ -304,3 +305,20 @@ def _is_text(path: Path) -> bool:
     except orjson.JSONDecodeError:
         return False  # a list over several lines, or a broken line, which the converter names
     return isinstance(record, dict) and isinstance(record.get("text"), str)
+
+
+def read_training_steps(data: Data, config: TrainConfig, cursor: Cursor) -> Iterator[Step] | ReadAhead | None:
+    """This pipeline's steps from the cursor on; None where the process does not read."""
+    if data.index is None:
+        return None
+    ahead = config.num_workers > 0
+    steps = train_steps(
+        data.index,
+        data.share,
+        seed=config.seed,
+        shuffle=not config.no_shuf,
+        cursor=cursor,
+        ahead=ahead,
+        parts=data.parts,
+    )
+    return ReadAhead(steps) if ahead else steps

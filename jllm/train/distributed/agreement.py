@@ -12,13 +12,15 @@ import functools
 import operator
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.parallel.collectives import Collectives
 from jllm.train.data.loader import ReadAhead, Step
-from jllm.train.triggers import Request
+from jllm.train.lifecycle.ending import StoppedError
+from jllm.train.lifecycle.requests import Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Agreement(Collectives):
         """Read one step, which only readers do, and share it, and what this process asks for and uses (in MiB).
 
         Raises:
-            UserError: on every process: a reader cannot read on, or the readers are at different places of their data.
+            StoppedError: on every process: a reader cannot read on, or readers are at different places of their data.
         """
         step, mistake = None, None
         started = time.perf_counter()
@@ -77,12 +79,12 @@ class Agreement(Collectives):
         mine[6:] = [int(request), memory, int(mistake is not None)]
         everyone = self.gather_numbers(mine)
         if everyone[:, 8].any():
-            raise UserError(next(each for each in self.gather(mistake) if each is not None))
+            raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
         if len(views) > 1:
             one, other = (f"epoch {view[1]} row {view[2]} with {view[0]} rows" for view in views[:2])
-            raise UserError(
+            raise StoppedError(
                 f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
             )
         rows, epoch, rows_before = views[0]
@@ -101,7 +103,8 @@ class Agreement(Collectives):
     def sees_one_folder(self, folder: Path) -> bool:
         """Whether `folder` is the same one on all nodes; it is made where it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
-        token = folder / ".shared-by-all-nodes"
+        # Of this run alone: another one may ask the same at the same time.
+        token = folder / f".shared-by-all-nodes-{self.from_first_reader(lambda: uuid.uuid4().hex)}"
         if self.place.is_first:
             token.touch()
         self.barrier()

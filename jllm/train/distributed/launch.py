@@ -22,21 +22,24 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from jllm.errors import EXIT_CODE, UserError, of_file_system, report
+from jllm.train.distributed import peers
 
 LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 1.0
 SIGTERM_SECONDS = 5.0
 """How long a process that was asked to end waits for all others to be asked too."""
 LOST_RANK_SECONDS = 8.0
+PEERS_FIRST_SECONDS = 30
+"""Collective operations wait longer than that, so that who stands still is named before they give up."""
 SIGNS_OF_A_LOST_RANK = (
     "Connection reset by peer",
     "Connection closed by peer",
     "Broken pipe",
     "remote process exited",  # NCCL
     "Connection refused",
+    "Timed out waiting",  # gloo
 )
 """What gloo and NCCL say of a connection whose other end is gone."""
 
@@ -98,7 +101,8 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
     try:
         with quiet():
             deepspeed.init_distributed(
-                get_accelerator().communication_backend_name(), timeout=datetime.timedelta(seconds=timeout_seconds)
+                get_accelerator().communication_backend_name(),
+                timeout=datetime.timedelta(seconds=timeout_seconds + PEERS_FIRST_SECONDS),
             )
     except DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -107,6 +111,9 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
                 f"{where} is taken, probably by another run; give the launcher another port: deepspeed --master_port N"
             ) from None
         raise UserError(f"cannot reach the other processes at {where}: {error}") from None
+    peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds)
+    if get_accelerator().device_name() == "cpu":
+        _forget_buffer_name()
 
 
 def _set_alone_environment() -> None:
@@ -158,6 +165,19 @@ def _compile_cpu_operator() -> None:
         ) from None
 
 
+def _forget_buffer_name() -> None:
+    """Remove the name of the shared memory (66 MiB a rank) that DeepSpeed's CPU backend has made.
+
+    It would stay for ever where a process is killed or leaves at once. Everyone has opened it by now, so the memory
+    itself ends with the last process of the run.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    where = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}").unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _building_alone(name: str) -> Iterator[None]:
     """Hold an operator's build folder.
@@ -174,21 +194,21 @@ def _building_alone(name: str) -> Iterator[None]:
         yield
 
 
-def run_rank(function: Callable[[], Any]) -> None:
-    """Run one rank's work; does not return.
+def run_rank(function: Callable[[], int]) -> None:
+    """Run one rank's work, which gives the exit code; does not return.
 
-    A `UserError` is one line, printed once for each node, and exit code 2. So is a lack of device memory, with the
+    A `UserError` is one line, printed once, and its own exit code. So is a lack of device memory, with the
     options that help. Any other exception is printed with the rank's number and its traceback, and exit code 1. A
     rank that fails because another one is gone leaves the first word to that one, and says so in a line.
     """
     _watch_launcher()
     code = 0
     try:
-        function()
+        code = function()
     except UserError as error:
         _end_at_once_on_sigterm()
-        report(str(error))
-        code = EXIT_CODE
+        report(str(error), speaks=peers.may_speak())
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
@@ -265,6 +285,8 @@ def _watch_launcher() -> None:
         while os.getppid() == launcher and _parent_of(launcher) == starter:
             time.sleep(LAUNCHER_POLL_SECONDS)
         if not asked_to_end.wait(SIGTERM_SECONDS):
+            if is_first():
+                peers.end_lost("the launcher, or what started it, is gone: the run ends")
             os._exit(130)
 
     threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

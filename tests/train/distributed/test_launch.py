@@ -51,20 +51,18 @@ def test_a_checkpoint_is_written_in_spite_of_sigterm(tmp_path: Path) -> None:
     code = f"""
 import os, signal, time
 from pathlib import Path
-from jllm.train.config import TrainConfig
-from jllm.train.checkpoint.saver import CheckpointSaver
+from jllm.train.checkpoint.background import Background
 
-config = TrainConfig(model=Path("model"), train_data=("data",), checkpoint=Path({str(tmp_path)!r}))
-saver = CheckpointSaver(config, rank=0, ranks=[0], barrier=lambda: None)
+background = Background("process")
 seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append(os.getpid()))
 for number in range(20):
     def write():
         time.sleep(0.02)
         Path({str(tmp_path)!r}, str(number)).write_text(str(seen))
-    saver._run(write)
-    os.kill(saver._child, signal.SIGTERM)
-    saver.wait()
+    background.begin(write)
+    os.kill(background._child, signal.SIGTERM)
+    assert background.is_done(wait=True) and background.failure is None
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -72,13 +70,15 @@ for number in range(20):
 
 
 def test_sigterm_is_seen_inside_a_call_that_does_not_return() -> None:
-    """Such as a collective operation whose peers are gone: asked to end alone, the rank ends after five seconds."""
+    """Such as a collective operation whose peers are gone: asked to end alone, the rank ends after a while."""
     code = """
 import ctypes, os
 from pathlib import Path
-from jllm.train.triggers import Requests
+from jllm.train.lifecycle import requests
+from jllm.train.lifecycle.requests import Requests
 from jllm.train.config import TrainConfig
 
+requests.BOUNDARY_SECONDS = 3
 Requests(TrainConfig(model=Path("model"), train_data=("data",)), is_first=False, world_size=2).listen()
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 print(flush=True)

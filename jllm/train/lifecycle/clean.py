@@ -6,6 +6,7 @@ from pathlib import Path
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig, named_folders, weighted_folders
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.lifecycle.run_lock import PREFIX
 
 
 def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:
@@ -24,5 +25,7 @@ def remove_earlier_runs(config: TrainConfig, agreement: Agreement) -> None:
                 raise UserError(f"--clean would remove {folder}, which holds {other}; give folders of their own")
     if agreement.is_first_of_node:
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if not path.name.startswith(PREFIX):  # the lock of this run
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     agreement.barrier()

@@ -1,0 +1,20 @@
+"""The states of a process's random-number generators: what dropout goes on from."""
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """The states of this process's random-number generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if get_accelerator().device_name() != "cpu":
+        states["device"] = get_accelerator().get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `random_states`."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "device" in states and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(states["device"])

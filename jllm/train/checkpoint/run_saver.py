@@ -1,0 +1,148 @@
+"""The checkpoints of a run: begun, written or not, tried again, and what is said of each.
+
+A checkpoint is begun between two steps and written in the background. How it comes along is a request of each process
+(`jllm.train.lifecycle.requests`), so all processes know at the end of the next step that it is written, or that it is
+not. Then what is half written is removed, and one more is begun at once, after the retention has made room. Where that
+fails too the run ends, and says which checkpoints there are.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from jllm.errors import UserError
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.train.checkpoint import folders
+from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.random_state import random_states
+from jllm.train.checkpoint.saver import CheckpointSaver, ranked
+from jllm.train.checkpoint.state import TrainingState
+from jllm.train.config import TrainConfig
+from jllm.train.distributed.agreement import Agreement
+from jllm.train.lifecycle.requests import Request
+from jllm.train.records.metrics import Recorder
+
+
+class RunSaver:
+    """Writes the checkpoints of a run; every process calls its methods at the same steps.
+
+    Args:
+        config: the options, with a `--checkpoint`.
+        agreement: the processes.
+        state, stage: what is saved.
+        dtype: of the weights of `--only_ckpt_model`.
+        chat_template: of the data.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        agreement: Agreement,
+        state: TrainingState,
+        stage: PipelineStage,
+        *,
+        dtype: torch.dtype,
+        chat_template: str | None,
+    ) -> None:
+        assert config.checkpoint is not None
+        self.root = config.checkpoint
+        self._config, self._agreement, self._state, self._stage = config, agreement, state, stage
+        self._dtype, self._chat_template = dtype, chat_template
+        self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
+        ranks = agreement.ranks_of_node() if self.saves_alone else agreement.mesh.ranks
+        self._saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
+        self._folder: Path | None = None
+        self._begun = 0.0
+        self._is_retry = False
+        self.newest_step: int | None = None
+
+    def request(self) -> Request:
+        """What this process tells the others of the checkpoint that is being written."""
+        if self._folder is None:
+            return Request.NOTHING
+        if not self._saver.is_done():
+            return Request.WRITING
+        return Request.FAILED if self._saver.failure is not None else Request.NOTHING
+
+    def save(self, run: RunState, recorder: Recorder) -> None:
+        """Begin a checkpoint of the run as it is; the one before is waited for."""
+        self.finish(run, recorder)
+        self._begin(run, recorder)
+
+    def _begin(self, run: RunState, recorder: Recorder) -> None:
+        self._begun = time.perf_counter()
+        if self._config.only_ckpt_model:
+            self._folder = self._saver.save_model(
+                self._stage,
+                run.step,
+                run.eval_loss,
+                dtype=self._dtype,
+                writers=self._agreement.mesh.writers,
+                chat_template=self._chat_template,
+            )
+        else:
+            self._folder = self._saver.save(self._state.pieces(alone=self.saves_alone), random_states(), run)
+        self.newest_step = run.step
+        recorder.say(f"checkpoint {self._folder} started after {time.perf_counter() - self._begun:.2f} s of waiting")
+
+    def hear(self, everyone: Request, run: RunState, recorder: Recorder) -> None:
+        """Take what all told at the end of a step.
+
+        Args:
+            everyone: what all told.
+            run: as it is now, which a second try saves.
+            recorder: is told what happened.
+
+        Raises:
+            UserError: on every process: the second try failed too.
+        """
+        if self._folder is None:
+            return
+        if Request.FAILED in everyone:
+            self._try_again(run, recorder)
+        elif Request.WRITING not in everyone:
+            recorder.say(f"checkpoint {self._folder} written after {time.perf_counter() - self._begun:.1f} s")
+            self._folder, self._is_retry = None, False
+
+    def finish(self, run: RunState, recorder: Recorder) -> None:
+        """Wait until all processes have written the newest checkpoint. Raises as `hear`."""
+        while self._folder is not None:
+            # A part that failed elsewhere is never waited for by the one that completes the checkpoint.
+            told = Request.WRITING
+            while told & Request.WRITING and not told & Request.FAILED:
+                time.sleep(0.05)
+                told = Request.NOTHING
+                for each in self._agreement.gather(int(self.request())):
+                    told |= Request(each)
+            self.hear(told, run, recorder)
+
+    def _try_again(self, run: RunState, recorder: Recorder) -> None:
+        folder, was_retry = self._folder, self._is_retry
+        failure = self._agreement.gather_first(lambda: self._saver.failure)
+        self._saver.give_up()
+        self._folder = None
+        if was_retry:
+            raise UserError(
+                f"--checkpoint {self.root}: {folder} could not be written: {failure}; {self._what_is_there()}"
+            )
+        recorder.say(f"warning: checkpoint {folder} could not be written: {failure}; it is tried once more")
+        self._saver.make_room()
+        self._agreement.barrier()
+        self._is_retry = True
+        self._begin(run, recorder)
+
+    def _what_is_there(self) -> str:
+        found = self.complete()
+        if not found:
+            return "no other checkpoint is there"
+        return f"the newest that is complete is {found[-1]} (of {len(found)}), from which the same line goes on"
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        marker = folders.MODEL_MARKER if self._config.only_ckpt_model else folders.INDEX_NAME
+        return folders.list_checkpoints(self.root, marker=marker)
+
+    def best(self) -> Path | None:
+        """The complete checkpoint with the lowest evaluation loss."""
+        return next(iter(ranked(self.complete(), model_only=self._config.only_ckpt_model)), None)
