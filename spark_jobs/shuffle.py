@@ -39,7 +39,7 @@ from jllm.data.spark.dealing import keys_of_partitions
 from jllm.data.spark.failures import as_mistakes
 from jllm.data.spark.files import HadoopFiles, bare, is_local, joined, local_path
 from jllm.data.spark.place import JobPlace
-from jllm.data.spark.session import driver_of, job_session, set_up
+from jllm.data.spark.session import divide_streams, driver_of, job_session, set_up
 from jllm.data.spark.shards import (
     checksums,
     describe_output,
@@ -352,4 +352,5 @@ def main(config: SparkShuffleConfig) -> None:
 
 
 if __name__ == "__main__":
+    divide_streams()
     main()
