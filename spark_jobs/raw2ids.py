@@ -42,7 +42,7 @@ from jllm.data.spark.failures import as_mistakes
 from jllm.data.spark.files import HadoopFiles, is_local, local_path
 from jllm.data.spark.findings import Findings, InputFindings, together
 from jllm.data.spark.place import JobPlace
-from jllm.data.spark.session import driver_of, job_session, set_up
+from jllm.data.spark.session import divide_streams, driver_of, job_session, set_up
 from jllm.data.spark.shards import CODECS_OF_SPARK, describe_output, schema_of, write_shards
 from jllm.data.spark.sources import (
     LINES,
@@ -432,4 +432,5 @@ def main(config: SparkRaw2IdsConfig) -> None:
 
 
 if __name__ == "__main__":
+    divide_streams()
     main()

@@ -39,7 +39,7 @@ from jllm.data.spark.dealing import keys_of_partitions
 from jllm.data.spark.failures import as_mistakes
 from jllm.data.spark.files import HadoopFiles, bare, is_local, joined, local_path
 from jllm.data.spark.place import JobPlace
-from jllm.data.spark.session import driver_of, job_session, set_up
+from jllm.data.spark.session import divide_streams, driver_of, job_session, set_up
 from jllm.data.spark.shards import (
     checksums,
     describe_output,
@@ -217,8 +217,7 @@ class SparkShuffle:
     def result(self) -> tuple[Manifest, bool]:
         """The manifest, and whether it is that of an earlier run."""
         with self.place.held(driver_of(self.spark)):
-            if self.config.clean:
-                self.place.clean()
+            is_ours = self.config.clean and self.place.clean()
             done = self.place.manifest()
             if done is not None:
                 refuse_other_result(self.place.shown, done, self.plan, COMMAND)
@@ -234,8 +233,9 @@ class SparkShuffle:
                     self.place.move(pending)
                     return pending, False
             elif self.place.pending() is not None:  # of an earlier --clean that was killed
-                self.place.clean()
-            if not self.place.is_empty():
+                is_ours = self.place.clean()
+            is_ours = is_ours or earlier is not None
+            if self.place.shards() or not (is_ours or self.place.is_empty()):
                 raise not_empty(self.place.shown)
             return self._made(), False
 
@@ -352,4 +352,5 @@ def main(config: SparkShuffleConfig) -> None:
 
 
 if __name__ == "__main__":
+    divide_streams()
     main()

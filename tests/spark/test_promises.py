@@ -74,6 +74,21 @@ def test_clean_removes_what_the_job_made_alone(raw2ids: Callable[..., End], tmp_
     assert verify(open_data_set(tmp_path / "out")) == []
 
 
+def test_clean_of_a_shuffle(shuffle: Callable[..., End], tmp_path: Path) -> None:
+    make_set(tmp_path / "set", 20, 2)
+    assert shuffle("-d", tmp_path / "set", "-o", tmp_path / "out").code == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert (
+        "give --clean to make it anew" in shuffle("-d", tmp_path / "set", "-o", tmp_path / "out", "--seed", 9).mistake
+    )
+    assert contents(tmp_path) == before
+    assert shuffle("-d", tmp_path / "set", "-o", tmp_path / "out", "--seed", 9, "-C").code == 0
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert open_data_set(tmp_path / "out").manifest.options["seed"] == 9
+    assert verify(open_data_set(tmp_path / "out")) == []
+
+
 def test_results_of_other_commands_are_left(
     raw2ids: Callable[..., End], shuffle: Callable[..., End], tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -219,8 +219,8 @@ class JobPlace:
             joined(self.folder, MANIFEST_NAME), json.dumps(final.to_json(), indent=1, ensure_ascii=False) + "\n"
         )
 
-    def clean(self) -> None:
-        """Remove what this job made there, finished or not.
+    def clean(self) -> bool:
+        """Remove what this job made there, finished or not; whether there was any.
 
         Raises:
             UserError: what is there was made by another command.
@@ -233,7 +233,7 @@ class JobPlace:
             )
         known = [each for each in (manifest, self.pending()) if each is not None]
         if not known and not self._is_begun:
-            return
+            return False
         # First the manifest goes, and what there is to remove is remembered: a kill does no harm.
         entries = {entry.path: entry for each in known for entry in each.files}
         if manifest is not None:
@@ -249,6 +249,7 @@ class JobPlace:
         for one in self.files.inside(self.work):
             if one.path.rsplit("/", 1)[-1] != CLAIM:
                 self.files.remove(one.path)
+        return True
 
 
 def final_name(path: str, codec: str) -> str:

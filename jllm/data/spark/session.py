@@ -1,10 +1,13 @@
 """The session of a job, and what a person sees of it.
 
-Guarantees: the last line is the job's own; Spark's logs and Python's warnings are shown with `verbose` alone.
+Guarantees: the last line is the job's own, a mistake on standard error; Spark's logs and Python's warnings are shown
+with `verbose` alone.
 """
 
 import contextlib
+import io
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,28 @@ def job_session(name: str, *, verbose: bool) -> Iterator["SparkSession"]:
             yield spark
         finally:
             spark.stop()
+
+
+class DriverStandardError(io.TextIOBase):
+    """Standard error of the JVM that started this process, which has no other: spark-submit joins both streams of a
+    driver in Python to its standard output."""
+
+    def write(self, text: str) -> int:
+        from pyspark import SparkContext
+
+        try:
+            SparkContext._ensure_initialized()  # type: ignore[attr-defined]  # finds that JVM
+            jvm: Any = SparkContext._jvm
+            jvm.java.lang.System.err.print(text)
+        except Exception:  # it is gone: whoever reads the joined streams gets the line
+            print(text, end="", file=sys.__stderr__, flush=True)
+        return len(text)
+
+
+def divide_streams() -> None:
+    """Give a process that spark-submit started a standard error."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        sys.stderr = DriverStandardError()
 
 
 def set_up(spark: "SparkSession") -> None:
