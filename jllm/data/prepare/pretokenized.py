@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array, to_list_array
@@ -267,9 +266,9 @@ def _flags(column: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.List
     """
     array = column.combine_chunks()
     if is_list(array.type):
-        elements, lengths = array.flatten(), pc.list_value_length(array)
+        elements, lengths = array.flatten(), array.value_lengths()
     else:
-        elements, lengths = array, pc.list_value_length(ids.combine_chunks())
+        elements, lengths = array, ids.combine_chunks().value_lengths()
     if elements.null_count:
         raise UserError(f"{where}: {elements.null_count} elements are null; remove those rows")
     numbers = elements.cast(pa.float64()).to_numpy(zero_copy_only=False)
