@@ -31,7 +31,7 @@ main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 4
 .wide { grid-column: 1 / -1; }
 svg { width: 100%; height: auto; } text { fill: currentColor; font-size: 12px; }
 .grid { stroke: currentColor; opacity: .15; } .idle { fill: currentColor; opacity: .06; }
-.curve { fill: none; stroke-width: 1.5; } .pale { opacity: .3; stroke-width: 1; } .dashed { stroke-dasharray: 6 3; }
+.curve { fill: none; stroke-width: 1.5; } .pale { opacity: .5; stroke-width: 1; } .dashed { stroke-dasharray: 6 3; }
 .bar { stroke: Canvas; stroke-width: .5; }
 .part { font-weight: 600; } .number { fill: white; font-size: 11px; pointer-events: none; }
 .event { stroke-width: 1; stroke-dasharray: 2 3; opacity: .8; }

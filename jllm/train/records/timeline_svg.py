@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jllm.errors import printable
 from jllm.train.records.svg import label, ticks
-from jllm.train.records.timeline import COLOURS, Lane, Timeline
+from jllm.train.records.timeline import COLOURS, WAITING, Lane, Timeline
 
 WIDTH, ROW, GAP = 1280, 24, 6
 LEFT, RIGHT, BOTTOM, HEADER = 150, 12, 30, 26
@@ -59,7 +59,7 @@ def _row(row: Lane, y: int, scale: float) -> Iterator[str]:
             f'<rect class="bar" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[bar.kind]}">'
             f"<title>{title}</title></rect>"
         )
-        if width > NUMBER_WIDTH and bar.micro_batch is not None:
+        if width > NUMBER_WIDTH and bar.micro_batch is not None and bar.kind != WAITING:
             yield (
                 f'<text class="number" x="{x + width / 2:.1f}" y="{y + ROW - 8}" text-anchor="middle">'
                 f"{bar.micro_batch}</text>"
