@@ -65,12 +65,14 @@ def _counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = max(1, BLOCK_ELEMENTS // logits.shape[-1])
     for block, targets in zip(logits.split(size), labels.split(size), strict=True):
         trained = targets != IGNORE_INDEX
-        scores = block.float()
-        of_targets = scores.gather(1, targets.clamp(min=0)[:, None])
-        top5 += (((scores > of_targets).sum(-1) < 5) & trained).sum()
-        losses += histogram(scores.logsumexp(-1) - of_targets[:, 0], trained)
+        places = targets.clamp(min=0)[:, None]
+        fifth = block.topk(min(5, block.shape[-1])).values[:, -1:]
+        top5 += ((block.gather(1, places) >= fifth)[:, 0] & trained).sum()
+        logarithms = block.float().log_softmax(-1)
+        losses += histogram(-logarithms.gather(1, places)[:, 0], trained)
         # Logits of -inf have the probability 0, and add 0 to the entropy.
-        entropies += histogram(torch.special.entr(scores.softmax(-1)).sum(-1), trained)
+        logarithms.clamp_(min=-1e30)
+        entropies += histogram(-logarithms.exp().mul_(logarithms).sum(-1), trained)
     return top5, losses, entropies
 
 

@@ -115,7 +115,8 @@ def plot(runs: list[Path], output: Path | None = None, look: Look = PLAIN) -> Pa
     if files:
         panels = panels_of(dict(zip(_names(files), map(read_records, files), strict=True)), look)
     if len(files) == 1:
-        traces += sorted(files[0].parent.glob(TRACE_NAME.format(step="*")), key=lambda path: (len(path.name), path))
+        beside = sorted(files[0].parent.glob(TRACE_NAME.format(step="*")), key=lambda path: (len(path.name), path))
+        traces = list({path.resolve(): path for path in (*traces, *beside)}.values())
     timelines = [timeline_of(read_trace(path)) for path in traces]
     if not panels and not timelines:
         raise UserError(f"{runs[0]}: nothing to draw yet; wait for the first step")
