@@ -309,6 +309,7 @@ def test_large_evaluations_are_announced(ranks: Callable[[int], Ranks], folder: 
     more = {"eval_data": (str(folder / "eval"),), "max_steps": 30, "pipe_parallel_size": 1, "clean": True}
     for steps_per_eval, announced in ((1.0, True), (30.0, False)):
         options = logged_options(folder, tmp_path, **more, steps_per_eval=steps_per_eval)
-        assert ranks(1).run(train_rank_into, options, tmp_path / "console") == [None]
+        console = tmp_path / f"console-{announced}"
+        assert ranks(1).run(train_rank_into, options, console) == [None]
         # An evaluation of 7 rows costs a third of training on them; a step is 4 rows.
-        assert ("warning: evaluation takes about" in (tmp_path / "console").read_text()) == announced
+        assert ("warning: evaluation takes about" in console.read_text()) == announced
