@@ -23,7 +23,7 @@ from typing import Any
 from jllm.train.records.appended_file import AppendedFile
 from jllm.train.records.console import Display, time_stamp
 from jllm.train.records.metrics_file import METRICS_NAME, drop_from_step, line_of
-from jllm.train.records.sinks.reporter import Reporter
+from jllm.train.records.sinks.reporter import CLOSE_SECONDS, HURRY_SECONDS, Reporter
 from jllm.train.records.sinks.tensorboard import Board
 
 ESTIMATE_STEPS = 5
@@ -195,10 +195,13 @@ class Recorder:
         """Write what waits, and close the files; a second time it does nothing.
 
         Args:
-            waits: whether a service that is slow is waited for.
+            waits: for services that are slow, `CLOSE_SECONDS` in all, or `HURRY_SECONDS` only.
         """
+        deadline = time.monotonic() + (CLOSE_SECONDS if waits else HURRY_SECONDS)
         for reporter in self._reporters:
-            reporter.close(waits=waits)
+            reporter.finish()
+        for reporter in self._reporters:
+            reporter.wait(deadline - time.monotonic())
             self._warn_of(reporter)
         for sink in (self._board, self._file, self._display):
             if sink is not None:

@@ -70,17 +70,16 @@ class Reporter:
             found, self._problems = self._problems, []
         return found
 
-    def close(self, *, waits: bool = True) -> None:
-        """Wait for what is left, and close the run of the service.
-
-        Args:
-            waits: for `CLOSE_SECONDS`, or for `HURRY_SECONDS` only.
-        """
+    def finish(self) -> None:
+        """Nothing more comes: hand over what is left, and close the run of the service."""
         self._put("end")
         with self._changed:
             self._closing.set()
             self._changed.notify()
-        self._thread.join(CLOSE_SECONDS if waits else HURRY_SECONDS)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for that for so long at most."""
+        self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             with self._changed:
                 left = sum(method != "end" for method, _ in self._waiting)

@@ -50,21 +50,22 @@ def test_an_outage_loses_nothing_and_is_said_once() -> None:
         time.sleep(0.002)
         problems += reports.take_problems()
     reports.artefact("model", Path("out"), step=40)
-    reports.close()
+    reports.finish()
+    reports.wait(60)
     [problem] = problems + reports.take_problems()
     assert problem.startswith("--report_to memory: ConnectionError: no route to host; it is tried again")
     steps = [("numbers", {"train/loss": 1 / step}, step) for step in range(1, 41)]
     assert service.calls == [("begin",), *steps, ("artefact", "model", Path("out"), 40), ("end",)]
 
 
-def test_a_service_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_hangs_is_left_alone() -> None:
     service = Memory()
     service.here.clear()
     reports = Reporter(service)
     for step in range(100):
         reports.numbers({"step": step, "loss": 1.0})
-    monkeypatch.setattr(reporter, "HURRY_SECONDS", 0.05)
-    reports.close(waits=False)
+    reports.finish()
+    reports.wait(0.05)
     assert service.calls == []
     assert reports.take_problems() == ["--report_to memory: 101 records did not get there in time"]
     service.here.set()
@@ -78,6 +79,7 @@ def test_the_oldest_records_go_when_too_many_wait(monkeypatch: pytest.MonkeyPatc
     for step in range(100):
         reports.numbers({"step": step, "loss": 1.0})
     service.here.set()
-    reports.close()
+    reports.finish()
+    reports.wait(60)
     assert [call[0] for call in service.calls] == ["begin", *["numbers"] * 8, "end"]
     assert [call[2] for call in service.calls[1:-1]] == list(range(92, 100))
