@@ -83,7 +83,7 @@ def export_run(
         _load_best(stage, saver, agreement, recorder, step=step)
     export(stage, agreement, folder, source=config.model, dtype=model.dtype, chat_template=chat_template)
     recorder.event("export", f"wrote {folder}", step=step, folder=str(folder))
-    recorder.artefact("model", folder)
+    recorder.artefact("model", folder, step=step)
 
 
 def _load_best(stage: PipelineStage, saver: RunSaver, agreement: Agreement, recorder: Recorder, *, step: int) -> None:

@@ -132,7 +132,7 @@ class RunSaver:
             seconds = time.perf_counter() - self._begun
             line = f"checkpoint {self._folder} written after {seconds:.1f} s"
             recorder.event("checkpoint_written", line, step=run.step, checkpoint=str(self._folder), seconds=seconds)
-            recorder.artefact("checkpoint", self._folder)
+            recorder.artefact("checkpoint", self._folder, step=folders.step_of_folder(self._folder))
             self._folder, self._is_retry = None, False
 
     def finish(self, run: RunState, recorder: Recorder) -> None:

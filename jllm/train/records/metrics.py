@@ -103,10 +103,10 @@ class Recorder:
         """An event that is a warning."""
         self.event("warning", f"warning: {line}", message=line)
 
-    def artefact(self, kind: str, folder: Path) -> None:
-        """A checkpoint or model that is complete; services that know such things are told."""
+    def artefact(self, kind: str, folder: Path, *, step: int) -> None:
+        """A checkpoint or model that is complete, of this step; services that know such things are told."""
         for reporter in self._reporters:
-            reporter.artefact(kind, folder, step=self._step)
+            reporter.artefact(kind, folder, step=step)
 
     def train(self, record: dict[str, Any]) -> None:
         """A training step."""

@@ -24,7 +24,7 @@ for step in range(first, first + 3):
                         data_wait=0.0, memory_mib=[1, 2], seconds=1.0))
 recorder.evaluation(dict(step=step, name="held out", eval_loss=2.0, perplexity=7.4, accuracy=0.5, eval_tokens=10,
                          seconds=1))
-recorder.artefact("checkpoint", folder / "ckpt")
+recorder.artefact("checkpoint", folder / "ckpt", step=step)
 recorder.close()
 """
 NAMES = ("train/loss", "train/memory_mib/1", "eval/held out/loss")
