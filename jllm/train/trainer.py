@@ -17,6 +17,7 @@ from jllm.train.checkpoint.random_state import random_states, restore_random_sta
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Intact,
+    batching_rule,
     check_same_run,
     check_weights,
     find_resume_points,
@@ -97,7 +98,9 @@ class TrainingRun:
         self.config, self.shape, self.agreement, self.model_info, self.id = config, shape, agreement, model_info, run
         if config.clean:
             remove_earlier_runs(config, agreement)
-        self.data = open_training_data(config, shape, agreement, model_info)
+        candidates = find_resume_points(config, agreement)
+        rule = batching_rule(candidates, agreement)
+        self.data = open_training_data(config, shape, agreement, model_info, rule=rule)
         self.eval_data = open_evaluation_sets(config, shape, agreement, model_info)
         self.epochs = agreement.from_first_reader(
             lambda: epoch_steps(config, self.data.index, self.data.share, self.data.parts)
@@ -105,7 +108,6 @@ class TrainingRun:
         self.total_steps = config.max_steps or self.epochs.total(config.num_train_epochs)
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
-        candidates = find_resume_points(config, agreement)
         check_model_folders(config, agreement)
         self.training = CrossEntropy()
         self.objective = ObjectiveInUse(self.training)
@@ -122,7 +124,7 @@ class TrainingRun:
         self.eval_loss: float | None = None
         self.evaluation_pending = True  # before the first step
         self.early_stop = EarlyStop(config.early_stop)
-        self.record = record_of_run(config, shape, self.total_steps)
+        self.record = record_of_run(config, shape, self.total_steps, rule=rule)
         self.fresh_optimizer = False
         self.other_length: str | None = None
         self.resumed: Intact | None = None
@@ -326,6 +328,7 @@ class TrainingRun:
                 "grad_norm": norm,
                 "tokens": facts.tokens,
                 "trained_tokens": facts.trained_tokens,
+                "filled": facts.tokens / facts.room,
                 "tokens_per_second": speed,
                 "mfu": utilisation(speed, self.plan.flops_per_token, self.shape.mesh.world_size),
                 **self._router_balance(),

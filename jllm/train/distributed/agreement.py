@@ -37,6 +37,7 @@ class StepFacts:
         rows_before: rows of that epoch consumed before the step.
         request: what any process asks of all.
         memory: the peak of each stage so far, in MiB, the largest over its pipelines.
+        room: tokens that the micro-batches of the whole world could hold.
     """
 
     waited: float
@@ -48,6 +49,7 @@ class StepFacts:
     rows_before: int
     request: Request
     memory: tuple[int, ...]
+    room: int
 
     @property
     def rows_after(self) -> int:
@@ -72,11 +74,11 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 9
+        mine = [0] * 10
         if step is not None:
             start = step.start
             mine[:6] = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
-        mine[6:] = [int(request), memory, int(mistake is not None)]
+        mine[6:] = [int(request), memory, int(mistake is not None), step.room if step is not None else 0]
         everyone = self.gather_numbers(mine)
         if everyone[:, 8].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
@@ -98,6 +100,7 @@ class Agreement(Collectives):
             rows_before=rows_before,
             request=functools.reduce(operator.or_, map(Request, everyone[:, 6].tolist())),
             memory=tuple(max(each) for each in self.mesh.by_stage(everyone[:, 7].tolist())),
+            room=int(readers[:, 9].sum()),
         )
 
     def sees_one_folder(self, folder: Path) -> bool:
