@@ -12,6 +12,7 @@ from jllm.errors import UserError
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
+from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.random_state import random_states, restore_random_states
 from jllm.train.checkpoint.reader import CheckpointReader
@@ -240,7 +241,8 @@ class TrainingRun:
 
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
-        self.recorder.say(self.plan.table)
+        for line in (self.plan.table, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
+            self.recorder.say(line)
         self.recorder.say(
             f"{shape.processes}; a step is {shape.accumulation} micro-batches of"
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"

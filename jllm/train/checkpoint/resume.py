@@ -246,9 +246,7 @@ def batching_rule(candidates: Sequence[Path], agreement: Agreement) -> int:
     return agreement.from_first_reader(find)
 
 
-def record_of_run(
-    config: TrainConfig, shape: RunShape, total_steps: int, *, rule: int = NEWEST_RULE
-) -> dict[str, Any]:
+def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int, *, rule: int = NEWEST_RULE) -> dict[str, Any]:
     """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
     assert config.model is not None
     family = read_config(config.model, trust_remote_code=config.trust_remote_code)

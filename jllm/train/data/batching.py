@@ -151,9 +151,9 @@ class TokenBudget:
                     members = list(itertools.chain.from_iterable(micro_batch))
                     tokens.append(int(rows[members].sum()) - len(members))
             steps = -(-len(tokens) // self.micro_batches)
-        made = max(1, steps * self.micro_batches)
-        fuller_half = sum(2 * each >= self.tokens for each in tokens)
-        return Filling(steps=steps, filled=sum(tokens) / (made * self.tokens), half_empty=1 - fuller_half / made)
+        made = max(1, len(tokens))
+        half_empty = sum(2 * each < self.tokens for each in tokens)
+        return Filling(steps=steps, filled=sum(tokens) / (made * self.tokens), half_empty=half_empty / made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Filling:
     Attributes:
         steps: of the epoch.
         filled: the share of all that micro-batches could hold which are tokens.
-        half_empty: the share of micro-batches that are less than half full, those that fill up the last step included.
+        half_empty: the share of micro-batches that are less than half full.
     """
 
     steps: int

@@ -269,7 +269,9 @@ def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare
             if filling.filled < POOR_FILLING:
                 larger = _larger_budget(budget, index, lengths)
         else:
-            counts.append(budget.survey(lengths, window=window).steps if budget.rule > 1 else budget.count_steps(lengths))
+            counts.append(
+                budget.survey(lengths, window=window).steps if budget.rule > 1 else budget.count_steps(lengths)
+            )
     return EpochSteps(counts=tuple(counts), filling=filling, larger=larger)
 
 

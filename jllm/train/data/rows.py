@@ -21,7 +21,16 @@ import pyarrow as pa
 
 from jllm.data.dataset.columns import COLUMNS, to_array
 from jllm.data.dataset.manifest import DataSet
-from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
+from jllm.data.dataset.shards import (
+    CU_SEQLENS,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    LABELS,
+    Int32,
+    Int64,
+    ShardReader,
+    from_list_array,
+)
 from jllm.train.data.order import EpochOrder, epoch_order
 
 WINDOW_BYTES = 32 << 20
