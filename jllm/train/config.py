@@ -57,7 +57,9 @@ class TrainConfig:
         None,
         help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
     )
-    model_parallel_size: int = option(1, help="tensor-parallel processes; only 1 in this version")
+    model_parallel_size: int = option(
+        1, "--tensor_parallel_size", help="tensor-parallel processes; only 1 in this version"
+    )
     sequence_parallel_size: int = option(1, help="sequence-parallel processes; only 1 in this version")
     zero_stage: int | None = option(
         None, help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]"
@@ -71,7 +73,7 @@ class TrainConfig:
     timeout: int = option(1800, help="seconds after which a collective operation gives up")
 
     # Steps
-    per_device_train_batch_size: int = option(1, group="Steps", help="rows of a micro-batch")
+    per_device_train_batch_size: int = option(1, "--micro_batch_size", group="Steps", help="rows of a micro-batch")
     batch_size_tokens: int | None = option(
         None, help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit"
     )
@@ -143,7 +145,11 @@ class TrainConfig:
         300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
     )
     force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
-    tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
+    tag: str | None = option(
+        None,
+        help="the checkpoint inside --from_ckpt or --resume_ckpt: a step, such as 1000, or a folder's name [default:"
+        " the newest]",
+    )
     output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
     export: str = option(
         "last",

@@ -38,7 +38,7 @@ from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
-from jllm.train.exporting import convert, export_run
+from jllm.train.exporting import convert, export_run, say_templates
 from jllm.train.lifecycle.clean import remove_earlier_runs
 from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
 from jllm.train.lifecycle.requests import Request, Requests
@@ -248,6 +248,7 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
+        say_templates(self.config, facts, self.recorder)
         share = evaluation_share(
             self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
         )
@@ -420,6 +421,7 @@ class TrainingRun:
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
             config=self.record,
+            chat_template=self.data.facts.chat_template,
             evaluation_pending=self.evaluation_pending,
             run=self.id,
         )

@@ -35,6 +35,18 @@ from jllm.errors import UserError
 IN_FLIGHT_BYTES, IN_FLIGHT_CHUNKS = 48 << 20, 24
 
 
+class UnreadableSourceError(UserError):
+    """A source cannot be read, or is not what its name says.
+
+    Attributes:
+        source: its number.
+    """
+
+    def __init__(self, message: str, source: int) -> None:
+        super().__init__(message)
+        self.source = source
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
     """One run.
@@ -70,7 +82,8 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
         progress: is shown after each chunk.
 
     Raises:
-        UserError: a source cannot be read, or a bad record under `stop_at_first_bad`.
+        UnreadableSourceError: a source cannot be read.
+        UserError: a bad record under `stop_at_first_bad`.
     """
     first = min((sink.resume for sink in sinks), key=lambda point: point.place)
     totals = Totals.restored(first.totals, len(sinks))
@@ -187,5 +200,9 @@ def _saved_and_read(run: Conversion, point: ResumePoint, number: int) -> Iterato
         yield saved
         index, start, line = index + 1, saved.end, saved.end_line
     source, columns = run.sources[number], run.columns[number]
-    for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
-        yield run.cache.load((number, chunk.index)) or chunk
+    try:
+        for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
+            yield run.cache.load((number, chunk.index)) or chunk
+    except UserError as error:
+        again = "" if source.once else "; run the same command again when it is mended"
+        raise UnreadableSourceError(f"{error}{again}", number) from None

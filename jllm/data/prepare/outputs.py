@@ -21,6 +21,9 @@ NOT_IN_THE_MANIFEST = (
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
+RULES = 2
+"""The version of the rules by which the same input, options and tokenizer become the same rows. It is raised with every
+change of them, so that a run is never finished by other rules than it was begun by."""
 NAMES_OF_OUR_FOLDERS = (MANIFEST_NAME, WORK_NAME, ".plan.json")
 """What a folder that a command of ours made, or has begun to make, has in it."""
 

@@ -8,7 +8,6 @@ middle of a run, the run starts over without it (`restart.py`).
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -26,11 +25,12 @@ from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.conversion import Conversion, convert
+from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.outputs import (
     NAMES_OF_OUR_FOLDERS,
+    RULES,
     OutputSet,
     beside,
     clean_held_out,
@@ -42,7 +42,7 @@ from jllm.data.prepare.progress import Progress, summary
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
 from jllm.data.prepare.totals import Totals, check_bad_share, named
-from jllm.data.prepare.workplace import modified_at
+from jllm.data.sources.identity import modified_at, record_of
 from jllm.data.sources.inputs import Source, resolve, without_password
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
 from jllm.data.tokenizer.early import EarlyEngines
@@ -153,14 +153,14 @@ class _Preparation:
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
-            "sources": [
-                {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
-                for source in given.sources
-            ],
+            "rules": RULES,
+            "template": None,
+            "sources": [record_of(source) for source in given.sources],
         }
         if self.chat:
             check_for_chat(facts)
             template = recipes.template_text(config, facts)
+            self.identity["template"] = recipes.template_hashes(config, facts)
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)
 
@@ -332,16 +332,14 @@ class _Preparation:
             "longest_document": tally.longest,
             "bad_records": totals.bad,
             "engine": engine,
+            "rules": RULES,
         }
         if plan is not None:
+            hashes = self.identity["template"]
             extra["chat"] = {
                 "template": recipes.template_of(self.config, self.facts)[1],
-                "template_sha256": hashlib.sha256(plan.template.encode()).hexdigest(),
-                **(
-                    {"tools_template_sha256": hashlib.sha256(plan.tools_template.encode()).hexdigest()}
-                    if plan.tools_template is not None
-                    else {}
-                ),
+                "template_sha256": hashes[0],
+                **({"tools_template_sha256": hashes[1]} if hashes[1] is not None else {}),
                 "formats": list(dict.fromkeys(self.formats)),
                 "date": self.identity["date"] or None,
                 "overlong": totals.counts.get("overlong", 0),
@@ -355,8 +353,8 @@ class _Preparation:
             files=tuple(entries),
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=self.document_end),
             sources=tuple(
-                {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
-                for source, count in zip(self.sources, counted, strict=False)
+                {**{key: source[key] for key in ("name", "bytes", "stem", "sample")}, **count}
+                for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
             chat_template=plan.template if plan is not None else None,
@@ -393,9 +391,19 @@ class _Preparation:
             max_tokens=config.max_tokens,
             log=self.log,
         )
-        with contextlib.ExitStack() as stack:
-            sinks = [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
-            totals = convert(run, sinks, self.progress)
+        sinks: list[Sink] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                sinks += [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
+                totals = convert(run, sinks, self.progress)
+        except UnreadableSourceError as error:
+            for sink in sinks:
+                sink.roll_back(error.source)
+            if error.source == 0:
+                self._leave_nothing()
+            for output in self.outputs if error.source else ():
+                output.place.note_unreadable(error.source)
+            raise
         return [sink.entries for sink in sinks], totals
 
     def _sink_plan(self, output: OutputSet, prefix: tuple[int, ...]) -> SinkPlan:

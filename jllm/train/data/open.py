@@ -42,6 +42,7 @@ class DataFacts:
         tokens: of an epoch; None where a manifest does not say.
         longest_row: in tokens; None where a manifest does not say.
         chat_template: of its conversations; None where there are none, or several differ.
+        templates_differ: several sets have different ones.
     """
 
     fingerprint: str
@@ -49,6 +50,7 @@ class DataFacts:
     tokens: int | None
     longest_row: int | None
     chat_template: str | None = None
+    templates_differ: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,7 @@ def open_sets(
         else None,
         longest_row=max(known) if len(known) == len(longest) else None,
         chat_template=one_template(sets),
+        templates_differ=len({each.manifest.chat_template for each in sets} - {None}) > 1,
     )
     return index, facts
 
@@ -244,6 +247,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         num_rows=sum(part.num_rows for part in parts),
         tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+        templates_differ=len(templates) > 1 or any(part.templates_differ for part in parts),
         chat_template=templates.pop() if len(templates) == 1 else None,
     )
 
