@@ -265,6 +265,17 @@ def differences(config: Any) -> dict[str, Any]:
     return found
 
 
+def as_arguments(config: Any) -> list[str]:
+    """The command line that gives the same config: what is not a default, whatever file it came from."""
+    words: list[str] = []
+    for name, value in differences(config).items():
+        if isinstance(value, bool):
+            words.append(f"--{name if value else f'no_{name}'}")
+        else:
+            words += [f"--{name}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def describe_differences(config: Any) -> list[str]:
     """The same for people: a line each, with the default where there is one."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}

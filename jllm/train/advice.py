@@ -72,8 +72,8 @@ class PipelineAdvice:
                 ways.append(f"--pipe_parallel_size {fewer}{method} ({after})")
                 break
         return (
-            f"warning: the slowest of {stages} stages takes {over:.0%} longer than the mean, and the others wait for it;"
-            f" {_give(ways)}"
+            f"warning: the slowest of {stages} stages takes {over:.0%} longer than the mean, and the others wait for"
+            f" it; {_give(ways)}"
         )
 
     def _bubble(self) -> str | None:
@@ -149,7 +149,8 @@ def filling_lines(config: TrainConfig, epochs: EpochSteps) -> list[str]:
     if epochs.filling is None:
         return []
     filled, half_empty = epochs.filling.filled, epochs.filling.half_empty
-    said = f"micro-batches of {config.batch_size_tokens:,} tokens are {filled:.0%} full, {half_empty:.0%} of them less than half"
+    said = f"micro-batches of {config.batch_size_tokens:,} tokens are {filled:.0%} full"
+    said += f", {half_empty:.0%} of them less than half"
     if filled >= POOR_FILLING:
         return [said]
     ways = [f"--batch_size_tokens {epochs.larger}"] if epochs.larger is not None else []

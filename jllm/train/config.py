@@ -52,7 +52,9 @@ class TrainConfig:
     layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
 
     # Parallelism
-    pipe_parallel_size: int = option(1, group="Parallelism", help="pipeline stages; what remains of the processes is data-parallel")
+    pipe_parallel_size: int = option(
+        1, group="Parallelism", help="pipeline stages; what remains of the processes is data-parallel"
+    )
     processes: int | None = option(
         None,
         help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
@@ -116,7 +118,9 @@ class TrainConfig:
     )
 
     # Memory
-    checkpoint_grad_interval: int = option(0, group="Memory", help="keep activations of every k-th layer, recompute the rest; 0 off")
+    checkpoint_grad_interval: int = option(
+        0, group="Memory", help="keep activations of every k-th layer, recompute the rest; 0 off"
+    )
     checkpoint_grad_attention: bool = option(False, help="recompute the attention of each layer only")
     checkpoint_grad_offload: bool = option(False, help="keep the checkpointed activations in host memory")
     no_checkpoint_grad_step: int = option(0, help="after this step activations are no longer recomputed; 0: always")
@@ -159,7 +163,10 @@ class TrainConfig:
 
     # Evaluation
     eval_data: tuple[str, ...] = option(
-        (), group="Evaluation", metavar="[NAME=]FOLDER", help="shards to evaluate on, every row, in order; may be given several times"
+        (),
+        group="Evaluation",
+        metavar="[NAME=]FOLDER",
+        help="shards to evaluate on, every row, in order; may be given several times",
     )
     steps_per_eval: float = option(
         0.0, help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch"
@@ -168,7 +175,9 @@ class TrainConfig:
 
     # Records
     log_dir: Path | None = option(
-        None, group="Records", help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
+        None,
+        group="Records",
+        help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]",
     )
     steps_per_print: int = option(1, help="steps between two lines on the console")
 
@@ -176,7 +185,7 @@ class TrainConfig:
     dry_run: bool = option(
         False,
         group="This command",
-        help="print what differs from the defaults, the stages, steps, estimates and warnings, and end without training",
+        help="print what differs from the defaults, stages, steps, estimates and warnings, and end without training",
     )
     json: bool = option(False, help="with --dry_run: print everything, all options too, as one JSON object")
     config: Path | None = option(

@@ -82,7 +82,7 @@ class TokenBudget:
         if self.joins:
             # One longer than all others, which no micro-batch holds, is refused where its name is known.
             room = max(self.capacity + 1, int(lengths.max(initial=0)))
-            rows = best_fit(lengths, room)
+            rows = best_fit(lengths.astype(np.int64), room)
         else:
             rows = [[number] for number in range(len(lengths))]
         joined = np.array([int(lengths[row].sum()) for row in rows], dtype=np.int32) if self.joins else lengths

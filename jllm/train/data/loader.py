@@ -1,8 +1,8 @@
 """Shards → steps of micro-batches, and the cursor.
 
 Exactly one process of a pipeline reads: the first stage's. Rows come in the order of `jllm.train.data.order`; the rows
-of a global batch are fixed by that order and the batching rule, then dealt to the data-parallel pipelines. The only state is the
-number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained
+of a global batch are fixed by that order and the batching rule, then dealt to the data-parallel pipelines. The only
+state is the number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained
 twice, none is dropped.
 
 The first step of a run is padded to the largest micro-batch that its data can make, so that memory that does not
@@ -314,7 +314,7 @@ def train_steps(
         else:
             batches = share.batches(read_rows(index, order, taken[parts.mine], ahead=ahead))
         while sum(taken) < sum(parts.rows):
-            batch = next(batches)
+            batch: Sequence[Row] | Grouped = next(batches)
             then = parts.next(taken) if share.budget is None else (taken[0] + len(batch),)
             try:
                 yield share.step_of(batch, Cursor(epoch=epoch, rows=sum(taken)), rows_everywhere=sum(then) - sum(taken))
