@@ -64,12 +64,12 @@ class PipelineAdvice:
             gain = (1 + imbalance(self._costs, best)) / (1 + over)
             if gain <= WORTH_IT and self._fits(best, self._shape.accumulation):
                 ways.append(f"--partition_method {self._method} ({_over(imbalance(self._costs, best))})")
-        for fewer, accumulation in self._fewer_stages():
+        for fewer, accumulation, where in self._fewer_stages():
             split = self._split(fewer, accumulation)
             if imbalance(self._costs, split) <= LARGE_IMBALANCE and self._fits(split, accumulation):
                 method = "" if self._config.partition_method == self._method else f" --partition_method {self._method}"
                 after = _over(imbalance(self._costs, split)) if fewer > 1 else "no pipeline"
-                ways.append(f"--pipe_parallel_size {fewer}{method} ({after})")
+                ways.append(f"--pipe_parallel_size {fewer}{method}{where} ({after})")
                 break
         return (
             f"warning: the slowest of {stages} stages takes {over:.0%} longer than the mean, and the others wait for"
@@ -82,9 +82,9 @@ class PipelineAdvice:
         if share <= LARGE_BUBBLE:
             return None
         ways = [*self._more_micro_batches()]
-        for fewer, left in self._fewer_stages():
+        for fewer, left, where in self._fewer_stages():
             if bubble_share(fewer, left) <= LARGE_BUBBLE and self._fits(self._split(fewer, left), left):
-                ways.append(f"--pipe_parallel_size {fewer} ({bubble_share(fewer, left):.0%})")
+                ways.append(f"--pipe_parallel_size {fewer}{where} ({bubble_share(fewer, left):.0%})")
                 break
         return (
             f"warning: a step of {accumulation} micro-batches in {stages} stages is {share:.0%} bubble, in which stages"
@@ -111,20 +111,22 @@ class PipelineAdvice:
             more = f", a step has {needed * shape.micro_batch * shape.mesh.data} rows" if by_rows else ""
             yield f"--gradient_accumulation_steps {needed} ({share}{more})"
 
-    def _fewer_stages(self) -> Iterator[tuple[int, int]]:
-        """Smaller numbers of stages into which the same processes go, the largest first, with the micro-batches of a
-        step that each pipeline then has."""
+    def _fewer_stages(self) -> Iterator[tuple[int, int, str]]:
+        """Smaller numbers of stages, the largest first, with the micro-batches of a step that each pipeline then has,
+        and on how many processes: those into which the same processes go come before those that need fewer."""
         mesh = self._shape.mesh
         for fewer in range(mesh.pipe - 1, 0, -1):
             if mesh.world_size % fewer:
                 continue
             if self._config.global_batch_size is None:
-                yield fewer, self._shape.accumulation
+                yield fewer, self._shape.accumulation, ""
                 continue
             together = self._shape.micro_batch * (mesh.world_size // fewer)
             accumulation, rest = divmod(self._config.global_batch_size, together)
             if accumulation and not rest:
-                yield fewer, accumulation
+                yield fewer, accumulation, ""
+        for fewer in range(mesh.pipe - 1, 0, -1):
+            yield fewer, self._shape.accumulation, f" on {fewer * mesh.data} processes"
 
     def _split(self, stages: int, accumulation: int) -> list[int]:
         method = "fast" if stages == 1 else self._method
