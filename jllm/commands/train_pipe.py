@@ -1,5 +1,6 @@
 """`deepspeed --module jllm.train_pipe`: train a model over a pipeline of processes."""
 
+import contextlib
 import sys
 
 from jllm.options import command
@@ -27,7 +28,9 @@ def main(config: TrainConfig) -> None:
 
     if starts_processes(config):
         sys.exit(start_processes(config))
-    from jllm.train.distributed.launch import run_rank
-    from jllm.train.trainer import run
+    # DeepSpeed greets on what is standard output when it is imported, which is JSON alone here.
+    with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
+        from jllm.train.distributed.launch import run_rank
+        from jllm.train.trainer import run
 
     run_rank(lambda: run(config))

@@ -119,13 +119,13 @@ def test_lines_as_people_see_them() -> None:
     assert advised(layers, 1) == ()
     assert advised(layers, 4, pipe_parallel_size=4, gradient_accumulation_steps=9) == ()
     assert advised(layers, 4, pipe_parallel_size=4, gradient_accumulation_steps=8) == (
-        "warning: a step of 8 micro-batches in 4 stages is 27% bubble, in which stages wait for the pipeline to fill and"
-        " drain; give --gradient_accumulation_steps 9 (25%, a step has 9 rows), or --pipe_parallel_size 2 (11%)",
+        "warning: a step of 8 micro-batches in 4 stages is 27% bubble, in which stages wait for the pipeline to fill"
+        " and drain; give --gradient_accumulation_steps 9 (25%, a step has 9 rows), or --pipe_parallel_size 2 (11%)",
     )
     assert advised(layers, 2, pipe_parallel_size=2, per_device_train_batch_size=4) == (
-        "warning: a step of 1 micro-batches in 2 stages is 50% bubble, in which stages wait for the pipeline to fill and"
-        " drain; give --per_device_train_batch_size 1 --gradient_accumulation_steps 4 (20%, a step has the same rows),"
-        " or --gradient_accumulation_steps 3 (25%, a step has 12 rows), or --pipe_parallel_size 1 (0%)",
+        "warning: a step of 1 micro-batches in 2 stages is 50% bubble, in which stages wait for the pipeline to fill"
+        " and drain; give --per_device_train_batch_size 1 --gradient_accumulation_steps 4 (20%, a step has the same"
+        " rows), or --gradient_accumulation_steps 3 (25%, a step has 12 rows), or --pipe_parallel_size 1 (0%)",
     )
     uneven = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 8, "partition_method": "7,1"}
     assert advised(layers, 2, **uneven) == (
@@ -169,8 +169,8 @@ def test_the_fewest_micro_batches(stages: int) -> None:
             8192,
             False,
             "warning: micro-batches of 2,048 tokens are 46% full, 1% of them less than half; give"
-            " --batch_size_tokens 8192, or --block_mask, with which rows are joined (documents then do not attend to each"
-            " other)",
+            " --batch_size_tokens 8192, or --block_mask, with which rows are joined (documents then do not attend to"
+            " each other)",
         ),
         (
             0.46,

@@ -55,7 +55,8 @@ class _Sample:
 
 
 def dry_run(config: Raw2IdsConfig) -> None:
-    """Print the options that are no defaults, the format found, template and special tokens, some rows, the share of bad records, and estimates.
+    """Print what differs from the defaults, the format found, template and special tokens, some rows, the share of bad
+    records, and estimates.
 
     Raises:
         UserError: what a run would refuse before it reads more than the first records, or that none of them is good.

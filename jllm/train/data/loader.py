@@ -2,8 +2,8 @@
 
 Exactly one process of a pipeline reads: the first stage's. Rows come in the order of `jllm.train.data.order`; the rows
 of a global batch are fixed by that order and the batching rule, then dealt to the data-parallel pipelines. The only
-state is the number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained
-twice, none is dropped.
+state is the number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is
+trained twice, none is dropped.
 
 The first step of a run is padded to the largest micro-batch that its data can make, so that memory that does not
 suffice fails there, and not hours later.
