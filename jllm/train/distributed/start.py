@@ -1,13 +1,15 @@
 """The processes of a run on this machine, started without typing DeepSpeed's launcher.
 
 `jllm train --pipe_parallel_size 4 ...` starts four processes through that launcher, quietly: the launcher then says
-nothing of its own, so the last thing on the screen is what the run said last. Its exit code is the run's. Signals go to
-the launcher and all processes at once, as a terminal sends them.
+nothing of its own, so the last thing on the screen is what the run said last. SIGINT and SIGTERM
+go to the run's processes and pass the launcher by, which would end with an exit code of its own: that of the command is
+always the run's.
 
 Cost: nothing but the launcher's own start; nothing heavy is imported here.
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +24,7 @@ from jllm.options import as_arguments
 from jllm.train.config import TrainConfig
 
 LAUNCHER = "deepspeed.launcher.launch"
+LAST_ORDINARY_CODE = 190
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
@@ -46,7 +49,9 @@ def start_processes(config: TrainConfig) -> int:
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         if launcher.poll() is None:
-            os.killpg(launcher.pid, number)
+            for process in _children(launcher.pid) or [launcher.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -54,7 +59,17 @@ def start_processes(config: TrainConfig) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    if code < 0:
+        return 128 - code
+    # The launcher ends with the negative number of a signal that ended a process, of which a byte is left.
+    return 128 + 256 - code if code > LAST_ORDINARY_CODE else code
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _devices(count: int) -> list[int | str]:
