@@ -57,7 +57,8 @@ public class ObjectStore extends FileSystem {
   }
 
   private String key(Path path) {
-    return makeQualified(path).toUri().getPath().substring(1);
+    String key = makeQualified(path).toUri().getPath();
+    return key.isEmpty() ? key : key.substring(1); // a bucket may be written without the slash behind it
   }
 
   private java.nio.file.Path object(String key) {

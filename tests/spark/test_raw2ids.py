@@ -192,6 +192,6 @@ def test_a_mistake_that_a_worker_finds_is_one_line(spark: Any, tokenizer: Path, 
 
     given = write_jsonl(tmp_path / "chat.jsonl", [[{"user": "q"}, {"assistant": "word " * 100}]])
     common = {"input": (given,), "tokenizer": str(tokenizer), "chat_template": "chatml", "max_len": 96}
-    with pytest.raises(UserError, match=r"^--overlong error: the conversation at line 1 has"):
+    with pytest.raises(UserError, match=r"^--overlong error: the conversation at chat.jsonl:1 has"):
         run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark"), overlong="error"))
     assert not (tmp_path / "spark").exists()

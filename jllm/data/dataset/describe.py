@@ -23,6 +23,7 @@ from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards, sha256_of
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
     MANIFEST_NAME,
+    OTHER_CONTENT,
     DataSet,
     FileEntry,
     Manifest,
@@ -32,6 +33,7 @@ from jllm.data.dataset.manifest import (
     one_tokenizer,
     open_data_set,
     read_manifest,
+    restore,
     sets_in,
     write_manifest,
 )
@@ -220,9 +222,7 @@ def _would_be_replaced(folder: Path) -> UserError:
 def _amended(old: FileEntry, new: FileEntry, folder: Path) -> FileEntry:
     """What a manifest says of a file, and what it does not say yet; the fingerprint, and so the checksum, stays."""
     if old.sha256 not in (None, new.sha256):
-        raise UserError(
-            f"{folder / old.path}: the content does not match its checksum; restore it, or make the data set again"
-        )
+        raise restore(f"{folder / old.path}{OTHER_CONTENT}")
     return dataclasses.replace(new, path=old.path, sha256=old.sha256)
 
 

@@ -25,7 +25,7 @@ from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.progress import Progress
 from jllm.data.prepare.sink import ResumePoint, Sink
-from jllm.data.prepare.totals import Totals, describe
+from jllm.data.prepare.totals import Totals, stopped_at
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks
@@ -108,9 +108,7 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
             if run.log is not None:
                 run.log.add(point.place, source.name, encoded.bad)
             if run.stop_at_first_bad and encoded.bad:
-                raise UserError(
-                    f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
-                )
+                raise stopped_at(source.name, encoded.bad[0])
             encoded, stop = _capped(run.max_tokens, totals, encoded)
             totals.add(source.name, encoded, encoded.end - point.start, fresh)
             for sink, tally, documents in zip(sinks, totals.sets, run.holdout.dealt(encoded.documents), strict=True):

@@ -63,6 +63,18 @@ _NUMBER = re.compile(r"-?[0-9]+")
 _MOST_DIGITS = 18
 
 
+def sequence_prefix(config: Raw2IdsConfig, engine: CheckedEngine, facts: TokenizerFacts) -> tuple[int, ...]:
+    """The ids at the start of every row.
+
+    Raises:
+        UserError: they leave no room.
+    """
+    prefix = ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
+    if len(prefix) > config.max_len - 2:
+        raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {config.max_len}")
+    return prefix
+
+
 def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
     """What encodes a chunk of documents."""
     prefix, suffix = affixes_of(config, facts, engine)

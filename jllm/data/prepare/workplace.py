@@ -27,7 +27,7 @@ from jllm.errors import UserError
 
 WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
 _UNREADABLE = "unreadable source"
-_START_OVER = "start over with -C, or give another -o"
+START_OVER = "start over with -C, or give another -o"
 
 
 class Workplace:
@@ -124,7 +124,7 @@ class Workplace:
 
     def _identity(self) -> dict[str, Any] | None:
         with contextlib.suppress(UserError):  # what was damaged says nothing
-            value = atomic.read_object(self.work / "run.json", _START_OVER)
+            value = atomic.read_object(self.work / "run.json", START_OVER)
             if value is not None and {"options", "tokenizer", "sources"} <= value.keys():
                 return value
         return None
@@ -156,65 +156,27 @@ class Workplace:
         manifest = read_manifest(self.folder)
         wanted = json.loads(json.dumps(identity))
         if manifest is not None:
-            chat = manifest.extra.get("chat") or {}
-            made = {
-                "options": manifest.options,
-                "rules": manifest.extra.get("rules"),
-                "template": [chat.get(key) for key in ("template_sha256", "tools_template_sha256")] if chat else None,
-                "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
-            }
-            self._compare(wanted, made)
+            compare(self.folder, wanted, as_finished(manifest))
             made_at = (self.folder / MANIFEST_NAME).stat().st_mtime_ns
-            self._refuse_sources(wanted, manifest.sources, lambda now, then: is_same_since(now, then, made_at))
+            refuse_sources(
+                self.folder, wanted["sources"], manifest.sources, lambda now, then: is_same_since(now, then, made_at)
+            )
             for entry in manifest.files:
                 path = self.folder / entry.path
                 if not path.is_file() or path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
-                    raise UserError(f"-o {self.folder}: {entry.path} is missing or changed; {_START_OVER}")
+                    raise not_as_made(self.folder, entry.path)
             return manifest
         earlier = self._identity()
         if earlier is not None:
-            self._compare(wanted, earlier)
+            compare(self.folder, wanted, earlier)
             earlier["sources"] = self._with_what_was_mended(wanted["sources"], earlier["sources"])
-            self._refuse_sources(wanted, earlier["sources"], is_same)
+            refuse_sources(self.folder, wanted["sources"], earlier["sources"], is_same)
             atomic.write_json(self.work / "run.json", {**wanted, "sources": earlier["sources"]})
         elif list_shards(self.folder):
-            raise UserError(
-                f"-o {self.folder}: holds Parquet files that this command did not write; give another folder"
-            )
+            raise not_ours(self.folder)
         else:
             atomic.write_json(self.work / "run.json", identity)
         return None
-
-    def _compare(self, wanted: dict[str, Any], made: dict[str, Any]) -> None:
-        for key in {**made["options"], **wanted["options"]}:
-            before, now = made["options"].get(key), wanted["options"].get(key)
-            if before != now:
-                raise UserError(f"-o {self.folder}: was made with {key} = {before!r}, now it is {now!r}; {_START_OVER}")
-        if made["tokenizer"] != wanted["tokenizer"]:
-            raise UserError(f"-o {self.folder}: was made with another tokenizer; {_START_OVER}")
-        if made.get("rules") != wanted.get("rules"):
-            raise UserError(
-                f"-o {self.folder}: was begun by another version of this command, whose rules are not the same;"
-                f" {_START_OVER}"
-            )
-        if made.get("template") != wanted.get("template"):
-            raise UserError(f"-o {self.folder}: the chat template was changed since it was begun; {_START_OVER}")
-
-    def _refuse_sources(
-        self,
-        wanted: dict[str, Any],
-        made: Sequence[dict[str, Any]],
-        is_same: Callable[[dict[str, Any], dict[str, Any]], bool],
-    ) -> None:
-        sources = wanted["sources"]
-        names, before = ([item["name"] for item in items] for items in (sources, made))
-        if names != before:
-            differing = [name for name in names if name not in before] + [name for name in before if name not in names]
-        else:
-            differing = [now["name"] for now, then in zip(sources, made, strict=True) if not is_same(now, then)]
-        if names != before or differing:
-            which = (differing or names)[0]
-            raise UserError(f"-o {self.folder}: the input changed ({which}); {_START_OVER}")
 
     def note_unreadable(self, source: int) -> None:
         """Remember that a source could not be read: it may be another one the next time."""
@@ -265,3 +227,58 @@ class Workplace:
         """Remove the half-written files of a killed run."""
         for path in self.work.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def as_finished(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says was made, for `compare`."""
+    chat = manifest.extra.get("chat") or {}
+    return {
+        "options": manifest.options,
+        "rules": manifest.extra.get("rules"),
+        "template": [chat.get(key) for key in ("template_sha256", "tools_template_sha256")] if chat else None,
+        "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
+    }
+
+
+def compare(folder: object, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises:
+    UserError: what a run in `folder` made, or makes, is not what is wanted; both as plain data.
+    """
+    for key in {**made["options"], **wanted["options"]}:
+        before, now = made["options"].get(key), wanted["options"].get(key)
+        if before != now:
+            raise UserError(f"-o {folder}: was made with {key} = {before!r}, now it is {now!r}; {START_OVER}")
+    if made["tokenizer"] != wanted["tokenizer"]:
+        raise UserError(f"-o {folder}: was made with another tokenizer; {START_OVER}")
+    if made.get("rules") != wanted.get("rules"):
+        raise UserError(
+            f"-o {folder}: was begun by another version of this command, whose rules are not the same; {START_OVER}"
+        )
+    if made.get("template") != wanted.get("template"):
+        raise UserError(f"-o {folder}: the chat template was changed since it was begun; {START_OVER}")
+
+
+def refuse_sources(
+    folder: object,
+    sources: Sequence[dict[str, Any]],
+    made: Sequence[dict[str, Any]],
+    is_same: Callable[[dict[str, Any], dict[str, Any]], bool],
+) -> None:
+    """Raises:
+    UserError: the sources are not those that something was made of.
+    """
+    names, before = ([item["name"] for item in items] for items in (sources, made))
+    if names != before:
+        differing = [name for name in names if name not in before] + [name for name in before if name not in names]
+    else:
+        differing = [now["name"] for now, then in zip(sources, made, strict=True) if not is_same(now, then)]
+    if names != before or differing:
+        raise UserError(f"-o {folder}: the input changed ({(differing or names)[0]}); {START_OVER}")
+
+
+def not_ours(folder: object) -> UserError:
+    return UserError(f"-o {folder}: holds Parquet files that this command did not write; give another folder")
+
+
+def not_as_made(folder: object, path: str) -> UserError:
+    return UserError(f"-o {folder}: {path} is missing or changed; {START_OVER}")

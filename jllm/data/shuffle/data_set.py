@@ -23,7 +23,7 @@ import fcntl
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jllm import atomic
@@ -105,15 +105,45 @@ def _finished(folder: Path, plan: dict[str, Any]) -> Manifest | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
+    refuse_other_result(folder, manifest, plan, COMMAND)
+    open_data_set(folder)  # refuses files that are missing or changed
+    clear_traces(folder)
+    return manifest
+
+
+def refuse_other_result(folder: object, manifest: Manifest, plan: dict[str, Any], command: str) -> None:
+    """Raises:
+    UserError: a finished folder holds something else than `command` makes by the plan.
+    """
     made = {"fingerprint": manifest.sources[0].get("fingerprint") if manifest.sources else None, **manifest.options}
-    if manifest.command != COMMAND or made != plan:
+    if manifest.command != command or made != plan:
         raise UserError(
             f"{folder}: holds the result of {manifest.command} with {_said(made)}, not {_said(plan)};"
             " give --clean to make it anew, or another --output"
         )
-    open_data_set(folder)  # refuses files that are missing or changed
-    clear_traces(folder)
-    return manifest
+
+
+def refuse_other_plan(folder: object, found: object, plan: dict[str, Any]) -> None:
+    """Raises:
+    UserError: what is unfinished in a folder goes by another plan.
+    """
+    if found != plan:
+        raise UserError(
+            f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
+            " over, or another --output"
+        )
+
+
+def not_empty(folder: object) -> UserError:
+    return UserError(f"{folder}: is not empty and not made by this command; remove it, or give another --output")
+
+
+def refuse_place(shown: object, output: PurePath, source: PurePath) -> None:
+    """Raises:
+    UserError: an output folder, given as `shown`, lies where the input is.
+    """
+    if output == source or source in output.parents:
+        raise UserError(f"--output {shown}: lies in the input folder; give a folder beside it")
 
 
 def _said(plan: dict[str, Any]) -> str:
@@ -127,13 +157,9 @@ def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
         return
     path = folder / PLAN_NAME
     if path.is_file():
-        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
-            raise UserError(
-                f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
-                " over, or another --output"
-            )
+        refuse_other_plan(folder, atomic.read_object(path, "give --clean to start over, or another --output"), plan)
     elif folder.exists() and any(name != atomic.temporary_name(path) for name in folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and not made by this command; remove it, or give another --output")
+        raise not_empty(folder)
 
 
 @contextlib.contextmanager
