@@ -140,6 +140,14 @@ class BatchShare:
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.data_size
 
+    def global_batches(
+        self, index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool
+    ) -> Iterator[Sequence[Row] | Grouped]:
+        """Global batches of this part of an epoch, from its row number `start` on."""
+        if self.budget is not None and self.budget.rule > 1:
+            return self.grouped_batches(index, order, start, ahead=ahead)
+        return self.batches(read_rows(index, order, start, ahead=ahead))
+
     def grouped_batches(self, index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool) -> Iterator[Grouped]:
         """Global batches of an epoch by windows, from `start` consumed rows on."""
         assert self.budget is not None
@@ -308,13 +316,9 @@ def train_steps(
     epoch, taken = cursor.epoch, parts.taken_after(cursor.rows)
     while True:
         order = index.order(seed=seed, epoch=epoch, shuffle=shuffle)
-        batches: Iterator[Sequence[Row] | Grouped]
-        if share.budget is not None and share.budget.rule > 1:
-            batches = share.grouped_batches(index, order, taken[0], ahead=ahead)
-        else:
-            batches = share.batches(read_rows(index, order, taken[parts.mine], ahead=ahead))
+        batches = share.global_batches(index, order, taken[parts.mine], ahead=ahead)
         while sum(taken) < sum(parts.rows):
-            batch: Sequence[Row] | Grouped = next(batches)
+            batch = next(batches)
             then = parts.next(taken) if share.budget is None else (taken[0] + len(batch),)
             try:
                 yield share.step_of(batch, Cursor(epoch=epoch, rows=sum(taken)), rows_everywhere=sum(then) - sum(taken))
