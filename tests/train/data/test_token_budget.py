@@ -180,6 +180,10 @@ def test_the_first_step_is_the_largest(index: ShardIndex, joins: bool) -> None:
     assert max(map(max, sizes)) == max(sizes[0]) <= 1024
     assert steps[0].length == max(step.length for step in steps)
     assert {step.room for step in steps} == {2 * 1024}
+    if joins:  # also micro-batches of what was left over of a window, and those that fill up the step
+        whole = dataclasses.replace(share_with(1024, joins=True, accumulation=60), longest=longest - 1)
+        [step] = epoch_of(index, whole)
+        assert {batch.input_ids.numel() for batch in step.micro_batches} == {1024}
 
 
 def test_rows_that_are_joined_keep_their_documents() -> None:
