@@ -141,7 +141,7 @@ def test_the_console_has_a_line_of_the_form_for_each_record(
 
 def train_rank_20_s_a_step(options: dict[str, Any]) -> str | None:
     """A run whose steps take 20 s by the clock that checkpoints go by."""
-    from jllm.train import requests
+    from jllm.train.lifecycle import requests
     from jllm.train.distributed.deepspeed_engine import TrainingEngine
 
     passed = [0.0]
