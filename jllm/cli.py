@@ -16,7 +16,10 @@ COMMANDS = {
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
     "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
-    "train": ("jllm.commands.train_pipe:main", "train (start it through the deepspeed launcher)"),
+    "train": (
+        "jllm.commands.train_pipe:main",
+        "train, over as many processes of this machine as the pipeline has stages",
+    ),
 }
 
 

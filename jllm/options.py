@@ -15,8 +15,12 @@ than one option belong in the dataclass's `__post_init__`, which raises `UserErr
 
 A user's mistake is one line on standard error and exit code 2, and so is what a file system refuses, or memory that is
 not there. Only click and the standard library are imported here, so that `--help` is fast.
+
+`--help` shows options in groups: `option(..., group="Data")` begins one, and the fields after it belong to it too.
+`--no_x` is shown where a flag is on by default. `differences` is what a config has that is not a default, for dry runs.
 """
 
+import copy
 import dataclasses
 import os
 import sys
@@ -30,7 +34,7 @@ from typing import Any, TypeVar
 import click
 
 from jllm import __version__
-from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, report
+from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report
 
 Config = TypeVar("Config")
 CONTEXT_SETTINGS: dict[str, Any] = {
@@ -50,6 +54,7 @@ class OptionFacts:
     metavar: str | None
     hidden: bool
     positional: bool
+    group: str | None = None
 
 
 def option(
@@ -60,6 +65,7 @@ def option(
     metavar: str | None = None,
     hidden: bool = False,
     positional: bool = False,
+    group: str | None = None,
 ) -> Any:
     """A dataclass field that is also an option.
 
@@ -71,6 +77,7 @@ def option(
         metavar: how the value is shown in `--help`.
         hidden: not shown in `--help`.
         positional: given without a flag, by its place.
+        group: the heading in `--help` that this option and those after it stand under, up to the next with a group.
     """
     facts = OptionFacts(
         flags=flags,
@@ -79,6 +86,7 @@ def option(
         metavar=metavar,
         hidden=hidden,
         positional=positional,
+        group=group,
     )
     return dataclasses.field(default=default, metadata={"option": facts})
 
@@ -140,8 +148,35 @@ def _report(message: str) -> typing.NoReturn:
     sys.exit(EXIT_CODE)
 
 
+class _Option(click.Option):
+    """An option that knows its group, and whether `--no_x` says anything."""
+
+    def __init__(self, *args: Any, group: str | None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        if self.secondary_opts and self.default is not True:
+            shown = copy.copy(self)
+            shown.secondary_opts = []
+            return click.Option.get_help_record(shown, ctx)
+        return super().get_help_record(ctx)
+
+
 class Command(_OneLineErrors):
     """A click command whose parameters came from a config class."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options under the headings of their groups; those without, such as `--help`, under the last one."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        heading = "Options"
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "group", None) or heading
+            if (record := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 class Group(_OneLineErrors, click.Group):
@@ -204,8 +239,9 @@ def _parameters(config_type: type[Any]) -> list[click.Parameter]:
     parameters: list[click.Parameter] = [
         _click_parameter(field, hints[field.name], config_type) for field in dataclasses.fields(config_type)
     ]
-    version = click.Option(
+    version = _Option(
         ["--version"],
+        group=None,
         is_flag=True,
         is_eager=True,
         expose_value=False,
@@ -213,6 +249,48 @@ def _parameters(config_type: type[Any]) -> list[click.Parameter]:
         help="print the version",
     )
     return [*parameters, version]
+
+
+OF_THE_CALL = ("config", "dry_run", "json")
+"""Options that say how a command is called, and nothing of what it does."""
+
+
+def differences(config: Any) -> dict[str, Any]:
+    """The values of a config that are not defaults, by option, in the order of `--help`."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in OF_THE_CALL and not field.metadata["option"].hidden:
+            found[field.name] = value
+    return found
+
+
+def as_arguments(config: Any) -> list[str]:
+    """The command line that gives the same config: what is not a default, whatever file it came from."""
+    words: list[str] = []
+    for name, value in differences(config).items():
+        if isinstance(value, bool):
+            words.append(f"--{name if value else f'no_{name}'}")
+        else:
+            words += [f"--{name}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def describe_differences(config: Any) -> list[str]:
+    """The same for people: a line each, with the default where there is one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    found = differences(config)
+    width = max(map(len, found), default=0)
+    lines = []
+    for name, value in found.items():
+        said = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        default = defaults[name]
+        if isinstance(value, bool):
+            lines.append(f"  --{name if value else f'no_{name}'}")
+            continue
+        known = "" if default in (dataclasses.MISSING, None, "", ()) else f"  (default: {default})"
+        lines.append(printable(f"  --{name:<{width}}  {said}{known}".replace("\n", "\\n")))
+    return ["options that differ from the defaults:", *lines] if lines else ["all options have their defaults"]
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -257,6 +335,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
         "help": facts.help,
         "metavar": facts.metavar,
         "hidden": facts.hidden,
+        "group": facts.group,
         "required": required,
         "multiple": repeated,
         "show_default": not required and field.default not in (None, False, "", ()),
@@ -267,7 +346,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
     if scalar is bool:
         settings.pop("metavar")
         # `--no_x` exists where the flag can be on without being given: by default, or through a config file.
-        return click.Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
+        return _Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
     settings["type"] = click.Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
     if scalar is Path:
         settings["type"] = click.Path(path_type=Path)
@@ -275,7 +354,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
         settings["type"] = _Int64()
     if field.name == "config":
         settings.update(is_eager=True, callback=_toml_reader(config_type))
-    return click.Option([*facts.flags, long_name, field.name], **settings)
+    return _Option([*facts.flags, long_name, field.name], **settings)
 
 
 def _toml_reader(config_type: type[Any]) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:

@@ -46,6 +46,25 @@ def test_every_command_of_the_group_has_help(name: str, flag: str) -> None:
     assert result.stdout.startswith("Usage:")
 
 
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        (
+            "train",
+            ["Data", "Model", "Parallelism", "Steps", "Optimizer", "Memory", "Checkpoints", "Evaluation", "Records"],
+        ),
+        ("raw2ids", ["Input and output", "Tokenizer", "Rows", "Documents, -t pretrain", "Conversations, -t ft"]),
+    ],
+)
+def test_many_options_stand_in_groups(name: str, groups: list[str]) -> None:
+    lines = run("-m", "jllm", name, "-h").stdout.splitlines()
+    headings = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[: len(groups)] == groups
+    assert not [
+        line for line in lines if line.strip().startswith("-") and "--no_" in line.split("  ")[0].partition("/")[2]
+    ]
+
+
 def test_the_group_lists_its_commands_without_importing_them() -> None:
     result = run("-m", "jllm", "--help")
     assert result.returncode == 0

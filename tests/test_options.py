@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jllm.errors import UserError
-from jllm.options import command, option, read_toml
+from jllm.options import as_arguments, command, describe_differences, differences, option, read_toml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    source: tuple[Path, ...] = option(dataclasses.MISSING, "-i", help="where from")
+    source: tuple[Path, ...] = option(dataclasses.MISSING, "-i", group="Input", help="where from")
     number: int = option(3, "-n", help="how many")
     rate: float = option(0.5, help="how fast")
     name: str | None = option(None, help="what it is called")
-    kind: str = option("a", help="which kind", choices=("a", "b"))
+    kind: str = option("a", group="Manner", help="which kind", choices=("a", "b"))
     loud: bool = option(False, "-l", help="tell more")
     quick: bool = option(True, help="hurry")
     config: Path | None = option(None, help="TOML file")
@@ -130,6 +132,59 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{field.name}" in shown
         assert field.metadata["option"].help in shown
     assert "[default: 3]" in shown
+
+
+def test_help_has_groups_and_shows_a_no_only_where_it_says_something(capsys: pytest.CaptureFixture[str]) -> None:
+    @command(Example, name="example")
+    def main(config: Example) -> None:
+        raise AssertionError("help runs nothing")
+
+    main(["-h"])
+    lines = capsys.readouterr().out.splitlines()
+    groups: dict[str, set[str]] = {}
+    for line in lines[1:]:
+        if line.endswith(":") and not line.startswith(" "):
+            found = groups.setdefault(line[:-1], set())
+        elif line.strip().startswith("-"):
+            found |= {word.strip(",") for word in line.split() if word.startswith("--")}
+    assert groups == {
+        "Input": {"--source", "--number", "--rate", "--name"},
+        "Manner": {"--kind", "--loud", "--quick", "--no_quick", "--config", "--version", "--help"},
+    }
+    assert parse("-i", "x", "-l", "--no_loud").loud is False  # still there
+
+
+WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    source=st.lists(WORDS.filter(bool).map(Path), min_size=1, max_size=3),
+    number=st.integers(1, 2**62),
+    rate=st.floats(allow_nan=False),
+    name=st.none() | WORDS,
+    kind=st.sampled_from("ab"),
+    loud=st.booleans(),
+    quick=st.booleans(),
+)
+def test_what_differs_from_the_defaults_gives_the_same_config(source: list[Path], **given: Any) -> None:
+    config = Example(source=tuple(source), **given)
+    assert parse(*as_arguments(config)) == config
+    found = differences(config)
+    assert all(value != getattr(Example, name, None) for name, value in found.items())
+    lines = describe_differences(config)
+    assert len(lines) == 1 + len(found)
+    assert not any("\n" in line for line in lines)
+    assert all(name in line for name, line in zip(found, lines[1:], strict=True))
+
+
+def test_defaults_are_said() -> None:
+    assert describe_differences(Example(source=(Path("x"),), rate=2.0, quick=False)) == [
+        "options that differ from the defaults:",
+        "  --source  x",
+        "  --rate    2.0  (default: 0.5)",
+        "  --no_quick",
+    ]
 
 
 def test_hidden_options_are_no_toml_keys(tmp_path: Path) -> None:

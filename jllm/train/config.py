@@ -23,12 +23,10 @@ class TrainConfig:
     # Data
     train_data: tuple[str, ...] = option(
         (),
+        group="Data",
         metavar="FOLDER[=WEIGHT]",
         help="folder of shards to train on, or a JSONL or text file, converted first; may be given several times; an"
         " epoch has the rows WEIGHT times: 2.5 is twice, and a half of them a third time",
-    )
-    eval_data: tuple[str, ...] = option(
-        (), metavar="[NAME=]FOLDER", help="shards to evaluate on, every row, in order; may be given several times"
     )
     dist_data: bool = option(False, help="each node has a part of its own of --train_data, under the same name")
     seq_len: int | None = option(
@@ -36,40 +34,32 @@ class TrainConfig:
     )
     block_mask: bool = option(False, help="documents packed in one row do not attend to each other")
     no_shuf: bool = option(False, help="read the rows in the order of the files in every epoch")
+    seed: int = option(1234, help="seed of the data order and of --init")
     num_workers: int = option(1, help="threads that read ahead on the first stage; 0 reads between the steps")
     skip_train_steps: str = option("", help='steps whose data is consumed without training on it: "3,4"')
 
     # Model
-    model: Path | None = option(None, "-m", help="Hugging Face folder of the model: configuration, weights, tokenizer")
+    model: Path | None = option(
+        None, "-m", group="Model", help="Hugging Face folder of the model: configuration, weights, tokenizer"
+    )
     init: bool = option(False, help="start from random weights made from the model's configuration")
     trust_remote_code: bool = option(False, help="run model code that comes with the folder")
     attn_implementation: str = option(
         "auto",
         help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flex_attention, sdpa, eager",
     )
-    from_ckpt: Path | None = option(None, help="checkpoint to take the weights from, and nothing else")
-    resume_ckpt: str | None = option(
-        None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
-    )
-    lock_wait: int = option(
-        300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
-    )
-    force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
-    tag: str | None = option(
-        None,
-        help="the checkpoint inside --from_ckpt or --resume_ckpt: a step, such as 1000, or a folder's name [default:"
-        " the newest]",
-    )
-    output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
-
-    export: str = option(
-        "last",
-        help="which weights --output_dir gets: the last, or those of the checkpoint with the lowest evaluation loss",
-        choices=("last", "best"),
-    )
+    target_modules: str | None = option(None, help="train only parameters whose name matches these patterns, by commas")
+    frozen_modules: str | None = option(None, help="freeze parameters whose name matches these patterns, by commas")
+    layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
 
     # Parallelism
-    pipe_parallel_size: int = option(1, help="pipeline stages; what remains of the processes is data-parallel")
+    pipe_parallel_size: int = option(
+        1, group="Parallelism", help="pipeline stages; what remains of the processes is data-parallel"
+    )
+    processes: int | None = option(
+        None,
+        help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
+    )
     model_parallel_size: int = option(
         1, "--tensor_parallel_size", help="tensor-parallel processes; only 1 in this version"
     )
@@ -86,7 +76,7 @@ class TrainConfig:
     timeout: int = option(1800, help="seconds after which a collective operation gives up")
 
     # Steps
-    per_device_train_batch_size: int = option(1, "--micro_batch_size", help="rows of a micro-batch")
+    per_device_train_batch_size: int = option(1, "--micro_batch_size", group="Steps", help="rows of a micro-batch")
     batch_size_tokens: int | None = option(
         None, help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit"
     )
@@ -99,10 +89,9 @@ class TrainConfig:
         metavar="DURATION",
         help="save and leave, with exit code 75, before the process is this old: 23h50m or 23:50:00",
     )
-    steps_per_print: int = option(1, help="steps between two lines on the console")
 
     # Optimizer
-    optimizer: str = option("adamw", help="which optimizer", choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=("adamw", "sgd"))
     learning_rate: float = option(1e-5, help="peak learning rate")
     lr_min: float = option(0.0, help="learning rate that the decay ends at")
     force_constant_lr: float | None = option(
@@ -125,28 +114,20 @@ class TrainConfig:
     on_nan: str = option(
         "stop", help="a loss or gradient that is not finite: stop, or skip the step", choices=("stop", "skip")
     )
-
     router_aux_loss_coef: float | None = option(
         None, help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]"
     )
 
-    # What trains
-    target_modules: str | None = option(None, help="train only parameters whose name matches these patterns, by commas")
-    frozen_modules: str | None = option(None, help="freeze parameters whose name matches these patterns, by commas")
-    layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
-
     # Memory
-    checkpoint_grad_interval: int = option(0, help="keep activations of every k-th layer, recompute the rest; 0 off")
+    checkpoint_grad_interval: int = option(
+        0, group="Memory", help="keep activations of every k-th layer, recompute the rest; 0 off"
+    )
     checkpoint_grad_attention: bool = option(False, help="recompute the attention of each layer only")
     checkpoint_grad_offload: bool = option(False, help="keep the checkpointed activations in host memory")
     no_checkpoint_grad_step: int = option(0, help="after this step activations are no longer recomputed; 0: always")
 
-    # Evaluation, checkpoints, records
-    steps_per_eval: float = option(
-        0.0, help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch"
-    )
-    early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
-    checkpoint: Path | None = option(None, help="folder of checkpoints")
+    # Checkpoints
+    checkpoint: Path | None = option(None, group="Checkpoints", help="folder of checkpoints")
     clean: bool = option(
         False, "-C", help="start over: remove what earlier runs left in --checkpoint, --output_dir and --log_dir"
     )
@@ -161,10 +142,45 @@ class TrainConfig:
     background_executor: str = option(
         "process", help="what writes checkpoints while training goes on", choices=EXECUTORS
     )
-    seed: int = option(1234, help="seed of the data order and of --init")
-    log_dir: Path | None = option(
-        None, help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]"
+    from_ckpt: Path | None = option(None, help="checkpoint to take the weights from, and nothing else")
+    resume_ckpt: str | None = option(
+        None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
     )
+    lock_wait: int = option(
+        300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
+    )
+    force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
+    tag: str | None = option(
+        None,
+        help="the checkpoint inside --from_ckpt or --resume_ckpt: a step, such as 1000, or a folder's name [default:"
+        " the newest]",
+    )
+    output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
+    export: str = option(
+        "last",
+        help="which weights --output_dir gets: the last, or those of the checkpoint with the lowest evaluation loss",
+        choices=("last", "best"),
+    )
+
+    # Evaluation
+    eval_data: tuple[str, ...] = option(
+        (),
+        group="Evaluation",
+        metavar="[NAME=]FOLDER",
+        help="shards to evaluate on, every row, in order; may be given several times",
+    )
+    steps_per_eval: float = option(
+        0.0, help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch"
+    )
+    early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
+
+    # Records
+    log_dir: Path | None = option(
+        None,
+        group="Records",
+        help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]",
+    )
+    steps_per_print: int = option(1, help="steps between two lines on the console")
     report_to: str = option(
         "", help="services that get the numbers too, by commas: mlflow, trackio, wandb; each by its own package"
     )
@@ -172,7 +188,14 @@ class TrainConfig:
     trace_step: int | None = option(
         None, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
     )
-    dry_run: bool = option(False, help="print the options, the stages, steps and estimates, and end without training")
+
+    # The call
+    dry_run: bool = option(
+        False,
+        group="This command",
+        help="print what differs from the defaults, stages, steps, estimates and warnings, and end without training",
+    )
+    json: bool = option(False, help="with --dry_run: print everything, all options too, as one JSON object")
     config: Path | None = option(
         None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
     )
@@ -183,7 +206,7 @@ class TrainConfig:
             self, 1, "pipe_parallel_size", "per_device_train_batch_size", "steps_per_print", "timeout", "lr_cycles"
         )
         _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
-        _at_least(self, 1, "batch_size_tokens", "trace_step")
+        _at_least(self, 1, "batch_size_tokens", "processes", "trace_step")
         _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
         _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
         _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint", "lock_wait")
@@ -195,6 +218,8 @@ class TrainConfig:
         if not self.train_data and self.num_train_epochs > 0:
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
+        if self.json and not self.dry_run:
+            raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")
         if self.batch_size_tokens is not None:
             rows_given = self.global_batch_size is not None or self.per_device_train_batch_size != 1
             if rows_given or self.dist_data:
@@ -262,6 +287,11 @@ class TrainConfig:
         parse_epochs(self.ckpt_epoch, "--ckpt_epoch")
         parse_epochs(self.skip_epoch, "--skip_epoch")
         named_folders(self.eval_data)
+
+    @property
+    def wanted_processes(self) -> int:
+        """How many processes a run without a launcher has."""
+        return self.processes or self.pipe_parallel_size
 
     @property
     def time_limit_seconds(self) -> float | None:

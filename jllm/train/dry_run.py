@@ -1,8 +1,9 @@
 """`--dry_run`: what a run would be, without starting it.
 
-Prints the options with the values that are set automatically, the stage table with estimated memory, the pipeline's
-bubble, steps and tokens, and a guess of the time where the device is known. Needs no launcher: without one, a run of
-one pipeline is assumed.
+Prints the options that differ from the defaults, the values that are set automatically, the stage table with estimated
+memory, the pipeline's bubble, steps and tokens, a guess of the time where the device is known, and warnings last; with
+`--json` all of it, and every option, as one JSON object. Needs no launcher: without one, a run of one pipeline is
+assumed, or of `--processes`.
 
 What a run refuses before its first step is refused here, by the same functions: data, evaluation sets, checkpoints,
 and on stages without weights what is chosen of the model. Left out is what would write, or needs the other processes:
@@ -22,14 +23,18 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from jllm.models.pipeline.carving import stage_class
+from jllm.models.pipeline.partition import bubble_share
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.trainable import select_trainable
 from jllm.models.weights.source import ModelInfo
+from jllm.options import OF_THE_CALL, describe_differences, differences
 from jllm.parallel.mesh import Mesh
 from jllm.train import setup
+from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.resume import (
+    batching_rule,
     check_same_run,
     check_weights,
     find_resume_points,
@@ -84,7 +89,7 @@ def dry_run(config: TrainConfig) -> None:
     """
     if not launch.is_first():
         return
-    world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
+    world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.wanted_processes
     shape = resolve_shape(config, world_size)
     model = setup.read_model_info(config)
     check_precision(config)
@@ -108,20 +113,55 @@ def dry_run(config: TrainConfig) -> None:
     if config.attn_implementation == "auto":
         automatic["attn_implementation"] = family.attention
     automatic |= steps.automatic if steps is not None else {}
-    print(json.dumps({**resolved_options(config), **automatic}, indent=1))
-    print(f"set automatically: {', '.join(automatic)}")
+    warnings = [*plan.warnings, *(steps.warnings if steps is not None else ())]
+    seconds = None
+    if steps is not None and steps.tokens and (peak := peak_flops()) is not None:
+        seconds = steps.tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
+    if config.json:
+        found = _as_json(config, plan, steps, automatic, warnings, shape=shape, seconds=seconds)
+        print(json.dumps(found, indent=1))
+        return
+    print("\n".join(describe_differences(config)))
+    print(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
     print(plan.table)
     print(f"{shape.processes} on {world_size} processes")
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
-        return
-    steps.describe()
-    peak = peak_flops()
-    if peak is None or not steps.tokens:
-        print("time: unknown on this device" if peak is None else "time: unknown")
     else:
-        seconds = steps.tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
-        print(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
+        print("\n".join(steps.lines))
+        if seconds is not None:
+            print(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
+        else:
+            print("time: unknown" if peak_flops() is not None else "time: unknown on this device")
+    for line in warnings:
+        print(line)
+
+
+def _as_json(
+    config: TrainConfig,
+    plan: setup.StagePlan,
+    steps: "_Steps | None",
+    automatic: dict[str, Any],
+    warnings: list[str],
+    *,
+    shape: RunShape,
+    seconds: float | None,
+) -> dict[str, Any]:
+    """All that a dry run found, as JSON values."""
+    options = resolved_options(config)
+    return {
+        "options": {name: value for name, value in {**options, **automatic}.items() if name not in OF_THE_CALL},
+        "differs": {name: options[name] for name in differences(config)},
+        "automatic": automatic,
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "bubble": bubble_share(shape.mesh.pipe, shape.accumulation),
+        "pipelines": shape.mesh.data,
+        "processes": shape.mesh.world_size,
+        **(steps.numbers if steps is not None else {}),
+        "lines": steps.lines if steps is not None else [],
+        "seconds": seconds,
+        "warnings": [line.removeprefix("warning: ") for line in warnings],
+    }
 
 
 class _Steps:
@@ -132,6 +172,9 @@ class _Steps:
         longest_row: in tokens; None where that is not known.
         resumed: the checkpoint that the run goes on from.
         automatic: options whose values come from the data and from checkpoints.
+        lines: for people.
+        numbers: the same for programs.
+        warnings: what is wrong and does not keep the run from starting, a line each.
 
     Raises:
         UserError: as a run does.
@@ -142,20 +185,25 @@ class _Steps:
         self.tokens: int | None = None
         self.longest_row: int | None = None
         self.automatic: dict[str, Any] = {}
-        self._lines: list[str] = []
+        self.lines: list[str] = []
+        self.numbers: dict[str, Any] = {}
+        self.warnings: list[str] = []
         training = [each.folder for each in weighted_folders(config)]
         evaluation = [named_folders((item,)).popitem()[1] for item in config.eval_data]
-        self._texts = [path for path in (*training, *evaluation) if _is_text(path)]
+        self.lines += [
+            f"{path} would be converted to shards first" for path in (*training, *evaluation) if _is_text(path)
+        ]
+        if any(map(_is_text, training)):
+            self.lines.append("rows, steps and tokens are known when that is done")
+        candidates = find_resume_points(config, agreement)
+        self._rule = batching_rule(candidates, agreement)
         data = self._open(config, shape, agreement, model, training)
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
             open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
-        candidates = find_resume_points(config, agreement)
         self.resumed = self._open_newest(candidates)
         if config.resume_ckpt is not None:
-            self._lines.append(
-                f"goes on from {self.resumed.folder}" if self.resumed else "no checkpoint: starts afresh"
-            )
+            self.lines.append(f"goes on from {self.resumed.folder}" if self.resumed else "no checkpoint: starts afresh")
         if data is not None:
             self._count(data)
 
@@ -165,7 +213,7 @@ class _Steps:
             try:
                 return CheckpointReader(folder)
             except DamagedCheckpointError as error:
-                self._lines.append(f"warning: {error}; the checkpoint before it is taken")
+                self.warnings.append(f"warning: {error}; the checkpoint before it is taken")
         return CheckpointReader(candidates[-1]) if candidates else None
 
     def _open(
@@ -175,7 +223,8 @@ class _Steps:
         shards = tuple(item for item, path in zip(config.train_data, folders, strict=True) if not _is_text(path))
         if not shards:
             return None
-        data = open_training_data(dataclasses.replace(config, train_data=shards), shape, agreement, model)
+        given = dataclasses.replace(config, train_data=shards)
+        data = open_training_data(given, shape, agreement, model, rule=self._rule)
         return data if len(shards) == len(folders) else None
 
     def _count(self, data: Data) -> None:
@@ -186,17 +235,26 @@ class _Steps:
         warmup = warmup_steps(config, total)
         if self.resumed is not None:
             self._check_resumed(self.resumed, data, total)
+        for line in filling_lines(config, epochs):
+            (self.warnings if line.startswith("warning: ") else self.lines).append(line)
         budget = config.batch_size_tokens is not None
         rows_of_a_step = f"{facts.num_rows / per_epoch:.1f}" if budget else str(self._shape.global_batch)
-        self._lines.append(
+        self.lines.append(
             f"{facts.num_rows:,} rows, {rows_of_a_step} a step, {per_epoch:,} steps an epoch, {total:,} steps"
             f" ({warmup} of warm-up)"
         )
         if facts.tokens is not None:
             self.tokens = int(facts.tokens * total / per_epoch)
-        self._lines.append(
+        self.lines.append(
             f"about {self.tokens:,} tokens" if self.tokens else "the data set has no manifest: tokens unknown"
         )
+        self.numbers = {
+            "rows": facts.num_rows,
+            "steps_per_epoch": per_epoch,
+            "steps": total,
+            "tokens": self.tokens,
+            "filling": None if epochs.filling is None else dataclasses.asdict(epochs.filling),
+        }
         if config.seq_len is None and facts.longest_row is not None:
             self.automatic["seq_len"] = facts.longest_row - 1
         if config.max_steps is None:
@@ -205,19 +263,13 @@ class _Steps:
             self.automatic["num_warmup_steps"] = warmup
 
     def _check_resumed(self, reader: CheckpointReader, data: Data, total_steps: int) -> None:
-        saved, record = reader.state, record_of_run(self._config, self._shape, total_steps)
+        saved, record = reader.state, self._record(total_steps)
         now = dataclasses.replace(saved, fingerprint=data.facts.fingerprint, config=record)
         check_same_run(saved, now, forced=self._config.force_resume)
         check_steps_left(self._config, str(reader.folder), step=saved.step, total_steps=total_steps)
 
-    def describe(self) -> None:
-        """Print them."""
-        for path in self._texts:
-            print(f"{path} would be converted to shards first")
-        if any(_is_text(each.folder) for each in weighted_folders(self._config)):
-            print("rows, steps and tokens are known when that is done")
-        for line in self._lines:
-            print(line)
+    def _record(self, total_steps: int) -> dict[str, Any]:
+        return record_of_run(self._config, self._shape, total_steps, rule=self._rule)
 
 
 def _is_text(path: Path) -> bool:

@@ -11,7 +11,7 @@ from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activ
 from jllm.models.attention import choose_attention
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
-from jllm.models.pipeline.partition import partition, stage_table
+from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
@@ -19,6 +19,7 @@ from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_stage
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
+from jllm.train.advice import PipelineAdvice
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -88,11 +89,15 @@ class StagePlan:
     Attributes:
         boundaries: stage k owns layers [boundaries[k], boundaries[k + 1]).
         table: for people: layers, parameters, memory and time share of each stage, and the bubble.
+        stages: the same in numbers.
+        warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
     """
 
     boundaries: list[int]
     table: str
+    stages: list[StageFacts]
+    warnings: tuple[str, ...]
     flops_per_token: float
 
 
@@ -168,9 +173,12 @@ def plan_stages(
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
+    limit = _device_memory()
     return StagePlan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=_device_memory()),
+        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit),
+        stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation),
+        warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
     )
 

@@ -13,11 +13,13 @@ from jllm.errors import UserError
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
+from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.random_state import random_states, restore_random_states
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Intact,
+    batching_rule,
     check_same_run,
     check_weights,
     find_resume_points,
@@ -103,7 +105,9 @@ class TrainingRun:
         self.config, self.shape, self.agreement, self.model_info, self.id = config, shape, agreement, model_info, run
         if config.clean:
             remove_earlier_runs(config, agreement)
-        self.data = open_training_data(config, shape, agreement, model_info)
+        candidates = find_resume_points(config, agreement)
+        rule = batching_rule(candidates, agreement)
+        self.data = open_training_data(config, shape, agreement, model_info, rule=rule)
         self.eval_data = open_evaluation_sets(config, shape, agreement, model_info)
         self.epochs = agreement.from_first_reader(
             lambda: epoch_steps(config, self.data.index, self.data.share, self.data.parts)
@@ -111,7 +115,6 @@ class TrainingRun:
         self.total_steps = config.max_steps or self.epochs.total(config.num_train_epochs)
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
-        candidates = find_resume_points(config, agreement)
         check_model_folders(config, agreement)
         self.training = CrossEntropy()
         self.objective = ObjectiveInUse(self.training)
@@ -128,7 +131,7 @@ class TrainingRun:
         self.eval_loss: float | None = None
         self.evaluation_pending = True  # before the first step
         self.early_stop = EarlyStop(config.early_stop)
-        self.record = record_of_run(config, shape, self.total_steps)
+        self.record = record_of_run(config, shape, self.total_steps, rule=rule)
         self.fresh_optimizer = False
         self.other_length: str | None = None
         self.resumed: Intact | None = None
@@ -248,7 +251,8 @@ class TrainingRun:
         shape, facts = self.shape, self.data.facts
         world = shape.mesh.world_size
         self.recorder.event("start", run=self.id, version=__version__, processes=world, total_steps=self.total_steps)
-        self.recorder.say(self.plan.table)
+        for line in (self.plan.table, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
+            self.recorder.say(line)
         self.recorder.say(
             f"{shape.processes}; a step is {shape.accumulation} micro-batches of"
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set
+from jllm.data.packing.best_fit import best_fit
+from jllm.train.checkpoint.folders import INDEX_NAME
+from jllm.train.checkpoint.format import write_index
+from jllm.train.data.batching import NEWEST_RULE
 from jllm.train.data.rows import ShardIndex, read_rows
 from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.distributed.ranks import Ranks
@@ -69,43 +73,104 @@ def test_accumulation_changes_nothing(
     np.testing.assert_allclose([r["loss"] for r in one], losses, atol=1e-5)
 
 
-def micro_batches_needed(lengths: list[int], budget: int) -> int:
-    """How many micro-batches of at most `budget` padded tokens rows need, sorted by length."""
-    count, held, width = 0, 0, 0
-    for padded in sorted((-(-(length - 1) // 64) * 64 for length in lengths), reverse=True):
-        if held and (held + 1) * width <= budget:
-            held += 1
+def by_length(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows in micro-batches of at most `budget` padded tokens, sorted by length."""
+    found: list[list[int]] = []
+    width = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if found and (len(found[-1]) + 1) * width <= budget:
+            found[-1].append(number)
         else:
-            count, held, width = count + 1, 1, padded
-    return count
+            found.append([number])
+            width = -(-(lengths[number] - 1) // 64) * 64
+    return found
 
 
+def documents_of(row: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The documents of a row, each as a row of its own."""
+    return [
+        {name: row[name][start:end] for name in ("input_ids", "labels")}
+        for start, end in pairwise(row["cu_seqlens"].tolist())
+        if end - start > 1
+    ]
+
+
+@pytest.mark.parametrize("block_mask", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_token_budget(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, world_size: int) -> None:
-    """Steps take rows in order while 4 micro-batches of 256 tokens hold them, however many pipelines share them."""
+def test_token_budget(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path, world_size: int, block_mask: bool
+) -> None:
+    """Steps of 4 micro-batches of 256 tokens in a seeded order, however many pipelines share them.
+
+    The rows are one window. With --block_mask they are joined; the reference trains on their documents one by one.
+    """
     more = {
         "pipe_parallel_size": 2,
         "batch_size_tokens": 256,
         "gradient_accumulation_steps": 4 * 2 // world_size,
         "num_train_epochs": 2,
+        "block_mask": block_mask,
     }
     assert ranks(world_size).run(train_rank, options_of(folder, tmp_path, **more)) == [None] * world_size
+    index = ShardIndex(open_data_set(folder / "data"))
     batches: list[list[dict[str, np.ndarray]]] = []
     for epoch in range(2):
-        batch: list[dict[str, np.ndarray]] = []
-        for row in rows_in_order(folder / "data", seed=7, epoch=epoch):
-            if micro_batches_needed([len(each["input_ids"]) for each in [*batch, row]], 256) > 4:
-                batches.append(batch)
-                batch = []
-            batch.append(row)
-        batches.append(batch)
+        rows = list(rows_in_order(folder / "data", seed=7, epoch=epoch))
+        lengths = [len(row["input_ids"]) for row in rows]
+        if block_mask:
+            members = best_fit(lengths, 257)
+            groups = by_length([sum(lengths[number] for number in each) for each in members], 256)
+            groups = [[number for each in group for number in members[each]] for group in groups]
+        else:
+            groups = by_length(lengths, 256)
+        drawn = index.order(seed=7, epoch=epoch, shuffle=True).generator(3, 0).permutation(len(groups))
+        for start in range(0, len(groups), 4):
+            batches.append([rows[number] for group in drawn[start : start + 4] for number in groups[group]])
     assert len({len(batch) for batch in batches}) > 1
     found = records(tmp_path)
-    losses, norms, _ = train_reference(folder / "model", batches, options=REFERENCE)
+    alone = [[document for row in batch for document in documents_of(row)] for batch in batches]
+    losses, norms, _ = train_reference(folder / "model", alone if block_mask else batches, options=REFERENCE)
     np.testing.assert_allclose([r["loss"] for r in found], losses, atol=1e-5)
     np.testing.assert_allclose([r["grad_norm"] for r in found], norms, rtol=1e-4)
     assert found[-1]["consumed_rows"] == 40
     assert found[-1]["epoch"] == 2
+    # The first step is padded, which makes no difference to what its micro-batches could hold.
+    assert all(record["filled"] == record["tokens"] / (4 * 256) for record in found)
+    assert max(record["filled"] for record in found) > (0.8 if block_mask else 0.6)
+
+
+def test_a_run_goes_on_by_its_own_rule(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """A checkpoint without a rule is from when there was the first one: a step takes rows while they fit."""
+    more: dict[str, Any] = {"batch_size_tokens": 256, "gradient_accumulation_steps": 2, "max_steps": 7}
+    more |= {"checkpoint": tmp_path / "run", "steps_per_checkpoint": 2, "log_dir": None}
+    options = options_of(folder, tmp_path, **more)
+    assert ranks(1).run(train_rank, options) == [None]
+    for step in (4, 6, 7):
+        shutil.rmtree(tmp_path / f"run/step-{step:08d}")
+    place = tmp_path / "run/step-00000002"
+    index = json.loads((place / INDEX_NAME).read_text())
+    assert index["config"].pop("batching_rule") == NEWEST_RULE
+    write_index(place, index)
+    rows = [row for epoch in range(4) for row in rows_in_order(folder / "data", seed=7, epoch=epoch)]
+    at, expected = index["consumed_rows"], []
+    for _ in range(5):
+        end = at + 1
+        while end % 20 and len(by_length([len(row["input_ids"]) for row in rows[at : end + 1]], 256)) <= 2:
+            end += 1
+        expected.append(end)
+        at = end
+    [answer] = ranks(1).run(train_rank, {**options, "resume_ckpt": "auto"})
+    assert answer is None
+    found = records(tmp_path / "run/log")
+    by_newest = [record["consumed_rows"] for record in found]
+    assert by_newest[2:] == expected
+    last = json.loads((tmp_path / "run/step-00000007" / INDEX_NAME).read_text())
+    assert last["config"]["batching_rule"] == 1
+    index["config"]["batching_rule"] = 99
+    write_index(place, index)
+    [answer] = ranks(1).run(train_rank, {**options, "resume_ckpt": str(place)})
+    assert answer is not None
+    assert "is of a run that groups rows by rule 99, this version of jllm knows 1, 2; go on with" in answer
 
 
 def longest_of_first_steps(runs: list[dict[str, Any]]) -> list[int | None]:

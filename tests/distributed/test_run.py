@@ -259,10 +259,11 @@ def test_dry_run(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jllm.train_pipe", *arguments, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
-    options = done.stdout[done.stdout.index("{\n") : done.stdout.index("\n}\n") + 2]
-    assert json.loads(options)["pipe_parallel_size"] == 2
+    assert "  --pipe_parallel_size  2  (default: 1)" in done.stdout.splitlines()
     assert "24 rows" in done.stdout
     assert "bubble" in done.stdout
+    done = subprocess.run([*command, "--json"], cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    assert json.loads(done.stdout)["options"]["pipe_parallel_size"] == 2, done.stderr
     assert not (tmp_path / "out").exists()
 
 

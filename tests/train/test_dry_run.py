@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from jllm.errors import UserError
+from jllm.train.config import TrainConfig
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
@@ -83,17 +85,19 @@ def test_it_refuses_what_a_run_refuses(folder: Path) -> None:
 
 
 def shown(options: dict[str, Any], console: Path) -> tuple[str | None, dict[str, Any], list[str]]:
-    """The answer of a dry run, the options that it prints, and its other lines."""
-    with console.open("w") as file, contextlib.redirect_stdout(file):
-        answer = train_rank({**options, "dry_run": True})
-    text = console.read_text()
-    end = text.index("\n}\n") + 3
-    return answer, json.loads(text[text.index("{\n") : end]), text[end:].splitlines()
+    """The answer of a dry run, all that it finds, as an object, and the lines that it prints for people."""
+    texts = []
+    for as_json in (False, True):
+        with console.open("w") as file, contextlib.redirect_stdout(file):
+            answer = train_rank({**options, "dry_run": True, "json": as_json})
+        texts.append(console.read_text())
+    return answer, json.loads(texts[1]), texts[0].splitlines()
 
 
 def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None:
     more = {"global_batch_size": 8, "output_dir": tmp_path / "out", "num_warmup_steps": 0.5, "num_train_epochs": 2}
-    [(answer, options, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+    [(answer, found, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+    options = found["options"]
     assert answer is None
     expected = {
         "zero_stage": 0,
@@ -105,7 +109,8 @@ def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None
         "num_warmup_steps": 3,
     }
     assert {name: options[name] for name in expected} == expected
-    assert lines[0] == f"set automatically: {', '.join(expected)}"
+    assert found["automatic"] == expected
+    assert f"set automatically: {', '.join(f'{name} {value}' for name, value in expected.items())}" in lines
     assert (options["global_batch_size"], options["optimizer"], options["tag"]) == (8, "adamw", None)
     assert not (tmp_path / "out").exists()
 
@@ -144,3 +149,49 @@ def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:
         assert line in lines
         assert any(each.startswith("time: ") for each in lines) or "num_train_epochs" in more
     assert sorted(path.name for path in tmp_path.iterdir()) == ["console", "text.jsonl"]
+
+
+def test_what_differs_comes_first_and_warnings_last(folder: Path, tmp_path: Path) -> None:
+    more = {"learning_rate": 0.5, "batch_size_tokens": 128, "seed": 1234}
+    [(answer, found, lines)] = Ranks(1).run(shown, options_of(folder, **more), tmp_path / "console")
+    assert answer is None
+    assert lines[:6] == [
+        "options that differ from the defaults:",
+        f"  --train_data         {folder / 'data'}",
+        f"  --model              {folder / 'model'}",
+        "  --batch_size_tokens  128",
+        "  --learning_rate      0.5  (default: 1e-05)",
+        "  --precision          fp32  (default: bf16)",
+    ]
+    assert lines[6].startswith("set automatically: ")
+    assert set(found["differs"]) == {"train_data", "model", "batch_size_tokens", "learning_rate", "precision"}
+    assert found["options"]["seed"] == 1234
+    assert (found["processes"], found["pipelines"], found["bubble"], len(found["stages"])) == (1, 1, 0.0, 1)
+    assert found["stages"][0]["end_layer"] == 4
+    assert found["rows"] == 24
+    assert found["filling"]["steps"] == found["steps_per_epoch"] == found["steps"]
+    assert 0 < found["filling"]["filled"] < 1
+    said = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    assert said == found["warnings"]
+    assert lines[len(lines) - len(said) :] == [line for line in lines if line.startswith("warning: ")]
+    assert any(line.startswith("micro-batches of 128 tokens are ") for line in [*lines, *said])
+
+
+def test_uneven_pipelines_are_told(folder: Path, tmp_path: Path) -> None:
+    """Before a run of two processes, which this process is not."""
+    from jllm.train.dry_run import dry_run
+
+    more = {"model": folder / "deep", "pipe_parallel_size": 2, "partition_method": "4,1"}
+    console = tmp_path / "console"
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        dry_run(TrainConfig(**options_of(folder, **more, dry_run=True)))
+    *_, uneven, bubble = console.read_text().splitlines()
+    assert uneven.startswith("warning: the slowest of 2 stages takes ")
+    assert "--partition_method fast (" in uneven
+    assert bubble.startswith("warning: a step of 1 micro-batches in 2 stages is 50% bubble")
+    assert "give --gradient_accumulation_steps 3 (25%, a step has 3 rows)" in bubble
+
+
+def test_json_needs_a_dry_run(folder: Path) -> None:
+    with pytest.raises(UserError, match="--json prints what --dry_run finds"):
+        TrainConfig(**options_of(folder, json=True))

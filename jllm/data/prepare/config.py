@@ -16,18 +16,27 @@ class Raw2IdsConfig:
     """Options of `raw2ids`."""
 
     input: tuple[str, ...] = option(
-        dataclasses.MISSING, "-i", help="file, folder, glob, URL, or - for standard input; may be repeated"
+        dataclasses.MISSING,
+        "-i",
+        group="Input and output",
+        help="file, folder, glob, URL, or - for standard input; may be repeated",
     )
     output: Path | None = option(
         None, "-o", help="data set folder  [default: beside the input, <stem>_<tokenizer>]", metavar="FOLDER"
     )
-    tokenizer: str = option(dataclasses.MISSING, help="Hugging Face folder or name", metavar="FOLDER")
     type: str = option("ft", "-t", help="ft: chat fine-tuning; pretrain: documents", choices=("ft", "pretrain"))
-    num: int = option(1 << 23, "-n", help="documents or conversations in a split (one sub-folder)", metavar="N")
-    compress: str = option("zstd", "-c", help="compression of the shards", choices=CODECS)
-    batch_size: int = option(65536, help="rows in a Parquet file", metavar="N")
-    max_len: int = option(2048, help="row length in tokens, before the label shift", metavar="N")
-    stack: bool = option(False, help="pretrain: pack documents into full rows that overlap by one token")
+    input_format: str | None = option(
+        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet", "ids")
+    )
+    clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
+
+    tokenizer: str = option(
+        dataclasses.MISSING, group="Tokenizer", help="Hugging Face folder or name", metavar="FOLDER"
+    )
+    engine: str = option("auto", help="tokenizer engine", choices=("auto", "fastokens", "hf"))
+    trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
+
+    max_len: int = option(2048, group="Rows", help="row length in tokens, before the label shift", metavar="N")
     packing: str = option(
         "none",
         help="best_fit: documents or conversations whole, in as few rows as possible",
@@ -35,10 +44,11 @@ class Raw2IdsConfig:
     )
     pad: bool = option(False, help="ft, best_fit: pad rows to max_len; cu_seqlens says where the padding starts")
     pad_to_multiple_of: int | None = option(None, help="ft, best_fit: pad rows to a multiple of this", metavar="N")
-    filter: bool = option(False, help="ft: drop rows with at most one trained token")
-    engine: str = option("auto", help="tokenizer engine", choices=("auto", "fastokens", "hf"))
-    input_format: str | None = option(
-        None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet", "ids")
+    max_tokens: int | None = option(None, help="stop before the document that would exceed this many tokens")
+    max_rows: int | None = option(None, help="stop after this many rows")
+
+    stack: bool = option(
+        False, group="Documents, -t pretrain", help="pretrain: pack documents into full rows that overlap by one token"
     )
     text_field: str = option("text", help="pretrain: where the text is in a record; dots lead into it", metavar="A.B")
     doc_prefix: str | None = option(
@@ -52,8 +62,10 @@ class Raw2IdsConfig:
         None, help="pretrain without --stack: windows of a long document start this far apart  [default: max_len - 1]"
     )
     drop_tails: bool = option(False, help="pretrain: drop the shorter row at the end of a split or long document")
+
     format: str = option(
         "auto",
+        group="Conversations, -t ft",
         help="ft: what a record looks like",
         choices=("auto", "roles", "messages", "sharegpt", "alpaca", "completion", "fields"),
     )
@@ -73,18 +85,29 @@ class Raw2IdsConfig:
     train_on: str = option("all", help="ft: answers to train on", choices=("all", "last"))
     train_on_prompt: bool = option(False, help="ft: train on everything")
     overlong: str = option("split", help="ft: conversations longer than max_len", choices=("split", "drop", "error"))
+    filter: bool = option(False, help="ft: drop rows with at most one trained token")
     date: str | None = option(None, help="ft: date for templates that show one  [default: today]", metavar="2026-01-31")
-    max_tokens: int | None = option(None, help="stop before the document that would exceed this many tokens")
-    max_rows: int | None = option(None, help="stop after this many rows")
+
+    num: int = option(
+        1 << 23, "-n", group="Files", help="documents or conversations in a split (one sub-folder)", metavar="N"
+    )
+    batch_size: int = option(65536, help="rows in a Parquet file", metavar="N")
+    compress: str = option("zstd", "-c", help="compression of the shards", choices=CODECS)
+
     eval_fraction: float | None = option(
-        None, help="hold this fraction of the documents or conversations out, as a data set of its own", metavar="F"
+        None,
+        group="Held out for evaluation",
+        help="hold this fraction of the documents or conversations out, as a data set of its own",
+        metavar="F",
     )
     eval_output: Path | None = option(
         None, help="data set folder of what is held out  [default: _eval/<name> beside the output]", metavar="FOLDER"
     )
     seed: int = option(1234, help="decides with a document's ids whether it is held out")
+
     on_error: str = option(
         "auto",
+        group="Bad records",
         help="bad records: skip them, stop at the first, or (auto) skip and fail at the end where more than 1 % and at"
         " least 10 are bad",
         choices=("auto", "skip", "stop"),
@@ -92,16 +115,15 @@ class Raw2IdsConfig:
     bad_records: Path | None = option(
         None, help="write all bad records there, as JSON lines with file, line, kind and reason", metavar="FILE"
     )
+
+    cores: int = option(-1, group="This run", help="workers; negative: all cores this process may use")
+    threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
+    quiet: bool = option(False, help="no progress line")
+    debug: int = option(0, help="print this many decoded rows at the end", metavar="N")
     dry_run: bool = option(
         False,
         help="write nothing: show format, template, three rows, bad records and expected sizes of the first 1,000",
     )
-    trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
-    debug: int = option(0, help="print this many decoded rows at the end", metavar="N")
-    quiet: bool = option(False, help="no progress line")
-    cores: int = option(-1, help="workers; negative: all cores this process may use")
-    threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
-    clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
 
     def __post_init__(self) -> None:
         for name in ("num", "batch_size"):

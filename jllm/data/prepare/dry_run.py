@@ -36,6 +36,7 @@ from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from jllm.errors import UserError, printable
 from jllm.machine import megabytes, usable_cores
+from jllm.options import describe_differences
 
 RECORDS, ROWS, EXAMPLES = 1000, 3, 5
 
@@ -54,11 +55,13 @@ class _Sample:
 
 
 def dry_run(config: Raw2IdsConfig) -> None:
-    """Print the format found, template and special tokens, some rows, the share of bad records, and estimates.
+    """Print what differs from the defaults, the format found, template and special tokens, some rows, the share of bad
+    records, and estimates.
 
     Raises:
         UserError: what a run would refuse before it reads more than the first records, or that none of them is good.
     """
+    print("\n".join(describe_differences(config)))
     sources = resolve(config.input, kind=config.input_format, passed_over=NAMES_OF_OUR_FOLDERS)
     recipes.field_map(config)
     use_cores(usable_cores(config.cores))

@@ -14,6 +14,7 @@ All but uniform and the last two search all splits (dynamic programming) and giv
 least one layer.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -116,6 +117,61 @@ def best_split(num_layers: int, num_stages: int, cost: Callable[[int, int, int],
     return list(best[num_layers][2])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """What one stage is estimated to cost.
+
+    Attributes:
+        first_layer, end_layer: it owns layers [first_layer, end_layer).
+        parameters, trained_parameters: how many it has, and how many of them train.
+        memory_bytes: at its peak.
+        time_share: of the time of all stages.
+    """
+
+    first_layer: int
+    end_layer: int
+    parameters: int
+    trained_parameters: int
+    memory_bytes: float
+    time_share: float
+
+
+def stage_facts(costs: Costs, boundaries: list[int], *, micro_batches: int | None = None) -> list[StageFacts]:
+    """What each stage is estimated to cost."""
+    count = len(boundaries) - 1
+    times = _times(costs, boundaries)
+    found = []
+    for stage, (first, end) in enumerate(itertools.pairwise(boundaries)):
+        parameters = costs.parameters(first, end)
+        in_flight = micro_batches_in_flight(stage, count, micro_batches)
+        found.append(
+            StageFacts(
+                first_layer=first,
+                end_layer=end,
+                parameters=parameters.total,
+                trained_parameters=parameters.trained,
+                memory_bytes=costs.memory(first, end, in_flight=in_flight),
+                time_share=times[stage] / (sum(times) or 1.0),
+            )
+        )
+    return found
+
+
+def fullest_stage(costs: Costs, boundaries: list[int], *, micro_batches: int | None = None) -> float:
+    """Estimated peak bytes of the stage that needs most."""
+    return max(stage.memory_bytes for stage in stage_facts(costs, boundaries, micro_batches=micro_batches))
+
+
+def imbalance(costs: Costs, boundaries: list[int]) -> float:
+    """How much longer the slowest stage takes than the mean of all: 0.5 is half as long again."""
+    times = _times(costs, boundaries)
+    return max(times) * len(times) / (sum(times) or 1.0) - 1
+
+
+def _times(costs: Costs, boundaries: list[int]) -> list[float]:
+    return [costs.time(first, end) for first, end in itertools.pairwise(boundaries)]
+
+
 def stage_table(
     costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, memory_limit: float | None = None
 ) -> str:
@@ -124,26 +180,23 @@ def stage_table(
     A stage that is estimated to need more than `memory_limit` bytes is marked.
     """
     count = len(boundaries) - 1
-    times = [costs.time(boundaries[k], boundaries[k + 1]) for k in range(count)]
-    whole = sum(times) or 1.0
     lines = [f"{'stage':>5}  {'layers':>11}  {'parameters':>10}  {'memory':>9}  {'time':>6}"]
-    for stage in range(count):
-        first, end = boundaries[stage], boundaries[stage + 1]
-        in_flight = micro_batches_in_flight(stage, count, micro_batches)
-        memory = costs.memory(first, end, in_flight=in_flight)
-        parameters = costs.parameters(first, end)
-        extras = [name for name, has in (("embedding", stage == 0), ("head", stage == count - 1)) if has]
-        if parameters.trained < parameters.total:
-            extras.append(f"{_si(parameters.trained)} train")
-        warning = "  over the device's memory" if memory_limit is not None and memory > memory_limit else ""
+    for number, stage in enumerate(stage_facts(costs, boundaries, micro_batches=micro_batches)):
+        first, end = stage.first_layer, stage.end_layer
+        extras = [name for name, has in (("embedding", number == 0), ("head", number == count - 1)) if has]
+        if stage.trained_parameters < stage.parameters:
+            extras.append(f"{_si(stage.trained_parameters)} train")
+        over = memory_limit is not None and stage.memory_bytes > memory_limit
+        warning = "  over the device's memory" if over else ""
         lines.append(
-            f"{stage:>5}  {f'{first}-{end - 1} ({end - first})':>11}  {_si(parameters.total):>10}  "
-            f"{memory / 2**30:>5.1f} GiB  {100 * times[stage] / whole:>5.1f}%  {' + '.join(extras)}{warning}".rstrip()
+            f"{number:>5}  {f'{first}-{end - 1} ({end - first})':>11}  {_si(stage.parameters):>10}  "
+            f"{stage.memory_bytes / 2**30:>5.1f} GiB  {100 * stage.time_share:>5.1f}%"
+            f"  {' + '.join(extras)}{warning}".rstrip()
         )
-    imbalance = max(times) * count / whole
     how = "measured" if costs.is_measured else "estimated"
     lines.append(
-        f"time {how}; slowest stage {100 * (imbalance - 1):.1f}% over the mean; {_bubble(count, micro_batches)}"
+        f"time {how}; slowest stage {100 * imbalance(costs, boundaries):.1f}% over the mean;"
+        f" {_bubble(count, micro_batches)}"
     )
     return "\n".join(lines)
 

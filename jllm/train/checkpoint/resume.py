@@ -31,6 +31,7 @@ from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointErro
 from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState, region_of
 from jllm.train.checkpoint.verify import verify
 from jllm.train.config import TrainConfig, resolved_options
+from jllm.train.data.batching import NEWEST_RULE, RULES
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
 
@@ -62,6 +63,7 @@ BINDING_OPTIONS = (
 """Options whose change would make the rest of the run another run."""
 
 ARCHITECTURE = "architecture"
+BATCHING_RULE = "batching_rule"
 TOTAL_STEPS = "total_steps"
 
 NO_ARCHITECTURE = frozenset(
@@ -215,7 +217,36 @@ def other_length(saved: RunState, now: RunState) -> str | None:
     )
 
 
-def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int) -> dict[str, Any]:
+def batching_rule(candidates: Sequence[Path], agreement: Agreement) -> int:
+    """The rule by which a run groups rows by tokens: that of the checkpoint it goes on from, the newest for a new run.
+
+    Args:
+        candidates: as `find_resume_points` gives them.
+        agreement: the processes; all of them call it.
+
+    Raises:
+        UserError: on every process: the rule is one of a later version.
+    """
+
+    def find() -> int:
+        for folder in candidates:
+            try:
+                saved = CheckpointReader(folder).state
+            except DamagedCheckpointError:  # said, or passed over, where the checkpoints are compared
+                continue
+            rule = int(saved.config.get(BATCHING_RULE, 1))
+            if rule not in RULES:
+                raise UserError(
+                    f"{folder} is of a run that groups rows by rule {rule}, this version of jllm knows"
+                    f" {', '.join(map(str, RULES))}; go on with the version that began it"
+                )
+            return rule
+        return NEWEST_RULE
+
+    return agreement.from_first_reader(find)
+
+
+def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int, *, rule: int = NEWEST_RULE) -> dict[str, Any]:
     """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
     assert config.model is not None
     family = read_config(config.model, trust_remote_code=config.trust_remote_code)
@@ -223,6 +254,7 @@ def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int) -> dic
         **resolved_options(config),
         "global_batch": shape.global_batch,
         TOTAL_STEPS: total_steps,
+        BATCHING_RULE: rule,
         ARCHITECTURE: architecture_of(family),
     }
 

@@ -1,9 +1,9 @@
 """Shards → steps of micro-batches, and the cursor.
 
 Exactly one process of a pipeline reads: the first stage's. Rows come in the order of `jllm.train.data.order`; the rows
-of a global batch are fixed by that order alone, then dealt to the data-parallel pipelines. The only state is the
-number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is trained
-twice, none is dropped.
+of a global batch are fixed by that order and the batching rule, then dealt to the data-parallel pipelines. The only
+state is the number of rows consumed. A last global batch that is short is filled with fully masked rows: no row is
+trained twice, none is dropped.
 
 The first step of a run is padded to the largest micro-batch that its data can make, so that memory that does not
 suffice fails there, and not hours later.
@@ -23,9 +23,10 @@ import numpy as np
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
 from jllm.models.pipeline.bundle import LABELS
-from jllm.train.data.batching import LENGTH_MULTIPLE, Parts, TokenBudget, padded_length
+from jllm.train.data.batching import LENGTH_MULTIPLE, MicroBatchRows, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
-from jllm.train.data.rows import Row, ShardIndex, read_rows
+from jllm.train.data.order import EpochOrder
+from jllm.train.data.rows import Row, ShardIndex, joined, read_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Step:
         trained_tokens: targets of this share.
         length: the largest S.
         start: the cursor before the step.
+        room: tokens that the micro-batches of this share could hold.
     """
 
     micro_batches: list[MicroBatch]
@@ -55,6 +57,50 @@ class Step:
     trained_tokens: int
     length: int
     start: Cursor
+    room: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """A global batch whose rows are grouped to micro-batches already.
+
+    Attributes:
+        rows: of all micro-batches, in the order in which they are consumed.
+        numbers: of these rows in the epoch's order.
+        micro_batches: places in `rows`.
+    """
+
+    rows: list[Row]
+    numbers: list[int]
+    micro_batches: list[MicroBatchRows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+_Numbered = tuple[int, Row]
+"""A row with its number in the epoch's order."""
+
+
+def _grouped(micro_batches: list[list[list[_Numbered]]]) -> Grouped:
+    members = [each for micro_batch in micro_batches for row in micro_batch for each in row]
+    places = iter(range(len(members)))
+    return Grouped(
+        rows=[row for _, row in members],
+        numbers=[number for number, _ in members],
+        micro_batches=[[list(itertools.islice(places, len(row))) for row in each] for each in micro_batches],
+    )
+
+
+def _without_first(micro_batch: list[list[_Numbered]], count: int) -> tuple[list[list[_Numbered]], int]:
+    """A micro-batch without its first `count` rows of the data, and how many of them lie beyond it."""
+    kept = []
+    for row in micro_batch:
+        dropped = min(count, len(row))
+        count -= dropped
+        if row[dropped:]:
+            kept.append(row[dropped:])
+    return kept, count
 
 
 class RowError(UserError):
@@ -94,6 +140,36 @@ class BatchShare:
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.data_size
 
+    def global_batches(
+        self, index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool
+    ) -> Iterator[Sequence[Row] | Grouped]:
+        """Global batches of this part of an epoch, from its row number `start` on."""
+        if self.budget is not None and self.budget.rule > 1:
+            return self.grouped_batches(index, order, start, ahead=ahead)
+        return self.batches(read_rows(index, order, start, ahead=ahead))
+
+    def grouped_batches(self, index: ShardIndex, order: EpochOrder, start: int, *, ahead: bool) -> Iterator[Grouped]:
+        """Global batches of an epoch by windows, from `start` consumed rows on."""
+        assert self.budget is not None
+        size = self.budget.window_rows(index.mean_length)
+        window, skip = divmod(start, size)
+        rows = read_rows(index, order, window * size, ahead=ahead)
+        waiting: list[list[list[_Numbered]]] = []
+        while part := list(itertools.islice(rows, size)):
+            lengths = np.array([len(row.ids) for row in part], dtype=np.int32)
+            drawn = order.generator(3, window) if order.shuffled else None
+            for micro_batch in self.budget.micro_batches_of_window(lengths, drawn):
+                members = [[(window * size + place, part[place]) for place in row] for row in micro_batch]
+                members, skip = _without_first(members, skip)
+                if members:
+                    waiting.append(members)
+                if len(waiting) == self.budget.micro_batches:
+                    yield _grouped(waiting)
+                    waiting = []
+            window += 1
+        if waiting:
+            yield _grouped(waiting)
+
     def batches(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
         """Global batches of the rows of an epoch; empty ones without end where they are used up."""
         if self.budget is None:
@@ -110,17 +186,18 @@ class BatchShare:
             yield waiting[:fits]
             waiting, wanted = waiting[fits:], fits + 1
 
-    def step_of(self, rows: Sequence[Row], start: Cursor, *, rows_everywhere: int | None = None) -> Step:
+    def step_of(self, batch: Sequence[Row] | Grouped, start: Cursor, *, rows_everywhere: int | None = None) -> Step:
         """This pipeline's step out of a global batch.
 
         Args:
-            rows: at most `global_batch`, or as many as the budget allows.
+            batch: at most `global_batch` rows, or as many as the budget allows.
             start: the cursor before the step.
             rows_everywhere: rows of the step over all parts; None: these.
 
         Raises:
             RowError: a row is too long, or has ids that the model does not know.
         """
+        rows = batch.rows if isinstance(batch, Grouped) else batch
         needed = max((len(row.ids) for row in rows), default=2) - 1
         self._check_lengths(rows, needed)
         largest = self.longest if start == Cursor() else None
@@ -133,10 +210,18 @@ class BatchShare:
             micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
             places: Sequence[int] = mine
         else:
-            groups = self.budget.groups(np.array([len(row.ids) for row in rows], dtype=np.int32))
-            dealt = [group.tolist() for group in groups[self.data_rank :: self.data_size]]
-            places = [place for group in dealt for place in group]
-            groups_of_rows: list[list[Row | None]] = [[rows[place] for place in group] for group in dealt]
+            if isinstance(batch, Grouped):
+                groups = batch.micro_batches
+            else:
+                by_count = self.budget.groups(np.array([len(row.ids) for row in rows], dtype=np.int32))
+                groups = [[[place] for place in group.tolist()] for group in by_count]
+            if largest is not None and self.budget.joins:
+                largest = self.budget.capacity
+            dealt = groups[self.data_rank :: self.data_size]
+            places = [place for group in dealt for members in group for place in members]
+            groups_of_rows: list[list[Row | None]] = [
+                [joined([rows[place] for place in members]) for members in group] for group in dealt
+            ]
             groups_of_rows += [[None] for _ in range(self.accumulation - len(dealt))]
             # The one with the fewest rows has the most room for long ones.
             fewest = min(range(len(groups_of_rows)), key=lambda number: len(groups_of_rows[number]))
@@ -150,10 +235,13 @@ class BatchShare:
             rows=len(rows) if rows_everywhere is None else rows_everywhere,
             tokens=sum(max(min(rows[place].real_length, len(rows[place].ids)) - 1, 0) for place in places),
             trained_tokens=sum(
-                int(np.count_nonzero(batch.planes[LABELS].numpy() != IGNORE_INDEX)) for batch in micro_batches
+                int(np.count_nonzero(each.planes[LABELS].numpy() != IGNORE_INDEX)) for each in micro_batches
             ),
-            length=max(batch.input_ids.shape[1] for batch in micro_batches),
+            length=max(each.input_ids.shape[1] for each in micro_batches),
             start=start,
+            room=sum(each.input_ids.numel() for each in micro_batches)
+            if self.budget is None
+            else self.accumulation * self.budget.tokens,
         )
 
     def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_longest: bool) -> MicroBatch:
@@ -228,14 +316,16 @@ def train_steps(
     epoch, taken = cursor.epoch, parts.taken_after(cursor.rows)
     while True:
         order = index.order(seed=seed, epoch=epoch, shuffle=shuffle)
-        batches = share.batches(read_rows(index, order, taken[parts.mine], ahead=ahead))
+        batches = share.global_batches(index, order, taken[parts.mine], ahead=ahead)
         while sum(taken) < sum(parts.rows):
             batch = next(batches)
             then = parts.next(taken) if share.budget is None else (taken[0] + len(batch),)
             try:
                 yield share.step_of(batch, Cursor(epoch=epoch, rows=sum(taken)), rows_everywhere=sum(then) - sum(taken))
             except RowError as error:
-                raise UserError(f"{index.locate(order, taken[parts.mine] + error.place)}: {error}") from None
+                first = taken[parts.mine]
+                number = batch.numbers[error.place] if isinstance(batch, Grouped) else first + error.place
+                raise UserError(f"{index.locate(order, number)}: {error}") from None
             taken = then
         epoch, taken = epoch + 1, parts.taken_after(0)
 

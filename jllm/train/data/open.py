@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jllm.data.dataset.manifest import DataSet, one_template, open_data_set
+from jllm.data.dataset.shards import Int32
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
-from jllm.train.data.batching import EpochSteps, Parts, TokenBudget, padded_length
+from jllm.train.data.batching import NEWEST_RULE, EpochSteps, Parts, TokenBudget, padded_length
 from jllm.train.data.loader import BatchShare, Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.rows import ShardIndex, row_lengths
 from jllm.train.distributed.agreement import Agreement
@@ -26,6 +27,9 @@ from jllm.train.shape import RunShape
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 DEFAULT_ROW = 2049
+POOR_FILLING, GOOD_FILLING = 0.7, 0.8
+"""Below the one, a token budget is warned about; from the other on, a larger one is worth naming."""
+SAMPLED_ROWS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,24 @@ class Data:
     parts: Parts
 
 
-def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_rank: int, data_size: int) -> BatchShare:
-    """What one of `data_size` pipelines takes of a global batch."""
+def share_of(
+    config: TrainConfig,
+    shape: RunShape,
+    model: ModelInfo,
+    *,
+    data_rank: int,
+    data_size: int,
+    rule: int = NEWEST_RULE,
+) -> BatchShare:
+    """What one of `data_size` pipelines takes of a global batch; `rule` is that of `jllm.train.data.batching`."""
     budget = None
     if config.batch_size_tokens is not None:
         budget = TokenBudget(
-            tokens=config.batch_size_tokens, micro_batches=shape.accumulation * data_size, seq_len=config.seq_len
+            tokens=config.batch_size_tokens,
+            micro_batches=shape.accumulation * data_size,
+            seq_len=config.seq_len,
+            rule=rule,
+            joins=config.block_mask and rule > 1,
         )
     return BatchShare(
         micro_batch=shape.micro_batch,
@@ -85,15 +101,21 @@ def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_ran
     )
 
 
-def open_training_data(config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo) -> Data:
+def open_training_data(
+    config: TrainConfig, shape: RunShape, agreement: Agreement, model: ModelInfo, *, rule: int = NEWEST_RULE
+) -> Data:
     """Open `--train_data` on the readers, and tell every process about it.
+
+    Args:
+        config, shape, agreement, model: of the run.
+        rule: how rows are grouped by tokens (`jllm.train.data.batching`).
 
     Raises:
         UserError: on every process: not a data set, no rows, rows longer than `--seq_len`, or another tokenizer; or
             nodes that have different data.
     """
     given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
-    data = _open(given, config, shape, agreement, model, distributed=config.dist_data)
+    data = _open(given, config, shape, agreement, model, distributed=config.dist_data, rule=rule)
     return _with_first_step_largest(data, config, model)
 
 
@@ -158,6 +180,7 @@ def _open(
     model: ModelInfo,
     *,
     distributed: bool,
+    rule: int = NEWEST_RULE,
 ) -> Data:
     index, facts, mistake = None, None, None
     if agreement.place.is_reader:
@@ -190,6 +213,7 @@ def _open(
         model,
         data_rank=ranks.index(agreement.rank) if agreement.place.is_reader else 0,
         data_size=max(len(ranks), 1),
+        rule=rule,
     )
     parts = Parts(
         rows=tuple(view.num_rows for _, view in views.values()),
@@ -233,14 +257,36 @@ def epoch_steps(config: TrainConfig, index: ShardIndex | None, share: BatchShare
 
     `index` is needed for that only.
     """
-    if share.budget is None:
+    budget = share.budget
+    if budget is None:
         return EpochSteps(counts=(parts.steps,))
     assert index is not None
+    window = budget.window_rows(index.mean_length)
     counts: list[int] = []
+    filling, larger = None, None
     while len(counts) < config.num_train_epochs if config.max_steps is None else sum(counts) < config.max_steps:
         order = index.order(seed=config.seed, epoch=len(counts), shuffle=not config.no_shuf)
-        counts.append(share.budget.count_steps(row_lengths(index, order)))
-    return EpochSteps(counts=tuple(counts))
+        lengths = row_lengths(index, order)
+        if filling is None:
+            filling = budget.survey(lengths, window=window)
+            counts.append(filling.steps)
+            if filling.filled < POOR_FILLING:
+                larger = _larger_budget(budget, index, lengths)
+        else:
+            counts.append(
+                budget.survey(lengths, window=window).steps if budget.rule > 1 else budget.count_steps(lengths)
+            )
+    return EpochSteps(counts=tuple(counts), filling=filling, larger=larger)
+
+
+def _larger_budget(budget: TokenBudget, index: ShardIndex, lengths: Int32) -> int | None:
+    """The smallest of some larger budgets that fills micro-batches well; None where none of them does."""
+    some = lengths[:SAMPLED_ROWS]
+    for factor in (2, 4, 8, 16):
+        larger = dataclasses.replace(budget, tokens=factor * budget.tokens, micro_batches=1)
+        if larger.survey(some, window=larger.window_rows(index.mean_length)).filled >= GOOD_FILLING:
+            return larger.tokens
+    return None
 
 
 def _check_ids(data_set: DataSet, vocab_size: int) -> None:

@@ -21,7 +21,16 @@ import pyarrow as pa
 
 from jllm.data.dataset.columns import COLUMNS, to_array
 from jllm.data.dataset.manifest import DataSet
-from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, ShardReader, from_list_array
+from jllm.data.dataset.shards import (
+    CU_SEQLENS,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    LABELS,
+    Int32,
+    Int64,
+    ShardReader,
+    from_list_array,
+)
 from jllm.train.data.order import EpochOrder, epoch_order
 
 WINDOW_BYTES = 32 << 20
@@ -42,6 +51,25 @@ class Row:
     @property
     def real_length(self) -> int:
         return len(self.ids) if self.boundaries is None else int(self.boundaries[-1])
+
+
+def joined(rows: Sequence[Row]) -> Row:
+    """Rows one behind the other as one, each of them a document of it at least; padding becomes one that is masked."""
+    if len(rows) == 1:
+        return rows[0]
+    ids = np.concatenate([row.ids for row in rows])
+    labels = np.concatenate([row.ids if row.labels is None else row.labels for row in rows])
+    boundaries, start = [np.zeros(1, dtype=np.int32)], 0
+    for row in rows:
+        size = len(row.ids)
+        given = row.boundaries[1:] if row.boundaries is not None else np.empty(0, dtype=np.int32)
+        boundaries.append(given + start)
+        if not len(given) or given[-1] < size:
+            boundaries.append(np.array([start + size], dtype=np.int32))
+        if row.boundaries is not None and row.real_length < size:
+            labels[start + row.real_length : start + size] = IGNORE_INDEX
+        start += size
+    return Row(ids=ids, labels=labels, boundaries=np.concatenate(boundaries).astype(np.int32))
 
 
 class ShardIndex:
@@ -99,6 +127,11 @@ class ShardIndex:
     def num_rows(self) -> int:
         """Rows of an epoch."""
         return int(self.rows.sum())
+
+    @property
+    def mean_length(self) -> float:
+        """About how many numbers a row of an epoch has, over all its columns, by the files' footers alone."""
+        return int(self.sizes.sum()) / 4 / max(1, self.num_rows)
 
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> EpochOrder:
         """The order of one epoch."""

@@ -40,6 +40,7 @@ class StepFacts:
         rows_before: rows of that epoch consumed before the step.
         request: what any process asks of all.
         devices: what each stage uses.
+        room: tokens that the micro-batches of the whole world could hold.
     """
 
     waited: float
@@ -51,6 +52,7 @@ class StepFacts:
     rows_before: int
     request: Request
     devices: DevicesUse
+    room: int
 
     @property
     def rows_after(self) -> int:
@@ -78,12 +80,12 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 6
+        mine = [0] * 7
         if step is not None:
             start = step.start
-            mine[:6] = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
+            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
         everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 7].any():
+        if everyone[:, 8].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -101,8 +103,9 @@ class Agreement(Collectives):
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 6].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 8:].tolist())),
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 7].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 9:].tolist())),
+            room=int(readers[:, 6].sum()),
         )
 
     def sees_one_folder(self, folder: Path) -> bool:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError, of_file_system, report
 from jllm.train.distributed import peers
+from jllm.train.distributed.start import LAUNCHER, free_port
 
-LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 1.0
 SIGTERM_SECONDS = 5.0
 """How long a process that was asked to end waits for all others to be asked too."""
@@ -119,12 +119,7 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
 def _set_alone_environment() -> None:
     if "RANK" in os.environ:
         return
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def _share_cores() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
+from jllm.options import OF_THE_CALL
 from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.shape import RunShape, automatic_options
 
@@ -32,7 +33,7 @@ def toml_of(config: TrainConfig, shape: RunShape) -> str:
     automatic = automatic_options(config, shape)
     lines = [f"# jllm {__version__}, {shape.processes} on {shape.mesh.world_size} processes, started in {Path.cwd()}"]
     for key, value in resolved_options(config).items():
-        if key in ("config", "dry_run"):
+        if key in OF_THE_CALL:
             continue
         if value is not None:
             lines.append(f"{key} = {_toml(value)}")

@@ -34,6 +34,7 @@ PANELS = (
     ("grad_norm", None, "gradient norm"),
     ("tokens_per_second", None, "tokens / s"),
     ("mfu", None, "MFU"),
+    ("filled", None, "share of micro-batches that is tokens"),
     ("seconds", None, "seconds a step"),
     ("data_wait", None, "share of a step that waits for data"),
     ("memory_mib", None, "peak memory, MiB"),

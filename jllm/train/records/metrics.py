@@ -26,6 +26,7 @@ from jllm.train.records.metrics_file import METRICS_NAME, drop_from_step, line_o
 from jllm.train.records.sinks.reporter import CLOSE_SECONDS, HURRY_SECONDS, Reporter
 from jllm.train.records.sinks.tensorboard import Board
 
+WARNING = "warning: "
 ESTIMATE_STEPS = 5
 """After so many steps the run says how long it takes; the first one, in which things are set up, does not count."""
 
@@ -80,8 +81,10 @@ class Recorder:
             return None
 
     def say(self, line: str) -> None:
-        """A line on the console."""
-        if self._display is not None:
+        """A line on the console; one that begins with "warning: " is an event too."""
+        if line.startswith(WARNING):
+            self.warn(line.removeprefix(WARNING))
+        elif self._display is not None:
             self._display.say(line)
 
     def event(self, name: str, line: str | None = None, *, step: int | None = None, **facts: Any) -> None:
@@ -96,12 +99,12 @@ class Recorder:
         if self._display is None:
             return
         if line is not None:
-            self.say(line)
+            self._display.say(line)
         self._write({"event": name, "step": self._step if step is None else step, **facts})
 
     def warn(self, line: str) -> None:
         """An event that is a warning."""
-        self.event("warning", f"warning: {line}", message=line)
+        self.event("warning", f"{WARNING}{line}", message=line)
 
     def artefact(self, kind: str, folder: Path, *, step: int) -> None:
         """A checkpoint or model that is complete, of this step; services that know such things are told."""

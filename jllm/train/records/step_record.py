@@ -39,6 +39,7 @@ def record_of_step(
         "grad_norm": norm,
         "tokens": facts.tokens,
         "trained_tokens": facts.trained_tokens,
+        "filled": facts.tokens / facts.room,
         "tokens_per_second": speed,
         "mfu": utilisation(speed, flops_per_token, world_size),
         "data_wait": facts.waited / seconds,

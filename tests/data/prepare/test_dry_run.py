@@ -29,6 +29,12 @@ def test_what_it_says_of_documents(tmp_path: Path, byte_tokenizer: Path, more: l
     words = ["-i", tmp_path / "in", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain", *more]
     shown = raw2ids(*words, "--dry_run").stdout
     assert tree(tmp_path) == before
+    said = shown.splitlines()[: 5 + len(more) // 2 + len(more) % 2]
+    assert said[0] == "options that differ from the defaults:"
+    assert sorted(line.split()[0] for line in said[1:]) == sorted(
+        {"--input", "--output", "--tokenizer", "--type", *more[:1]}
+    )
+    assert any(line.split() == ["--type", "pretrain", "(default:", "ft)"] for line in said)
     raw2ids(*words)
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None

@@ -23,11 +23,20 @@ def test_what_devices_say(on_cuda: bool) -> None:
         rows_before=3,
         request=Request.NOTHING,
         devices=DevicesUse.of(stages),
+        room=200,
     )
     record = record_of_step(
         facts, step=7, loss=2.0, norm=1.0, rate=0.1, seconds=2.0, rows_of_epoch=10, flops_per_token=1.0, world_size=4
     )
-    expected = {"step": 7, "epoch": 1.5, "loss": 2.0, "tokens_per_second": 50.0, "data_wait": 0.25, "seconds": 2.0}
+    expected = {
+        "step": 7,
+        "epoch": 1.5,
+        "loss": 2.0,
+        "tokens_per_second": 50.0,
+        "data_wait": 0.25,
+        "seconds": 2.0,
+        "filled": 0.5,
+    }
     assert {key: record[key] for key in expected} == expected
     assert record["memory_mib"] == [20, 10]
     on_devices = {"reserved_mib": [30, 30], "alloc_retries": [2, 2], "device_busy": [97, 97]}
