@@ -10,14 +10,18 @@
 
 A field's type decides how its value is read: `str`, `int`, `float`, `Path`, `bool` (a flag; `--no_x` turns it off),
 each also `| None`, and `tuple[T, ...]` (the option may be repeated). `--config FILE` reads TOML whose keys are field
-names, alone or in tables; flags win over it. Underscores and dashes in flags are the same. Checks that concern more
-than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
+names, alone or in tables; flags win over it. Underscores and dashes in flags are the same.
+
+The range of a number stands with its option; where none is given it is at least 0 and finite, so that no option can
+forget it. Every command refuses what is outside, and so does `check_ranges` for a config that Python code makes. Checks
+that concern more than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
 
 A user's mistake is one line on standard error and exit code 2, and so is what a file system refuses, or memory that is
 not there. Only click and the standard library are imported here, so that `--help` is fast.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -50,6 +54,56 @@ class OptionFacts:
     metavar: str | None
     hidden: bool
     positional: bool
+    range: "Range"
+
+
+LEAST_INT, MOST_INT = -(1 << 63), (1 << 63) - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """The values that a number may have; never NaN, nor infinite.
+
+    Attributes:
+        least, most: the ends, which belong to it but for those that are left out.
+        above_least, below_most: the end itself is left out.
+        whole_from_1: below 1 it is a share of something, from 1 on a number of things, and whole.
+    """
+
+    least: float = 0
+    most: float = MOST_INT
+    above_least: bool = False
+    below_most: bool = False
+    whole_from_1: bool = False
+
+    def mistake(self, name: str, value: float) -> str | None:
+        """What is wrong with a value, for people; None where nothing is."""
+        given = f"--{name} {value}"
+        if not math.isfinite(value):
+            return f"{given}: give a finite number, {self}"
+        if value < self.least or (self.above_least and value == self.least):
+            return f"{given}: {self._lower}"
+        if value > self.most or (self.below_most and value == self.most):
+            return f"{given}: it must be {self._upper}"
+        if self.whole_from_1 and value >= 1 and value != int(value):
+            return f"{given}: give a share below 1, or a whole number from 1 on"
+        return None
+
+    @property
+    def _lower(self) -> str:
+        return f"it must be above {self.least:g}" if self.above_least else f"it must be at least {_plain(self.least)}"
+
+    @property
+    def _upper(self) -> str:
+        return f"{'below' if self.below_most else 'at most'} {_plain(self.most)}"
+
+    def __str__(self) -> str:
+        lower = f"{'above' if self.above_least else 'at least'} {_plain(self.least)}"
+        return lower if self.most == MOST_INT else f"{lower} and {self._upper}"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def option(
@@ -60,6 +114,11 @@ def option(
     metavar: str | None = None,
     hidden: bool = False,
     positional: bool = False,
+    least: float = 0,
+    most: float = MOST_INT,
+    above_least: bool = False,
+    below_most: bool = False,
+    whole_from_1: bool = False,
 ) -> Any:
     """A dataclass field that is also an option.
 
@@ -71,6 +130,7 @@ def option(
         metavar: how the value is shown in `--help`.
         hidden: not shown in `--help`.
         positional: given without a flag, by its place.
+        least, most, above_least, below_most, whole_from_1: of a number, as in `Range`.
     """
     facts = OptionFacts(
         flags=flags,
@@ -79,6 +139,7 @@ def option(
         metavar=metavar,
         hidden=hidden,
         positional=positional,
+        range=Range(least=least, most=most, above_least=above_least, below_most=below_most, whole_from_1=whole_from_1),
     )
     return dataclasses.field(default=default, metadata={"option": facts})
 
@@ -192,7 +253,9 @@ def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Conf
 
     def decorate(function: Callable[[Config], Any]) -> Command:
         def callback(**values: Any) -> Any:
-            return function(config_type(**values))
+            config = config_type(**values)
+            check_ranges(config)
+            return function(config)
 
         return Command(name=name, params=_parameters(config_type), callback=callback, help=function.__doc__)
 
@@ -233,7 +296,19 @@ def value_type(hint: Any) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
-LEAST_INT, MOST_INT = -(1 << 63), (1 << 63) - 1
+def check_ranges(config: Any) -> None:
+    """Raises:
+    UserError: a number of a config is outside the range that stands with its option.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if value_type(hints[field.name])[0] not in (int, float):
+            continue
+        facts: OptionFacts = field.metadata["option"]
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and (mistake := facts.range.mistake(field.name, number)) is not None:
+                raise UserError(mistake)
 
 
 class _Int64(click.types.IntParamType):

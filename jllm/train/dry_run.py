@@ -6,8 +6,9 @@ one pipeline is assumed.
 
 What a run refuses before its first step is refused here, by the same functions: data, evaluation sets, checkpoints,
 and on stages without weights what is chosen of the model. Left out is what would write, or needs the other processes:
-text is not converted, `--clean` is not checked, weights of `--model` are not read beyond their headers, and the other
-nodes are not asked whether they see the same. Cost: opening the data, and reading the weights of `--from_ckpt` once.
+text is not converted, `--clean` is not checked, weights of `--model` are read beyond their headers only with
+`--check_weights`, and the other nodes are not asked whether they see the same. Cost: opening the data, and reading the
+weights of `--from_ckpt` once.
 """
 
 import copy
@@ -36,6 +37,7 @@ from jllm.train.checkpoint.resume import (
     load_weights_only,
     record_of_run,
 )
+from jllm.train.checks.start import check_start, check_weights_if_asked
 from jllm.train.config import (
     TrainConfig,
     check_steps_left,
@@ -46,7 +48,7 @@ from jllm.train.config import (
 from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
+from jllm.train.distributed.deepspeed_engine import check_precision
 from jllm.train.evaluate import open_evaluation_sets
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -86,6 +88,7 @@ def dry_run(config: TrainConfig) -> None:
         return
     world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.pipe_parallel_size
     shape = resolve_shape(config, world_size)
+    notes = check_start(config, shape)
     model = setup.read_model_info(config)
     check_precision(config)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -102,7 +105,7 @@ def dry_run(config: TrainConfig) -> None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
-    deepspeed_settings(config, shape)
+    notes += check_weights_if_asked(config)
 
     automatic = automatic_options(config, shape)
     if config.attn_implementation == "auto":
@@ -112,6 +115,8 @@ def dry_run(config: TrainConfig) -> None:
     print(f"set automatically: {', '.join(automatic)}")
     print(plan.table)
     print(f"{shape.processes} on {world_size} processes")
+    for line in notes:
+        print(line)
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
         return
@@ -149,7 +154,8 @@ class _Steps:
         data = self._open(config, shape, agreement, model, training)
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
-            open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
+            opened = open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
+            self._lines += [f"warning: {line}" for each in opened.values() for line in each.facts.warnings]
         candidates = find_resume_points(config, agreement)
         self.resumed = self._open_newest(candidates)
         if config.resume_ckpt is not None:
@@ -180,6 +186,7 @@ class _Steps:
 
     def _count(self, data: Data) -> None:
         config, facts = self._config, data.facts
+        self._lines += [f"warning: {line}" for line in facts.warnings]
         self.longest_row = facts.longest_row
         epochs = epoch_steps(config, data.index, data.share, data.parts)
         total, per_epoch = config.max_steps or epochs.total(config.num_train_epochs), epochs.counts[0]

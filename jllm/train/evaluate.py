@@ -5,11 +5,9 @@ least one trained token: without any, every model would have the same loss. Cost
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, named_folders
 from jllm.train.data.batching import EpochSteps
@@ -56,22 +54,10 @@ def open_evaluation_sets(
     Raises:
         UserError: on every process: as for training data, or a set has nothing to evaluate.
     """
-    found = {}
-    for name, folder in named_folders(config.eval_data).items():
-        data = found[name] = open_evaluation_data(folder, config, shape, agreement, model)
-        if not agreement.from_first_reader(functools.partial(_has_targets, data)):
-            raise UserError(
-                f"--eval_data {name}: no token of {folder} is a target (labels mask them all, or rows have one token);"
-                " give a set with something to predict"
-            )
-    return found
-
-
-def _has_targets(data: Data) -> bool:
-    """Whether any row has a trained token; reads up to the first that has."""
-    assert data.index is not None
-    one_row = dataclasses.replace(data.share, micro_batch=1, accumulation=1, data_rank=0, data_size=1)
-    return any(step.trained_tokens for step in eval_steps(data.index, one_row))
+    return {
+        name: open_evaluation_data(folder, config, shape, agreement, model)
+        for name, folder in named_folders(config.eval_data).items()
+    }
 
 
 def evaluate(

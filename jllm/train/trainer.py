@@ -28,6 +28,7 @@ from jllm.train.checkpoint.resume import (
 )
 from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.checkpoint.state import TrainingState
+from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
 from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps
@@ -64,10 +65,13 @@ def run(config: TrainConfig) -> int:
         dry_run(config)
         return 0
     shape = resolve_shape(config, launch.world_size())
+    notes = check_start(config, shape)
     model_info = setup.read_model_info(config)
     launch.join(config.timeout, deterministic=config.deterministic)
     check_precision(config)
     agreement = Agreement(shape.mesh)
+    if agreement.place.is_first:
+        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return 0
@@ -244,6 +248,9 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
+        warnings = (line for data in (self.data, *self.eval_data.values()) for line in data.facts.warnings)
+        for line in dict.fromkeys(warnings):
+            self.recorder.say(f"warning: {line}")
         share = evaluation_share(
             self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
         )

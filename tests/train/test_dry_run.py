@@ -27,6 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "fp8/config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
     write_rows(folder / "data", random_rows(24), files=2)
     write_rows(folder / "bare", random_rows(24), manifest=False)
+    write_rows(folder / "many", random_rows(24) * 400, files=2)
+    write_rows(folder / "many-bare", random_rows(24) * 400, manifest=False)
     write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
     (folder / "text.jsonl").write_text('{"text": "one"}\n')
     (folder / "picture.png").touch()
@@ -46,7 +48,7 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--train_data has changed": lambda folder: {
         "resume_ckpt": str(folder / "run"),
         "max_steps": 2,
-        "train_data": (str(folder / "masked"),),
+        "train_data": (str(folder / "bare"),),
     },
     "nothing is left to train": lambda folder: {"resume_ckpt": str(folder / "run"), "max_steps": 2},
     "give the same model": lambda folder: {
@@ -114,7 +116,8 @@ def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None
     """The stage table is that of rows as long as the data's, by the manifest, whatever `--seq_len` allows."""
     longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1
     tables = []
-    for more in ({}, {"seq_len": longest}, {"seq_len": 2048}, {"train_data": (str(folder / "bare"),)}):
+    for more in ({}, {"seq_len": longest}, {"seq_len": 2048}, {"train_data": (str(folder / "many-bare"),)}):
+        more = {"train_data": (str(folder / "many"),), **more}
         options = options_of(folder, per_device_train_batch_size=8192, **more)
         [(_, _, lines)] = Ranks(1).run(shown, options, tmp_path / "console")
         tables.append(next(line for line in lines if " GiB" in line))

@@ -71,8 +71,9 @@ class Tokenizer:
         vocabulary_sha256: of vocabulary and added tokens, in hex; the same for every version of the library.
         probe_ids: the ids of difficult texts.
         document_end: the id that documents end in.
+        added_tokens: the ids of its added tokens.
 
-    The last three are None where nobody recorded them.
+    The last four are None where nobody recorded them.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Tokenizer:
     vocabulary_sha256: str | None = None
     probe_ids: dict[str, list[int]] | None = None
     document_end: int | None = None
+    added_tokens: dict[str, int] | None = None
 
     def is_same(self, other: "Tokenizer") -> bool:
         """Whether both give the same ids: by the backend's hash, or else by vocabulary and probes, where known."""
@@ -173,6 +175,8 @@ class Manifest:
             for ids in (self.tokenizer.probe_ids or {}).values():
                 if not isinstance(ids, list) or not all(type(each) is int for each in ids):
                     raise TypeError("probe_ids are no lists of ids")
+            if not all(type(each) is int for each in (self.tokenizer.added_tokens or {}).values()):
+                raise TypeError("added_tokens are no ids")
         if not isinstance(self.command, str) or not isinstance(self.options, dict):
             raise TypeError("made_by is no command with options")
         if not all(isinstance(source, dict) for source in self.sources):

@@ -5,7 +5,7 @@ import datetime
 from pathlib import Path
 
 from jllm.errors import UserError
-from jllm.options import option
+from jllm.options import LEAST_INT, option
 
 MOST_LEN = (1 << 31) - 1
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
@@ -99,7 +99,7 @@ class Raw2IdsConfig:
     trust_remote_code: bool = option(False, help="run the tokenizer's own Python code, where its folder has some")
     debug: int = option(0, help="print this many decoded rows at the end", metavar="N")
     quiet: bool = option(False, help="no progress line")
-    cores: int = option(-1, help="workers; negative: all cores this process may use")
+    cores: int = option(-1, least=LEAST_INT, help="workers; negative: all cores this process may use")
     threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
     clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
 

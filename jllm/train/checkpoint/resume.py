@@ -35,6 +35,7 @@ from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
+    "dropout",
     "optimizer",
     "learning_rate",
     "lr_min",
