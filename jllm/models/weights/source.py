@@ -97,6 +97,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
     _check_config_plain(raw, path)
+    config: PretrainedConfig
     if (layout := layout_of(raw)) is not None:
         try:
             config = layout.read_config(raw)
@@ -114,9 +115,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
         )
     try:
         with quiet():
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except _OF_A_CONFIG as error:
         raise _unreadable(path, model_type, error) from None
     check_config(config, path)

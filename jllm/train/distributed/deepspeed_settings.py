@@ -168,7 +168,7 @@ def _read(config: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f"--ds_config {path}: holds a JSON {type(given).__name__}; give an object of DeepSpeed settings"
         )
-    renamed: dict[str, Any] = {_OLD_NAMES.get(key, key): value for key, value in given.items()}
+    renamed: dict[str, Any] = {_OLD_NAMES.get(str(key), str(key)): value for key, value in given.items()}
     return _without_auto(renamed)
 
 
