@@ -158,7 +158,7 @@ class TrainConfig:
     adam_beta1: float = option(0.9, most=1, below_most=True, help="AdamW's beta 1")
     adam_beta2: float = option(0.999, most=1, below_most=True, help="AdamW's beta 2")
     adam_eps: float = option(1e-8, most=1, help="AdamW's epsilon")
-    gradient_clipping: float = option(1.0, most=1e30, help="largest global gradient norm; 0 does not clip")
+    gradient_clipping: float = option(1.0, most=10**9, help="largest global gradient norm; 0 does not clip")
     precision: str = option(
         "bf16", help="bf16 and fp16 keep fp32 master weights; bf16 sums gradients in fp32", choices=PRECISIONS
     )

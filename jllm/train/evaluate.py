@@ -96,6 +96,9 @@ def evaluation_share(
     training: Data, evaluation: Iterable[Data], cadence: Cadence, epochs: EpochSteps, *, step: int, total_steps: int
 ) -> float:
     """About how much of a run's time from `step` on evaluations take: a forward pass is a third of a training step."""
+    evaluation = list(evaluation)
+    if not evaluation:
+        return 0.0  # without a look at every step
     first = step + 1
     times = (first == 1) + sum(cadence.evaluates(each) for each in range(first, total_steps + 1))
     sets = [training, *evaluation]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import train_rank
+from tests.distributed.runs import records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
 
 
@@ -147,3 +147,86 @@ def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:
         assert line in lines
         assert any(each.startswith("time: ") for each in lines) or "num_train_epochs" in more
     assert sorted(path.name for path in tmp_path.iterdir()) == ["console", "text.jsonl"]
+
+
+def said_by(options: dict[str, Any], console: Path) -> tuple[str | None, str]:
+    """The answer of a run, and what it writes to the console."""
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        answer = train_rank(options)
+    return answer, console.read_text()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 40 learned positions and dropout, and rows of 41 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("learned")
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    write_rows(folder / "data", [{"input_ids": [1, 2] * 20 + [3]}] * 8)
+    write_rows(folder / "bare", [{"input_ids": [1, 2] * 20 + [3]}] * 8, manifest=False)
+    write_rows(folder / "long", [{"input_ids": [1, 2] * 20 + [3]}] * 8 + [{"input_ids": [4] * 42}])
+    write_rows(folder / "long-bare", [{"input_ids": [4] * 42}] * 8, manifest=False)
+    return folder
+
+
+@pytest.mark.parametrize("more", [{}, {"seq_len": 64}, {"batch_size_tokens": 80}])
+@pytest.mark.parametrize("name", ["data", "bare"])
+def test_rows_are_padded_to_the_learned_positions(
+    learned: Path, tmp_path: Path, name: str, more: dict[str, Any]
+) -> None:
+    """Rows as long as the table are trained on: padding, which goes up to 64 elsewhere, ends with it."""
+    options = {**options_of(learned, max_steps=1, learning_rate=1e-3), "train_data": (str(learned / name),), **more}
+    [(answer, _)] = Ranks(1).run(said_by, options, tmp_path / "console")
+    assert answer is None
+
+
+def test_rows_beyond_the_learned_positions(learned: Path, tmp_path: Path) -> None:
+    for name, dry, words in (
+        ("long", True, "has rows of 42 tokens, and the model has learned positions for 40"),
+        (
+            "long-bare",
+            False,
+            ": a row has 42 tokens, and the model has learned positions for 40; make shards with",
+        ),
+    ):
+        options = {**options_of(learned, max_steps=1), "train_data": (str(learned / name),)}
+        [(answer, _)] = Ranks(1).run(said_by, options, tmp_path / "console")
+        assert answer is not None
+        assert words in answer
+        [told] = Ranks(1).run(answers, [options])
+        assert told == [answer if dry else None]
+
+
+def test_dropout_is_said_and_can_be_left_out(learned: Path, tmp_path: Path) -> None:
+    """In both, with the same words; without dropout the loss of a step is the model's own."""
+    losses: dict[float | None, list[float]] = {}
+    for rate, words in (
+        (None, "dropout: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1, by the model's config.json; --dropout 0"),
+        (0.0, "dropout: 0 by --dropout, instead of resid_pdrop 0.1"),
+    ):
+        for seed in (1, 2):  # the rows are equal, so that only dropout is drawn anew
+            log = tmp_path / f"{rate}-{seed}"
+            options = {**options_of(learned, max_steps=2, dropout=rate, seed=seed, learning_rate=1e-2), "log_dir": log}
+            [(answer, text)] = Ranks(1).run(said_by, options, tmp_path / "console")
+            assert answer is None
+            assert words in text
+            losses.setdefault(rate, []).extend(record["loss"] for record in records(log))
+        [(answer, _, lines)] = Ranks(1).run(shown, {**options, "log_dir": None}, tmp_path / "console")
+        assert any(line.startswith(words) for line in lines)
+    assert losses[0.0][:2] == losses[0.0][2:]
+    assert losses[None][0] != losses[0.0][0]
+
+
+def test_rows_beyond_what_a_model_has_seen_are_a_warning(folder: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "long", [{"input_ids": [1, 2] * 150}] * 4)
+    options = {**options_of(folder, max_steps=1), "train_data": (str(tmp_path / "long"),)}
+    [(answer, text)] = Ranks(1).run(said_by, options, tmp_path / "console")
+    [(_, _, lines)] = Ranks(1).run(shown, options, tmp_path / "console")
+    assert answer is None
+    words = f"warning: {tmp_path / 'long'} has rows of 300 tokens, and the model has seen positions up to 256"
+    assert words in text
+    assert any(line.startswith(words) for line in lines)
