@@ -12,6 +12,7 @@ bit-identical to those of an undisturbed run. The exit code is 1 where they are 
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -65,11 +66,13 @@ class Start(subprocess.Popen[bytes]):
 
     def __init__(self, line: list[str], output: Path) -> None:
         self.output = output
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+        # The `deepspeed` command in front of this launcher ends with 0 where the launcher was killed.
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+        launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with output.open("ab") as file:
             super().__init__(
-                [*launcher, "--master_port", str(free_port()), *line],
+                [*launcher, "--master_addr=127.0.0.1", f"--master_port={free_port()}", *line],
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
@@ -89,12 +92,11 @@ class Start(subprocess.Popen[bytes]):
 
     def ranks(self) -> list[int]:
         """The ranks, in no order. What writes a checkpoint is the child of one, and not among them."""
-        launcher = self.launcher()
-        return [each for each in self.processes() if launcher is not None and parent_of(each) == launcher]
-
-    def launcher(self) -> int | None:
-        """The launcher's own process, which starts the ranks."""
-        return next((each for each, words in self.processes().items() if "deepspeed.launcher.launch" in words), None)
+        return [
+            each
+            for each, words in self.processes().items()
+            if any(word.startswith("--local_rank=") for word in words) and parent_of(each) in (self.pid, 1)
+        ]
 
     def send(self, processes: list[int], number: signal.Signals) -> None:
         for each in processes:
@@ -192,6 +194,7 @@ class ThreeWeeks:
     def _start_once(self, place: Path) -> int:
         """Start the line, let something happen while it trains, and wait for its end."""
         self.starts += 1
+        happened: list[str] = []
         steps = self._steps_recorded(place)
         start = Start(self.line(place), place / "output")
         try:
@@ -204,6 +207,7 @@ class ThreeWeeks:
                 time.sleep(self.random.uniform(0, 1.5))
                 kind = self.left.pop()
                 self.counts[kind] += 1
+                happened.append(kind)
                 self.kinds()[kind](start, place)
                 if wait_for(lambda: start.poll() is not None, 2.0):
                     break
@@ -212,6 +216,10 @@ class ThreeWeeks:
             return start.returncode
         finally:
             start.clear()
+            print(
+                f"start {self.starts}: {', '.join(happened) or 'nothing happened'}; exit code {start.returncode}",
+                file=sys.stderr,
+            )
 
     def _steps_recorded(self, place: Path) -> int:
         """The newest step on record."""
@@ -220,7 +228,7 @@ class ThreeWeeks:
         return 0
 
     def kinds(self) -> dict[str, Callable[[Start, Path], None]]:
-        """What may happen."""
+        """What may happen. Requeues are what follows each end."""
         return {
             "a rank is killed": self._kill_a_rank,
             "the launcher is killed": self._kill_the_launcher,
@@ -242,8 +250,7 @@ class ThreeWeeks:
         start.send(self.random.sample(start.ranks(), min(1, len(start.ranks()))), signal.SIGTERM)
 
     def _kill_the_launcher(self, start: Start, place: Path) -> None:
-        launcher = start.launcher()
-        start.send([launcher] if launcher is not None else [], signal.SIGKILL)
+        start.send([start.pid], signal.SIGKILL)
 
     def _fill_the_disk(self, start: Start, place: Path) -> None:
         """The second rank, which writes no records, cannot write a file as large as its part of a checkpoint."""

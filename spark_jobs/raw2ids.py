@@ -2,53 +2,77 @@
 
     spark-submit spark_jobs/raw2ids.py -i hdfs:///corpus/*.jsonl -o hdfs:///ids --tokenizer ./qwen3 -t pretrain --stack
 
-The flags are those of `jllm raw2ids`. Rows come from the same functions as the local command's: each partition is
-one split, encoded and packed by itself. Lines of JSON and text files reach these functions as bytes, so that a bad
-line is handled as it is locally; every other format that Spark reads (`--read_format`) comes as records.
+The flags are those of `jllm raw2ids`, and so is what decides: which files an input names and what they are, what is a
+bad record and how many of them are too many, what is refused, and whether a folder may be gone on with. Each partition
+is one split, encoded and packed by itself.
 
-What is written: Parquet files that the trainer and every local command read as they are, and `_manifest.json` with
-rows, tokens, checksums, bad records and the engine. A record that a retried task met twice may count twice among the
-bad. When a fast path fails its proof, the job starts over without it, as the local command does, and nothing of what
-it had written stays. See docs/spark.md for clusters.
+What is written: Parquet files that the trainer and every local command read as they are, and `_manifest.json`. A job
+that was killed is finished by the same line, with the same bytes. When a fast path fails its proof, the job starts over
+without it, and nothing of what it had written stays. See docs/spark.md for clusters.
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from jllm.data.chat.assembler import Assembler
-from jllm.data.chat.formats import SAMPLE, commonest_format
-from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
-from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.encoding import ChunkEncoder, Encoded
-from jllm.data.prepare.outputs import recorded_options
+from jllm.data.prepare.outputs import (
+    RULES,
+    changed_meanwhile,
+    chat_record,
+    is_parquet,
+    recorded_options,
+    refuse_place,
+    shown_input,
+)
+from jllm.data.prepare.progress import summary
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
-from jllm.data.prepare.totals import MAX_EXAMPLES, named
-from jllm.data.sources.chunk import Chunk
-from jllm.data.sources.parsing import parse_chunk
-from jllm.data.spark import describe_output, remove_if_empty, schema_of, session, write_manifest_at, write_shards
-from jllm.data.spark_errors import WorkerErrors
-from jllm.data.tokenizer.checked_engine import open_engine
-from jllm.data.tokenizer.engines import use_cores
-from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
-from jllm.errors import UserError
+from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left, stopped_at
+from jllm.data.prepare.workplace import WORK_NAME, as_finished, compare, not_as_made, not_ours, refuse_sources
+from jllm.data.sources.identity import is_same, is_same_since
+from jllm.data.sources.inputs import KINDS, Source
+from jllm.data.spark.encoding import FORMAT_SCHEMA, EncodingJob, FormatJob, GivenSources
+from jllm.data.spark.failures import as_mistakes
+from jllm.data.spark.files import HadoopFiles, is_local, local_path
+from jllm.data.spark.findings import Findings, InputFindings, together
+from jllm.data.spark.place import JobPlace
+from jllm.data.spark.session import divide_streams, driver_of, job_session, set_up
+from jllm.data.spark.shards import CODECS_OF_SPARK, describe_output, schema_of, write_shards
+from jllm.data.spark.sources import (
+    LINES,
+    MARK_BYTES,
+    ROWS,
+    WAY_OF_IDS,
+    SourceGroup,
+    group_in_format,
+    groups_of,
+    paths_of,
+    reading_of,
+    recorded,
+    resolved,
+)
+from jllm.data.spark.worker_errors import WorkerErrors
+from jllm.data.tokenizer.checked_engine import check_for_chat, open_engine
+from jllm.data.tokenizer.facts import load_tokenizer
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import SparkSession
 
+COMMAND = "spark_jobs/raw2ids"
 LOCAL_ONLY = (
-    "num", "batch_size", "max_rows", "max_tokens", "eval_fraction", "eval_output", "seed", "debug", "threads", "quiet",
-    "cores",
+    "num", "batch_size", "max_rows", "max_tokens", "eval_fraction", "eval_output", "seed", "bad_records", "dry_run",
+    "debug", "threads", "quiet", "cores",
 )  # fmt: skip
 """Options of the local command that have no meaning here; partitions take the place of splits and workers."""
-LINES = ("jsonl", "text")
+NOT_RECORDED = ("verbose", *LOCAL_ONLY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +82,13 @@ class SparkRaw2IdsConfig(Raw2IdsConfig):
     output: str | None = option(  # type: ignore[assignment]  # a path would lose a slash of hdfs://
         None, "-o", help="data set folder, on any file system of Spark", metavar="FOLDER"
     )
-    read_format: str = option(
-        "jsonl", help="jsonl, text (documents between blank lines), or any format of Spark: parquet, orc, csv, ..."
+    read_format: str | None = option(
+        None,
+        help="a format of Spark: orc, csv, ...; or one of --input_format  [default: what names say]",
+        metavar="FORMAT",
     )
     partitions: int | None = option(None, help="partitions, each a split of its own  [default: as Spark reads them]")
+    verbose: bool = option(False, help="show the logs of Spark, and Python's warnings")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,244 +97,340 @@ class SparkRaw2IdsConfig(Raw2IdsConfig):
                 raise UserError(f"--{field.name}: only for the local command; Spark cuts the data set by --partitions")
         if self.output is None:
             raise UserError("-o: say where the data set goes")
-        if self.input_format is not None:
-            raise UserError("--input_format: on Spark use --read_format")
+        if self.read_format is not None and self.input_format is not None:
+            raise UserError("--input_format: not together with --read_format, which says it too")
+        if self.partitions is not None and self.partitions < 1:
+            raise UserError(f"--partitions {self.partitions}: give at least 1")
+        if self.compress not in CODECS_OF_SPARK:
+            raise UserError(f"--compress {self.compress}: Spark does not write it; give {', '.join(CODECS_OF_SPARK)}")
+        if self.kind == "ids":
+            raise UserError(f"--input_format ids: only for the local command; {WAY_OF_IDS}")
+
+    @property
+    def kind(self) -> str | None:
+        """What the options say that all files are."""
+        return self.read_format if self.read_format in KINDS else self.input_format
+
+    @property
+    def format_of_spark(self) -> str | None:
+        """The format that Spark alone knows, where the options name one."""
+        return None if self.read_format in KINDS else self.read_format
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the executors need. Travels to them once each task.
+class SparkPreparation:
+    """One run of the job.
 
-    Attributes:
+    Args:
+        spark: the session.
         config: the options.
-        attempt: which fast paths are taken.
-        facts: a broadcast of the tokenizer's facts, which are large.
-        chat: how conversations are rendered, as `recipes.chat_encoder` takes it; empty for documents.
-        findings: an accumulator of what tasks found.
-        errors: those that the driver waits for.
     """
 
-    config: SparkRaw2IdsConfig
-    attempt: Attempt
-    facts: Any
-    chat: dict[str, Any]
-    findings: Any
-    errors: WorkerErrors
+    def __init__(self, spark: "SparkSession", config: SparkRaw2IdsConfig) -> None:
+        assert config.output is not None  # checked with the options
+        set_up(spark)
+        self.spark = spark
+        self.config = config
+        self.files = HadoopFiles(spark)
+        self.begun = time.monotonic()
+        recipes.field_map(config)  # whose mistakes need no input
+        self.sources = self._sources()
+        self.where = shown_input(config.input, len(self.sources))
+        self.place = JobPlace(self.files, config.output, work=WORK_NAME, command=COMMAND)
+        self._refuse_overlap()
+        self.facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        if config.type == "ft":
+            check_for_chat(self.facts)
 
-    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Records of one partition to rows."""
-        with self.errors.carried():
-            yield from self._rows(batches)
+    def _sources(self) -> list[Source]:
+        if self.config.format_of_spark is None:
+            return resolved(self.files, self.config.input, self.config.kind)
+        given = " ".join(self.config.input)
+        return [Source(path=given, name=given, stem="data", kind="parquet", compression=None, size=None)]
 
-    def _rows(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        config, facts = self.config, self.facts.value
-        encoder, prefix, engine = _opened_encoder(config, self.attempt, facts, self.chat)
-        self.findings.add({**_nothing_found(), "engine": engine})
-        packer = recipes.packer_of(config, facts, prefix)
-        seen = 0
-        for number, batch in enumerate(batches):
-            encoded = encoder(chunk_of(batch, config.read_format, number, seen + 1), _kind(config))
-            seen += batch.num_rows
-            self.findings.add(_findings(encoded))
-            rows = packer.feed(encoded.documents)
-            if rows is not None:
-                yield rows
-        yield from packer.finish()
+    def _refuse_overlap(self) -> None:
+        def place_of(path: str) -> PurePosixPath:
+            full = self.files.qualified(path)
+            return PurePosixPath(os.path.realpath(local_path(full)) if is_local(full) else full)
 
-
-def _kind(config: SparkRaw2IdsConfig) -> str:
-    return config.read_format if config.read_format in LINES else "parquet"
-
-
-def chunk_of(batch: pa.RecordBatch, read_format: str, number: int, line: int) -> Chunk:
-    """An Arrow batch as the chunk of records that the encoders take."""
-    data: Any = pa.Table.from_batches([batch])
-    if read_format in LINES:
-        data = (b"\n" if read_format == "jsonl" else b"\n\n").join(batch.column(0).cast(pa.binary()).to_pylist())
-    end = line + batch.num_rows
-    return Chunk(source=0, index=number, line=line, data=data, end=end, end_line=end)
-
-
-Opened = tuple[ChunkEncoder, tuple[int, ...], dict[str, Any]]
-"""An encoder, the ids at the start of every row, and what the manifest says of the engine."""
-_opened: dict[str, Opened] = {}
-
-
-def _opened_encoder(
-    config: SparkRaw2IdsConfig, attempt: Attempt, facts: TokenizerFacts, chat: dict[str, Any]
-) -> Opened:
-    """The encoder of this Python worker, which several tasks use one after the other."""
-    key = f"{facts.sha256} {config} {attempt} {chat.get('plan')}"
-    if key not in _opened:
-        use_cores(1)  # Spark runs a worker on every core
-        engine = open_engine(
-            facts, attempt.engine, inert=config.type == "ft", trust_remote_code=config.trust_remote_code
+        folders = []
+        for given in self.config.input:
+            status = self.files.status(self.files.qualified(given)) if not set(given) & set("*?[]{}") else None
+            if status is not None and status.is_folder:
+                folders.append((given, place_of(given)))
+        spark_format = self.config.format_of_spark is not None
+        parquet = (
+            [] if spark_format else [(each.path, place_of(each.path)) for each in self.sources if is_parquet(each)]
         )
-        prefix = recipes.ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
-        encoder: ChunkEncoder
-        if config.type == "pretrain":
-            encoder = recipes.pretrain_encoder(config, facts, engine)
+        refuse_place(self.place.shown, place_of(self.place.shown), folders, parquet)
+
+    def result(self) -> tuple[Manifest, str]:
+        """The manifest, of this run or an earlier one, and what is said of it."""
+        with self.place.held(driver_of(self.spark)):
+            template = recipes.template_text(self.config, self.facts) if self.config.type == "ft" else ""
+            earlier = self.place.begun(("options", "tokenizer", "sources"))
+            began = None if self.config.clean else (earlier or {}).get("date")
+            self.date = recipes.date_of(self.config, template, began)
+            identity = self._identity()
+            if self.config.clean:
+                self.place.clean()
+                earlier = None
+            finished = self._finished(identity)
+            if finished is not None:
+                return finished, f"finished earlier: {finished.rows:,} rows, {finished.total('tokens'):,} tokens"
+            if earlier is not None:
+                compare(self.place.shown, identity, earlier)
+                refuse_sources(self.place.shown, identity["sources"], earlier["sources"], is_same)
+                pending = self.place.pending()
+                if pending is not None:
+                    self.place.move(pending)
+                    return pending, f"finished: {pending.rows:,} rows, {pending.total('tokens'):,} tokens"
+            elif self.place.pending() is not None:  # of an earlier --clean that was killed
+                self.place.clean()
+            if self.place.shards():
+                raise not_ours(self.place.shown)
+            # Spark cuts the input by the cores that there are, which may be others when a killed job is finished.
+            parallel = (earlier or {}).get("parallel") or self.spark.sparkContext.defaultParallelism
+            self.spark.conf.set("spark.sql.files.minPartitionNum", str(parallel))
+            try:
+                return self._made({**identity, "parallel": parallel})
+            finally:
+                self.spark.conf.unset("spark.sql.files.minPartitionNum")
+
+    def _identity(self) -> dict[str, Any]:
+        options = {name: value for name, value in recorded_options(self.config).items() if name not in NOT_RECORDED}
+        identity = {
+            "options": options,
+            "tokenizer": self.facts.sha256,
+            "rules": RULES,
+            "template": recipes.template_hashes(self.config, self.facts) if self.config.type == "ft" else None,
+            "sources": [self._recorded(each) for each in self.sources],
+            "date": self.date,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(identity))
+        return plain
+
+    def _recorded(self, source: Source) -> dict[str, Any]:
+        if self.config.format_of_spark:
+            return {
+                "name": source.name,
+                "bytes": None,
+                "stem": source.stem,
+                "sample": None,
+                "modified": None,
+                "changed": None,
+            }
+        return recorded(self.files, source)
+
+    def _finished(self, identity: dict[str, Any]) -> Manifest | None:
+        manifest = self.place.manifest()
+        if manifest is None:
+            return None
+        shown = self.place.shown
+        compare(shown, identity, as_finished(manifest))
+        made_at = self.place.finished_at
+        refuse_sources(
+            shown, identity["sources"], manifest.sources, lambda now, then: is_same_since(now, then, made_at)
+        )
+        changed = self.place.changed(manifest)
+        if changed is not None:
+            raise not_as_made(shown, changed)
+        return manifest
+
+    def _made(self, record: dict[str, Any]) -> tuple[Manifest, str]:
+        config = self.config
+        staged = self.place.begin(record)
+        groups = self._groups()
+        given = [self._given(group) for group in groups]
+        chat = self._chat_arguments(groups, given)
+        warnings = recipes.template_warnings(chat["plan"]) if chat else []
+        for warning in warnings:
+            say(f"warning: {warning}")
+
+        def attempted(attempt: Attempt) -> InputFindings:
+            self.files.remove(staged)
+            return self._encoded(attempt, groups, given, chat, staged)
+
+        found = attempts(attempted, Attempt(choice=config.engine))
+        for source, before in zip(self.sources, record["sources"], strict=True):
+            if self._recorded(source)["modified"] != before["modified"]:
+                raise changed_meanwhile(source)
+        for number, source in enumerate(self.sources):
+            if reading_of(source) == LINES and (source.size or 0) > MARK_BYTES and number not in found.seen:
+                raise UserError(f"-i {source.path}: Spark passed over it; give it another name")
+        totals = found.totals
+        entries = () if not totals.documents else self._described(staged)
+        self._judge(found, sum(entry.rows for entry in entries))
+        engine = {**(found.engine or {}), "checks": totals.counts.get("checks", 0)}
+        suffix = self._document_suffix()
+        tally = totals.sets[0]
+        manifest = Manifest(
+            command=COMMAND,
+            options=record["options"],
+            files=entries,
+            tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=suffix[-1] if suffix else None),
+            labels_checked=True,
+            chat_template=chat["plan"].template if chat else None,
+            sources=tuple(
+                {key: each[key] for key in ("name", "bytes", "stem", "sample")} for each in record["sources"]
+            ),
+            extra={
+                "documents": tally.documents,
+                "document_tokens": tally.document_tokens,
+                "longest_document": tally.longest,
+                "bad_records": totals.bad,
+                "engine": engine,
+                "rules": RULES,
+                **(
+                    {"chat": chat_record(
+                        config, self.facts, record["template"], chat["formats"], self.date, totals.counts, warnings
+                    )} if chat else {}
+                ),
+                **({} if suffix is None else {"document_end": recipes.document_end_record(config, self.facts, suffix)}),
+            },
+        )  # fmt: skip
+        manifest = self.place.finish(staged, manifest, config.compress)
+        totals.encoded_bytes = sum(each.size or 0 for each in self.sources)
+        lines = summary([(Path(), manifest)], totals, config.max_len, time.monotonic() - self.begun)
+        return manifest, lines.removeprefix(".: ")
+
+    def _described(self, staged: str) -> tuple[Any, ...]:
+        with as_mistakes(f"-o {self.place.shown}", f"-o {self.place.shown}"):
+            self.place.settle(staged)
+            return describe_output(self.spark, staged)
+
+    def _judge(self, found: InputFindings, rows: int) -> None:
+        """Raises:
+        UserError: what the local command refuses too.
+        """
+        totals: Totals = found.totals
+        if self.config.on_error == "stop" and found.first_bad is not None:
+            raise stopped_at(*found.first_bad)
+        if found.refused is not None:
+            raise found.refused
+        if not rows:
+            raise nothing_left(self.where, totals, eval_fraction=None, first_is_empty=True)
+        if self.config.on_error == "auto":
+            check_bad_share(totals)
+
+    def _groups(self) -> list[SourceGroup]:
+        config = self.config
+        if config.format_of_spark is None:
+            groups = groups_of(self.spark, self.files, self.sources, partitions=config.partitions, shown=self.where)
         else:
-            assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-            encoder = recipes.chat_encoder(config, lambda: assembler, **chat)
-        _opened.clear()
-        _opened[key] = encoder, prefix, attempt.record_of(engine)
-    return _opened[key]
+            groups = [
+                group_in_format(
+                    self.spark, config.format_of_spark, config.input, partitions=config.partitions, shown=self.where
+                )
+            ]
+        rows = [source for source in self.sources if is_parquet(source)]
+        return [group.with_needed_columns(config, rows[0]) if group.reading == ROWS else group for group in groups]
+
+    def _given(self, group: SourceGroup) -> Any:
+        numbers = {} if self.config.format_of_spark else paths_of(self.files, self.sources)
+        given = GivenSources(sources=tuple(self.sources), numbers=numbers, reading=group.reading)
+        return self.spark.sparkContext.broadcast(given)
+
+    def _chat_arguments(self, groups: Sequence[SourceGroup], given: Sequence[Any]) -> dict[str, Any]:
+        """How conversations are read and rendered, decided once, on the driver."""
+        config = self.config
+        if config.type != "ft":
+            return {}
+        asked = recipes.format_asked_for(config)
+        formats = (asked,) * len(self.sources) if asked else self._formats(groups, given)
+        plan = recipes.render_plan(config, self.facts, self.date or "1970-01-01", short_cut=True)
+        return {"plan": plan, "formats": formats, "pool": None}
+
+    def _formats(self, groups: Sequence[SourceGroup], given: Sequence[Any]) -> tuple[str, ...]:
+        found: dict[int, Any] = {}
+        for group, sources in zip(groups, given, strict=True):
+            errors = WorkerErrors((UserError,))
+            job = FormatJob(given=sources, errors=errors)
+            with as_mistakes(self.where, self.where), errors.raised():
+                for row in group.frame.mapInArrow(job, FORMAT_SCHEMA).collect():
+                    found[row.source] = row
+        for number in sorted(found):
+            if found[number].mistake:
+                raise UserError(found[number].mistake)
+        return tuple(found[number].format if number in found else "messages" for number in range(len(self.sources)))
+
+    def _encoded(
+        self,
+        attempt: Attempt,
+        groups: Sequence[SourceGroup],
+        given: Sequence[Any],
+        chat: dict[str, Any],
+        staged: str,
+    ) -> InputFindings:
+        """Write the shards of one attempt; what the tasks found."""
+        config = Raw2IdsConfig(
+            **{each.name: getattr(self.config, each.name) for each in dataclasses.fields(Raw2IdsConfig)}
+        )  # whose class the executors have, wherever this file lies
+        errors = WorkerErrors((*PROOF_ERRORS, UserError))
+        findings = found_by_tasks(self.spark)
+        facts = self.spark.sparkContext.broadcast(self.facts)
+        if chat:
+            chat = {**chat, "plan": dataclasses.replace(chat["plan"], short_cut=attempt.short_cut)}
+        columns = recipes.packer_of(config, self.facts, (0,) if config.sequence_prefix else ()).columns
+        encoded = None
+        for group, sources in zip(groups, given, strict=True):
+            job = EncodingJob(
+                config=config,
+                attempt=attempt,
+                facts=facts,
+                given=sources,
+                chat=chat,
+                findings=findings,
+                errors=errors,
+            )
+            rows = group.frame.mapInArrow(job, schema_of(columns))
+            encoded = rows if encoded is None else encoded.union(rows)
+        assert encoded is not None
+        with as_mistakes(self.where, f"-o {self.place.shown}"), errors.raised():
+            write_shards(encoded, staged, codec=config.compress)
+        return together([found for _, found in sorted(findings.value.items())], self.sources)
+
+    def _document_suffix(self) -> tuple[int, ...] | None:
+        """The ids that documents end in, as the tasks have them; None for conversations."""
+        if self.config.type == "ft":
+            return None
+        engine = open_engine(self.facts, "hf", trust_remote_code=self.config.trust_remote_code)
+        return recipes.affixes_of(self.config, self.facts, engine)[1]
 
 
-def _findings(encoded: Encoded) -> dict[str, Any]:
-    bad: dict[str, Any] = {}
-    for record in encoded.bad:
-        kind = bad.setdefault(record.kind, {"count": 0, "examples": []})
-        kind["count"] += 1
-        if len(kind["examples"]) < MAX_EXAMPLES:
-            kind["examples"].append(f"record {record.line} of its partition: {record.detail}")
-    counts = {**encoded.counts, "documents": len(encoded.documents), "document_tokens": len(encoded.documents.ids)}
-    return {"counts": counts, "bad": bad, "engine": None}
+FoundByTask = dict[tuple[str, int], Findings]
 
 
-def merge_findings(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Add up what two tasks found."""
-    for name, count in more["counts"].items():
-        total["counts"][name] = total["counts"].get(name, 0) + count
-    for kind, found in more["bad"].items():
-        known = total["bad"].setdefault(kind, {"count": 0, "examples": []})
-        known["count"] += found["count"]
-        known["examples"] = sorted({*known["examples"], *found["examples"]})[:MAX_EXAMPLES]
-    total["engine"] = more["engine"] or total["engine"]
-    return total
+def found_by_tasks(spark: "SparkSession") -> Any:
+    """An accumulator of what tasks found: what one says twice, it says once."""
+    from pyspark.accumulators import AccumulatorParam
 
+    class FindingsParam(AccumulatorParam[FoundByTask]):
+        def zero(self, value: FoundByTask) -> FoundByTask:
+            return {}
 
-def read_input(spark: "SparkSession", config: SparkRaw2IdsConfig) -> "DataFrame":
-    """The records, as Spark reads them."""
-    paths = list(config.input)
-    if config.read_format == "jsonl":
-        frame = spark.read.text(paths)
-    elif config.read_format == "text":
-        frame = spark.read.text(paths, wholetext=True)
-    else:
-        frame = spark.read.format(config.read_format).load(paths)
-        if config.type == "pretrain":
-            field = config.text_field.split(".")[0]
-            if field not in frame.columns:
-                raise UserError(f"-i: no column {field} (columns: {', '.join(frame.columns[:12])}); see --text_field")
-            frame = frame.select(field)
-    return frame.repartition(config.partitions) if config.partitions else frame
+        def addInPlace(self, value1: FoundByTask, value2: FoundByTask) -> FoundByTask:  # noqa: N802
+            return value1 | value2
 
-
-def chat_arguments(config: SparkRaw2IdsConfig, facts: TokenizerFacts, frame: "DataFrame") -> dict[str, Any]:
-    """How conversations are read and rendered, decided once, on the driver."""
-    if config.type != "ft":
-        return {}
-    template = recipes.template_text(config, facts)
-    date = recipes.date_of(config, template, None)
-    format_name = recipes.format_asked_for(config) or _format_of_input(config, frame)
-    plan = recipes.render_plan(config, facts, date or "1970-01-01", short_cut=True)
-    for warning in recipes.template_warnings(plan):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return {"plan": plan, "formats": (format_name,), "pool": None}
-
-
-def _format_of_input(config: SparkRaw2IdsConfig, frame: "DataFrame") -> str:
-    sample = frame.limit(SAMPLE).toArrow().combine_chunks().to_batches()
-    records = parse_chunk(chunk_of(sample[0], config.read_format, 0, 1), _kind(config)).values if sample else []
-    return commonest_format(records, "-i")
-
-
-def _document_suffix(config: SparkRaw2IdsConfig, facts: TokenizerFacts) -> tuple[int, ...] | None:
-    """The ids that documents end in, as the tasks have them; None for conversations."""
-    if config.type == "ft":
-        return None
-    engine = open_engine(facts, "hf", trust_remote_code=config.trust_remote_code)
-    return recipes.affixes_of(config, facts, engine)[1]
+    return spark.sparkContext.accumulator({}, FindingsParam())
 
 
 def run(spark: "SparkSession", config: SparkRaw2IdsConfig) -> Manifest:
     """Encode, pack and write, and then the manifest of what was written.
 
     Raises:
-        UserError: the input or the tokenizer does not fit the options, or the output exists.
+        UserError: whatever the local command refuses too.
     """
-    facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-    frame = read_input(spark, config)
-    chat = chat_arguments(config, facts, frame)
-    broadcast = spark.sparkContext.broadcast(facts)
-    output = config.output
-    assert output is not None  # checked with the options
-    columns = recipes.packer_of(config, facts, (0,) if config.sequence_prefix else ()).columns
-
-    def attempted(attempt: Attempt) -> dict[str, Any]:
-        """Write the shards; what the tasks found."""
-        errors = WorkerErrors((*PROOF_ERRORS, UserError))
-        findings = _accumulator(spark)
-        as_planned = {**chat, "plan": dataclasses.replace(chat["plan"], short_cut=attempt.short_cut)} if chat else {}
-        job = Job(config=config, attempt=attempt, facts=broadcast, chat=as_planned, findings=findings, errors=errors)
-        try:
-            write_shards(frame.mapInArrow(job, schema_of(columns)), output, overwrite=config.clean)
-        except Exception as error:  # Spark's own, of several kinds
-            of_worker = errors.found_in(error)
-            if of_worker is None:
-                raise
-            remove_if_empty(spark, output)
-            raise of_worker from None
-        found: dict[str, Any] = findings.value
-        return found
-
-    found = attempts(attempted, Attempt(choice=config.engine))
-    engine = {**found["engine"], "checks": found["counts"].get("checks", 0)} if found["engine"] else None
-    suffix = _document_suffix(config, facts)
-    manifest = Manifest(
-        command="spark_jobs/raw2ids",
-        options={key: value for key, value in recorded_options(config).items() if key not in LOCAL_ONLY},
-        files=describe_output(spark, output),
-        tokenizer=dataclasses.replace(facts.for_manifest, document_end=suffix[-1] if suffix else None),
-        labels_checked=True,
-        chat_template=chat["plan"].template if chat else None,
-        sources=tuple({"name": name.rsplit("/", 1)[-1]} for name in config.input),
-        extra={
-            **{name: count for name, count in found["counts"].items() if not name.startswith((LEFT_OUT, UNUSED))},
-            "left_out": named(found["counts"], LEFT_OUT),
-            "unused_fields": named(found["counts"], UNUSED),
-            "bad_records": found["bad"],
-            "engine": engine,
-            **({} if suffix is None else {"document_end": recipes.document_end_record(config, facts, suffix)}),
-        },
-    )
-    write_manifest_at(spark, output, manifest)
-    return manifest
-
-
-def _accumulator(spark: "SparkSession") -> Any:
-    """Sums of what tasks found."""
-    from pyspark.accumulators import AccumulatorParam
-
-    class FindingsParam(AccumulatorParam[dict[str, Any]]):
-        def zero(self, value: dict[str, Any]) -> dict[str, Any]:
-            return _nothing_found()
-
-        def addInPlace(self, value1: dict[str, Any], value2: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-            return merge_findings(value1, value2)
-
-    return spark.sparkContext.accumulator(_nothing_found(), FindingsParam())
-
-
-def _nothing_found() -> dict[str, Any]:
-    return {"counts": {}, "bad": {}, "engine": None}
+    return SparkPreparation(spark, config).result()[0]
 
 
 @command(SparkRaw2IdsConfig, name="raw2ids")
 def main(config: SparkRaw2IdsConfig) -> None:
     """Turn text and chat data into token-id shards on a Spark cluster; flags as for jllm raw2ids."""
-    spark = session("jllm raw2ids")
-    manifest = run(spark, config)
-    spark.stop()
-    rows, tokens, files = manifest.rows, manifest.total("tokens"), len(manifest.files)
-    print(f"{config.output}: {rows:,} rows, {tokens:,} tokens in {files} files")
-    for name, count in [*manifest.extra["left_out"].items(), *manifest.extra["unused_fields"].items()]:
-        print(f"  left out: {count:,} x {name}")
-    for kind, found in manifest.extra["bad_records"].items():
-        print(f"  {found['count']:,} bad records: {kind}, such as {found['examples'][0]}")
+    with job_session("jllm raw2ids", verbose=config.verbose) as spark:
+        _, said = SparkPreparation(spark, config).result()
+    say(f"{config.output}: {said}")
 
 
 if __name__ == "__main__":
+    divide_streams()
     main()

@@ -149,7 +149,7 @@ def test_every_module_has_a_test_of_its_name() -> None:
     assert not missing
 
 
-BESIDE_THE_PACKAGE = ("distributed", "spark")
+BESIDE_THE_PACKAGE = ("distributed", "pages", "spark")
 """Folders of tests that are about several packages at once."""
 TESTED_ELSEWHERE: dict[str, str] = {
     # What only a run of several processes shows.

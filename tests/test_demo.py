@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jllm.data.dataset.columns import Column
+from tests.data.tokenizers_for_tests import make_byte_tokenizer
+from tests.data.typed_sets import make_typed_set
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,3 +145,34 @@ def test_evaluation_counts_every_trained_target_once(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "result.json").read_text())
     assert measured["eval_tokens"] == len(losses)
     assert measured["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_an_answer_stands_alone(tmp_path: Path) -> None:
+    """Without what libraries notice about the model, such as settings for sampling that are not used."""
+    model = make_byte_tokenizer(tmp_path)
+    tiny_llama(model, tied=False, vocabulary=512)
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.5, "top_k": 3}))
+    result = run_tool("ask", "--model", model, "-p", "hi", "--max_new_tokens", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.startswith("> hi\n")
+
+
+def test_evaluation_reads_no_further_column(tmp_path: Path) -> None:
+    """One that is damaged does not matter."""
+    import pyarrow.parquet as pq
+
+    model = tiny_llama(tmp_path / "model", tied=False)
+    data = make_typed_set(tmp_path / "data", 9, [Column(name="z", element="text")])
+    (path,) = data.rglob("*.parquet")
+    groups = pq.ParquetFile(path).metadata
+    at = next(
+        groups.row_group(0).column(index).data_page_offset
+        for index in range(groups.num_columns)
+        if groups.row_group(0).column(index).path_in_schema.startswith("z")
+    )
+    damaged = bytearray(path.read_bytes())
+    damaged[at : at + 8] = b"\xff" * 8
+    path.write_bytes(damaged)
+    result = run_tool("evaluate", "--model", model, "--data", data)
+    assert result.returncode == 0, result.stderr

@@ -28,11 +28,20 @@ class AskConfig:
 @command(AskConfig, name="ask")
 def main(config: AskConfig) -> None:
     """Ask a Hugging Face folder something."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from jllm.data.tokenizer.facts import without_notices
+
     logging.disable_progress_bar()
+    with without_notices():
+        print(f"> {config.prompt}\n{answer(config)}")
+
+
+def answer(config: AskConfig) -> str:
+    """What the model writes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer: Any = AutoTokenizer.from_pretrained(config.model)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     if tokenizer.chat_template:
@@ -46,8 +55,8 @@ def main(config: AskConfig) -> None:
         given = tokenizer(config.prompt, return_tensors="pt")
     with torch.inference_mode():
         written = model.generate(**given, max_new_tokens=config.max_new_tokens, do_sample=False)
-    answer = tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"> {config.prompt}\n{answer.strip()}")
+    text: str = tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
 
 
 if __name__ == "__main__":

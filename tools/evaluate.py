@@ -45,11 +45,12 @@ def main(config: EvaluateConfig) -> None:
 
 def read_rows(folder: Path) -> Iterator[tuple[list[int], list[int]]]:
     """Each row of a data set without its padding: ids, and targets that line up with them (unshifted)."""
+    from jllm.data.dataset.columns import COLUMNS
     from jllm.data.dataset.manifest import open_data_set
     from jllm.data.dataset.shards import ShardReader
 
     for path in open_data_set(folder).paths:
-        for batch in ShardReader(path):
+        for batch in ShardReader(path, columns=COLUMNS):
             for row in batch.to_pylist():
                 boundaries = row.get("cu_seqlens") or [0, len(row["input_ids"])]
                 ids = row["input_ids"][: boundaries[-1]]
@@ -64,8 +65,11 @@ def load(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from jllm.data.tokenizer.facts import without_notices
+
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with without_notices():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def evaluate(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, int]:

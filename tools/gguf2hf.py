@@ -42,7 +42,10 @@ def main(config: Gguf2HfConfig) -> None:
     """Turn a GGUF file into a plain Hugging Face folder."""
     temporary = config.output.with_name(f".{config.output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    parameters = convert(config.input, temporary, config.dtype)
+    from jllm.data.tokenizer.facts import without_notices
+
+    with without_notices():
+        parameters = convert(config.input, temporary, config.dtype)
     temporary.rename(config.output)
     print(f"{config.output}: {parameters / 1e6:.1f} M parameters, {config.dtype}, from {config.input.name}")
 

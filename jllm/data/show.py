@@ -84,7 +84,7 @@ def _fact(value: Any) -> str:
     """What a manifest says, for people: no more than one level of names, and nothing that is empty."""
     if isinstance(value, dict):
         facts = [
-            f"{name.replace('_', ' ')} {_fact(item)}" for name, item in value.items() if item not in (None, "", [])
+            f"{name.replace('_', ' ')} {_fact(item)}" for name, item in value.items() if item not in (None, "", [], {})
         ]
         return ", ".join(facts)
     if isinstance(value, list):

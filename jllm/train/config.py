@@ -85,7 +85,11 @@ class TrainConfig:
         metavar="SECONDS",
     )
     force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
-    tag: str | None = option(None, help="the checkpoint inside --from_ckpt or --resume_ckpt [default: the newest]")
+    tag: str | None = option(
+        None,
+        help="the checkpoint inside --from_ckpt or --resume_ckpt: a step, such as 1000, or a folder's name [default:"
+        " the newest]",
+    )
     output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
 
     export: str = option(
@@ -98,7 +102,9 @@ class TrainConfig:
     pipe_parallel_size: int = option(
         1, least=1, most=1 << 20, help="pipeline stages; what remains of the processes is data-parallel"
     )
-    model_parallel_size: int = option(1, least=1, help="tensor-parallel processes; only 1 in this version")
+    model_parallel_size: int = option(
+        1, "--tensor_parallel_size", least=1, help="tensor-parallel processes; only 1 in this version"
+    )
     sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
     zero_stage: int | None = option(
         None,
@@ -116,7 +122,9 @@ class TrainConfig:
     timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
 
     # Steps
-    per_device_train_batch_size: int = option(1, least=1, most=MOST_ROWS, help="rows of a micro-batch")
+    per_device_train_batch_size: int = option(
+        1, "--micro_batch_size", least=1, most=MOST_ROWS, help="rows of a micro-batch"
+    )
     batch_size_tokens: int | None = option(
         None,
         least=1,

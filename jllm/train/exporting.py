@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.saving import has_template
 from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
 from jllm.train.checkpoint.export import export
@@ -11,6 +12,7 @@ from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import is_exported, load_weights, load_weights_only
 from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.config import TrainConfig
+from jllm.train.data.open import DataFacts
 from jllm.train.distributed import peers
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -24,12 +26,22 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model: M
     assert config.output_dir is not None
     assert config.model is not None
     stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
-    load_weights_only(stage, config, agreement)
-    export(stage, agreement, config.output_dir, source=config.model, dtype=model.dtype)
+    template = load_weights_only(stage, config, agreement).chat_template
+    export(stage, agreement, config.output_dir, source=config.model, dtype=model.dtype, chat_template=template)
     if agreement.place.is_first:
         print(f"wrote {config.output_dir}", flush=True)
     peers.leave()
     agreement.barrier()
+
+
+def say_templates(config: TrainConfig, facts: DataFacts, recorder: Recorder) -> None:
+    """Warn where an export of this run gets no chat template, because its data have several."""
+    exports = config.output_dir is not None or config.checkpoint is not None
+    if facts.templates_differ and exports and config.model is not None and not has_template(config.model):
+        recorder.say(
+            "warning: the training data were made with different chat templates and the model has none, so its exports"
+            " get none; put the right one into the model's folder as chat_template.jinja"
+        )
 
 
 def export_run(

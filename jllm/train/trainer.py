@@ -31,13 +31,13 @@ from jllm.train.checkpoint.state import TrainingState
 from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
-from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps
+from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps, warnings_of
 from jllm.train.distributed import launch, peers
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
-from jllm.train.exporting import convert, export_run
+from jllm.train.exporting import convert, export_run, say_templates
 from jllm.train.lifecycle.clean import remove_earlier_runs
 from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
 from jllm.train.lifecycle.requests import Request, Requests
@@ -248,9 +248,9 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
-        warnings = (line for data in (self.data, *self.eval_data.values()) for line in data.facts.warnings)
-        for line in dict.fromkeys(warnings):
+        for line in warnings_of(self.data, *self.eval_data.values()):
             self.recorder.say(f"warning: {line}")
+        say_templates(self.config, facts, self.recorder)
         share = evaluation_share(
             self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
         )
@@ -422,6 +422,7 @@ class TrainingRun:
             eval_loss=self.eval_loss,
             rebounds=self.early_stop.rebounds,
             config=self.record,
+            chat_template=self.data.facts.chat_template,
             evaluation_pending=self.evaluation_pending,
             run=self.id,
         )

@@ -152,5 +152,5 @@ AGENT = """{%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_e
 {{- '\\n</tool_call>' }}
 {%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"""
 """A template of agents: tools, calls, results, and the reasoning behind the last question; no developer."""
-ODD = TURNS + "{{- 'odd' if message.content | length == 41 * 41 else message.content }}" + END
+ODD = TURNS + "{{- 'odd ' if message.content | length == 41 * 41 }}{{- message.content }}" + END
 """A template that treats texts of `41 * 41` characters in a way that no probe brings out."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jllm.data import recipes
@@ -16,19 +17,26 @@ MODEL = "models/Qwen3-8B"
 
 def example_of(text: str) -> str:
     """The indented example that imports `jllm.data.recipes`."""
-    found = re.search(r"^    from jllm\.data\.recipes import .*(?:\n(?:    .*)?)*", text, re.MULTILINE)
+    found = re.search(
+        r"^(?:    import .*\n)*    from jllm\.data\.recipes import .*(?:\n(?:    .*)?)*", text, re.MULTILINE
+    )
     assert found is not None
     return re.sub(r"^    ", "", found[0], flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("where", ["docs", "docstring"])
-def test_the_example_runs_as_it_is_shown(byte_tokenizer: Path, where: str) -> None:
+def test_the_example_runs_as_it_is_shown(
+    byte_tokenizer: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The docstring's takes its batches from whoever calls it, the page's from a file."""
     text = (ROOT / "docs" / "raw2ids.md").read_text(encoding="utf-8") if where == "docs" else recipes.__doc__ or ""
     example = example_of(text)
     assert MODEL in example
     texts = documents(400)
     batches = [pa.RecordBatch.from_pydict({"text": [*texts[i : i + 90], None, " "]}) for i in range(0, 400, 90)]
-    names: dict[str, Any] = {"batches": batches}
+    names: dict[str, Any] = {"batches": batches} if where == "docstring" else {}
+    pq.write_table(pa.Table.from_batches(batches), tmp_path / "corpus.parquet")
+    monkeypatch.chdir(tmp_path)
     exec(example.replace(MODEL, str(byte_tokenizer)), names)
     rows = [row for batch in names["rows"] for row in batch.to_pylist()]
     wanted, boundaries = stacked(reference_stream(byte_tokenizer, texts), 2048)

@@ -188,3 +188,17 @@ def test_start_beyond_the_end(tmp_path: Path) -> None:
 def test_start_and_end(tmp_path: Path, start: int, shown: int) -> None:
     output = inspect(make_set(tmp_path / "a", 50, files=3), "-n", 2, "--start", start)
     assert output.count("--- row") == shown
+
+
+def test_what_is_empty_is_not_shown(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "a", 5)
+    manifest = open_data_set(folder).manifest
+    chat = {
+        "template": "own",
+        "left_out": {},
+        "unused_fields": {"score": 3},
+        "warnings": [],
+        "date": None,
+    }
+    write_manifest(folder, dataclasses.replace(manifest, extra={"chat": chat}))
+    assert "  chat template own, unused fields score 3" in inspect(folder, "-n", 0).splitlines()

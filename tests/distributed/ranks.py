@@ -7,6 +7,7 @@ that pile up in one process have threads that wake up all the time, which slows 
 import os
 import queue
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +33,10 @@ def _serve(rank: int, world_size: int, port: int, results: Any, function: Callab
         results.put((rank, function(*arguments), None))
     except BaseException as error:
         results.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    # As a real rank ends: threads of a process group may wait for peers that will never answer.
     results.close()
     results.join_thread()
-    os._exit(0)
+    # Whoever ends first would be missed by the others, which are still at work.
+    threading.Event().wait()
 
 
 class Ranks:

@@ -1,5 +1,6 @@
 """Runs of the trainer inside a test's process group."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ def train_rank(options: dict[str, Any]) -> str | None:
         peers.may_speak()  # as the command does: the others are told that this process ends in order
         return str(error)
     return None
+
+
+def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
+    """The same, its console added to a file."""
+    with console.open("a") as file, contextlib.redirect_stdout(file):
+        return train_rank(options)
 
 
 def options_of(folder: Path, settings: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -283,14 +284,35 @@ def test_a_checkpoint_that_cannot_be_written(
             assert losses(place) == straight
             assert saved(place) == ["step-00000006", "step-00000008"]
         else:
-            assert [code for code, _ in answers] == [2, 2]
+            assert [code for code, _ in answers] == [75, 75]
             assert answers[0][1] == answers[1][1]
-            assert "the newest that is complete is" in answers[0][1]
+            assert "the newest of 1 that are complete is" in answers[0][1]
             assert "step-00000002" in answers[0][1]
             assert saved(place) == ["step-00000002"]
         assert not list((place / "ckpt").glob(".step*"))
         assert ranks(2).run(ended, given, place / "console") == [(0, "")] * 2
         assert losses(place) == straight
+
+
+def test_a_disk_that_stays_full_is_refused_at_the_start(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    for more in ({}, {"only_ckpt_model": True, "resume_ckpt": None}):
+        place = tmp_path / str(len(more))
+        place.mkdir()
+        answers = ranks(2).run(on_a_full_disk, options_in(folder, place, **more), place / "console")
+        assert [code for code, _ in answers] == [2, 2]
+        assert answers[0] == answers[1]
+        assert re.search(r"--checkpoint .*: a checkpoint needs about \d+ MiB of disk and 0 MiB are free", answers[0][1])
+
+
+def on_a_full_disk(options: dict[str, Any], console: Path) -> tuple[int, str]:
+    """A run whose disk has a thousand bytes left."""
+    import shutil
+    import types
+
+    shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)  # type: ignore[assignment,return-value]
+    return ended(options, console)
 
 
 def failing_writes(options: dict[str, Any], console: Path, failing: list[int], rank: int) -> tuple[int, str]:

@@ -1,6 +1,5 @@
 """What a real run leaves behind: learning rates, TensorBoard, its options, checkpoints by minutes, a bad step."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +16,7 @@ import pytest
 from jllm.train.config import TrainConfig
 from jllm.train.records.curves import plot
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import logged_options, records, train_rank
+from tests.distributed.runs import logged_options, records, train_rank, train_rank_into
 from tests.fixtures import random_rows, tiny_llama, write_rows
 from tests.train.records.flags import parse
 from tests.train.records.lines import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE
@@ -122,11 +121,6 @@ def test_the_recorded_options_make_the_same_run(ranks: Callable[[int], Ranks], f
     assert ranks(2).run(train_rank, logged_options(folder, tmp_path, **more)) == [None] * 2
     assert recorded.read_text() == first
     assert "steps_per_print = 3\n" in (tmp_path / "log/config-from-step-00000005.toml").read_text()
-
-
-def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
-    with console.open("a") as file, contextlib.redirect_stdout(file):
-        return train_rank(options)
 
 
 def test_the_console_has_a_line_of_the_form_for_each_record(

@@ -1,6 +1,5 @@
 """A run's evaluations, checkpoints, endings and records."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,7 +12,7 @@ import pytest
 
 from jllm.data.dataset.manifest import open_data_set, write_manifest
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import logged_options, records, train_rank
+from tests.distributed.runs import logged_options, records, train_rank, train_rank_into
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 
@@ -230,6 +229,28 @@ def test_the_template_of_the_data_is_exported(
         assert not (tmp_path / "out/chat_template.jinja").exists()
 
 
+def test_the_template_of_the_data_is_in_checkpoints_unless_there_are_several(
+    ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path
+) -> None:
+    """What is exported of a checkpoint has it; where sets differ, none is taken, and a line says so once."""
+    for name in ("one", "other"):
+        shutil.copytree(folder / "data", tmp_path / name)
+        manifest = open_data_set(tmp_path / name).manifest
+        write_manifest(tmp_path / name, dataclasses.replace(manifest, chat_template=f"{{{{ {name} }}}}"))
+    given = {"one": ("one",), "both": ("one", "other")}
+    for name, sets in given.items():
+        more: dict[str, Any] = {"train_data": tuple(str(tmp_path / each) for each in sets), "max_steps": 1}
+        more["checkpoint"] = tmp_path / f"checkpoint-{name}"
+        console, out = tmp_path / f"console-{name}", tmp_path / f"out-{name}"
+        assert ranks(2).run(train_rank_into, logged_options(folder, tmp_path / name, **more), console) == [None] * 2
+        assert console.read_text().count("were made with different chat templates") == (name == "both")
+        convert = {**more, "num_train_epochs": 0, "max_steps": None, "checkpoint": None, "output_dir": out}
+        convert |= {"train_data": (), "from_ckpt": tmp_path / f"checkpoint-{name}"}
+        assert ranks(2).run(train_rank, logged_options(folder, tmp_path / f"{name}-again", **convert)) == [None] * 2
+        template = out / "chat_template.jinja"
+        assert (template.read_text() if template.exists() else None) == ("{{ one }}" if name == "one" else None)
+
+
 def test_dry_run(folder: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -282,11 +303,6 @@ def test_clean_starts_over(ranks: Callable[[int], Ranks], folder: Path, tmp_path
         assert answer is not None
         assert answer.startswith(f"--clean would remove {folder}, which holds {folder / 'data'}")
     assert (folder / "data/_manifest.json").exists()
-
-
-def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
-    with console.open("w") as file, contextlib.redirect_stdout(file):
-        return train_rank(options)
 
 
 def test_large_evaluations_are_announced(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:

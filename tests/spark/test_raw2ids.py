@@ -168,7 +168,7 @@ def test_a_short_cut_that_fails(
 
     template = (
         "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-        "{{- 'odd' if message.content | length == 41 * 41 else message.content }}{{- '<|im_end|>\\n' }}{%- endfor %}"
+        "{{- 'odd ' if message.content | length == 41 * 41 }}{{- message.content }}{{- '<|im_end|>\\n' }}{%- endfor %}"
     )
     turns = [[{"user": text[:80]}, {"assistant": text[-60:] + lies}] for text in documents()]
     turns[0] = [{"user": "x" * 41 * 41}, {"assistant": "yes" + lies}]
@@ -176,7 +176,7 @@ def test_a_short_cut_that_fails(
     common = {"input": (given,), "tokenizer": str(tokenizer), "chat_template": template, "max_len": 4096}
     manifest = run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark")))
     said = capfd.readouterr().err
-    assert "starting over with the no short cut" in said
+    assert "starting over without the short cut" in said
     assert ("starting over with the hf engine" in said) == bool(lies)
     assert manifest.extra["engine"]["name"] == ("hf" if lies else "fastokens")
     arguments = ["-i", given, "--tokenizer", str(tokenizer), "--chat_template", template, "--max_len", "4096"]
@@ -184,7 +184,7 @@ def test_a_short_cut_that_fails(
     assert bags(tmp_path / "spark") == bags(expected)
     rows = table_of(tmp_path / "spark").column(INPUT_IDS).to_pylist()
     assert len(rows) == DOCUMENTS
-    assert max(map(len, rows)) < 500, "the odd text is not shown"
+    assert [len(row) > 41 * 41 for row in sorted(rows, key=len)[-2:]] == [False, True], "the odd text is shown"
 
 
 def test_a_mistake_that_a_worker_finds_is_one_line(spark: Any, tokenizer: Path, tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ def test_a_mistake_that_a_worker_finds_is_one_line(spark: Any, tokenizer: Path, 
 
     given = write_jsonl(tmp_path / "chat.jsonl", [[{"user": "q"}, {"assistant": "word " * 100}]])
     common = {"input": (given,), "tokenizer": str(tokenizer), "chat_template": "chatml", "max_len": 96}
-    with pytest.raises(UserError, match=r"^--overlong error: the conversation at line 1 has"):
+    with pytest.raises(UserError, match=r"^--overlong error: the conversation at chat.jsonl:1 has"):
         run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark"), overlong="error"))
     assert not (tmp_path / "spark").exists()

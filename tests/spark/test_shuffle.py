@@ -36,8 +36,9 @@ def test_shuffle_gives_the_local_blocks(spark: Any, tmp_path: Path, blocks: int)
     for path, other in zip(ours.paths, theirs.paths, strict=True):
         rows, others = (pa.Table.from_batches(list(ShardReader(one))) for one in (path, other))
         assert rows.equals(others), "block by block, row by row"
-    with pytest.raises(UserError, match="exists"):
-        run(spark, config)
+    before = {path: path.read_bytes() for path in (tmp_path / "spark").rglob("*") if path.is_file()}
+    assert run(spark, config) == manifest, "found finished, as the local command finds it"
+    assert {path: path.read_bytes() for path in (tmp_path / "spark").rglob("*") if path.is_file()} == before
 
 
 def test_local_commands_read_what_spark_wrote(spark: Any, tmp_path: Path) -> None:

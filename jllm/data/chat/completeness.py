@@ -2,11 +2,13 @@
 
 A template is tried with texts that nothing else can hold, in messages of the same roles, fields and numbers of calls;
 what does not come out is not shown. Tried once for each such shape. What depends on the texts themselves (arguments of
-calls, think blocks) is looked up in what the template made of them.
+calls, think blocks, a message that is left out because of a word in it) is looked up in what the template made of
+them: each message behind the one before.
 
 Guarantees: a conversation of which a template leaves out a message, call or tool is refused by name. Reasoning of
-earlier turns may be left out by a template that shows the last one's, and is counted.
-Cost: one rendering for each shape; some look-ups in the text of a conversation with calls or think blocks.
+earlier turns may be left out by a template that shows the last one's, and is counted; so is a message of which the
+template shows some, but not all.
+Cost: one rendering for each shape; a look-up for each message.
 """
 
 import functools
@@ -23,7 +25,10 @@ from jllm.data.chat.records.messages import REASONING
 Messages = Sequence[Mapping[str, Any]]
 _SHAPES_KEPT = 4096
 _CLOSED = "</think>"
-_TEXT, _THOUGHT, _CALL, _TOOL = "text", "thought", "call", "tool"
+_MOVED = frozenset(("system", "developer"))
+_PIECE = 16
+"""So many letters of a message in a row are found nowhere by chance."""
+_TEXT, _THOUGHT, _CALL, _TOOL, _NAME = "text", "thought", "call", "tool", "name"
 
 
 class Completeness:
@@ -43,17 +48,14 @@ class Completeness:
         Raises:
             BadRecordError: the template leaves out anything else.
         """
-        key = (tuple(map(_shape, messages)), tuple(map(_is_function, tools or ())))
-        if key not in self._shapes:
-            if len(self._shapes) > _SHAPES_KEPT:
-                self._shapes.clear()
-            self._shapes[key] = self._missing(messages, tools)
-        missing = self._shapes[key]
+        missing = self._left_out(messages, tools)
         if not missing:
             return frozenset()
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         left_out = set()
         for what, number in missing:
+            if what == _NAME:
+                continue
             if what == _TOOL:
                 raise BadRecordError(
                     "tools not shown", "the template does not show its tools; leave them out with --ignore_tools"
@@ -81,17 +83,26 @@ class Completeness:
             left_out.add(number)
         return frozenset(left_out)
 
-    def require_in(self, text: str, messages: Messages, tools: list[Any] | None, left_out: frozenset[int]) -> None:
+    def names_left_out(self, messages: Messages, tools: list[Any] | None) -> int:
+        """Of how many messages the template does not show the name of who speaks."""
+        return sum(what == _NAME for what, _ in self._left_out(messages, tools) or ())
+
+    def require_in(self, text: str, messages: Messages, tools: list[Any] | None, left_out: frozenset[int]) -> int:
         """Look up what the shape of a conversation cannot tell.
 
         Args:
             text: what the template made of the messages.
             left_out: messages whose reasoning need not be there.
 
+        Returns:
+            Of how many messages the template shows some, and not all.
+
         Raises:
             BadRecordError: something is not there.
         """
+        at, changed = 0, 0
         for number, message in enumerate(messages):
+            content = message["content"]
             for call in message.get("tool_calls") or ():
                 function = call["function"]
                 for value in (function["name"], *_leaves(function["arguments"])):
@@ -100,17 +111,45 @@ class Completeness:
                             "tool call not found",
                             f"the template does not show a tool call of an answer as it is ({shown(value)})",
                         )
-            if message["role"] == "assistant" and _CLOSED in message["content"]:
-                before, _, rest = message["content"].partition(_CLOSED)
+            if message["role"] == "assistant" and _CLOSED in content:
+                before, _, rest = content.partition(_CLOSED)
                 outside, _, thought = before.rpartition("<think>")
                 expected = [outside, rest] if number in left_out else [outside, thought, rest]
                 if not all(part.strip() in text for part in expected):
                     raise BadRecordError(
                         "message not shown", f"the template does not show all that is around {_CLOSED} in an answer"
                     )
+                content = rest
+            elif number not in left_out and not _shows_some(text, (message.get(REASONING[0]) or "").strip()):
+                raise BadRecordError(
+                    "reasoning not shown", f"the template does not show the reasoning of message {number}"
+                )
+            content = content.strip()
+            # What the system says may be moved: into the first question, or the last.
+            first = 0 if message["role"] in _MOVED else at
+            found = text.find(content, first)
+            if found >= 0:
+                at = at if message["role"] in _MOVED else found + len(content)
+            elif not _shows(text[first:], content):
+                if not _shows_some(text[first:], content):
+                    raise BadRecordError(
+                        "message not shown",
+                        f"the template does not show message {number}, of the role {message['role']}"
+                        f" ({shown(content)})",
+                    )
+                changed += 1
         for tool in tools or ():
             if _is_function(tool) and not _is_in(tool["function"]["name"], text):
                 raise BadRecordError("tools not shown", "the template does not show a tool as it is")
+        return changed
+
+    def _left_out(self, messages: Messages, tools: list[Any] | None) -> tuple[tuple[str, int], ...] | None:
+        key = (tuple(map(_shape, messages)), tuple(map(_is_function, tools or ())))
+        if key not in self._shapes:
+            if len(self._shapes) > _SHAPES_KEPT:
+                self._shapes.clear()
+            self._shapes[key] = self._missing(messages, tools)
+        return self._shapes[key]
 
     def _missing(self, messages: Messages, tools: list[Any] | None) -> tuple[tuple[str, int], ...] | None:
         """What of messages of this shape does not come out, in order; None where the template shows that only for the
@@ -179,6 +218,8 @@ def _canary(message: Mapping[str, Any], number: int, gaps: _Gaps) -> Mapping[str
         canary["content"] = gaps.take(_TEXT, number)
     if message.get(REASONING[0]):
         canary.update(dict.fromkeys(REASONING, gaps.take(_THOUGHT, number)))
+    if isinstance(message.get("name"), str):
+        canary["name"] = gaps.take(_NAME, number)
     if message.get("tool_calls"):
         canary["tool_calls"] = [
             {**call, "function": {"name": gaps.take(_CALL, number), "arguments": {"x": gaps.take(_CALL, number)}}}
@@ -230,3 +271,17 @@ def _is_in(value: Any, text: str) -> bool:
         ways = (json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value))
         return any(way[1:-1] in text for way in ways)
     return any(re.search(rf"(?<!\w){re.escape(way)}(?!\w)", text) for way in (json.dumps(value), repr(value)))
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether a text shows a message in one of the ways in which JSON and Python write it, or in other capitals."""
+    return _is_in(content, text) or content.casefold() in text.casefold()
+
+
+def _shows_some(text: str, content: str) -> bool:
+    """Whether a text shows some of a message: half of it where it is short, a piece of it where it is not."""
+    if not content:  # which is asked of most messages, and their text is long
+        return True
+    text, content = text.casefold(), content.casefold()
+    size = max(1, min(_PIECE, (len(content) + 1) // 2))
+    return any(content[at : at + size] in text for at in range(0, len(content) - size + 1, size))

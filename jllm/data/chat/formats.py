@@ -194,8 +194,8 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
     found = [name for name in map(format_of, looked_at) if name]
     if not found:
         raise UserError(
-            f"{where}: its first records look like no known chat format ({', '.join(READERS)}); name one with --format,"
-            " or fields with --field_map user=..,assistant=..; for documents use -t pretrain"
+            f"{where}: its first records{_what(looked_at)} look like no known chat format ({', '.join(READERS)}); name"
+            " one with --format, or fields with --field_map user=..,assistant=..; for documents use -t pretrain"
         )
     commonest = max(found, key=found.count)
     if commonest == PAIRS:
@@ -204,6 +204,14 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
             f"{where}: its records are preference pairs (chosen, rejected), not conversations; {_way(pair)}"
         )
     return commonest
+
+
+def _what(records: list[Any]) -> str:
+    """What the first record is, for a message."""
+    if not records or isinstance(records[0], list):
+        return ""
+    has = f"has: {', '.join(map(str, records[0]))}" if isinstance(records[0], dict) else f"is {json_type(records[0])}"
+    return f" (the first {has[:80]})"
 
 
 def is_pair(record: Any) -> bool:

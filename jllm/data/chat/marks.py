@@ -49,7 +49,7 @@ def with_marks(message: dict[str, Any], *, tight: bool = False) -> dict[str, Any
     """
     content, marked = message["content"], dict(message)
     calls = message.get("tool_calls")
-    thinking = _THINK.match(content) if "</think>" in content else None
+    thinking = _THINK.match(content) if "</think>" in content and message["role"] == "assistant" else None
     end = "" if calls else END
     if thinking:
         opened, reasoning, closed = thinking.groups()

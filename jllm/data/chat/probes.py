@@ -2,8 +2,8 @@
 
 A template may escape a text, look for a word in it, or ask for its beginning or its length. Whatever it looks for
 stands in its source as a literal, so the probes are made of those: inside a text, at its beginning, at its end, alone;
-and texts whose lengths are just below, at and above its numbers. Others hold what filters change: quotes, backslashes,
-line ends, runs of spaces, capitals, letters beyond ASCII.
+and texts that have as many letters, words or lines as its numbers say, one fewer, and one more. Others hold what
+filters change: quotes, backslashes, line ends, runs of spaces, capitals, letters beyond ASCII.
 
 Cost: some hundred short conversations rendered, once for each set of roles.
 """
@@ -29,6 +29,9 @@ _FIXED = (
     "true",
     "None",
     "x" * 5000,
+    "ALL UPPER",
+    "All Title",
+    "all lower",
 )
 
 
@@ -41,12 +44,24 @@ def probes_of(environment: Any, source: str) -> list[str]:
     return list(dict.fromkeys([*_FIXED, *_of_literals(environment, source)]))
 
 
-def _of_literals(environment: Any, source: str) -> Iterator[str]:
+def longest_probed(environment: Any, source: str) -> int | None:
+    """How long a text may be whose length is no reason for a template to treat it in its own way, as far as the probes
+    tell; None where it may have any length."""
+    numbers = [value for value in _literals(environment, source) if isinstance(value, int)]
+    return LONGEST if max(numbers, default=0) > LONGEST else None
+
+
+def _literals(environment: Any, source: str) -> Iterator[Any]:
     from jinja2 import nodes
 
     for literal in environment.parse(source).find_all(nodes.Const):
-        value = literal.value
+        yield literal.value
+
+
+def _of_literals(environment: Any, source: str) -> Iterator[str]:
+    for value in _literals(environment, source):
         if isinstance(value, str) and value:
             yield from (f"a {value} b", f"a{value}b", f"{value} b", f"a {value}", value)
         elif isinstance(value, int) and 1 < value <= LONGEST:
-            yield from ("x" * length for length in (value - 1, value, value + 1))
+            for length in (value - 1, value, value + 1):
+                yield from ("x" * length, " ".join("x" * length), "\n".join("x" * length))

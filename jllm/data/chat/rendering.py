@@ -15,6 +15,7 @@ rendered without marks too and must be the same; where it is not, answers are lo
 Cost: Jinja runs for each conversation; `short_cut.py` spares most plain ones that.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -37,7 +38,8 @@ from jllm.data.chat.marks import (
     token_pattern,
     with_marks,
 )
-from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle
+from jllm.data.chat.probes import probes_of
+from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle, unused
 from jllm.data.chat.segments import FlatSegments, Markup, Segment, SegmentBuilder, drop_spans, flatten, inverted
 from jllm.data.chat.template import compile_template
 from jllm.data.chat.tool_calls import SAMPLE_TOOLS, WITH_A_CALL, calls_as
@@ -132,7 +134,7 @@ class Renderer:
         if self._template is None:
             date = datetime.date.fromisoformat(self.plan.date)
             self._template = compile_template(self.plan.template, date, named=self.plan.named)
-            if not self.markup.marked:
+            with contextlib.suppress(*(UserError,) * self.markup.marked):  # its own marks say where answers are
                 self._learn()
         return self._template
 
@@ -200,6 +202,25 @@ class Renderer:
         builder = SegmentBuilder(self.markup, StandIns(), everything=False)
         segments = builder.build(self.render(messages, self._sample_tools))
         return not any("result_of_tool" in each.text[start:end] for each in segments for start, end in each.spans)
+
+    @functools.cached_property
+    def _minds_marks(self) -> bool:
+        """Whether the template compares texts with others, and marks in them make a difference: seen by the probes that
+        look like any text."""
+        for text in probes_of(self.template.environment, self.plan.template):
+            if "<" in text or not text[:1].isalnum() or text[-1:].isspace():
+                continue
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            try:
+                shown, bare = (
+                    self.render([messages[0], each], self._sample_tools)
+                    for each in (with_marks(messages[1]), messages[1])
+                )
+            except BadRecordError:
+                continue
+            if _without_marks(shown) != bare:
+                return True
+        return False
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
@@ -292,27 +313,32 @@ class Renderer:
             text = self._render_refused(hidden, conversation.refused, tools)
         elif self.needs_marks:
             text = self._render_with_marks(hidden, trained, tools, careful)
+        elif any(asked := _beside_answers(hidden, trained)) and not self.plan.train_on_prompt:
+            text = self._render_with_marks(hidden, asked, tools, careful=True)
         else:
             text = self.render(hidden, tools)
         bare = _without_marks(text)
         left_out = self.completeness.thoughts_left_out(hidden, tools)
-        self.completeness.require_in(bare, hidden, tools, left_out)
+        changed = self.completeness.require_in(bare, hidden, tools, left_out)
         if but:
             segments = inverted(self.segments_of(text, stand_ins, hidden, conversation.refused, everything=False))
         else:
             segments = self.segments_of(text, stand_ins, hidden, trained)
         if left_out:
             conversation.note(f"{LEFT_OUT}reasoning of earlier turns, by the template", len(left_out))
+        # Where the template does not speak of names, they were counted when they were read.
+        named = "name" in self.style.names and any("name" in message for message in hidden)
+        if named and (unseen := self.completeness.names_left_out(hidden, tools)):
+            conversation.note(unused("name of messages"), unseen)
+        if changed:
+            conversation.note(f"{LEFT_OUT}text of messages that the template cuts or replaces", changed)
         return flatten(segments), None if stand_ins.used else bare
 
     def _render_refused(self, messages: list[dict[str, Any]], refused: list[bool], tools: list[Any] | None) -> str:
         """The text with marks around what a flag takes out of all that is trained on."""
         if not self.markup.marked:
             return self._render_with_marks(messages, refused, tools, careful=True)
-        marked = [
-            refuses and message["role"] != "assistant" for message, refuses in zip(messages, refused, strict=True)
-        ]
-        return self._render_with_marks(messages, marked, tools, careful=True)
+        return self._render_with_marks(messages, _beside_answers(messages, refused), tools, careful=True)
 
     def segments_of(
         self,
@@ -344,7 +370,7 @@ class Renderer:
     def _render_with_marks(
         self, messages: list[dict[str, Any]], trained: list[bool], tools: list[Any] | None, careful: bool
     ) -> str:
-        edges = False
+        edges, careful = False, careful or self._minds_marks
         for message, counts in zip(messages, trained, strict=True):
             if counts:
                 content = message["content"]
@@ -404,6 +430,11 @@ class Renderer:
         segments = [Segment(control=index) for index in self.plan.prefix]
         segments.append(Segment(text=text, spans=[(start, len(text))]))
         return [*segments, Segment(control=self.plan.eos_id, trained=True)]
+
+
+def _beside_answers(messages: Sequence[Mapping[str, Any]], chosen: list[bool]) -> list[bool]:
+    """The chosen messages that a template with marks of its own does not mark."""
+    return [is_one and message["role"] != "assistant" for message, is_one in zip(messages, chosen, strict=True)]
 
 
 def _without_marks(text: str) -> str:

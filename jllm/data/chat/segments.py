@@ -120,8 +120,8 @@ class SegmentBuilder:
                 length += len(found)
             elif kind == _TOKEN:
                 index = self.markup.id_of(found)
-                final = False
-                if ending >= 0:
+                final, ended = False, ending >= 0
+                if ended:
                     blank = not "".join(texts)[ending - length :].strip() if ending < length else True
                     final = index in ends_of_turn and blank
                     close_span(length if final else ending)
@@ -139,6 +139,7 @@ class SegmentBuilder:
                 segment = Segment(control=index, trained=trained)
                 if trained:
                     group.append((segment, None))
+                group = [] if ended else group  # of what the template's own marks do not stand around
                 segments.append(segment)
                 text, texts, length = Segment(), [], 0
                 since = 0 if since >= 0 else -1
@@ -164,7 +165,7 @@ class SegmentBuilder:
             elif found == REASONING and since < 0:
                 since = self._back_over_think(segments, "".join(texts), length)
             elif found == CALL and since < 0:
-                since = self._back_to_header(segments, "".join(texts), length, self.markup.header)
+                since = self._back_to_header(segments, "".join(texts), length)
         close_span(ending if ending >= 0 else length)
         if texts:
             text.text = "".join(texts)
@@ -226,17 +227,24 @@ class SegmentBuilder:
         found = re.search(r"<think>\s*$", text)
         return found.start() if found else length
 
-    def _back_to_header(self, segments: list[Segment], text: str, length: int, header: tuple[int | None, str]) -> int:
-        """Training begins behind the header of the turn: a turn that is tool calls only has no other mark."""
-        control, tail = header
+    def _back_to_header(self, segments: list[Segment], text: str, length: int) -> int:
+        """Training begins behind the header of the turn: a turn that is tool calls only has no other mark. An empty
+        think block that the template opens the last answer with is of its header."""
+        control, tail = self.markup.header
         if control is None:
-            found = text.rfind(tail)
-            return found + len(tail) if found >= 0 else length
+            ends = [text.rfind(end) + len(end) for _, end in self.markup.headers if end in text]
+            return max(ends, default=length)
         position = len(segments) - 1
         while position >= 0 and segments[position].control != control:
             position -= 1
         if position < 0:
             return length
+        texts = [segment.text for segment in segments] + [text]
+        for other, end in self.markup.headers:
+            for index in range(len(segments) - 1, position, -1):
+                if segments[index].control == other and texts[index + 1].startswith(end):
+                    position, tail = index, end
+                    break
         for index in range(position + 1, len(segments)):
             segment = segments[index]
             if segment.control >= 0:

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from jllm.data.chat.marks import FIRST_STAND_IN, LAST_STAND_IN, PRIVATE, StandIns, token_pattern, with_marks
-from jllm.data.chat.probes import probes_of
+from jllm.data.chat.probes import longest_probed, probes_of
 from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.chat.segments import FlatSegments, flatten
@@ -67,12 +67,17 @@ class ConversationRenderer:
             return flatten(self.renderer.completion(*conversation.completion)), None
         trained = list(conversation.trained)
         if self.plan.train_on == "last":
-            last = max(index for index, counts in enumerate(trained) if counts)
+            chosen = [index for index, counts in enumerate(trained) if counts]
+            last = max(chosen, key=lambda index: (conversation.messages[index]["role"] == "assistant", index))
             trained = [index == last for index in range(len(trained))]
         self._count += 1
         if self.plan.train_on_prompt and any(conversation.refused):
             return self._rendered(conversation, trained)
-        if self.plan.short_cut and self._is_plain(conversation):
+        asks = not conversation.roles and any(
+            counts and message["role"] != "assistant"
+            for message, counts in zip(conversation.messages, trained, strict=True)
+        )
+        if self.plan.short_cut and not asks and self._is_plain(conversation):
             return self._filled(conversation, trained)
         return self._rendered(conversation, trained)
 
@@ -93,6 +98,9 @@ class ConversationRenderer:
     def _is_plain(self, conversation: Conversation) -> bool:
         if conversation.tools is not None:
             return False
+        longest = self._longest
+        if longest is not None and any(len(message["content"]) > longest for message in conversation.messages):
+            return False
         is_plain = self._is_plain_text
         return all(len(message) == 2 and is_plain(message["content"]) for message in conversation.messages)
 
@@ -102,6 +110,10 @@ class ConversationRenderer:
             return False
         # One character is found ten times faster than one of several, and there is no other one in ASCII.
         return not ("<" in text if self._tags_only and text.isascii() else self._unusual.search(text))
+
+    @functools.cached_property
+    def _longest(self) -> int | None:
+        return longest_probed(self.renderer.template.environment, self.plan.template)
 
     @functools.cached_property
     def _probes(self) -> list[str]:
@@ -123,7 +135,10 @@ class ConversationRenderer:
         flat = skeleton.filled([message["content"] for message in conversation.messages])
         whole = None
         if self._verifies:
-            wanted, whole = self._rendered(conversation, trained)
+            try:
+                wanted, whole = self._rendered(conversation, trained)
+            except BadRecordError as error:  # which no text that it shows as it is would be
+                raise ShortCutError(f"the template treats texts in its own way: {error}") from None
             if wanted != flat:
                 raise ShortCutError("the template treats texts in its own way")
         return flat, whole

@@ -1,6 +1,7 @@
 """Makes the manifest of a folder that somebody else wrote, or changed, by reading all of it.
 
-A manifest that is there is never replaced unasked. With a tokenizer one that lacks what is recorded today gets it,
+A manifest that is there is never replaced unasked; one that this command made, and would make so again, is left as
+it is. With a tokenizer one that lacks what is recorded today gets it,
 after every file was found to be the one that it describes; fingerprint, history and all else stay.
 
 Cost: every file is read twice, once for its rows and once for its checksum, on all cores; a few MiB a core in
@@ -22,6 +23,7 @@ from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards, sha256_of
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
     MANIFEST_NAME,
+    OTHER_CONTENT,
     DataSet,
     FileEntry,
     Manifest,
@@ -31,6 +33,7 @@ from jllm.data.dataset.manifest import (
     one_tokenizer,
     open_data_set,
     read_manifest,
+    restore,
     sets_in,
     write_manifest,
 )
@@ -143,17 +146,13 @@ def describe(
 
     Raises:
         UserError: no folder, no shards, a file that cannot be read or has ids of another tokenizer, or a manifest that
-            is there and would be replaced, or is not one of these files.
+            is there and would become another one, or is not one of these files.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a data set")
     present = (folder / MANIFEST_NAME).exists()
-    if present and not force and tokenizer is None:
-        raise UserError(
-            f"{folder}: has a {MANIFEST_NAME}; check it with --verify, add a tokenizer's facts to it with --tokenizer,"
-            " or replace it with --force"
-        )
-    amended = open_data_set(folder).manifest if present and not force else None
+    as_it_is = _own_manifest(folder) if present and not force and tokenizer is None else None
+    amended = open_data_set(folder).manifest if present and not force and as_it_is is None else None
     paths = list_shards(folder) if amended is None else [folder / entry.path for entry in amended.files]
     if not paths and amended is None:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
@@ -191,16 +190,39 @@ def describe(
             labels_checked=True,
             chat_template=template,
         )
-    write_manifest(folder, manifest)
+    if as_it_is is None:
+        write_manifest(folder, manifest)
+    elif manifest != as_it_is:
+        raise _would_be_replaced(folder)
     return manifest
+
+
+def _own_manifest(folder: Path) -> Manifest:
+    """The manifest that an earlier run of this command made.
+
+    Raises:
+        UserError: another command made it, or nobody can read it.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        manifest = None
+    if manifest is None or manifest.command != COMMAND:
+        raise _would_be_replaced(folder)
+    return manifest
+
+
+def _would_be_replaced(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: has a {MANIFEST_NAME}; check it with --verify, add a tokenizer's facts to it with --tokenizer,"
+        " or replace it with --force"
+    )
 
 
 def _amended(old: FileEntry, new: FileEntry, folder: Path) -> FileEntry:
     """What a manifest says of a file, and what it does not say yet; the fingerprint, and so the checksum, stays."""
     if old.sha256 not in (None, new.sha256):
-        raise UserError(
-            f"{folder / old.path}: the content does not match its checksum; restore it, or make the data set again"
-        )
+        raise restore(f"{folder / old.path}{OTHER_CONTENT}")
     return dataclasses.replace(new, path=old.path, sha256=old.sha256)
 
 

@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 JOINED = "join"
 """The command of what no command made: a folder without a manifest."""
 COLUMNS_KEY, LEFT_OUT_KEY = "columns", "columns_left_out"
+MISSING, CHANGED = ": listed in the manifest and not there", ": changed since its manifest was written"
+OTHER_CONTENT = ": the content does not match its checksum"
 NO_FURTHER = FurtherColumns()
 
 
@@ -286,14 +288,23 @@ def open_data_set(folder: Path) -> DataSet:
     """
     data_set, added = _listed(folder)
     if added:
-        raise UserError(
-            f"{folder}: {added[0]} is not in its manifest; remove the file, or describe the folder"
-            f" anew with: jllm manifest --force {folder}"
-        )
+        raise not_described(folder, added[0])
     for entry in data_set.manifest.files:
         if problem := _changed(folder / entry.path, entry):
-            raise UserError(f"{problem}; restore it, or make the data set again")
+            raise restore(problem)
     return data_set
+
+
+def not_described(folder: object, name: str) -> UserError:
+    return UserError(
+        f"{folder}: {name} is not in its manifest; remove the file, or describe the folder"
+        f" anew with: jllm manifest --force {folder}"
+    )
+
+
+def restore(problem: str) -> UserError:
+    """What to do about a file of a data set that is not what it was."""
+    return UserError(f"{problem}; restore it, or make the data set again")
 
 
 def _listed(folder: Path) -> tuple[DataSet, list[str]]:
@@ -313,9 +324,9 @@ def _listed(folder: Path) -> tuple[DataSet, list[str]]:
 def _changed(path: Path, entry: FileEntry) -> str | None:
     """What a look at its size and footer finds wrong with a file."""
     if not path.is_file():
-        return f"{path}: listed in the manifest and not there"
+        return f"{path}{MISSING}"
     if path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
-        return f"{path}: changed since its manifest was written"
+        return f"{path}{CHANGED}"
     return None
 
 

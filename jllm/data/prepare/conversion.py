@@ -25,7 +25,7 @@ from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.progress import Progress
 from jllm.data.prepare.sink import ResumePoint, Sink
-from jllm.data.prepare.totals import Totals, describe
+from jllm.data.prepare.totals import Totals, stopped_at
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks
@@ -33,6 +33,18 @@ from jllm.data.sources.inputs import Source
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES, IN_FLIGHT_CHUNKS = 48 << 20, 24
+
+
+class UnreadableSourceError(UserError):
+    """A source cannot be read, or is not what its name says.
+
+    Attributes:
+        source: its number.
+    """
+
+    def __init__(self, message: str, source: int) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +82,8 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
         progress: is shown after each chunk.
 
     Raises:
-        UserError: a source cannot be read, or a bad record under `stop_at_first_bad`.
+        UnreadableSourceError: a source cannot be read.
+        UserError: a bad record under `stop_at_first_bad`.
     """
     first = min((sink.resume for sink in sinks), key=lambda point: point.place)
     totals = Totals.restored(first.totals, len(sinks))
@@ -95,9 +108,7 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
             if run.log is not None:
                 run.log.add(point.place, source.name, encoded.bad)
             if run.stop_at_first_bad and encoded.bad:
-                raise UserError(
-                    f"--on_error stop: {describe(source.name, encoded.bad[0])}; repair it, or use --on_error skip"
-                )
+                raise stopped_at(source.name, encoded.bad[0])
             encoded, stop = _capped(run.max_tokens, totals, encoded)
             totals.add(source.name, encoded, encoded.end - point.start, fresh)
             for sink, tally, documents in zip(sinks, totals.sets, run.holdout.dealt(encoded.documents), strict=True):
@@ -187,5 +198,9 @@ def _saved_and_read(run: Conversion, point: ResumePoint, number: int) -> Iterato
         yield saved
         index, start, line = index + 1, saved.end, saved.end_line
     source, columns = run.sources[number], run.columns[number]
-    for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
-        yield run.cache.load((number, chunk.index)) or chunk
+    try:
+        for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
+            yield run.cache.load((number, chunk.index)) or chunk
+    except UserError as error:
+        again = "" if source.once else "; run the same command again when it is mended"
+        raise UnreadableSourceError(f"{error}{again}", number) from None

@@ -25,7 +25,7 @@ from jllm.data.dataset.columns import IGNORE_INDEX, Int32
 from jllm.data.packing.packers import Documents, with_affixes
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
-from jllm.data.sources.records import BadRecord, texts_of
+from jllm.data.sources.records import BadRecord, RefusedRecordError, texts_of
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.document_end import document_end
 from jllm.data.tokenizer.facts import TokenizerFacts
@@ -160,11 +160,11 @@ class ChatEncoder:
             over = documents.lengths > self.longest
             if over.any() and self.refuse_longer:
                 first = int(np.argmax(over))
-                line = rendered.lines[first]
-                place = f"{self.names[chunk.source]}:{line}" if self.names else f"line {line}"
-                raise UserError(
-                    f"--overlong error: the conversation at {place} has"
-                    f" {int(documents.lengths[first])} tokens; raise --max_len, or use --overlong split or drop"
+                raise RefusedRecordError(
+                    "--overlong error: the conversation at",
+                    rendered.lines[first],
+                    f"has {int(documents.lengths[first])} tokens; raise --max_len, or use --overlong split or drop",
+                    name=self.names[chunk.source] if self.names else None,
                 )
             counts["overlong"] = int(over.sum())
             documents = documents.take(np.flatnonzero(~over))

@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
+from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.dataset.manifest import MANIFEST_NAME
-from jllm.data.prepare import holdout
+from jllm.data.prepare import holdout, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.prepare.totals import named
 from jllm.data.prepare.workplace import WORK_NAME, Workplace
-from jllm.data.sources.inputs import STDIN, Source
-from jllm.data.tokenizer.facts import base_name
+from jllm.data.sources.inputs import STDIN, Source, without_password
+from jllm.data.tokenizer.facts import TokenizerFacts, base_name
 from jllm.errors import UserError
 
 NOT_IN_THE_MANIFEST = (
@@ -21,6 +23,9 @@ NOT_IN_THE_MANIFEST = (
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
+RULES = 2
+"""The version of the rules by which the same input, options and tokenizer become the same rows. It is raised with every
+change of them, so that a run is never finished by other rules than it was begun by."""
 NAMES_OF_OUR_FOLDERS = (MANIFEST_NAME, WORK_NAME, ".plan.json")
 """What a folder that a command of ours made, or has begun to make, has in it."""
 
@@ -31,20 +36,79 @@ def refuse_overlap(inputs: Sequence[str], sources: Sequence[Source], outputs: Se
     Raises:
         UserError: an output lies in an input folder, or a Parquet file of the input lies in an output.
     """
+    folders = [
+        (given, Path(given).expanduser().resolve())
+        for given in inputs
+        if given != STDIN and "://" not in given and Path(given).expanduser().is_dir()
+    ]
+    files = [(each.path, Path(each.path).resolve()) for each in sources if each.is_local and is_parquet(each)]
     for output in outputs:
-        folder = output.place.folder
-        whole = folder.resolve()
-        for given in inputs:
-            place = Path(given).expanduser()
-            if given != STDIN and "://" not in given and place.is_dir() and whole.is_relative_to(place.resolve()):
-                raise UserError(f"-o {folder}: lies in the input folder {given}; give a folder beside it")
-        for source in sources:
-            if (
-                source.is_local
-                and source.kind in ("parquet", "ids")
-                and Path(source.path).resolve().is_relative_to(whole)
-            ):
-                raise UserError(f"-o {folder}: the input {source.path} lies in it; give another folder")
+        refuse_place(output.place.folder, output.place.folder.resolve(), folders, files)
+
+
+def is_parquet(source: Source) -> bool:
+    """Whether a source is a file such as outputs have."""
+    return source.kind in ("parquet", "ids")
+
+
+def refuse_place(
+    shown: object, output: PurePath, folders: Sequence[tuple[str, PurePath]], files: Sequence[tuple[str, PurePath]]
+) -> None:
+    """Refuse an output folder.
+
+    Args:
+        shown, output: as it was given, and where that is.
+        folders, files: of the input, each as it was given and where that is; files such as outputs have.
+
+    Raises:
+        UserError: it lies in one of the folders, or one of the files in it.
+    """
+    for given, place in folders:
+        if output.is_relative_to(place):
+            raise UserError(f"-o {shown}: lies in the input folder {given}; give a folder beside it")
+    for given, place in files:
+        if place.is_relative_to(output):
+            raise UserError(f"-o {shown}: the input {given} lies in it; give another folder")
+
+
+def shown_input(inputs: Sequence[str], files: int) -> str:
+    """The option and what it was given, for people."""
+    given = " ".join(without_password(name) for name in inputs)
+    return f"-i {given}" + (f" ({files} files)" if files > 1 else "")
+
+
+def changed_meanwhile(source: Source) -> UserError:
+    return UserError(
+        f"-i {source.path}: was changed while it was read; leave it as it is during a run, and run the same command"
+        " again"
+    )
+
+
+def chat_record(
+    config: Raw2IdsConfig,
+    facts: TokenizerFacts,
+    hashes: Sequence[str | None],
+    formats: Sequence[str],
+    date: str,
+    counts: Mapping[str, int],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """What the manifest says of conversations: how they were rendered, and what of them was left out.
+
+    Args:
+        hashes: of the templates, as `recipes.template_hashes` gives them.
+    """
+    return {
+        "template": recipes.template_of(config, facts)[1],
+        "template_sha256": hashes[0],
+        **({"tools_template_sha256": hashes[1]} if hashes[1] is not None else {}),
+        "formats": list(dict.fromkeys(formats)),
+        "date": date or None,
+        "overlong": counts.get("overlong", 0),
+        "left_out": named(counts, LEFT_OUT),
+        "unused_fields": named(counts, UNUSED),
+        "warnings": list(warnings),
+    }
 
 
 def beside(config: Raw2IdsConfig, sources: list[Source]) -> Path:

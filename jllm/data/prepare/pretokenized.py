@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int64, from_list_array, to_list_array
@@ -38,7 +37,8 @@ READ = (INPUT_IDS, LABELS, ATTENTION_MASK)
 """The columns that are read of such a source, beside those that mark what is trained on."""
 _NO_FLAG = 2
 """Stands for what is neither 0 nor 1 in a column of marks."""
-_CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+"""What a table of chat records has, one of them at least."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
     if config.type == "pretrain":
         made_of: Sequence[str] = (config.text_field.split(".")[0],)
     else:
-        made_of = () if config.field_map or config.format != "auto" else _CHAT_COLUMNS
+        made_of = () if config.field_map or config.format != "auto" else CHAT_COLUMNS
     found, marks, labels = [], [], False
     for source in sources:
         marked: tuple[str, ...] = ()
@@ -266,9 +266,9 @@ def _flags(column: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.List
     """
     array = column.combine_chunks()
     if is_list(array.type):
-        elements, lengths = array.flatten(), pc.list_value_length(array)
+        elements, lengths = array.flatten(), array.value_lengths()
     else:
-        elements, lengths = array, pc.list_value_length(ids.combine_chunks())
+        elements, lengths = array, ids.combine_chunks().value_lengths()
     if elements.null_count:
         raise UserError(f"{where}: {elements.null_count} elements are null; remove those rows")
     numbers = elements.cast(pa.float64()).to_numpy(zero_copy_only=False)

@@ -5,6 +5,7 @@ same encoder and packer (`pretrain_encoder`, `chat_encoder`, `packer_of`) and fe
 """
 
 import datetime
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -60,6 +61,18 @@ def ids_of(value: str, option: str, engine: CheckedEngine, facts: TokenizerFacts
 
 _NUMBER = re.compile(r"-?[0-9]+")
 _MOST_DIGITS = 18
+
+
+def sequence_prefix(config: Raw2IdsConfig, engine: CheckedEngine, facts: TokenizerFacts) -> tuple[int, ...]:
+    """The ids at the start of every row.
+
+    Raises:
+        UserError: they leave no room.
+    """
+    prefix = ids_of(config.sequence_prefix or "", "sequence_prefix", engine, facts)
+    if len(prefix) > config.max_len - 2:
+        raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {config.max_len}")
+    return prefix
 
 
 def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: CheckedEngine) -> PretrainEncoder:
@@ -197,7 +210,14 @@ def _format_of_source(source: Source, number: int) -> str:
     first = next(read_chunks(source, number), None)
     if first is None:
         return "messages"  # of no record
-    return commonest_format(parse_chunk(first, source.kind).values, f"-i {source.name}")
+    records = parse_chunk(first, source.kind)
+    if records.bad and not records.values:
+        bad = records.bad[0]
+        raise UserError(
+            f"-i {source.name}: none of its first records can be read ({source.name}:{bad.line}: {bad.kind}:"
+            f" {bad.detail})"
+        )
+    return commonest_format(records.values, f"-i {source.name}")
 
 
 def template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> tuple[str, str]:
@@ -253,6 +273,12 @@ def tools_template_of(config: Raw2IdsConfig, facts: TokenizerFacts) -> str | Non
 def template_text(config: Raw2IdsConfig, facts: TokenizerFacts) -> str:
     """All that the templates of a run say, for `date_of`."""
     return template_of(config, facts)[0] + (tools_template_of(config, facts) or "")
+
+
+def template_hashes(config: Raw2IdsConfig, facts: TokenizerFacts) -> list[str | None]:
+    """sha256 of the template's source, and of that for conversations with tools where that is another."""
+    sources = (template_of(config, facts)[0], tools_template_of(config, facts))
+    return [None if source is None else hashlib.sha256(source.encode()).hexdigest() for source in sources]
 
 
 def render_plan(config: Raw2IdsConfig, facts: TokenizerFacts, date: str, *, short_cut: bool) -> RenderPlan:

@@ -18,7 +18,8 @@ from jllm.errors import UserError
 PROOF_ERRORS = (EngineMismatchError, ShortCutError)
 HF_ENGINE, NO_SHORT_CUT = "hf engine", "no short cut"
 WAYS_OUT = (HF_ENGINE, NO_SHORT_CUT)
-"""What a run starts over with, as it is said and noted in the work folder."""
+"""What a run starts over with, as it is noted in the work folder."""
+_SAID = {HF_ENGINE: "with the hf engine", NO_SHORT_CUT: "without the short cut"}
 
 Result = TypeVar("Result")
 
@@ -61,7 +62,7 @@ class Attempt:
         if way_out == HF_ENGINE and self.choice == "fastokens":
             raise UserError(f"--engine fastokens: {error}; use --engine auto or hf") from None
         assert way_out not in self.reasons
-        print(f"{error}; starting over with the {way_out}", file=sys.stderr, flush=True)
+        print(f"{error}; starting over {_SAID[way_out]}", file=sys.stderr, flush=True)
         return dataclasses.replace(self, reasons={**self.reasons, way_out: str(error)})
 
 

@@ -8,7 +8,6 @@ middle of a run, the run starts over without it (`restart.py`).
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from typing import Any
 
 from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
-from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
@@ -26,24 +24,28 @@ from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.conversion import Conversion, convert
+from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.outputs import (
     NAMES_OF_OUR_FOLDERS,
+    RULES,
     OutputSet,
     beside,
+    changed_meanwhile,
+    chat_record,
     clean_held_out,
     outputs_of,
     recorded_options,
     refuse_overlap,
+    shown_input,
 )
 from jllm.data.prepare.progress import Progress, summary
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
-from jllm.data.prepare.totals import Totals, check_bad_share, named
-from jllm.data.prepare.workplace import modified_at
-from jllm.data.sources.inputs import Source, resolve, without_password
+from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left
+from jllm.data.sources.identity import modified_at, record_of
+from jllm.data.sources.inputs import Source, resolve
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
 from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.engines import use_cores
@@ -153,14 +155,14 @@ class _Preparation:
         self.identity: dict[str, Any] = {
             "options": recorded_options(config),
             "tokenizer": facts.sha256,
-            "sources": [
-                {"name": source.name, "bytes": source.size, "stem": source.stem, "modified": modified_at(source.path)}
-                for source in given.sources
-            ],
+            "rules": RULES,
+            "template": None,
+            "sources": [record_of(source) for source in given.sources],
         }
         if self.chat:
             check_for_chat(facts)
             template = recipes.template_text(config, facts)
+            self.identity["template"] = recipes.template_hashes(config, facts)
             earlier = None if config.clean else self.place.date_of_earlier_run()
             self.identity["date"] = recipes.date_of(config, template, earlier)
 
@@ -226,7 +228,7 @@ class _Preparation:
             encoder = self._chat_encoder(plan, assembler.result)
         else:
             engine = self._open_engine(attempt)
-            prefix = self._sequence_prefix(engine)
+            prefix = recipes.sequence_prefix(config, engine, self.facts)
             if not self.given.all:
                 documents = recipes.pretrain_encoder(config, self.facts, engine)
                 self.document_end = documents.suffix[-1] if documents.suffix else None
@@ -285,36 +287,21 @@ class _Preparation:
         for source, before in zip(self.sources, self.identity["sources"], strict=True):
             if before["modified"] is not None and modified_at(source.path) != before["modified"]:
                 self._leave_nothing()
-                raise UserError(
-                    f"-i {source.path}: was changed while it was read; leave it as it is during a run, and run the same"
-                    " command again"
-                )
+                raise changed_meanwhile(source)
 
     def _refuse_nothing(self, entries: list[list[FileEntry]], totals: Totals) -> None:
         """Raises:
         UserError: a data set has not one row; why, and with nothing left behind.
         """
         empty = [not sum(entry.rows for entry in files) for files in entries]
-        if not any(empty):
-            return
-        given = " ".join(without_password(name) for name in self.config.input)
-        where = f"-i {given}" + (f" ({len(self.sources)} files)" if len(self.sources) > 1 else "")
-        records, documents = totals.counts.get("records", 0), totals.documents
-        if not records:
-            reason = "is empty: there is no record in it"
-        elif totals.bad_records == records:
-            kind, found = next(iter(totals.bad.items()))
-            reason = f"none of its {records:,} records can be used ({kind}: {found['count']:,}; {found['examples'][0]})"
-        elif documents and not all(tally.documents for tally in totals.sets):
-            which = "all" if empty[0] else "none"
-            reason = (
-                f"--eval_fraction {self.config.eval_fraction} holds out {which} of its {documents:,} documents; give"
-                " another fraction, or another --seed"
+        if any(empty):
+            self._leave_nothing()
+            raise nothing_left(
+                shown_input(self.config.input, len(self.sources)),
+                totals,
+                eval_fraction=self.config.eval_fraction,
+                first_is_empty=empty[0],
             )
-        else:
-            reason = f"no row is left of its {records:,} records; see --filter, --drop_tails, --overlong, --max_tokens"
-        self._leave_nothing()
-        raise UserError(f"{where}: {reason}")
 
     def _manifest(
         self,
@@ -332,42 +319,31 @@ class _Preparation:
             "longest_document": tally.longest,
             "bad_records": totals.bad,
             "engine": engine,
+            "rules": RULES,
         }
         if plan is not None:
-            extra["chat"] = {
-                "template": recipes.template_of(self.config, self.facts)[1],
-                "template_sha256": hashlib.sha256(plan.template.encode()).hexdigest(),
-                **(
-                    {"tools_template_sha256": hashlib.sha256(plan.tools_template.encode()).hexdigest()}
-                    if plan.tools_template is not None
-                    else {}
-                ),
-                "formats": list(dict.fromkeys(self.formats)),
-                "date": self.identity["date"] or None,
-                "overlong": totals.counts.get("overlong", 0),
-                "left_out": named(totals.counts, LEFT_OUT),
-                "unused_fields": named(totals.counts, UNUSED),
-                "warnings": self.warnings,
-            }
+            extra["chat"] = chat_record(
+                self.config,
+                self.facts,
+                self.identity["template"],
+                self.formats,
+                self.identity["date"],
+                totals.counts,
+                self.warnings,
+            )
         return Manifest(
             command="raw2ids",
             options=self._identity_of(self.outputs[index])["options"],
             files=tuple(entries),
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=self.document_end),
             sources=tuple(
-                {"name": source.name, "bytes": source.size, "stem": source.stem, **count}
-                for source, count in zip(self.sources, counted, strict=False)
+                {**{key: source[key] for key in ("name", "bytes", "stem", "sample")}, **count}
+                for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
             chat_template=plan.template if plan is not None else None,
             extra=extra,
         )
-
-    def _sequence_prefix(self, engine: CheckedEngine) -> tuple[int, ...]:
-        prefix = recipes.ids_of(self.config.sequence_prefix or "", "sequence_prefix", engine, self.facts)
-        if len(prefix) > self.config.max_len - 2:
-            raise UserError(f"--sequence_prefix: {len(prefix)} tokens leave no room in rows of {self.config.max_len}")
-        return prefix
 
     def _convert(self, encoder: ChunkEncoder, prefix: tuple[int, ...]) -> tuple[list[list[FileEntry]], Totals]:
         """Make the files of all data sets."""
@@ -393,9 +369,19 @@ class _Preparation:
             max_tokens=config.max_tokens,
             log=self.log,
         )
-        with contextlib.ExitStack() as stack:
-            sinks = [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
-            totals = convert(run, sinks, self.progress)
+        sinks: list[Sink] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                sinks += [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
+                totals = convert(run, sinks, self.progress)
+        except UnreadableSourceError as error:
+            for sink in sinks:
+                sink.roll_back(error.source)
+            if error.source == 0:
+                self._leave_nothing()
+            for output in self.outputs if error.source else ():
+                output.place.note_unreadable(error.source)
+            raise
         return [sink.entries for sink in sinks], totals
 
     def _sink_plan(self, output: OutputSet, prefix: tuple[int, ...]) -> SinkPlan:

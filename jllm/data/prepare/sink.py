@@ -127,6 +127,8 @@ class Sink:
         self._packer = plan.packer()
         self._cache = cache
         self._skip_rows = 0
+        self._at_begin: tuple[int, dict[str, Any] | None] | None = (0, None)
+        """The number of the last source of whose begin the state is known, and that state."""
         self._restore()
         cache.needed_from(plan.name, self.resume.place)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
@@ -145,6 +147,8 @@ class Sink:
             state = json.loads(self._state_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
+        self._at_begin = None
+        self._remember_begin(state)
         self.entries = [FileEntry(**entry) for entry in state["files"]]
         self.resume = ResumePoint.from_json(state["checkpoint"])
         self._resume_document = state["document"]
@@ -294,7 +298,28 @@ class Sink:
             "split": {**dataclasses.asdict(split), "packer": _plain(split.packer)},
         }
         atomic.write_json(self._state_path, state)
+        self._remember_begin(state)
         self._cache.needed_from(self.plan.name, position[0].place)
+
+    def _remember_begin(self, state: dict[str, Any]) -> None:
+        point = ResumePoint.from_json(state["checkpoint"])
+        if point.chunk == 0 and state["document"] == 0:
+            self._at_begin = (point.source, state)
+
+    def roll_back(self, source: int) -> None:
+        """Undo what was made of a source, after the sink was left. Where an earlier run made it, it stays."""
+        if self._at_begin is None or self._at_begin[0] != source:
+            return
+        state = self._at_begin[1]
+        if state is None:
+            self._state_path.unlink(missing_ok=True)
+        else:
+            atomic.write_json(self._state_path, state)
+        kept = {entry["path"] for entry in state["files"]} if state is not None else set()
+        for path in (self.plan.folder / entry.path for entry in self.entries if entry.path not in kept):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     def __enter__(self) -> "Sink":
         return self

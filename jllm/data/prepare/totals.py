@@ -148,6 +148,36 @@ def length_bucket(lengths: Any) -> Any:
     return np.where(lengths <= 256, lengths, coarse).astype(np.int64)
 
 
+def stopped_at(name: str, record: BadRecord) -> UserError:
+    """What `--on_error stop` says of the first bad record."""
+    return UserError(f"--on_error stop: {describe(name, record)}; repair it, or use --on_error skip")
+
+
+def nothing_left(where: str, totals: Totals, *, eval_fraction: float | None, first_is_empty: bool) -> UserError:
+    """Why a data set has not one row.
+
+    Args:
+        where: the option and the input, for people.
+        eval_fraction: the share that was to be held out.
+        first_is_empty: whether the data set that was asked for is empty, and not what was held out.
+    """
+    records, documents = totals.counts.get("records", 0), totals.documents
+    if not records:
+        reason = "is empty: there is no record in it"
+    elif totals.bad_records == records:
+        kind, found = next(iter(totals.bad.items()))
+        reason = f"none of its {records:,} records can be used ({kind}: {found['count']:,}; {found['examples'][0]})"
+    elif documents and not all(tally.documents for tally in totals.sets):
+        which = "all" if first_is_empty else "none"
+        reason = (
+            f"--eval_fraction {eval_fraction} holds out {which} of its {documents:,} documents; give"
+            " another fraction, or another --seed"
+        )
+    else:
+        reason = f"no row is left of its {records:,} records; see --filter, --drop_tails, --overlong, --max_tokens"
+    return UserError(f"{where}: {reason}")
+
+
 def check_bad_share(totals: Totals) -> None:
     """The default of `--on_error`.
 

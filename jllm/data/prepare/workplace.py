@@ -4,17 +4,17 @@ While a run is unfinished its folder holds `.raw2ids/`: `run.json` says what is 
 sources), beside it lie unfinished files, encoded chunks and the state. A finished folder holds shards and the
 manifest only.
 
-Guarantees: a run never mixes with files made with other options, another tokenizer or other sources, never with files
-it did not make, and never with a second run at the same time. `clean` removes nothing that this tool did not write.
+Guarantees: a run never mixes with files made with other options, another tokenizer, template, version of the rules or
+other sources, never with files it did not make, and never with a second run at the same time. Only a source that could
+not be read may have been changed when the run goes on. `clean` removes nothing that this tool did not write.
 """
 
 import contextlib
 import fcntl
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +22,12 @@ from jllm import atomic
 from jllm.data.dataset.files import footer_of
 from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from jllm.data.dataset.shards import CODECS, list_shards
+from jllm.data.sources.identity import is_same, is_same_since
 from jllm.errors import UserError
 
 WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
-_START_OVER = "start over with -C, or give another -o"
+_UNREADABLE = "unreadable source"
+START_OVER = "start over with -C, or give another -o"
 
 
 class Workplace:
@@ -122,7 +124,7 @@ class Workplace:
 
     def _identity(self) -> dict[str, Any] | None:
         with contextlib.suppress(UserError):  # what was damaged says nothing
-            value = atomic.read_object(self.work / "run.json", _START_OVER)
+            value = atomic.read_object(self.work / "run.json", START_OVER)
             if value is not None and {"options", "tokenizer", "sources"} <= value.keys():
                 return value
         return None
@@ -152,48 +154,53 @@ class Workplace:
             UserError: the folder holds something else.
         """
         manifest = read_manifest(self.folder)
+        wanted = json.loads(json.dumps(identity))
         if manifest is not None:
-            made: dict[str, Any] = {"options": manifest.options, "tokenizer": None, "sources": []}
-            if manifest.tokenizer:
-                made["tokenizer"] = manifest.tokenizer.sha256
-            made["sources"] = [{"name": item["name"], "bytes": item["bytes"]} for item in manifest.sources]
-            wanted = {
-                "options": identity["options"],
-                "tokenizer": identity["tokenizer"],
-                "sources": [{"name": item["name"], "bytes": item["bytes"]} for item in identity["sources"]],
-            }
-            self._compare(json.loads(json.dumps(wanted)), made)
+            compare(self.folder, wanted, as_finished(manifest))
             made_at = (self.folder / MANIFEST_NAME).stat().st_mtime_ns
-            newer = [item["name"] for item in identity["sources"] if item["modified"] and item["modified"] > made_at]
-            if newer:
-                raise UserError(f"-o {self.folder}: finished before {newer[0]} was changed; {_START_OVER}")
+            refuse_sources(
+                self.folder, wanted["sources"], manifest.sources, lambda now, then: is_same_since(now, then, made_at)
+            )
             for entry in manifest.files:
                 path = self.folder / entry.path
                 if not path.is_file() or path.stat().st_size != entry.bytes or footer_of(path) != entry.footer:
-                    raise UserError(f"-o {self.folder}: {entry.path} is missing or changed; {_START_OVER}")
+                    raise not_as_made(self.folder, entry.path)
             return manifest
         earlier = self._identity()
         if earlier is not None:
-            self._compare(json.loads(json.dumps(identity)), earlier)
+            compare(self.folder, wanted, earlier)
+            earlier["sources"] = self._with_what_was_mended(wanted["sources"], earlier["sources"])
+            refuse_sources(self.folder, wanted["sources"], earlier["sources"], is_same)
+            atomic.write_json(self.work / "run.json", {**wanted, "sources": earlier["sources"]})
         elif list_shards(self.folder):
-            raise UserError(
-                f"-o {self.folder}: holds Parquet files that this command did not write; give another folder"
-            )
+            raise not_ours(self.folder)
         else:
             atomic.write_json(self.work / "run.json", identity)
         return None
 
-    def _compare(self, wanted: dict[str, Any], made: dict[str, Any]) -> None:
-        for key in {**made["options"], **wanted["options"]}:
-            before, now = made["options"].get(key), wanted["options"].get(key)
-            if before != now:
-                raise UserError(f"-o {self.folder}: was made with {key} = {before!r}, now it is {now!r}; {_START_OVER}")
-        if made["tokenizer"] != wanted["tokenizer"]:
-            raise UserError(f"-o {self.folder}: was made with another tokenizer; {_START_OVER}")
-        if made["sources"] != wanted["sources"]:
-            differing = [a["name"] for a in wanted["sources"] if a not in made["sources"]]
-            differing += [b["name"] for b in made["sources"] if b not in wanted["sources"]]
-            raise UserError(f"-o {self.folder}: the input changed ({differing[0]}); {_START_OVER}")
+    def note_unreadable(self, source: int) -> None:
+        """Remember that a source could not be read: it may be another one the next time."""
+        self.note(_UNREADABLE, str(source))
+
+    def _with_what_was_mended(
+        self, sources: list[dict[str, Any]], before: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The sources of an unfinished run, with the one that could not be read as it is now. What was made of it is
+        dropped, and where it cannot be told apart, all."""
+        noted = self.noted(_UNREADABLE)
+        if noted is None or [item["name"] for item in sources] != [item["name"] for item in before]:
+            return before
+        number = int(noted)
+        if is_same(sources[number], before[number]):
+            return before
+        states = [json.loads(path.read_text(encoding="utf-8")) for path in self.work.glob("state-*.json")]
+        if any((state["checkpoint"]["source"], state["checkpoint"]["block"]) > (number, 0) for state in states):
+            self.clean()
+        else:
+            for path in self.work.glob(f"block-{number:05d}-*"):
+                path.unlink()
+            (self.work / f"note {_UNREADABLE}").unlink()
+        return [*before[:number], sources[number], *before[number + 1 :]]
 
     def date_of_earlier_run(self) -> str | None:
         """The date that the unfinished run in this folder gave to its template."""
@@ -222,9 +229,56 @@ class Workplace:
             path.unlink(missing_ok=True)
 
 
-def modified_at(path: str) -> int | None:
-    """When a local file was last changed, in nanoseconds; None for anything else."""
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return None
+def as_finished(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says was made, for `compare`."""
+    chat = manifest.extra.get("chat") or {}
+    return {
+        "options": manifest.options,
+        "rules": manifest.extra.get("rules"),
+        "template": [chat.get(key) for key in ("template_sha256", "tools_template_sha256")] if chat else None,
+        "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
+    }
+
+
+def compare(folder: object, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises:
+    UserError: what a run in `folder` made, or makes, is not what is wanted; both as plain data.
+    """
+    for key in {**made["options"], **wanted["options"]}:
+        before, now = made["options"].get(key), wanted["options"].get(key)
+        if before != now:
+            raise UserError(f"-o {folder}: was made with {key} = {before!r}, now it is {now!r}; {START_OVER}")
+    if made["tokenizer"] != wanted["tokenizer"]:
+        raise UserError(f"-o {folder}: was made with another tokenizer; {START_OVER}")
+    if made.get("rules") != wanted.get("rules"):
+        raise UserError(
+            f"-o {folder}: was begun by another version of this command, whose rules are not the same; {START_OVER}"
+        )
+    if made.get("template") != wanted.get("template"):
+        raise UserError(f"-o {folder}: the chat template was changed since it was begun; {START_OVER}")
+
+
+def refuse_sources(
+    folder: object,
+    sources: Sequence[dict[str, Any]],
+    made: Sequence[dict[str, Any]],
+    is_same: Callable[[dict[str, Any], dict[str, Any]], bool],
+) -> None:
+    """Raises:
+    UserError: the sources are not those that something was made of.
+    """
+    names, before = ([item["name"] for item in items] for items in (sources, made))
+    if names != before:
+        differing = [name for name in names if name not in before] + [name for name in before if name not in names]
+    else:
+        differing = [now["name"] for now, then in zip(sources, made, strict=True) if not is_same(now, then)]
+    if names != before or differing:
+        raise UserError(f"-o {folder}: the input changed ({(differing or names)[0]}); {START_OVER}")
+
+
+def not_ours(folder: object) -> UserError:
+    return UserError(f"-o {folder}: holds Parquet files that this command did not write; give another folder")
+
+
+def not_as_made(folder: object, path: str) -> UserError:
+    return UserError(f"-o {folder}: {path} is missing or changed; {START_OVER}")

@@ -45,13 +45,20 @@ class ShuffleConfig:
     clean: bool = option(False, "-C", help="start over: remove what an earlier run left in the output folder")
 
     def __post_init__(self) -> None:
-        if self.num_block is not None and self.num_block < 1:
-            raise UserError(f"--num_block {self.num_block}: give at least 1")
-        if self.num_block is not None and self.num_block > MOST_BLOCKS:
-            raise UserError(f"--num_block {self.num_block}: give at most {MOST_BLOCKS:,}: each is a file")
+        check_order(self.num_block, self.seed)
         if self.memory is not None and (given := parse_memory("--memory", self.memory)) < LEAST_MEMORY:
             raise UserError(f"--memory {self.memory}: that is {given:,} bytes; give at least {megabytes(LEAST_MEMORY)}")
         if not 0 < self.mem_rate <= 1:
             raise UserError(f"--mem_rate {self.mem_rate}: give a share above 0 and at most 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: give 0 or more")
+
+
+def check_order(num_block: int | None, seed: int) -> None:
+    """Raises:
+    UserError: these are no files to deal to, or no seed.
+    """
+    if num_block is not None and num_block < 1:
+        raise UserError(f"--num_block {num_block}: give at least 1")
+    if num_block is not None and num_block > MOST_BLOCKS:
+        raise UserError(f"--num_block {num_block}: give at most {MOST_BLOCKS:,}: each is a file")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give 0 or more")

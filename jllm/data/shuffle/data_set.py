@@ -20,9 +20,10 @@ permutation, and the cap for everything else.
 import contextlib
 import dataclasses
 import fcntl
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jllm import atomic
@@ -34,6 +35,8 @@ from jllm.errors import UserError, say
 
 COMMAND = "shuffle_datasets"
 PLAN_NAME = ".plan.json"
+CLEANED = {"cleaned": True}
+"""The plan of a folder in which `clean` left what is not ours: a shuffle may begin there, as in an empty one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,15 +105,45 @@ def _finished(folder: Path, plan: dict[str, Any]) -> Manifest | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
+    refuse_other_result(folder, manifest, plan, COMMAND)
+    open_data_set(folder)  # refuses files that are missing or changed
+    clear_traces(folder)
+    return manifest
+
+
+def refuse_other_result(folder: object, manifest: Manifest, plan: dict[str, Any], command: str) -> None:
+    """Raises:
+    UserError: a finished folder holds something else than `command` makes by the plan.
+    """
     made = {"fingerprint": manifest.sources[0].get("fingerprint") if manifest.sources else None, **manifest.options}
-    if manifest.command != COMMAND or made != plan:
+    if manifest.command != command or made != plan:
         raise UserError(
             f"{folder}: holds the result of {manifest.command} with {_said(made)}, not {_said(plan)};"
             " give --clean to make it anew, or another --output"
         )
-    open_data_set(folder)  # refuses files that are missing or changed
-    clear_traces(folder)
-    return manifest
+
+
+def refuse_other_plan(folder: object, found: object, plan: dict[str, Any]) -> None:
+    """Raises:
+    UserError: what is unfinished in a folder goes by another plan.
+    """
+    if found != plan:
+        raise UserError(
+            f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
+            " over, or another --output"
+        )
+
+
+def not_empty(folder: object) -> UserError:
+    return UserError(f"{folder}: is not empty and not made by this command; remove it, or give another --output")
+
+
+def refuse_place(shown: object, output: PurePath, source: PurePath) -> None:
+    """Raises:
+    UserError: an output folder, given as `shown`, lies where the input is.
+    """
+    if output == source or source in output.parents:
+        raise UserError(f"--output {shown}: lies in the input folder; give a folder beside it")
 
 
 def _said(plan: dict[str, Any]) -> str:
@@ -120,38 +153,60 @@ def _said(plan: dict[str, Any]) -> str:
 
 
 def _refuse_other_work(folder: Path, plan: dict[str, Any]) -> None:
+    if _is_cleaned(folder):
+        return
     path = folder / PLAN_NAME
     if path.is_file():
-        if atomic.read_object(path, "give --clean to start over, or another --output") != plan:
-            raise UserError(
-                f"{folder}: holds an unfinished shuffle of other data or with other options; give --clean to start"
-                " over, or another --output"
-            )
+        refuse_other_plan(folder, atomic.read_object(path, "give --clean to start over, or another --output"), plan)
     elif folder.exists() and any(name != atomic.temporary_name(path) for name in folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and not made by this command; remove it, or give another --output")
+        raise not_empty(folder)
 
 
 @contextlib.contextmanager
 def _held(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Record the plan and keep other runs out of the folder; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN_NAME).is_file():
+    if not (folder / PLAN_NAME).is_file() or _is_cleaned(folder):
         atomic.write_json(folder / PLAN_NAME, plan)
+    with _locked(folder):
+        atomic.remove_temporaries(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that has a plan.
+
+    Raises:
+        UserError: another run has it.
+    """
     with (folder / PLAN_NAME).open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another run is at work there; wait for it, or end it") from None
-        atomic.remove_temporaries(folder)
         yield
+
+
+def _is_cleaned(folder: Path) -> bool:
+    return atomic.read_object(folder / PLAN_NAME, "give --clean to start over, or another --output") == CLEANED
 
 
 def clear_traces(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     shutil.rmtree(folder / SCRATCH_NAME, ignore_errors=True)
-    for path in folder.glob(".*.json"):
+    for path in _block_files(folder, records_only=True):
         path.unlink()
+    (folder / PLAN_NAME).unlink(missing_ok=True)
     atomic.remove_temporaries(folder)
+
+
+def _block_files(folder: Path, *, records_only: bool = False) -> list[Path]:
+    """The blocks in a folder, and the hidden records that unfinished runs keep of them, by their names."""
+    block = re.compile(rf"{re.escape(folder.name)}-\d{{5,}}\.\w+\.parquet")
+    records = [path for path in folder.glob(".*.json") if block.fullmatch(path.name[1:].removesuffix(".json"))]
+    blocks = [path for path in folder.glob("*.parquet") if block.fullmatch(path.name)]
+    return records if records_only else [*records, *blocks]
 
 
 def _leave_nothing(folder: Path) -> None:
@@ -164,20 +219,27 @@ def _leave_nothing(folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove an earlier run's result, finished or not; anything else in the folder stays."""
+    """Remove an earlier run's result, finished or not; anything else in the folder stays.
+
+    Raises:
+        UserError: the folder holds another command's result, or a run is at work there.
+    """
     manifest = read_manifest(folder)
     plan = folder / PLAN_NAME
     if manifest is None and not plan.is_file():
         return
     if manifest is not None and manifest.command != COMMAND:
         raise UserError(f"{folder}: holds the result of {manifest.command}; --clean removes only shuffled data")
-    # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
-    atomic.write_json(plan, {})
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in folder.glob(f"{folder.name}-*.parquet"):
-        path.unlink()
-    for path in folder.glob(".*.parquet.json"):
-        path.unlink()
-    clear_traces(folder)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    with _locked(folder) if plan.is_file() else contextlib.nullcontext():
+        # An empty plan says whose folder this is, and is no one's plan, until all else is gone: a kill does no harm.
+        atomic.write_json(plan, {})
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for path in _block_files(folder):
+            path.unlink()
+        shutil.rmtree(folder / SCRATCH_NAME, ignore_errors=True)
+        atomic.remove_temporaries(folder)
+        if any(path != plan for path in folder.iterdir()):
+            atomic.write_json(plan, CLEANED)
+        else:
+            plan.unlink()
+            folder.rmdir()

@@ -9,9 +9,9 @@ from typing import Any
 
 from jllm.data.dataset.manifest import DataSet, data_sets_below, one_tokenizer, open_data_set, write_manifest
 from jllm.data.shuffle.config import ShuffleConfig
-from jllm.data.shuffle.data_set import Outcome, Resources, clean, shuffle_set
+from jllm.data.shuffle.data_set import Outcome, Resources, clean, refuse_place, shuffle_set
 from jllm.data.shuffle.mix import ALL_ONCE, Mix, Recipe, make_recipes, read_mix
-from jllm.errors import UserError, say
+from jllm.errors import say
 from jllm.machine import free_memory, parse_memory, usable_cores, use_thrifty_allocator
 
 
@@ -27,8 +27,7 @@ def shuffle_folder(config: ShuffleConfig, *, one_set: bool) -> list[Outcome]:
     one_tokenizer(sets)  # rows of different vocabularies must not end up in one folder
     source = config.data.resolve()
     output = (config.output or source.with_name(f"{source.name}-sf")).resolve()
-    if output == source or source in output.parents:
-        raise UserError(f"--output {output}: lies in the input folder; give a folder beside it")
+    refuse_place(output, output, source)
     recipes = make_recipes(mix, sets)
     outcomes = []
     for data_set in sets:
@@ -49,10 +48,7 @@ def _shuffle_one(
 ) -> Outcome:
     if config.clean:
         clean(folder)
-    blocks = config.num_block or max(1, len(data_set.manifest.files))
-    if config.num_block is not None and blocks > (most := most_blocks(data_set, recipe)):
-        print(f"warning: {data_set.name}: {most:,} rows are dealt to {most:,} files, not {blocks:,}", flush=True)
-        blocks = most
+    blocks = blocks_of(data_set, config.num_block, recipe)
     begin = time.monotonic()
     outcome = shuffle_set(data_set, folder, blocks=blocks, seed=config.seed, resources=resources, recipe=recipe)
     seconds = time.monotonic() - begin
@@ -66,6 +62,15 @@ def _shuffle_one(
         kept = f", {outcome.blocks_kept} files kept from an earlier run" if outcome.blocks_kept else ""
         say(f"{facts}, {seconds:.1f} s ({tokens / 1e6 / max(seconds, 1e-9):.1f} M tokens/s){kept}")
     return outcome
+
+
+def blocks_of(data_set: DataSet, num_block: int | None, recipe: Recipe = ALL_ONCE) -> int:
+    """How many files a data set is dealt to; says so where they are fewer than was asked for."""
+    blocks = num_block or max(1, len(data_set.manifest.files))
+    if num_block is not None and blocks > (most := most_blocks(data_set, recipe)):
+        say(f"warning: {data_set.name}: {most:,} rows are dealt to {most:,} files, not {blocks:,}")
+        blocks = most
+    return blocks
 
 
 def most_blocks(data_set: DataSet, recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from jllm import atomic
 from jllm.data.dataset.columns import conform, schema
 from jllm.data.dataset.files import ROW_GROUP_TOKENS, file_name, sha256_of
-from jllm.data.dataset.manifest import DataSet, FileEntry, entry_of_written
+from jllm.data.dataset.manifest import OTHER_CONTENT, DataSet, FileEntry, entry_of_written, restore
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardWriter
 from jllm.data.shuffle.compact import Compact
@@ -24,7 +24,6 @@ from jllm.data.shuffle.layout import ShuffleLayout, Unit, block_edges, destinati
 from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle.survey import survey
-from jllm.errors import UserError
 from jllm.machine import require_disk
 
 CODEC = "zstd"
@@ -163,9 +162,7 @@ class Passes:
                 except queue.Empty:
                     break
                 if task.sha256 is not None and sha256_of(task.path) != task.sha256:
-                    raise UserError(
-                        f"{task.path}: the content does not match its checksum; restore it, or make the data set again"
-                    )
+                    raise restore(f"{task.path}{OTHER_CONTENT}")
                 if reader is None or reader.path != task.path:
                     reader = ShardReader(task.path, columns=self.compact.schema.names)
                 self._scatter_group(scatter, reader, task)

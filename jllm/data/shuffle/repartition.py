@@ -163,6 +163,8 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
     )
     notes = [f"column {name} is not the same in all sets: {further.left_out[name]}" for name in uneven]
     notes += [_unshuffled(source) for source in names if not _makers(source) <= {*SHUFFLES}]
+    if len({data_set.manifest.chat_template for data_set in sets} - {None}) > 1:
+        notes.append("the sets were made with different chat templates, so that what is trained on them exports none")
     if dealing.note is not None:
         notes.append(dealing.note)
     return PartitionPlan(id=identity, sets=names, partitions=dealt, manifest=manifest, notes=tuple(notes))

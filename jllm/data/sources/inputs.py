@@ -100,16 +100,24 @@ def resolve(
             sources.extend(_resolve_url(given, kind, passed_over, say))
         else:
             sources.extend(_resolve_local(given, kind, passed_over, say))
-    seen: dict[str, str] = {}
     for source in sources:
         if source.once and source.kind in ("parquet", "ids"):
             raise UserError(f"-i {source.path}: Parquet is not read from its begin to its end; save it to a file first")
+    refuse_twice(sources)
+    return sources
+
+
+def refuse_twice(sources: Sequence[Source]) -> None:
+    """Raises:
+    UserError: a file is named twice, perhaps under two names.
+    """
+    seen: dict[str, str] = {}
+    for source in sources:
         place = os.path.realpath(source.path) if source.is_local else source.path
         if place in seen:
             other = "" if seen[place] == source.path else f" (also as {seen[place]})"
             raise UserError(f"-i: {without_password(source.path)} is named twice{other}; name each file once")
         seen[place] = source.path
-    return sources
 
 
 def _resolve_local(
@@ -216,7 +224,7 @@ def _local_source(path: Path, name: str, kind: str | None, *, alone: bool) -> So
     except OSError as error:
         reason = "a link that leads to no file" if path.is_symlink() else f"cannot be read: {error.strerror or error}"
         raise UserError(f"-i {path}: {reason}; repair it, or leave it out") from None
-    source = _source(str(path), name, None if once else facts.st_size, kind, once=once)
+    source = source_of(str(path), name, None if once else facts.st_size, kind, once=once)
     is_text = source.compression is None and source.kind not in ("parquet", "ids")
     wrong = first_bytes.mistake(head) if is_text else None
     if wrong is not None:
@@ -234,7 +242,7 @@ def _resolve_url(
         if glob.has_magic(given):
             found = [name for name in system.glob(path) if system.isfile(name)]
         elif system.isdir(path):
-            found = _found_at_url(given, path, system.find(path), kind, passed_over, say)
+            found = found_at_url(given, path, system.find(path), kind, passed_over, say)
         else:
             found = [path] if system.exists(path) else []
         sizes = {name: system.size(name) for name in found}
@@ -249,17 +257,17 @@ def _resolve_url(
     for name in sorted(found):
         relative = name[len(root) :].lstrip("/") if name.startswith(root) else name.rsplit("/", 1)[-1]
         url = name if "://" in name else system.unstrip_protocol(name)
-        sources.append(_source(url, relative or name.rsplit("/", 1)[-1], sizes[name], kind))
+        sources.append(source_of(url, relative or name.rsplit("/", 1)[-1], sizes[name], kind))
     return sources
 
 
-def _found_at_url(
+def found_at_url(
     given: str,
     root: str,
     names: list[str],
     kind: str | None,
     passed_over: Collection[str],
-    say: Callable[[str], None],
+    say: Callable[[str], None] = _tell,
 ) -> list[str]:
     """The data files out of all files of a folder, by the rules for local folders."""
     inside = {name: name[len(root) :].lstrip("/").split("/") for name in names}
@@ -316,7 +324,12 @@ def stem_of(name: str) -> str:
     return stem.encode()[:STEM_BYTES].decode(errors="ignore") or "data"
 
 
-def _source(path: str, name: str, size: int | None, kind: str | None, *, once: bool = False) -> Source:
+def source_of(path: str, name: str, size: int | None, kind: str | None, *, once: bool = False) -> Source:
+    """A file as a source: what its name says of it, or `kind`.
+
+    Raises:
+        UserError: neither says what it is.
+    """
     base = name.rsplit("/", 1)[-1].split("?")[0] if "://" in path else name.rsplit("/", 1)[-1]
     guess, compression, _ = _kind_of(base)
     chosen = kind or guess

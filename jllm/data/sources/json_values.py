@@ -38,7 +38,7 @@ def _tolerant(row: bytes, number: int, message: str, bad: list[BadRecord]) -> An
     import json
 
     try:
-        text = row.decode()
+        text = row.decode().removeprefix("\ufeff")  # where a file with such a mark was put behind another
     except UnicodeDecodeError as error:
         bad.append(BadRecord(kind="not UTF-8", line=number, detail=f"byte {error.start}: {error.reason}"))
         return None

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jllm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BadRecord:
@@ -17,6 +19,20 @@ class BadRecord:
     kind: str
     line: int
     detail: str
+
+
+class RefusedRecordError(UserError):
+    """A record that the options do not allow, and with it the run.
+
+    Args:
+        before, after: the message around the record's place.
+        line: where the record is in what it was read from.
+        name: of its source, where that is known here.
+    """
+
+    def __init__(self, before: str, line: int, after: str, *, name: str | None = None) -> None:
+        super().__init__(f"{before} {f'line {line}' if name is None else f'{name}:{line}'} {after}")
+        self.before, self.line, self.after = before, line, after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def write_companions(
                 shutil.copyfile(path, folder / path.name)
         if (named := Path(source) / TEMPLATES_NAME).is_dir():
             shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
-    if chat_template is not None and not (source is not None and _has_template(Path(source))):
+    if chat_template is not None and not (source is not None and has_template(Path(source))):
         (folder / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     if isinstance(model.config, AlibiLlamaConfig):
         fields = published_config(model.config, read_raw_config(Path(source)) if source is not None else {}, dtype)
@@ -157,7 +157,7 @@ def write_companions(
         model.generation_config.save_pretrained(folder)
 
 
-def _has_template(source: Path) -> bool:
+def has_template(source: Path) -> bool:
     """Whether a model folder has a chat template, in any of the places where transformers looks for one."""
     if any((source / name).exists() for name in (TEMPLATE_NAME, TEMPLATES_NAME, "chat_template.json")):
         return True

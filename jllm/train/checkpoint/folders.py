@@ -18,6 +18,8 @@ MODEL_MARKER = "config.json"
 """What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, complete."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_TAG = re.compile(r"(?:step-|global_step)?0*(\d{1,18})", re.ASCII)
+"""The ways in which people name a step: 1000, step-1000, step-00001000, and DeepSpeed's global_step1000."""
 
 
 def folder_of_step(root: Path, step: int) -> Path:
@@ -77,14 +79,18 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def find_checkpoint(given: Path, tag: str | None, *, option: str) -> Path:
-    """The checkpoint a user means: `given` itself, or `given/tag`, or the newest complete one in `given`.
+    """The checkpoint a user means: `given` itself, or the one in it that `tag` names, or the newest complete one there.
+
+    A tag is the name of a folder, or the number of a step.
 
     Raises:
         UserError: there is none.
     """
     if tag is not None:
-        if (given / tag / INDEX_NAME).is_file():
-            return given / tag
+        step = _TAG.fullmatch(tag)
+        for folder in (given / tag, *([folder_of_step(given, int(step[1]))] if step is not None else [])):
+            if (folder / INDEX_NAME).is_file():
+                return folder
         known = ", ".join(path.name for path in list_checkpoints(given)[-5:]) or "none"
         raise UserError(f"--tag {tag}: no complete checkpoint of that name in {given} (there: {known})")
     if (given / INDEX_NAME).is_file():

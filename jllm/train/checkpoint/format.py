@@ -54,6 +54,7 @@ class RunState:
         eval_loss: of the newest evaluation, None before the first.
         rebounds: evaluations in a row, up to the newest, that were worse than the one before.
         config: the resolved options.
+        chat_template: of the training data, for an export of the checkpoint.
         evaluation_pending: whether the evaluation that follows the step is still to be made.
         run: the run's id; "" for checkpoints from before there were ids.
     """
@@ -67,6 +68,7 @@ class RunState:
     eval_loss: float | None
     rebounds: int
     config: dict[str, Any]
+    chat_template: str | None = None
     evaluation_pending: bool = False
     run: str = ""
 

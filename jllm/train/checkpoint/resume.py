@@ -329,8 +329,11 @@ def is_exported(folder: Path, checkpoint: Path) -> bool:
         return False
 
 
-def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> None:
+def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> RunState:
     """Take the weights of `--from_ckpt` into a stage: the fp32 masters where the checkpoint has them.
+
+    Returns:
+        The state of the run that they are of.
 
     Raises:
         UserError: the checkpoint is of another model. `--force_resume` allows one whose weights have the same shapes.
@@ -342,6 +345,7 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
         family = read_config(config.model, trust_remote_code=config.trust_remote_code)
         _check_architecture(reader.state, architecture_of(family), "--from_ckpt")
     load_weights(stage, reader, agreement)
+    return reader.state
 
 
 def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agreement) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from jllm.errors import UserError
+from jllm.errors import EXIT_CODE, UserError
+from jllm.machine import require_disk
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.train.checkpoint import folders
 from jllm.train.checkpoint.format import RunState
@@ -20,6 +21,7 @@ from jllm.train.checkpoint.saver import CheckpointSaver, ranked
 from jllm.train.checkpoint.state import TrainingState
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.lifecycle.ending import AGAIN_EXIT_CODE
 from jllm.train.lifecycle.requests import Request
 from jllm.train.records.metrics import Recorder
 
@@ -52,10 +54,33 @@ class RunSaver:
         self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
         ranks = agreement.ranks_of_node() if self.saves_alone else agreement.mesh.ranks
         self._saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
+        self._check_room()
         self._folder: Path | None = None
         self._begun = 0.0
         self._is_retry = False
         self.newest_step: int | None = None
+
+    def _check_room(self) -> None:
+        """Raises:
+        UserError: on every process: the disk is too full for a single checkpoint.
+        """
+        size = sum(piece.tensor.nbytes for piece in self._state.pieces(alone=self.saves_alone))
+        if self._config.only_ckpt_model:
+            size = sum(weight.numel() for weight in self._stage.parameters()) * self._dtype.itemsize
+        node = self._agreement.node if self.saves_alone else 0
+        sizes = self._agreement.gather((node, size))
+        needed = sum(each for other, each in sizes if other == node)
+
+        def mistake() -> str | None:
+            try:
+                require_disk(self.root, needed, "a checkpoint")
+            except UserError as error:
+                return f"--checkpoint {error}"
+            return None
+
+        found = self._agreement.gather_first(mistake)
+        if found is not None:
+            raise UserError(found)
 
     def request(self) -> Request:
         """What this process tells the others of the checkpoint that is being written."""
@@ -123,20 +148,18 @@ class RunSaver:
         self._saver.give_up()
         self._folder = None
         if was_retry:
+            found = self.complete()
+            there = f"the newest of {len(found)} that are complete is {found[-1]}" if found else "no other one is there"
             raise UserError(
-                f"--checkpoint {self.root}: {folder} could not be written: {failure}; {self._what_is_there()}"
+                f"--checkpoint {self.root}: {folder} could not be written: {failure}; {there}",
+                # A disk that is full for a while; one that stays so is found by the next start.
+                exit_code=AGAIN_EXIT_CODE if found and self._config.saves_state else EXIT_CODE,
             )
         recorder.say(f"warning: checkpoint {folder} could not be written: {failure}; it is tried once more")
         self._saver.make_room()
         self._agreement.barrier()
         self._is_retry = True
         self._begin(run, recorder)
-
-    def _what_is_there(self) -> str:
-        found = self.complete()
-        if not found:
-            return "no other checkpoint is there"
-        return f"the newest that is complete is {found[-1]} (of {len(found)}), from which the same line goes on"
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""

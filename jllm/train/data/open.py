@@ -40,6 +40,7 @@ class DataFacts:
         longest_row: in tokens; None where a manifest does not say.
         chat_template: of its conversations; None where there are none, or several differ.
         warnings: what is odd about it without being wrong, one line each.
+        templates_differ: several sets have different ones.
     """
 
     fingerprint: str
@@ -48,6 +49,7 @@ class DataFacts:
     longest_row: int | None
     chat_template: str | None = None
     warnings: tuple[str, ...] = ()
+    templates_differ: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,11 @@ class Data:
     index: ShardIndex | None
     share: BatchShare
     parts: Parts
+
+
+def warnings_of(*data: Data) -> list[str]:
+    """What is odd about data sets, each line once."""
+    return list(dict.fromkeys(line for each in data for line in each.facts.warnings))
 
 
 def share_of(config: TrainConfig, shape: RunShape, model: ModelInfo, *, data_rank: int, data_size: int) -> BatchShare:
@@ -140,6 +147,7 @@ def open_sets(
         longest_row=max(known) if len(known) == len(longest) else None,
         chat_template=one_template(sets),
         warnings=tuple(warnings),
+        templates_differ=len({each.manifest.chat_template for each in sets} - {None}) > 1,
     )
     return index, facts
 
@@ -217,6 +225,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         num_rows=sum(part.num_rows for part in parts),
         tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+        templates_differ=len(templates) > 1 or any(part.templates_differ for part in parts),
         chat_template=templates.pop() if len(templates) == 1 else None,
         warnings=tuple(dict.fromkeys(line for part in parts for line in part.warnings)),
     )

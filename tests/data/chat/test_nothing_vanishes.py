@@ -22,6 +22,7 @@ from tests.data.tokenizers_for_tests import asset_tokenizer
 EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system", "developer": "developer"}
 YES = [("train", True), ("weight", 1.0), ("loss_weight", 1), ("masked", False), ("loss", "true"), ("trainable", 1)]
+ASKS = [("train", True), ("loss", "true"), ("trainable", 1)]  # also for what is no answer
 NO = [("train", False), ("weight", 0), ("loss_weight", 0.0), ("masked", True), ("isMasked", 1), ("loss", "false")]
 BEYOND = [("train", 0.5), ("weight", 2), ("masked", "perhaps"), ("loss_weight", -1)]
 
@@ -43,6 +44,10 @@ class Said:
     @property
     def refused(self) -> bool:
         return self.flag in NO
+
+    @property
+    def trained(self) -> bool:
+        return self.role == "assistant" or self.flag in ASKS
 
     @property
     def empty(self) -> bool:
@@ -100,7 +105,7 @@ def written(messages: list[Said], form: str, aside: bool) -> Any:
 
 def expected_left_out(messages: list[Said]) -> tuple[list[Said], list[Said]]:
     """What is left out before the first question and behind the last answer, and what stays, written down naively."""
-    last = max((i for i, said in enumerate(messages) if said.role == "assistant"), default=-1)
+    last = max((i for i, said in enumerate(messages) if said.trained), default=-1)
     behind, rest = messages[last + 1 :], messages[: last + 1]
     asked = next((i for i, said in enumerate(rest) if said.role in ("user", "tool")), len(rest))
     early = [said for said in rest[:asked] if said.role == "assistant"]
@@ -143,7 +148,7 @@ def check(
             assert in_labels or said.words == re.findall(r"w\d+q", said.thought)
             assert chat.plan.train_on_prompt or said.text.strip() in trained
         elif not chat.plan.train_on_prompt:
-            assert not in_labels
+            assert in_labels == said.trained
     assert notes.get(f"{LEFT_OUT}reasoning of earlier turns, by the template", 0) == thoughts
     for text in beside:
         assert text in shown or any(name.startswith(UNUSED) for name in notes)

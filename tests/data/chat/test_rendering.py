@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from jllm.data.chat.rendering import Renderer
 from jllm.data.prepare.recipes import template_warnings
 from jllm.data.tokenizer.checked_engine import CheckedEngine, open_engine
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
-from tests.data.chats import CONVERSATIONS, END_OUTSIDE, PLAIN, THINKING, Chat, assistant, user
+from tests.data.chats import CONVERSATIONS, END_OUTSIDE, PLAIN, THINKING, Chat, assistant, chat_of, user
 from tests.data.tokenizers_for_tests import asset_tokenizer
 
 
@@ -171,3 +172,33 @@ def test_developers_are_the_system_where_the_template_knows_none(facts: Tokenize
         ids, _, bad = Chat(facts, engine, template).encode([{"messages": messages}])
         assert not bad
         assert f"<|im_start|>{role}\nBe terse.<|im_end|>" in Chat(facts, engine, template).decode(ids[0])
+
+
+@pytest.mark.parametrize("template", [PLAIN, TEMPLATES["chatml"]], ids=["plain", "marked"])
+def test_a_flag_trains_what_is_no_answer(tmp_path: Path, template: str) -> None:
+    """With its end of turn, in templates with marks of their own and in others; nothing else is trained on for it."""
+    chat = chat_of(tmp_path, template)
+    end = chat.trained([user("q"), assistant("a")]).removeprefix("a")
+    asked = [user("why") | {"train": True}, assistant("so"), user("what now") | {"train": True}]
+    assert chat.trained(asked) == f"why{end}so{end}what now{end}"
+    beside = [{"role": "system", "content": "rule", "loss": 1}, user("why"), assistant("so", train=False)]
+    assert chat.trained(beside) == f"rule{end}"
+    both = [{"user": "why", "assistant": "so", "train": True}]
+    assert chat.trained(both) == f"so{end}"
+    last = Chat(chat.facts, chat.encoder.assembler().engine, template, train_on="last")
+    assert last.trained(asked) == f"so{end}"
+
+
+def test_an_empty_think_block_before_a_call_is_masked() -> None:
+    """A template opens the last answer with one; it is none of the answer's, with a text or without."""
+    facts = load_tokenizer(str(asset_tokenizer("qwen3")))
+    chat = Chat(facts, open_engine(facts, inert=True), facts.chat_template or "")
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    shown = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    earlier = [user("q"), assistant("", tool_calls=[call]), user("r")]
+    assert chat.trained(earlier[:2]) == shown
+    assert chat.trained([*earlier, assistant("", tool_calls=[call, call])]) == shown + shown.replace(
+        "<|im_end|>", "\n" + shown
+    )
+    thought = assistant("", tool_calls=[call], reasoning_content="hm")
+    assert chat.trained([user("q"), thought]) == f"<think>\nhm\n</think>\n\n{shown}"

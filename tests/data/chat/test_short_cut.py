@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.formats import read_conversation
+from jllm.data.chat.records.conversation import BadRecordError
 from jllm.data.chat.short_cut import ConversationRenderer, ShortCutError
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
@@ -23,8 +24,9 @@ from tests.data.chats import END, ODD, PLAIN, THINKING, TURNS, Chat, assistant, 
         ("message.content | tojson", lambda text: '"' + text.replace('"', '\\"').replace("\n", "\\n") + '"'),
         ("'[json] ' + message.content if 'JSON' in message.content else message.content",
          lambda text: f"[json] {text}" if "JSON" in text else text),
-        ("message.content[:4]", lambda text: text[:4]),
-        ("'long' if message.content | length > 9 else message.content", lambda text: "long" if len(text) > 9 else text),
+        ("message.content[:11]", lambda text: text[:11]),
+        ("'long: ' ~ message.content if message.content | length > 9 else message.content",
+         lambda text: f"long: {text}" if len(text) > 9 else text),
         ("message.content | upper", str.upper),
         ("message.content | replace('--', '-')", lambda text: text.replace("--", "-")),
     ],
@@ -66,6 +68,17 @@ def test_the_short_cut_does_not_show(
         renderer = ConversationRenderer(plan)
         found.append([renderer.flat(conversation)[0] for conversation in conversations])
     assert found[0] == found[1]
+
+
+def test_a_verified_text_that_the_template_leaves_out(facts: TokenizerFacts, engine: CheckedEngine) -> None:
+    """In a way that no probe brings out: the short cut fails, and without it the record is bad."""
+    template = ODD.replace("'odd ' if", "'' if").replace("{{- message.content }}", "{{- message.content if {} }}")
+    template = template.replace("{}", "message.content | length != 41 * 41")
+    odd = read_conversation({"messages": [user("x" * 41 * 41), assistant("yes")]}, "messages", {})
+    with pytest.raises(ShortCutError, match="in its own way: the template does not show message 0"):
+        ConversationRenderer(Chat(facts, engine, template).plan).flat(odd)
+    with pytest.raises(BadRecordError, match="does not show message 0"):
+        ConversationRenderer(Chat(facts, engine, template, short_cut=False).plan).flat(odd)
 
 
 def test_every_128th_conversation_of_a_chunk_is_verified(facts: TokenizerFacts, engine: CheckedEngine) -> None:

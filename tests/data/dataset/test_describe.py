@@ -115,6 +115,22 @@ def test_a_manifest_is_replaced_by_force_alone(tmp_path: Path) -> None:
     assert run(manifest_command, folder, "--force", "--verify").exit_code == 2
 
 
+def test_run_again_it_changes_nothing(tmp_path: Path, byte_tokenizer: Path) -> None:
+    """As after a kill that came when all was done; what would make another manifest is refused."""
+    for words in ([], ["--tokenizer", byte_tokenizer]):
+        folder = spark_like(tmp_path / f"set-{len(words)}")
+        assert run(manifest_command, folder, *words).exit_code == 0
+        made = (folder / MANIFEST_NAME).read_bytes()
+        for again in (words, []):
+            assert run(manifest_command, folder, *again).exit_code == 0
+            assert (folder / MANIFEST_NAME).read_bytes() == made
+        write(folder / "lang=fr/part-00000-c3.c000.snappy.parquet", {INPUT_IDS: ids([[1, 2]])})
+        refused = run(manifest_command, folder)
+        assert refused.exit_code == 2
+        assert "--force" in refused.stderr
+        assert (folder / MANIFEST_NAME).read_bytes() == made
+
+
 def test_sub_folders_that_are_data_sets_are_a_warning(tmp_path: Path) -> None:
     make_set(tmp_path / "D/a", 10)
     make_set(tmp_path / "D/b", 10)

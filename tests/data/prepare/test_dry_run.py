@@ -3,14 +3,12 @@
 import gzip
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest
 from tests.data.raw2ids_runs import documents, raw2ids, tree, write_jsonl
-from tests.data.tokenizers_for_tests import asset_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "q \x1b[31m"}, {"role": "assistant", "content": "an answer"}]}
 
@@ -60,12 +58,20 @@ def test_what_it_says_of_chats(tmp_path: Path, byte_tokenizer: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_quick(tmp_path: Path) -> None:
-    """Also with a real tokenizer and a large file."""
-    tokenizer = asset_tokenizer("qwen3")
-    (tmp_path / "a.jsonl").write_text((json.dumps(CHAT) + "\n") * 200_000)
-    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", tokenizer, "--dry_run"]
-    raw2ids(*words, own_process=True)  # the tokenizer's cache is filled
-    begin = time.monotonic()
-    raw2ids(*words, own_process=True)
-    assert time.monotonic() - begin < 5
+def test_it_reads_the_beginning(tmp_path: Path, byte_tokenizer: Path) -> None:
+    """However large the file is."""
+    words = ["-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "--chat_template", "chatml", "--dry_run"]
+    read = []
+    for copies in (100_000, 200_000, 400_000):  # what is imported and cached is there after the first
+        (tmp_path / "a.jsonl").write_text((json.dumps(CHAT) + "\n") * copies)
+        before = bytes_read()
+        raw2ids("-i", tmp_path / "a.jsonl", *words)
+        read.append(bytes_read() - before)
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert read[2] < 1.1 * read[1]
+    assert read[2] < size / 2
+
+
+def bytes_read() -> int:
+    """What this process has read so far, from files and everything else."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])

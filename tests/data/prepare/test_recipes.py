@@ -192,8 +192,22 @@ def test_formats_are_asked_for_or_found_file_by_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="write role=field"):
         recipes.field_map(config(field_map="who=q"))
     (tmp_path / "c.jsonl").write_text('{"odd": 1}\n')
-    with pytest.raises(UserError, match=r"^-i c\.jsonl: its first records look like no known chat format"):
+    with pytest.raises(UserError, match=r"^-i c\.jsonl: its first records \(.*\) look like no known chat format"):
         recipes.formats_of(config(), resolve([str(tmp_path)]))
+
+
+def test_what_a_file_without_a_known_format_is(tmp_path: Path) -> None:
+    """What cannot be read is no format that is not known."""
+    for data, said in (
+        (b"question,answer\nq,a\n", r"none of its first records can be read \(a\.jsonl:1: bad JSON: "),
+        (b'{"a": "caf\xe9"}\n', r"none of its first records can be read \(a\.jsonl:1: not UTF-8: byte 10: "),
+        (b'{"data": [], "version": 1}\n', r"its first records \(the first has: data, version\) look like no known"),
+        (b'"text"\n', r"its first records \(the first is text\) look like no known"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(data)
+        config = Raw2IdsConfig(input=(str(tmp_path / "a.jsonl"),), tokenizer="none")
+        with pytest.raises(UserError, match=said):
+            recipes.formats_of(config, resolve(config.input))
 
 
 def test_templates_have_names_files_or_are_text(tmp_path: Path, byte_tokenizer: Path) -> None:

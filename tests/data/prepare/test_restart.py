@@ -99,8 +99,8 @@ def test_each_failure_is_taken_out_once(
     }
     assert cleaned[-1:] == ([last] if errors else [])
     assert len(cleaned) == len(errors)
-    ways = [HF_ENGINE if error is ENGINE else NO_SHORT_CUT for error in errors]
-    wanted = "".join(f"{error}; starting over with the {way}\n" for error, way in zip(errors, ways, strict=True))
+    ways = ["with the hf engine" if error is ENGINE else "without the short cut" for error in errors]
+    wanted = "".join(f"{error}; starting over {way}\n" for error, way in zip(errors, ways, strict=True))
     assert capsys.readouterr().err == wanted
 
 

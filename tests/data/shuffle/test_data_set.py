@@ -69,6 +69,39 @@ def test_a_killed_clean_up_can_be_run_again(tmp_path: Path, monkeypatch: pytest.
         assert content(tmp_path / "D-sf") == expected
 
 
+def test_clean_removes_what_is_ours_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Files of others stay, whatever they are called, and do not keep the next run from beginning there."""
+    make_set(tmp_path / "D/a", 50, files=3)
+    words = ("-d", tmp_path / "D")
+    assert run(shuffle_datasets, *words).exit_code == 0
+    made, folder = content(tmp_path / "D-sf"), tmp_path / "D-sf/a-00000"
+    strays = {name: name.encode() for name in ("notes.txt", ".mine.json", "a-00000-mine.parquet", "more/a.parquet")}
+    (folder / "more").mkdir()
+    for name, data in strays.items():
+        (folder / name).write_bytes(data)
+    for seed in (2, 1234):
+        cleaned = run(shuffle_datasets, *words, "--seed", seed, "-C")
+        assert cleaned.exit_code == 0, cleaned.stderr
+        assert {name: (folder / name).read_bytes() for name in strays} == strays
+    assert content(tmp_path / "D-sf") == {**made, **{f"a-00000/{name}": data for name, data in strays.items()}}
+    shuffle.clean(folder)
+    assert {name for name in content(folder) if name != shuffle.PLAN_NAME} == set(strays)
+    again = run(shuffle_datasets, *words)  # without -C too, for nothing of ours is there
+    assert again.exit_code == 0, again.stderr
+
+
+def test_clean_refuses_a_folder_where_a_run_is_at_work(tmp_path: Path) -> None:
+    make_set(tmp_path / "D/a", 50, files=3)
+    folder = tmp_path / "D-sf/a-00000"
+    with shuffle._held(folder, {"seed": 1}):
+        (folder / "a-00000-00000.zstd.parquet").write_bytes(b"half a block")
+        before = content(folder)
+        refused = run(shuffle_datasets, "-d", tmp_path / "D", "-C")
+        assert refused.exit_code == 2
+        assert "another run is at work there" in refused.stderr
+        assert content(folder) == before
+
+
 def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
     source = open_data_set(make_set(tmp_path / "a", 50, files=3))
     plan = {"fingerprint": source.manifest.fingerprint, "seed": 1, "blocks": 2}

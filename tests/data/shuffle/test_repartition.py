@@ -82,6 +82,16 @@ def test_the_old_name_of_the_info(tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["_data.info", "_manifest.json"]
 
 
+def test_sets_with_different_templates_are_named(tmp_path: Path) -> None:
+    folder = two_sets(tmp_path / "D")
+    for templates, times in (("xx", 0), ("xy", 1)):
+        for name, template in zip(("a-00000", "b-00000"), templates, strict=True):
+            manifest = open_data_set(folder / name).manifest
+            write_manifest(folder / name, dataclasses.replace(manifest, chat_template=template))
+        shown = run("-d", folder, "-n", 2, "--dry_run").output
+        assert shown.count("made with different chat templates") == times
+
+
 def test_sets_that_were_never_shuffled_are_named(tmp_path: Path) -> None:
     folder = two_sets(tmp_path / "D")
     make_set(folder / "c/c-00000", 40, files=4)

@@ -47,3 +47,9 @@ def test_what_the_standard_library_reads_is_read() -> None:
     assert [record.kind for record in found.bad] in ([], ["bad JSON"])  # how deep it goes is the interpreter's
     detail = json_values.parse([b"\xffx"], [9]).bad[0]
     assert (detail.kind, detail.line) == ("not UTF-8", 9)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_value() -> None:
+    """Where a file with one was put behind another."""
+    found = json_values.parse([b'{"a": 1}', b'\xef\xbb\xbf{"a": 2}'], range(1, 3))
+    assert (found.values, found.bad) == ([{"a": 1}, {"a": 2}], [])

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jllm.errors import UserError
 from jllm.train.checkpoint.folders import (
@@ -57,6 +59,35 @@ def test_what_a_dead_run_left_is_removed_and_nothing_else(tmp_path: Path) -> Non
     remove_incomplete(tmp_path)
     remove_checkpoint(folder_of_step(tmp_path, 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp", "step-00000002"]
+
+
+@given(step=st.integers(0, 10**12), zeros=st.integers(0, 12), prefix=st.sampled_from(["", "step-", "global_step"]))
+def test_a_tag_names_a_step_however_it_is_written(
+    tmp_path_factory: pytest.TempPathFactory, step: int, zeros: int, prefix: str
+) -> None:
+    root = tmp_path_factory.mktemp("ckpt")
+    complete(root, step, step + 1)
+    folder_of_step(root, step + 2).mkdir()  # incomplete
+    assert find_checkpoint(root, f"{prefix}{'0' * zeros}{step}", option="--from_ckpt") == folder_of_step(root, step)
+    for other in (
+        f"{prefix}{step + 2}",
+        f"{prefix}{step + 1}0001",
+        f"-{step}",
+        f"{step}.0",
+        f"{prefix}{step}x",
+        f"step{step}",
+    ):
+        with pytest.raises(UserError, match=r"--tag .*: no complete checkpoint of that name"):
+            find_checkpoint(root, other, option="--from_ckpt")
+
+
+def test_a_folder_of_the_tags_own_name_comes_first(tmp_path: Path) -> None:
+    complete(tmp_path, 1000)
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000" / INDEX_NAME).write_text("{}")
+    assert find_checkpoint(tmp_path, "1000", option="--from_ckpt") == tmp_path / "1000"
+    with pytest.raises(UserError, match="no complete checkpoint of that name"):
+        find_checkpoint(tmp_path, "9" * 200, option="--from_ckpt")
 
 
 def test_which_one_a_user_means(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from jllm.data.chat.records.calls import tools_of
 from jllm.data.chat.records.content import text_of
 from jllm.data.chat.records.conversation import LEFT_OUT, BadRecordError, Conversation, ReadingStyle, shown, unused
-from jllm.data.chat.records.flags import flag_of, is_flag
+from jllm.data.chat.records.flags import flag_of, is_flag, is_measured
 from jllm.data.chat.records.messages import METADATA
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -36,7 +36,7 @@ def with_fields(record: dict[str, Any], used: Collection[str], given: Conversati
             raise BadRecordError("no answer", f"its {shown(name)} is false: not an answer to train on")
         if rest.get(name) is True:
             del rest[name]
-    said = flag_of(rest, "the record")
+    said = flag_of({name: value for name, value in rest.items() if not is_measured(name, value)}, "the record")
     if said is False:
         raise BadRecordError("no answer", "a flag of the record says that it is not trained on")
     texts: list[str] = []
@@ -49,7 +49,7 @@ def with_fields(record: dict[str, Any], used: Collection[str], given: Conversati
             if given.tools and tools and tools != given.tools:
                 raise BadRecordError("wrong type", "it has tools in two places")
             given.tools = tools or given.tools
-        elif not is_flag(name) and name not in METADATA:
+        elif (not is_flag(name) or is_measured(name, value)) and name not in METADATA:
             given.note(unused(name))
     return _with_system(given, texts)
 

@@ -1,6 +1,7 @@
 """Flags that say whether something is trained on, under the names that they have.
 
-Guarantees: a flag is yes, no, or refused by name; no beats yes.
+Guarantees: a flag is yes, no, or refused by name; no beats yes. A fraction is refused; but beside a record, a `loss` of
+2.3 is a measurement (`is_measured`). Weights are refused there too: training on all alike is not what they say.
 """
 
 import functools
@@ -38,6 +39,10 @@ _YES = frozenset(
         "loss_weights",
     ]
 )
+_BY_DEFAULT = frozenset(
+    ["weight", "weights", "loss_weight", "loss_weights", "loss_scale", "train_weight", "training_weight"]
+)
+"""Of these 1 is what a field says where nobody thought of it."""
 _NO = frozenset(
     [
         "masked",
@@ -96,6 +101,21 @@ def flag_of(fields: Mapping[str, Any], where: str) -> bool | None:
         yes = yes if plain in _YES else not yes
         said = yes if said is None else said and yes
     return said
+
+
+def asks_for_training(fields: Mapping[str, Any]) -> bool:
+    """Whether a flag among these, which say yes, asks for training also on what is trained on by nobody's default, such
+    as a question. A weight of 1 and `masked: false` do not: they stand on every message where some are told apart."""
+    return any(
+        value is not None and (plain := _plain(name)) in _YES and plain not in _BY_DEFAULT
+        for name, value in fields.items()
+    )
+
+
+def is_measured(name: str, value: Any) -> bool:
+    """Whether a field beside a record is a loss that somebody measured, which is no flag: a number but 0 and 1."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _plain(name) == "loss" and is_number and _number(value) is None
 
 
 def _number(value: Any) -> bool | None:

@@ -1,6 +1,6 @@
 """Messages in the forms that people write, to a role, a text, calls and reasoning.
 
-A message names its role (`role` or `from`, with `content` or `value`), or its role is the key of its text.
+A message names its role (`role` or `from`, with `content`, `value` or `text`), or its role is the key of its text.
 
 Guarantees: what a message holds comes out, is counted as left out, or is refused by name; a flag counts whatever the
 form of its message.
@@ -18,7 +18,7 @@ from jllm.data.chat.records.conversation import (
     shown,
     unused,
 )
-from jllm.data.chat.records.flags import flag_of, is_flag
+from jllm.data.chat.records.flags import asks_for_training, flag_of, is_flag
 from jllm.data.sources.records import json_type
 
 CALLER = "function_call"
@@ -112,17 +112,20 @@ def _read(item: dict[str, Any], number: int, style: ReadingStyle, found: Convers
     role = item[key]
     if not isinstance(role, str):
         raise BadRecordError("wrong type", f"message {number} has the role {shown(role)}, not text")
-    given = [field for field in ("content", "value") if field in item]
+    given: list[str] = [field for field in ("content", "value") if field in item]
+    if not given and isinstance(item.get("text"), str):
+        given = ["text"]
     if len(given) == 2 and item["content"] is None:
         given = ["value"]
     elif len(given) == 2 and item["value"] not in (None, "", item["content"]):
         raise BadRecordError("wrong type", f'message {number} has both "content" and "value"')
-    rest = {name: value for name, value in item.items() if name not in (key, "content", "value")}
+    rest = {name: value for name, value in item.items() if name not in (key, "content", "value", *given)}
     return _add(role, item[given[0]] if given else None, rest, number, style, found)
 
 
 def _read_keyed(item: dict[str, Any], number: int, style: ReadingStyle, found: Conversation) -> None:
-    """`{"user": text, "assistant": text}`: the last of them has what else there is, its flags are those of all."""
+    """`{"user": text, "assistant": text}`: the last of them has what else there is. A flag that says no is for all of
+    them, one that says yes for the answer."""
     # A call is a field of an answer where an answer is there, else a turn of its own.
     keys = [name for name in item if name.lower() in _KEYS]
     answers = any(ROLES[name.lower()] == "assistant" for name in keys)
@@ -135,6 +138,8 @@ def _read_keyed(item: dict[str, Any], number: int, style: ReadingStyle, found: C
         if name not in _READ and name not in _KEPT and name not in METADATA and not is_flag(name) and value is not None:
             raise BadRecordError("unknown role", f"message {number} has the role {shown(name)}; {_known()}")
     flags = {name: value for name, value in rest.items() if is_flag(name)}
+    if answers and flag_of(flags, f"message {number}"):
+        flags = {}  # a yes for both is one for the answer
     carrier = next((name for name in roles if ROLES[name.lower()] == "assistant"), roles[-1])
     for name in roles:
         _add(name, item[name], rest if name == carrier else flags, number, style, found)
@@ -162,10 +167,11 @@ def _add(role: str, content: Any, rest: dict[str, Any], number: int, style: Read
         raise BadRecordError("unknown part", f"{where} has a part of reasoning, and is no answer")
     _add_rest(message, rest, where, style, found)
     said = flag_of(rest, where)
-    if said and known != "assistant":
-        found.note(f"{LEFT_OUT}flags that would train what is no answer")
     found.messages.append(message)
-    found.trained.append(known == "assistant" and said is not False)
+    asked = known == "assistant" or (said is True and asks_for_training(rest))
+    if said and not asked:
+        found.note(f"{LEFT_OUT}weights of what is no answer")
+    found.trained.append(asked and said is not False)
     found.refused.append(said is False)
 
 

@@ -1,7 +1,8 @@
 """What of a conversation's messages is joined, and what is left out.
 
 Consecutive texts of one role are joined: of users, of the system, and of the assistant where there are no calls. What
-stands before the first question and behind the last answer is left out, and counted.
+stands before the first question, or behind the last answer (or text that a flag says to train on), is left out, and
+counted.
 
 Guarantees: an answer that says nothing makes its record bad.
 """
@@ -38,7 +39,7 @@ def tidy(given: Conversation, style: ReadingStyle) -> Conversation:
     found = Conversation(messages=[], trained=[], refused=[], tools=given.tools, notes=given.notes)
     messages, trained, refused = found.messages, found.trained, found.refused
     last = len(given.messages)
-    while last and given.messages[last - 1]["role"] != "assistant":
+    while last and given.messages[last - 1]["role"] != "assistant" and not given.trained[last - 1]:
         last -= 1
     asked, early = False, 0
     for number in range(last):
@@ -60,7 +61,7 @@ def tidy(given: Conversation, style: ReadingStyle) -> Conversation:
         messages.append(message)
         trained.append(counts)
         refused.append(refuses)
-    if not messages or messages[-1]["role"] != "assistant":
+    if not any(message["role"] == "assistant" for message in messages):
         raise BadRecordError("no answer", "no assistant message after a question")
     if not any(trained):
         raise BadRecordError("no answer", "no assistant message that is trained on")

@@ -37,7 +37,9 @@ def test_fields_of_all_formats(form: str) -> None:
     assert found.messages == MESSAGES
     assert found.notes == {f"unused field: {name}": 1 for name in ("context", "images", "rejected", "label")}
     assert read(label=True, train=1).messages == MESSAGES
-    for bad in ({"label": False}, {"kto_tag": False}, {"train": False}, {"weight": 0.0}, {"loss_weight": 0.5},
+    assert read(loss=2.3).notes == {"unused field: loss": 1}
+    for bad in ({"loss": 0.0}, {"weight": 2.3},
+                {"label": False}, {"kto_tag": False}, {"train": False}, {"weight": 0.0}, {"loss_weight": 0.5},
                 {"mask": "User"}, {"tools": [1]}, {"tools": 1}, {"system": {"a": 1}}):  # fmt: skip
         with pytest.raises(BadRecordError):
             read(**bad)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from jllm.data.chat.records.conversation import BadRecordError
-from jllm.data.chat.records.flags import flag_of, is_flag
+from jllm.data.chat.records.flags import asks_for_training, flag_of, is_flag, is_measured
 
 YES = ("train", "weight", "loss", "loss_weight", "trainable", "should_train", "lossMask", "compute-loss")
 NO = ("masked", "isMasked", "is_masked", "ignore_loss")
@@ -35,3 +35,18 @@ def test_no_beats_yes_and_null_is_none() -> None:
         assert flag_of({"train": one, "weight": other, "role": "x"}, "it") == (one and other)
     assert flag_of({"train": None, "content": "train"}, "it") is None
     assert not is_flag("content")
+
+
+def test_what_asks_for_training() -> None:
+    """A weight of 1 and what is not masked stand on every message where some are told apart."""
+    assert all(
+        asks_for_training({name: True, "role": "user"}) for name in ("train", "loss", "should_train", "lossMask")
+    )
+    assert not any(asks_for_training({name: 1.0}) for name in ("weight", "loss-weight", "masked", "ignore", "content"))
+    assert not asks_for_training({"train": None})
+
+
+def test_a_loss_that_was_measured() -> None:
+    assert all(is_measured("loss", value) for value in (2.3, -1, 0.5, 17))
+    assert not any(is_measured("loss", value) for value in (0, 1, 0.0, 1.0, True, False, "2.3", None))
+    assert not is_measured("weight", 2.3)

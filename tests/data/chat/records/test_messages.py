@@ -77,9 +77,21 @@ def test_fields_of_messages_are_used_or_counted() -> None:
     assert read_messages([{"role": "system", "content": "s", "tools": tools}], STYLE).tools == tools
 
 
-def test_flags_of_questions_are_counted() -> None:
+def test_flags_of_questions_are_heard() -> None:
     found = read_messages([user("x") | {"train": True}, user("y") | {"masked": 1}, {"user": "a", "assistant": "b",
                            "train": 0}], STYLE)  # fmt: skip
-    assert found.trained == [False] * 4
+    assert found.trained == [True, False, False, False]
     assert found.refused == [False, True, True, True]
-    assert found.notes == {"left out: flags that would train what is no answer": 1}
+    assert not found.notes
+    pair = read_messages([{"user": "a", "assistant": "b", "train": 1}, {"user": "c", "train": 1}], STYLE)
+    assert pair.trained == [False, True, True]
+    weighed = read_messages([user("x") | {"weight": 1}, user("y") | {"masked": False}, assistant("z")], STYLE)
+    assert weighed.trained == [False, False, True]
+    assert weighed.notes == {"left out: weights of what is no answer": 2}
+
+
+def test_the_text_of_a_message_may_be_called_text() -> None:
+    assert one({"role": "assistant", "text": "a"}) == assistant("a")
+    found = read_messages([{"role": "user", "content": "q", "text": "t"}], STYLE)
+    assert found.messages == [user("q")]
+    assert found.notes == {"unused field: text of messages": 1}

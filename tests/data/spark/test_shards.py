@@ -2,7 +2,7 @@
 
 import pytest
 
-from jllm.data.spark import quoted, relative_path, schema_of
+from jllm.data.spark.shards import quoted, relative_path, schema_of
 from tests.data.typed_sets import EVERY_TYPE
 
 

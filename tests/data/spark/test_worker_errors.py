@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.data.chat.short_cut import ShortCutError
-from jllm.data.spark_errors import CarriedError, WorkerErrors
+from jllm.data.spark.worker_errors import CarriedError, WorkerErrors
 from jllm.errors import UserError
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 class CarriedError(Exception):
@@ -37,9 +38,20 @@ class WorkerErrors:
             number = next(i for i, kind in enumerate(self.kinds) if isinstance(error, kind))
             raise CarriedError(f"{self._mark} {json.dumps([number, str(error)])} {self._mark}") from None
 
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """On the driver, around what runs the work: an exception of a worker is raised in place of Spark's."""
+        try:
+            yield
+        except Exception as error:  # Spark's own, of several kinds
+            of_worker = self.found_in(error)
+            if of_worker is None:
+                raise
+            raise of_worker from None
+
     def found_in(self, error: BaseException) -> Exception | None:
         """On the driver: the exception of a worker that made Spark raise `error`; None where it was none of these."""
-        for text in _texts_of(error):
+        for text in texts_of(error):
             found = re.search(rf"{self._mark} (\[.*?\]) {self._mark}", text)
             if found:
                 number, message = json.loads(found[1])
@@ -48,12 +60,18 @@ class WorkerErrors:
         return None
 
 
-def _texts_of(error: BaseException) -> Iterator[str]:
+def texts_of(error: BaseException) -> Iterator[str]:
     """The messages of an exception of Spark's and of what caused it, in Python and in Java."""
     yield str(error)
+    for java in causes_of(error):
+        yield str(java.getMessage())
+    if error.__cause__ is not None:
+        yield from texts_of(error.__cause__)
+
+
+def causes_of(error: BaseException) -> Iterator[Any]:
+    """The exception of Java's inside one of Spark's, and what caused it, the first cause last."""
     java = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
     while java is not None:
-        yield str(java.getMessage())
+        yield java
         java = java.getCause()
-    if error.__cause__ is not None:
-        yield from _texts_of(error.__cause__)

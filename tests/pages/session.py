@@ -1,0 +1,80 @@
+"""A person who types the lines of a page into a shell, from top to bottom, in a folder that has what the page names."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.pages.blocks import ROOT
+
+SECONDS = 240
+
+
+class Session:
+    """A shell in `folder`, whose exported variables stay.
+
+    Attributes:
+        folder: where the commands run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._exports: list[str] = []
+        self._environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, command: str) -> "subprocess.Popen[bytes]":
+        """Start a command as the leader of a process group; output and errors go to files beside the folder."""
+        script = "\n".join([*self._exports, command])
+        with self._log("out").open("wb") as out, self._log("err").open("wb") as err:
+            return subprocess.Popen(
+                ["bash", "-e", "-c", script],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def run(self, command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end; whatever it leaves running after `SECONDS` is ended."""
+        process = self.start(command)
+        try:
+            code = process.wait(SECONDS)
+        finally:
+            kill_group(process)
+        if code == 0 and command.startswith("export "):
+            self._exports.append(command)
+        return subprocess.CompletedProcess(command, code, self._log("out").read_text(), self._log("err").read_text())
+
+    def _log(self, what: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{what}")
+
+
+def kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a command and all that it started in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def checksums(folder: Path, *, but: Sequence[str] = ()) -> dict[str, str]:
+    """Every file below a folder with a hash of its bytes, links not followed; `but` are names left out at the top."""
+    found = {}
+    for parent, folders, files in os.walk(folder):
+        if Path(parent) == folder:
+            folders[:] = [name for name in folders if name not in but]
+        for name in files:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
