@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
 from jllm.train.config import TrainConfig, named_folders
 from jllm.train.data.batching import EpochSteps
@@ -54,10 +55,13 @@ def open_evaluation_sets(
     Raises:
         UserError: on every process: as for training data, or a set has nothing to evaluate.
     """
-    return {
-        name: open_evaluation_data(folder, config, shape, agreement, model)
-        for name, folder in named_folders(config.eval_data).items()
-    }
+    found = {}
+    for name, folder in named_folders(config.eval_data).items():
+        try:
+            found[name] = open_evaluation_data(folder, config, shape, agreement, model)
+        except UserError as error:  # the same on every process
+            raise UserError(f"--eval_data {name}: {error}") from None
+    return found
 
 
 def evaluate(
