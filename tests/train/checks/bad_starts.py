@@ -55,7 +55,7 @@ def _numbers() -> Iterator[BadStart]:
     """Numbers outside their ranges, which stand with the options."""
     given = {
         "--adam_eps": ("-1", "nan", "inf", "1e30"),
-        "--learning_rate": ("nan", "inf", "-1", "1e30"),
+        "--learning_rate": ("nan", "inf", "-1", "1e31"),
         "--lr_min": ("1", "nan", "-1e-9"),
         "--weight_decay": ("inf", "-0.1"),
         "--adam_beta1": ("1", "-0.1", "nan"),
