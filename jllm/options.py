@@ -10,8 +10,11 @@
 
 A field's type decides how its value is read: `str`, `int`, `float`, `Path`, `bool` (a flag; `--no_x` turns it off),
 each also `| None`, and `tuple[T, ...]` (the option may be repeated). `--config FILE` reads TOML whose keys are field
-names, alone or in tables; flags win over it. Underscores and dashes in flags are the same. Checks that concern more
-than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
+names, alone or in tables; flags win over it. Underscores and dashes in flags are the same.
+
+The range of a number stands with its option; where none is given it is at least 0 and finite, so that no option can
+forget it. Every command refuses what is outside, and so does `check_ranges` for a config that Python code makes. Checks
+that concern more than one option belong in the dataclass's `__post_init__`, which raises `UserError`.
 
 A user's mistake is one line on standard error and exit code 2, and so is what a file system refuses, or memory that is
 not there. Only click and the standard library are imported here, so that `--help` is fast.
@@ -35,6 +38,7 @@ import click
 
 from jllm import __version__
 from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report
+from jllm.ranges import LEAST_INT, MOST_INT, ValueRange
 
 Config = TypeVar("Config")
 CONTEXT_SETTINGS: dict[str, Any] = {
@@ -54,6 +58,7 @@ class OptionFacts:
     metavar: str | None
     hidden: bool
     positional: bool
+    range: ValueRange
     group: str | None = None
 
 
@@ -66,6 +71,11 @@ def option(
     hidden: bool = False,
     positional: bool = False,
     group: str | None = None,
+    least: float = 0,
+    most: float = MOST_INT,
+    above_least: bool = False,
+    below_most: bool = False,
+    whole_from_1: bool = False,
 ) -> Any:
     """A dataclass field that is also an option.
 
@@ -78,6 +88,7 @@ def option(
         hidden: not shown in `--help`.
         positional: given without a flag, by its place.
         group: the heading in `--help` that this option and those after it stand under, up to the next with a group.
+        least, most, above_least, below_most, whole_from_1: of a number, as in `ValueRange`.
     """
     facts = OptionFacts(
         flags=flags,
@@ -87,6 +98,9 @@ def option(
         hidden=hidden,
         positional=positional,
         group=group,
+        range=ValueRange(
+            least=least, most=most, above_least=above_least, below_most=below_most, whole_from_1=whole_from_1
+        ),
     )
     return dataclasses.field(default=default, metadata={"option": facts})
 
@@ -227,7 +241,9 @@ def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Conf
 
     def decorate(function: Callable[[Config], Any]) -> Command:
         def callback(**values: Any) -> Any:
-            return function(config_type(**values))
+            config = config_type(**values)
+            check_ranges(config)
+            return function(config)
 
         return Command(name=name, params=_parameters(config_type), callback=callback, help=function.__doc__)
 
@@ -311,7 +327,19 @@ def value_type(hint: Any) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
-LEAST_INT, MOST_INT = -(1 << 63), (1 << 63) - 1
+def check_ranges(config: Any) -> None:
+    """Raises:
+    UserError: a number of a config is outside the range that stands with its option.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if value_type(hints[field.name])[0] not in (int, float):
+            continue
+        facts: OptionFacts = field.metadata["option"]
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and (mistake := facts.range.mistake(field.name, number)) is not None:
+                raise UserError(mistake)
 
 
 class _Int64(click.types.IntParamType):

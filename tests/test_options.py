@@ -1,6 +1,8 @@
 """One dataclass gives flags, TOML keys, defaults and help; mistakes name the option, the value and the way out."""
 
 import dataclasses
+import math
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jllm.commands.inspect import InspectConfig
+from jllm.commands.manifest import ManifestConfig
+from jllm.commands.repartition import RepartitionConfig
+from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.shuffle.config import ShuffleConfig
 from jllm.errors import UserError
-from jllm.options import as_arguments, command, describe_differences, differences, option, read_toml
+from jllm.options import (
+    as_arguments,
+    check_ranges,
+    command,
+    describe_differences,
+    differences,
+    option,
+    read_toml,
+    value_type,
+)
+from jllm.ranges import MOST_INT
+from jllm.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +179,7 @@ WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8)
 @given(
     source=st.lists(WORDS.filter(bool).map(Path), min_size=1, max_size=3),
     number=st.integers(1, 2**62),
-    rate=st.floats(allow_nan=False),
+    rate=st.floats(0, 2.0**62),
     name=st.none() | WORDS,
     kind=st.sampled_from("ab"),
     loud=st.booleans(),
@@ -203,7 +221,7 @@ def test_the_nearest_option_is_offered_first(capsys: pytest.CaptureFixture[str],
     assert 'Did you mean "--number"?' in mistake(capsys, "-i", "x", given)
 
 
-@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**31])
 def test_numbers_beyond_64_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int) -> None:
     assert "beyond 64 bits" in mistake(capsys, "-i", "x", f"--number={number}")
     assert "beyond 64 bits" in mistake(capsys, "-i", "x", "--config", toml(tmp_path, f"number = {number}"))
@@ -224,3 +242,89 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert "\x1b" not in err
+
+
+CONFIGS: dict[type[Any], dict[str, Any]] = {
+    TrainConfig: {"model": Path("m"), "train_data": ("d",)},
+    Raw2IdsConfig: {"input": ("i",), "output": Path("o"), "tokenizer": "t"},
+    ShuffleConfig: {"data": Path("d")},
+    InspectConfig: {"folder": Path("f")},
+    ManifestConfig: {"folder": Path("f")},
+    RepartitionConfig: {"data": Path("d")},
+}
+"""The config classes with numbers among their options, and what they need beside."""
+ODD = ("nan", "inf", "-inf", "-1", "1e30", "-1e30", "1.5", str(MOST_INT), str(10**31), "1e-30", "-0.0")
+
+
+def numeric_options() -> list[tuple[type[Any], str, type]]:
+    found = []
+    for config_type in CONFIGS:
+        hints = typing.get_type_hints(config_type)
+        for field in dataclasses.fields(config_type):
+            scalar = value_type(hints[field.name])[0]
+            if scalar in (int, float):
+                found.append((config_type, field.name, scalar))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config_type", "name", "scalar"), numeric_options(), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_every_number_has_a_range(
+    capsys: pytest.CaptureFixture[str], config_type: type[Any], name: str, scalar: type
+) -> None:
+    """Whatever is given, a command gets a number inside the range, or says one line with the option in it."""
+    base = [word for key, value in CONFIGS[config_type].items() for word in _words(config_type, key, value)]
+    facts = next(field for field in dataclasses.fields(config_type) if field.name == name).metadata["option"]
+    for text in ODD:
+        seen: list[Any] = []
+        code = 0
+        try:
+            command(config_type, name="x")(seen.append).main([*base, f"--{name}", text])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr().err
+        if code == 0:
+            value = getattr(seen[0], name)
+            assert math.isfinite(value)
+            assert facts.range.mistake(name, value) is None
+            assert type(value) is scalar
+        else:
+            assert (code, len(said.splitlines())) == (2, 1), said
+            assert f"--{name}" in said
+        assert code == 2 or text not in ("nan", "inf", "-inf", str(10**31))
+
+
+def _words(config_type: type[Any], key: str, value: Any) -> list[str]:
+    facts = next(field for field in dataclasses.fields(config_type) if field.name == key).metadata["option"]
+    values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+    return values if facts.positional else [word for each in values for word in (f"--{key}", each)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranges:
+    plain: float = option(1.0, help="without a range of its own")
+    share: float = option(0.5, most=1, above_least=True, below_most=True, help="between two ends")
+    steps: float = option(0.0, whole_from_1=True, help="a share, or whole")
+    several: tuple[int, ...] = option((), least=2, most=4, help="may be repeated")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"plain": -1}, "--plain -1: it must be at least 0"),
+        ({"plain": math.nan}, "--plain nan: give a finite number, at least 0"),
+        ({"share": 0.0}, "--share 0.0: it must be above 0"),
+        ({"share": 1.0}, "--share 1.0: it must be below 1"),
+        ({"share": math.inf}, "--share inf: give a finite number, above 0 and below 1"),
+        ({"steps": 1.5}, "--steps 1.5: give a share below 1, or a whole number from 1 on"),
+        ({"several": (3, 1)}, "--several 1: it must be at least 2"),
+        ({"several": (5,)}, "--several 5: it must be at most 4"),
+    ],
+)
+def test_what_is_outside_a_range(values: dict[str, Any], said: str) -> None:
+    """An option that says nothing of its range is at least 0 and finite."""
+    with pytest.raises(UserError) as refused:
+        check_ranges(Ranges(**values))
+    assert str(refused.value) == said
+    check_ranges(Ranges(steps=2.0, several=(2, 4), share=0.1))

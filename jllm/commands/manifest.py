@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jllm.errors import UserError, say
 from jllm.options import command, option
+from jllm.ranges import LEAST_INT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class ManifestConfig:
 
     folder: Path = option(dataclasses.MISSING, help="folder of shards", positional=True)
     tokenizer: str | None = option(None, help="the tokenizer that made the ids, to record it", metavar="FOLDER")
-    cores: int = option(-1, help="workers; negative: all cores")
+    cores: int = option(-1, least=LEAST_INT, help="workers; negative: all cores")
     verify: bool = option(False, help="check every file against the manifest instead of making one")
     force: bool = option(False, help="replace the manifest that is there")
 

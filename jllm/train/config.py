@@ -8,7 +8,8 @@ from typing import Any
 
 from jllm.errors import UserError
 from jllm.machine import parse_duration
-from jllm.options import option
+from jllm.options import check_ranges, option
+from jllm.train.limits import MOST_RATE, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_WEIGHT
 from jllm.train.records.sinks.names import services_of
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -30,12 +31,17 @@ class TrainConfig:
     )
     dist_data: bool = option(False, help="each node has a part of its own of --train_data, under the same name")
     seq_len: int | None = option(
-        None, help="longest sequence given to the model; rows may have one token more [default: what the data needs]"
+        None,
+        least=1,
+        most=1 << 30,
+        help="longest sequence given to the model; rows may have one token more [default: what the data needs]",
     )
     block_mask: bool = option(False, help="documents packed in one row do not attend to each other")
     no_shuf: bool = option(False, help="read the rows in the order of the files in every epoch")
     seed: int = option(1234, help="seed of the data order and of --init")
-    num_workers: int = option(1, help="threads that read ahead on the first stage; 0 reads between the steps")
+    num_workers: int = option(
+        1, most=1 << 16, help="threads that read ahead on the first stage; 0 reads between the steps"
+    )
     skip_train_steps: str = option("", help='steps whose data is consumed without training on it: "3,4"')
 
     # Model
@@ -48,42 +54,77 @@ class TrainConfig:
         "auto",
         help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flex_attention, sdpa, eager",
     )
+    dropout: float | None = option(
+        None,
+        most=1,
+        below_most=True,
+        help="dropout instead of that of the model's configuration, where that has one above 0; 0: none"
+        " [default: what the configuration says]",
+    )
+    force_tokenizer: bool = option(
+        False, help="train although the data was made with another tokenizer than the model's"
+    )
+    check_weights: bool = option(
+        False, help="with --dry_run: read all weights of --model, and refuse what is not finite, as a run does"
+    )
     target_modules: str | None = option(None, help="train only parameters whose name matches these patterns, by commas")
     frozen_modules: str | None = option(None, help="freeze parameters whose name matches these patterns, by commas")
     layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
 
     # Parallelism
     pipe_parallel_size: int = option(
-        1, group="Parallelism", help="pipeline stages; what remains of the processes is data-parallel"
+        1,
+        least=1,
+        most=1 << 20,
+        group="Parallelism",
+        help="pipeline stages; what remains of the processes is data-parallel",
     )
     processes: int | None = option(
         None,
+        least=1,
         help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
     )
     model_parallel_size: int = option(
-        1, "--tensor_parallel_size", help="tensor-parallel processes; only 1 in this version"
+        1, "--tensor_parallel_size", least=1, help="tensor-parallel processes; only 1 in this version"
     )
-    sequence_parallel_size: int = option(1, help="sequence-parallel processes; only 1 in this version")
+    sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
     zero_stage: int | None = option(
-        None, help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]"
+        None,
+        most=3,
+        help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]",
     )
     ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
     partition_method: str = option(
         "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
     )
     split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
-    emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
-    timeout: int = option(1800, help="seconds after which a collective operation gives up")
+    emb_partitions: int = option(
+        1, least=1, help="parts of embedding and head; more than 1 is refused, with what it would gain"
+    )
+    timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
 
     # Steps
-    per_device_train_batch_size: int = option(1, "--micro_batch_size", group="Steps", help="rows of a micro-batch")
-    batch_size_tokens: int | None = option(
-        None, help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit"
+    per_device_train_batch_size: int = option(
+        1, "--micro_batch_size", least=1, most=MOST_ROWS, group="Steps", help="rows of a micro-batch"
     )
-    gradient_accumulation_steps: int | None = option(None, help="micro-batches of a step [default: 1]")
-    global_batch_size: int | None = option(None, help="rows of a step over all processes, instead of the above")
-    num_train_epochs: int = option(1, help="passes over the data; 0: convert --from_ckpt to --output_dir only")
-    max_steps: int | None = option(None, help="train exactly this many steps, over as many epochs as that takes")
+    batch_size_tokens: int | None = option(
+        None,
+        least=1,
+        most=MOST_ROWS,
+        help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit",
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, least=1, most=MOST_ROWS, help="micro-batches of a step [default: 1]"
+    )
+    global_batch_size: int | None = option(
+        None, least=1, most=MOST_ROWS, help="rows of a step over all processes, instead of the above"
+    )
+    num_train_epochs: int = option(
+        1, most=1 << 20, help="passes over the data; 0: convert --from_ckpt to --output_dir only"
+    )
+    max_steps: int | None = option(
+        None, least=1, most=MOST_STEPS, help="train exactly this many steps, over as many epochs as that takes"
+    )
     time_limit: str | None = option(
         None,
         metavar="DURATION",
@@ -92,19 +133,21 @@ class TrainConfig:
 
     # Optimizer
     optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=("adamw", "sgd"))
-    learning_rate: float = option(1e-5, help="peak learning rate")
-    lr_min: float = option(0.0, help="learning rate that the decay ends at")
+    learning_rate: float = option(1e-5, most=MOST_RATE, help="peak learning rate")
+    lr_min: float = option(0.0, most=MOST_RATE, help="learning rate that the decay ends at")
     force_constant_lr: float | None = option(
-        None, help="learning rate from here on, whatever the schedule; also for a resumed run"
+        None, most=MOST_RATE, help="learning rate from here on, whatever the schedule; also for a resumed run"
     )
     lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
-    lr_cycles: int = option(1, help="cycles of cosine_with_restarts")
-    num_warmup_steps: float = option(0.0, help="warm-up: steps where at least 1, a share of all steps below 1")
-    weight_decay: float = option(0.0, help="decoupled weight decay of matrices")
-    adam_beta1: float = option(0.9, help="AdamW's beta 1")
-    adam_beta2: float = option(0.999, help="AdamW's beta 2")
-    adam_eps: float = option(1e-8, help="AdamW's epsilon")
-    gradient_clipping: float = option(1.0, help="largest global gradient norm; 0 does not clip")
+    lr_cycles: int = option(1, least=1, most=MOST_STEPS, help="cycles of cosine_with_restarts")
+    num_warmup_steps: float = option(
+        0.0, most=MOST_STEPS, whole_from_1=True, help="warm-up: steps where at least 1, a share of all steps below 1"
+    )
+    weight_decay: float = option(0.0, most=MOST_RATE, help="decoupled weight decay of matrices")
+    adam_beta1: float = option(0.9, most=1, below_most=True, help="AdamW's beta 1")
+    adam_beta2: float = option(0.999, most=1, below_most=True, help="AdamW's beta 2")
+    adam_eps: float = option(1e-8, most=1, help="AdamW's epsilon")
+    gradient_clipping: float = option(1.0, most=10**9, help="largest global gradient norm; 0 does not clip")
     precision: str = option(
         "bf16", help="bf16 and fp16 keep fp32 master weights; bf16 sums gradients in fp32", choices=PRECISIONS
     )
@@ -115,7 +158,9 @@ class TrainConfig:
         "stop", help="a loss or gradient that is not finite: stop, or skip the step", choices=("stop", "skip")
     )
     router_aux_loss_coef: float | None = option(
-        None, help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]"
+        None,
+        most=MOST_RATE,
+        help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]",
     )
 
     # Memory
@@ -132,7 +177,9 @@ class TrainConfig:
         False, "-C", help="start over: remove what earlier runs left in --checkpoint, --output_dir and --log_dir"
     )
     steps_per_checkpoint: int = option(0, help="steps between checkpoints; 0: at the end of each epoch")
-    minutes_per_checkpoint: float = option(0.0, help="minutes after which a further checkpoint is written; 0: none")
+    minutes_per_checkpoint: float = option(
+        0.0, most=MOST_SECONDS, help="minutes after which a further checkpoint is written; 0: none"
+    )
     ckpt_step_gt: int = option(0, help="write checkpoints only after steps greater than this")
     ckpt_epoch: str = option("", help='write checkpoints only in these epochs, counted from 1: "1,3"')
     skip_epoch: str = option("", help='write no checkpoints in these epochs, counted from 1: "2"')
@@ -147,7 +194,10 @@ class TrainConfig:
         None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
     )
     lock_wait: int = option(
-        300, help="seconds that --resume_ckpt auto waits for another run to leave its folders", metavar="SECONDS"
+        300,
+        most=MOST_SECONDS,
+        help="seconds that --resume_ckpt auto waits for another run to leave its folders",
+        metavar="SECONDS",
     )
     force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
     tag: str | None = option(
@@ -170,7 +220,10 @@ class TrainConfig:
         help="shards to evaluate on, every row, in order; may be given several times",
     )
     steps_per_eval: float = option(
-        0.0, help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch"
+        0.0,
+        most=MOST_STEPS,
+        whole_from_1=True,
+        help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch",
     )
     early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
 
@@ -180,13 +233,13 @@ class TrainConfig:
         group="Records",
         help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]",
     )
-    steps_per_print: int = option(1, help="steps between two lines on the console")
+    steps_per_print: int = option(1, least=1, help="steps between two lines on the console")
     report_to: str = option(
         "", help="services that get the numbers too, by commas: mlflow, trackio, wandb; each by its own package"
     )
     report_files: bool = option(False, help="give the files of checkpoints and model to --report_to, not their places")
     trace_step: int | None = option(
-        None, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
+        None, least=1, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
     )
 
     # The call
@@ -199,20 +252,10 @@ class TrainConfig:
     config: Path | None = option(
         None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
     )
-    local_rank: int = option(-1, help="set by the launcher", hidden=True)
+    local_rank: int = option(-1, least=-1, help="set by the launcher", hidden=True)
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, 1, "pipe_parallel_size", "per_device_train_batch_size", "steps_per_print", "timeout", "lr_cycles"
-        )
-        _at_least(self, 1, "gradient_accumulation_steps", "global_batch_size", "max_steps", "seq_len")
-        _at_least(self, 1, "batch_size_tokens", "processes", "trace_step")
-        _at_least(self, 0, "num_train_epochs", "num_workers", "checkpoint_grad_interval", "max_num_checkpoints")
-        _at_least(self, 0, "no_checkpoint_grad_step", "router_aux_loss_coef")
-        _at_least(self, 0, "best_of", "early_stop", "ckpt_step_gt", "minutes_per_checkpoint", "lock_wait")
-        _at_least(self, 0, "learning_rate", "weight_decay", "gradient_clipping", "num_warmup_steps", "lr_min", "seed")
-        _at_least(self, 0, "force_constant_lr")
-        _below_one(self, "adam_beta1", "adam_beta2")
+        check_ranges(self)
         if self.model is None:
             raise UserError("--model is missing; give the Hugging Face folder of the model")
         if not self.train_data and self.num_train_epochs > 0:
@@ -279,8 +322,11 @@ class TrainConfig:
             raise UserError(f"--trace_step {self.trace_step} writes beside the records; give --log_dir or --checkpoint")
         if self.only_ckpt_model and self.resume_ckpt == "auto":
             raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
-        if self.steps_per_eval >= 1 and self.steps_per_eval != int(self.steps_per_eval):
-            raise UserError(f"--steps_per_eval {self.steps_per_eval}: a whole number of steps, or a share below 1")
+        if self.lr_min > self.learning_rate:
+            raise UserError(
+                f"--lr_min {self.lr_min:g} is above --learning_rate {self.learning_rate:g}, from which the rate falls"
+                " to it; give less"
+            )
         _check_folders(self)
         services_of(self.report_to)
         skipped_steps(self)
@@ -356,7 +402,7 @@ def weighted_folders(config: TrainConfig) -> list[WeightedFolder]:
     """`--train_data` taken apart.
 
     Raises:
-        UserError: a weight that is not above 0.
+        UserError: a weight that is not above 0, or beyond `MOST_WEIGHT`.
     """
     found = []
     for item in config.train_data:
@@ -369,6 +415,11 @@ def weighted_folders(config: TrainConfig) -> list[WeightedFolder]:
             folder, number = item, 1.0
         if not 0 < number < math.inf:
             raise UserError(f"--train_data {item}: the weight is above 0, such as {folder}=0.5")
+        if number > MOST_WEIGHT:
+            raise UserError(
+                f"--train_data {item}: an epoch would have each row {number:g} times; give at most {MOST_WEIGHT}, and"
+                " more with --num_train_epochs"
+            )
         found.append(WeightedFolder(folder=Path(folder), weight=number))
     return found
 
@@ -390,34 +441,8 @@ def named_folders(given: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _at_least(config: TrainConfig, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} {value}: it must be at least {least}")
-
-
-def _below_one(config: TrainConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise UserError(f"--{name} {value}: it must be at least 0 and below 1")
-
-
 def resolved_options(config: TrainConfig) -> dict[str, Any]:
     """The options as JSON values."""
     values = dataclasses.asdict(config)
     values.pop("local_rank")
     return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
-
-
-def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:
-    """Raises:
-    UserError: a run that goes on from a checkpoint after `step` would have nothing to do. With `--resume_ckpt auto`,
-        the line that is given again and again, that is its end and no mistake.
-    """
-    if step > total_steps or (step == total_steps and config.resume_ckpt != "auto"):
-        raise UserError(
-            f"{checkpoint} is after step {step} of {total_steps}: nothing is left to train;"
-            " raise --max_steps or --num_train_epochs"
-        )

@@ -7,8 +7,9 @@ assumed, or of `--processes`.
 
 What a run refuses before its first step is refused here, by the same functions: data, evaluation sets, checkpoints,
 and on stages without weights what is chosen of the model. Left out is what would write, or needs the other processes:
-text is not converted, `--clean` is not checked, weights of `--model` are not read beyond their headers, and the other
-nodes are not asked whether they see the same. Cost: opening the data, and reading the weights of `--from_ckpt` once.
+text is not converted, `--clean` is not checked, weights of `--model` are read beyond their headers only with
+`--check_weights`, and the other nodes are not asked whether they see the same. Cost: opening the data, and reading the
+weights of `--from_ckpt` once.
 """
 
 import copy
@@ -36,14 +37,15 @@ from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointErro
 from jllm.train.checkpoint.resume import (
     batching_rule,
     check_same_run,
+    check_steps_left,
     check_weights,
     find_resume_points,
     load_weights_only,
     record_of_run,
 )
+from jllm.train.checks.start import check_start, check_weights_if_asked
 from jllm.train.config import (
     TrainConfig,
-    check_steps_left,
     named_folders,
     resolved_options,
     weighted_folders,
@@ -51,7 +53,7 @@ from jllm.train.config import (
 from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.distributed.deepspeed_engine import check_precision, deepspeed_settings
+from jllm.train.distributed.deepspeed_engine import check_precision
 from jllm.train.evaluate import open_evaluation_sets
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -91,6 +93,7 @@ def dry_run(config: TrainConfig) -> None:
         return
     world_size = launch.world_size() if "WORLD_SIZE" in os.environ else config.wanted_processes
     shape = resolve_shape(config, world_size)
+    notes = check_start(config, shape)
     model = setup.read_model_info(config)
     check_precision(config)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -107,7 +110,7 @@ def dry_run(config: TrainConfig) -> None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
-    deepspeed_settings(config, shape)
+    notes += check_weights_if_asked(config)
 
     automatic = automatic_options(config, shape)
     if config.attn_implementation == "auto":
@@ -118,13 +121,15 @@ def dry_run(config: TrainConfig) -> None:
     if steps is not None and steps.tokens and (peak := peak_flops()) is not None:
         seconds = steps.tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
     if config.json:
-        found = _as_json(config, plan, steps, automatic, warnings, shape=shape, seconds=seconds)
+        found = _as_json(config, plan, steps, automatic, warnings, notes=notes, shape=shape, seconds=seconds)
         print(json.dumps(found, indent=1))
         return
     print("\n".join(describe_differences(config)))
     print(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
     print(plan.table)
     print(f"{shape.processes} on {world_size} processes")
+    for line in notes:
+        print(line)
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
     else:
@@ -144,6 +149,7 @@ def _as_json(
     automatic: dict[str, Any],
     warnings: list[str],
     *,
+    notes: list[str],
     shape: RunShape,
     seconds: float | None,
 ) -> dict[str, Any]:
@@ -158,7 +164,7 @@ def _as_json(
         "pipelines": shape.mesh.data,
         "processes": shape.mesh.world_size,
         **(steps.numbers if steps is not None else {}),
-        "lines": steps.lines if steps is not None else [],
+        "lines": [*notes, *(steps.lines if steps is not None else [])],
         "seconds": seconds,
         "warnings": [line.removeprefix("warning: ") for line in warnings],
     }
@@ -200,7 +206,8 @@ class _Steps:
         data = self._open(config, shape, agreement, model, training)
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
-            open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
+            opened = open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
+            self.warnings += [f"warning: {line}" for each in opened.values() for line in each.facts.warnings]
         self.resumed = self._open_newest(candidates)
         if config.resume_ckpt is not None:
             self.lines.append(f"goes on from {self.resumed.folder}" if self.resumed else "no checkpoint: starts afresh")
@@ -229,6 +236,7 @@ class _Steps:
 
     def _count(self, data: Data) -> None:
         config, facts = self._config, data.facts
+        self.warnings += [f"warning: {line}" for line in facts.warnings]
         self.longest_row = facts.longest_row
         epochs = epoch_steps(config, data.index, data.share, data.parts)
         total, per_epoch = config.max_steps or epochs.total(config.num_train_epochs), epochs.counts[0]

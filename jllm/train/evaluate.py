@@ -8,7 +8,6 @@ least one trained token: without any, every model would have the same loss. Cost
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -84,20 +83,11 @@ def open_evaluation_sets(
     """
     found = {}
     for name, folder in named_folders(config.eval_data).items():
-        data = found[name] = open_evaluation_data(folder, config, shape, agreement, model)
-        if not agreement.from_first_reader(functools.partial(_has_targets, data)):
-            raise UserError(
-                f"--eval_data {name}: no token of {folder} is a target (labels mask them all, or rows have one token);"
-                " give a set with something to predict"
-            )
+        try:
+            found[name] = open_evaluation_data(folder, config, shape, agreement, model)
+        except UserError as error:  # the same on every process
+            raise UserError(f"--eval_data {name}: {error}") from None
     return found
-
-
-def _has_targets(data: Data) -> bool:
-    """Whether any row has a trained token; reads up to the first that has."""
-    assert data.index is not None
-    one_row = dataclasses.replace(data.share, micro_batch=1, accumulation=1, data_rank=0, data_size=1)
-    return any(step.trained_tokens for step in eval_steps(data.index, one_row))
 
 
 def evaluate(
@@ -146,6 +136,9 @@ def evaluation_share(
     training: Data, evaluation: Iterable[Data], cadence: Cadence, epochs: EpochSteps, *, step: int, total_steps: int
 ) -> float:
     """About how much of a run's time from `step` on evaluations take: a forward pass is a third of a training step."""
+    evaluation = list(evaluation)
+    if not evaluation:
+        return 0.0  # without a look at every step
     first = step + 1
     times = (first == 1) + sum(cadence.evaluates(each) for each in range(first, total_steps + 1))
     sets = [training, *evaluation]

@@ -1,5 +1,6 @@
 """This process's stage of the model: which layers it has, how they are loaded, what is attached to them."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
+from jllm.models.dropout import set_dropout
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
@@ -72,12 +74,14 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     assert config.model is not None
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
+    trained = copy.deepcopy(model_config)
+    set_dropout(trained, config.dropout)
     attention = choose_attention(
         model_class,
         device=get_accelerator().current_device_name(),
         dtype=DTYPES[config.precision],
         wanted=config.attn_implementation,
-        dropout=getattr(model_config.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
+        dropout=getattr(trained.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
     return FamilyInUse(config=model_config, model_class=model_class, attention=attention)
 
@@ -228,6 +232,7 @@ def build_stage(
             device=device,
             attn_implementation=family.attention,
             family=family.model_class,
+            dropout=config.dropout,
         )
     else:
         model = load_stage(
@@ -238,6 +243,7 @@ def build_stage(
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
             names_unused=agreement.place.is_first,
+            dropout=config.dropout,
         )
     checkpointing, routers = attach(model, span, config)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}

@@ -1,6 +1,5 @@
 """A training run, top to bottom."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,13 @@ from jllm.models.weights.source import ModelInfo
 from jllm.train import setup
 from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.format import RunState
-from jllm.train.checkpoint.random_state import random_states, restore_random_states
+from jllm.train.checkpoint.random_state import Position, random_states, restore_random_states
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import (
     Intact,
     batching_rule,
     check_same_run,
+    check_steps_left,
     check_weights,
     find_resume_points,
     first_intact,
@@ -31,9 +31,10 @@ from jllm.train.checkpoint.resume import (
 )
 from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.checkpoint.state import TrainingState
-from jllm.train.config import TrainConfig, check_steps_left, skipped_steps
+from jllm.train.checks.start import check_start
+from jllm.train.config import TrainConfig, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
-from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps
+from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps, warnings_of
 from jllm.train.distributed import launch, peers
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
@@ -70,10 +71,13 @@ def run(config: TrainConfig) -> int:
         dry_run(config)
         return 0
     shape = resolve_shape(config, launch.world_size())
+    notes = check_start(config, shape)
     model_info = setup.read_model_info(config)
     launch.join(config.timeout, deterministic=config.deterministic)
     check_precision(config)
     agreement = Agreement(shape.mesh)
+    if agreement.place.is_first:
+        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return 0
@@ -83,17 +87,6 @@ def run(config: TrainConfig) -> int:
         training = TrainingRun(config, shape, agreement, model_info, run=run)
         with training.recorder.until_the_end():
             return training.train()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a run is between two steps."""
-
-    step: int
-    cursor: Cursor
-    consumed_tokens: int
-    consumed_rows: int
-    random_states: dict[str, torch.Tensor]
 
 
 class TrainingRun:
@@ -258,6 +251,8 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
+        for line in warnings_of(self.data, *self.eval_data.values()):
+            self.recorder.say(f"warning: {line}")
         say_templates(self.config, facts, self.recorder)
         share = evaluation_share(
             self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps

@@ -20,3 +20,20 @@ from jllm.train.config import TrainConfig
 def test_a_run_does_not_write_over_its_model(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig(model=Path("model"), train_data=("data",), **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lr_min": 1e-4}, "--lr_min 0.0001 is above --learning_rate 1e-05, from which the rate falls to it"),
+        ({"num_warmup_steps": 1.5}, "--num_warmup_steps 1.5: give a share below 1, or a whole number from 1 on"),
+        ({"steps_per_eval": 2.5}, "--steps_per_eval 2.5: give a share below 1"),
+        ({"adam_eps": -1.0}, "--adam_eps -1.0: it must be at least 0"),
+        ({"train_data": ("data=1e6",)}, "--train_data data=1e6: an epoch would have each row 1e+06 times"),
+        ({"dropout": 1.0}, "--dropout 1.0: it must be below 1"),
+    ],
+)
+def test_numbers(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        TrainConfig(**{"model": Path("model"), "train_data": ("data",), **more})
+    assert str(refused.value).startswith(message)

@@ -12,7 +12,7 @@ import pytest
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import train_rank
+from tests.distributed.runs import records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
 
 
@@ -29,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "fp8/config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
     write_rows(folder / "data", random_rows(24), files=2)
     write_rows(folder / "bare", random_rows(24), manifest=False)
+    write_rows(folder / "many", random_rows(24) * 400, files=2)
+    write_rows(folder / "many-bare", random_rows(24) * 400, manifest=False)
     write_rows(folder / "masked", [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 3)
     (folder / "text.jsonl").write_text('{"text": "one"}\n')
     (folder / "picture.png").touch()
@@ -48,7 +50,7 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "--train_data has changed": lambda folder: {
         "resume_ckpt": str(folder / "run"),
         "max_steps": 2,
-        "train_data": (str(folder / "masked"),),
+        "train_data": (str(folder / "bare"),),
     },
     "nothing is left to train": lambda folder: {"resume_ckpt": str(folder / "run"), "max_steps": 2},
     "give the same model": lambda folder: {
@@ -119,7 +121,8 @@ def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None
     """The stage table is that of rows as long as the data's, by the manifest, whatever `--seq_len` allows."""
     longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1
     tables = []
-    for more in ({}, {"seq_len": longest}, {"seq_len": 2048}, {"train_data": (str(folder / "bare"),)}):
+    for more in ({}, {"seq_len": longest}, {"seq_len": 2048}, {"train_data": (str(folder / "many-bare"),)}):
+        more = {"train_data": (str(folder / "many"),), **more}
         options = options_of(folder, per_device_train_batch_size=8192, **more)
         [(_, _, lines)] = Ranks(1).run(shown, options, tmp_path / "console")
         tables.append(next(line for line in lines if " GiB" in line))
@@ -195,3 +198,86 @@ def test_uneven_pipelines_are_told(folder: Path, tmp_path: Path) -> None:
 def test_json_needs_a_dry_run(folder: Path) -> None:
     with pytest.raises(UserError, match="--json prints what --dry_run finds"):
         TrainConfig(**options_of(folder, json=True))
+
+
+def said_by(options: dict[str, Any], console: Path) -> tuple[str | None, str]:
+    """The answer of a run, and what it writes to the console."""
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        answer = train_rank(options)
+    return answer, console.read_text()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 40 learned positions and dropout, and rows of 41 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("learned")
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    write_rows(folder / "data", [{"input_ids": [1, 2] * 20 + [3]}] * 8)
+    write_rows(folder / "bare", [{"input_ids": [1, 2] * 20 + [3]}] * 8, manifest=False)
+    write_rows(folder / "long", [{"input_ids": [1, 2] * 20 + [3]}] * 8 + [{"input_ids": [4] * 42}])
+    write_rows(folder / "long-bare", [{"input_ids": [4] * 42}] * 8, manifest=False)
+    return folder
+
+
+@pytest.mark.parametrize("more", [{}, {"seq_len": 64}, {"batch_size_tokens": 80}])
+@pytest.mark.parametrize("name", ["data", "bare"])
+def test_rows_are_padded_to_the_learned_positions(
+    learned: Path, tmp_path: Path, name: str, more: dict[str, Any]
+) -> None:
+    """Rows as long as the table are trained on: padding, which goes up to 64 elsewhere, ends with it."""
+    options = {**options_of(learned, max_steps=1, learning_rate=1e-3), "train_data": (str(learned / name),), **more}
+    [(answer, _)] = Ranks(1).run(said_by, options, tmp_path / "console")
+    assert answer is None
+
+
+def test_rows_beyond_the_learned_positions(learned: Path, tmp_path: Path) -> None:
+    for name, dry, words in (
+        ("long", True, "has rows of 42 tokens, and the model has learned positions for 40"),
+        (
+            "long-bare",
+            False,
+            ": a row has 42 tokens, and the model has learned positions for 40; make shards with",
+        ),
+    ):
+        options = {**options_of(learned, max_steps=1), "train_data": (str(learned / name),)}
+        [(answer, _)] = Ranks(1).run(said_by, options, tmp_path / "console")
+        assert answer is not None
+        assert words in answer
+        [told] = Ranks(1).run(answers, [options])
+        assert told == [answer if dry else None]
+
+
+def test_dropout_is_said_and_can_be_left_out(learned: Path, tmp_path: Path) -> None:
+    """In both, with the same words; without dropout the loss of a step is the model's own."""
+    losses: dict[float | None, list[float]] = {}
+    for rate, words in (
+        (None, "dropout: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1, by the model's config.json; --dropout 0"),
+        (0.0, "dropout: 0 by --dropout, instead of resid_pdrop 0.1"),
+    ):
+        for seed in (1, 2):  # the rows are equal, so that only dropout is drawn anew
+            log = tmp_path / f"{rate}-{seed}"
+            options = {**options_of(learned, max_steps=2, dropout=rate, seed=seed, learning_rate=1e-2), "log_dir": log}
+            [(answer, text)] = Ranks(1).run(said_by, options, tmp_path / "console")
+            assert answer is None
+            assert words in text
+            losses.setdefault(rate, []).extend(record["loss"] for record in records(log))
+        [(answer, _, lines)] = Ranks(1).run(shown, {**options, "log_dir": None}, tmp_path / "console")
+        assert any(line.startswith(words) for line in lines)
+    assert losses[0.0][:2] == losses[0.0][2:]
+    assert losses[None][0] != losses[0.0][0]
+
+
+def test_rows_beyond_what_a_model_has_seen_are_a_warning(folder: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "long", [{"input_ids": [1, 2] * 150}] * 4)
+    options = {**options_of(folder, max_steps=1), "train_data": (str(tmp_path / "long"),)}
+    [(answer, text)] = Ranks(1).run(said_by, options, tmp_path / "console")
+    [(_, _, lines)] = Ranks(1).run(shown, options, tmp_path / "console")
+    assert answer is None
+    words = f"warning: {tmp_path / 'long'} has rows of 300 tokens, and the model has seen positions up to 256"
+    assert words in text
+    assert any(line.startswith(words) for line in lines)

@@ -73,8 +73,9 @@ class Tokenizer:
         vocabulary_sha256: of vocabulary and added tokens, in hex; the same for every version of the library.
         probe_ids: the ids of difficult texts.
         document_end: the id that documents end in.
+        added_tokens: the ids of its added tokens.
 
-    The last three are None where nobody recorded them.
+    The last four are None where nobody recorded them.
     """
 
     name: str
@@ -83,13 +84,12 @@ class Tokenizer:
     vocabulary_sha256: str | None = None
     probe_ids: dict[str, list[int]] | None = None
     document_end: int | None = None
+    added_tokens: dict[str, int] | None = None
 
     def is_same(self, other: "Tokenizer") -> bool:
         """Whether both give the same ids: by the backend's hash, or else by vocabulary and probes, where known."""
-        if self.sha256 == other.sha256:
-            return True
         mine, others = ((each.vocabulary_sha256, each.probe_ids) for each in (self, other))
-        return None not in mine and mine == others
+        return self.sha256 == other.sha256 or (None not in mine and mine == others)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
@@ -172,9 +172,9 @@ class Manifest:
                 raise ValueError(f"path {entry.path} leads out of the folder")
         if self.tokenizer is not None:
             _check_fields(self.tokenizer)
-            for ids in (self.tokenizer.probe_ids or {}).values():
-                if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-                    raise TypeError("probe_ids are no lists of ids")
+            lists = [*(self.tokenizer.probe_ids or {}).values(), [*(self.tokenizer.added_tokens or {}).values()]]
+            if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in lists):
+                raise TypeError("probe_ids are no lists of ids, or added_tokens no ids")
         if not isinstance(self.command, str) or not isinstance(self.options, dict):
             raise TypeError("made_by is no command with options")
         if not all(isinstance(source, dict) for source in self.sources):

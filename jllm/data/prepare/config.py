@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.options import option
+from jllm.ranges import LEAST_INT
 
 MOST_LEN = (1 << 31) - 1
 CODECS = ("zstd", "gzip", "snappy", "lz4", "brotli")
@@ -116,7 +117,7 @@ class Raw2IdsConfig:
         None, help="write all bad records there, as JSON lines with file, line, kind and reason", metavar="FILE"
     )
 
-    cores: int = option(-1, group="This run", help="workers; negative: all cores this process may use")
+    cores: int = option(-1, least=LEAST_INT, group="This run", help="workers; negative: all cores this process may use")
     threads: bool = option(False, "-T", help="threads instead of processes, where that makes a difference")
     quiet: bool = option(False, help="no progress line")
     debug: int = option(0, help="print this many decoded rows at the end", metavar="N")

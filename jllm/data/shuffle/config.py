@@ -6,6 +6,7 @@ from pathlib import Path
 from jllm.errors import UserError
 from jllm.machine import megabytes, parse_memory
 from jllm.options import option
+from jllm.ranges import LEAST_INT
 
 MOST_BLOCKS = 1_000_000
 LEAST_MEMORY = 16 << 20
@@ -22,7 +23,7 @@ class ShuffleConfig:
         None, "-n", help="files to deal each data set to  [default: as many as it has]", metavar="N"
     )
     seed: int = option(1234, help="seed of the permutation; with the data it decides the order alone")
-    cores: int = option(-1, help="workers; negative: all cores")
+    cores: int = option(-1, least=LEAST_INT, help="workers; negative: all cores")
     mem_rate: float = option(0.8, help="share of the free memory to use")
     memory: str | None = option(None, help="absolute memory cap, such as 512M or 4G, instead of --mem_rate")
     mix: tuple[str, ...] = option(

@@ -128,6 +128,7 @@ class TokenizerFacts:
             probe_ids={
                 text: list(ids) for text, ids in zip(self.probes, self.probe_ids, strict=True) if text in PROBES
             },
+            added_tokens={token["content"]: token["id"] for token in self.added},
         )
 
     @property

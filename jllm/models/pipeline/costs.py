@@ -9,7 +9,6 @@ backward pass. Estimates rank layers well and stages within some percent; they d
 Costs: building the model on the meta device, some milliseconds per layer.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,7 @@ from jllm.models.families import has_head_apart
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
-from jllm.models.weights.source import causal_class
+from jllm.models.weights.source import bare_model, causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
 _TRAINING, _RECOMPUTED = 3.0, 4.0
@@ -173,8 +172,7 @@ def estimate_costs(
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names.
     """
-    with torch.device("meta"):
-        model = (family or causal_class(config))._from_config(copy.deepcopy(config), dtype=dtype)
+    model = bare_model(config, family or causal_class(config), dtype=dtype)
     structure = whole_structure(model) if is_whole else find_structure(model)
     text = config.get_text_config(decoder=True)
     layers = _layers(model, structure)

@@ -9,8 +9,7 @@ mapped files one tensor at a time, so that these may be replaced while the model
 
 import copy
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,21 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import logging as transformers_logging
 
 from jllm.errors import UserError
+from jllm.models.dropout import override_in_modules, set_dropout
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.legacy.reading import read_raw_config, read_tensors
 from jllm.models.pipeline.carving import seal, stage_class, structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
 from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.finite import check_finite
 from jllm.models.weights.initial import initialise
 from jllm.models.weights.source import (
     causal_class,
     check_plain_weights,
+    quiet,
     read_config,
     read_header,
     stored_dtypes,
@@ -55,15 +56,19 @@ def load_stage(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     names_unused: bool = True,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
 
     With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
+    `dropout` overrides the configuration's (`jllm.models.dropout.set_dropout`).
 
     Raises:
-        UserError: the folder holds no model, one that cannot be split this way, or not all of its weights.
+        UserError: the folder holds no model, one that cannot be split this way, not all of its weights, or some that
+            are not finite.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    published = set_dropout(config, dropout)
     check_plain_weights(folder)
     _check_span(config, span)
     family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
@@ -77,7 +82,7 @@ def load_stage(
                 wanted = set(reader._from_config(copy.deepcopy(config), dtype=dtype).state_dict())
             tensors = read_tensors(Path(folder), layout, raw, config, wanted, dtype)
             origin = {"pretrained_model_name_or_path": None, "state_dict": tensors}
-        with _quiet():
+        with quiet():
             model, report = reader.from_pretrained(
                 **origin,
                 config=config,
@@ -108,6 +113,8 @@ def load_stage(
     seal(model, span)
     if device.type == "cpu" and layout is None:
         _own_memory(model, stored_dtypes(folder))
+    check_finite(model.named_parameters(), folder)
+    override_in_modules(model, dropout, published)
     model.train()
     return model
 
@@ -121,18 +128,21 @@ def init_stage(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     family: type[PreTrainedModel] | None = None,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """Random weights for this stage, by the family's own initialisation.
 
     Every module draws from a generator seeded by (seed, its name in the whole model): the same seed gives the same
     weights for any number of stages, on the same kind of device. What the family's `_init_weights` does not reach has
     the value that its constructor gives it. `family` is for classes that transformers does not carry
-    (`--trust_remote_code`).
+    (`--trust_remote_code`); `dropout` as in `load_stage`.
 
     Raises:
         UserError: the model cannot be split this way.
     """
     _check_span(config, span)
+    config = copy.deepcopy(config)
+    published = set_dropout(config, dropout)
     derived = stage_class(family or causal_class(config), span)
     keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
 
@@ -149,6 +159,7 @@ def init_stage(
         owner, _, leaf = duplicate.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(original))
     seal(model, span)
+    override_in_modules(model, dropout, published)
     model.train()
     return model
 
@@ -209,18 +220,3 @@ def _check_span(config: PretrainedConfig, span: StageSpan) -> None:
             f"stage {span.index} would own layers {span.first_layer} to {span.end_layer} of a model with {layers}; "
             "every stage needs at least one layer: use fewer stages or other boundaries"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: this module checks the report itself."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

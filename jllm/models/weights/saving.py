@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.models.dropout import restore_dropout
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, to_published
@@ -148,6 +149,7 @@ def write_companions(
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return
     config = type(model.config).from_dict(model.config.to_dict())
+    restore_dropout(config, model)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

@@ -3,21 +3,28 @@
 Reads `config.json` and the headers of the safetensors files (a few KiB each). Every mistake in a folder is one line.
 """
 
+import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from jllm.errors import UserError, did_you_mean
+from jllm.models.config_checks import check_config
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.pipeline.structure import count_layers
+from jllm.models.positions import learned_positions, rotary_positions
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -26,6 +33,11 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_OF_A_CONFIG = (
+    *(ValueError, KeyError, TypeError, OSError, AttributeError, IndexError, ArithmeticError, AssertionError),
+    *(RecursionError, StrictDataclassError),
+)
+"""What reading a configuration raises where a field of it is not what it should be."""
 _BY_LENGTH = {"dynamic", "longrope"}
 
 _PACKED = re.compile(
@@ -53,6 +65,15 @@ class ModelInfo:
     """Whether the head is the embedding."""
     positions_depend_on_length: bool
     """Whether the length that a row is padded to changes its position embeddings (dynamic and longrope scaling)."""
+    learned_positions: int | None = None
+    """The longest row that there are learned positions for, padding included; None where rows may have any length."""
+    rotary_positions: int | None = None
+    """The longest row that a model with rotary positions was made for; None where that is not known."""
+
+    def longest_input(self, wanted: int | None) -> int | None:
+        """The longest input that it takes where at most `wanted` tokens are; None: any."""
+        known = [each for each in (wanted, self.learned_positions) if each is not None]
+        return min(known, default=None)
 
 
 def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -76,11 +97,16 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
     _check_config_plain(raw, path)
+    config: PretrainedConfig
     if (layout := layout_of(raw)) is not None:
         try:
-            return layout.read_config(raw)
+            config = layout.read_config(raw)
         except KeyError as error:
             raise UserError(f"{path} of a {layout.name} checkpoint has no {error}; give the published file") from None
+        except _OF_A_CONFIG as error:
+            raise _unreadable(path, model_type, error) from None
+        check_config(config, path)
+        return config
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         has_code = ", or --trust_remote_code to run the code in the folder" if raw.get("auto_map") else ""
         raise UserError(
@@ -88,12 +114,20 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
             f"{did_you_mean(model_type, CONFIG_MAPPING)} give a known type (`jllm models` lists them){has_code}"
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a {model_type!r} configuration: {error}") from None
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except _OF_A_CONFIG as error:
+        raise _unreadable(path, model_type, error) from None
+    check_config(config, path)
     return config
+
+
+def _unreadable(path: Path, model_type: str, error: Exception) -> UserError:
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    return UserError(
+        f"{path} cannot be read as a {model_type!r} configuration: {why}; give the config.json that was published with"
+        " the model"
+    )
 
 
 def _check_config_plain(raw: dict[str, Any], path: Path) -> None:
@@ -183,6 +217,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     )
 
 
+def pickled_files(folder: str | Path) -> list[Path]:
+    """The files of a model folder whose weights are pickled; empty where there are safetensors files."""
+    folder = Path(folder)
+    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+        return []
+    return sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
+
+
 def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
     """Name → dtype, shape and offsets (`data_offsets`, in bytes) of each tensor in a safetensors file."""
     header = _whole_header(path)
@@ -232,14 +274,40 @@ def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weig
     if dtype is None:
         declared = getattr(config, "dtype", None) or getattr(text, "dtype", None)
         dtype = getattr(torch, declared) if isinstance(declared, str) else declared or torch.float32
+    rotary = rotary_positions(config)
     return ModelInfo(
         model_type=config.model_type,
         vocab_size=text.vocab_size,
         num_layers=count_layers(config),
         dtype=dtype,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        learned_positions=_learned_positions(config, folder, trust_remote_code) if rotary is None else None,
+        rotary_positions=rotary,
         positions_depend_on_length=not _rope_types(getattr(text, "rope_parameters", None)).isdisjoint(_BY_LENGTH),
     )
+
+
+def _learned_positions(config: PretrainedConfig, folder: str | Path, trust_remote_code: bool) -> int | None:
+    family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    return learned_positions(bare_model(config, family, dtype=torch.float32))
+
+
+def bare_model(config: PretrainedConfig, family: type[PreTrainedModel], *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without memory (meta device), to look at its names and shapes.
+
+    Raises:
+        UserError: no model can be built from the configuration.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = family._from_config(copy.deepcopy(config), dtype=dtype)
+    except (*_OF_A_CONFIG, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"config.json: no {family.__name__} can be built from it ({type(error).__name__}: {why}); give the"
+            " config.json that was published with the model"
+        ) from None
+    return model
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -248,3 +316,18 @@ def _rope_types(parameters: Any) -> set[str]:
         return set()
     own = {kind for kind in [parameters.get("rope_type")] if isinstance(kind, str)}
     return own.union(*(_rope_types(value) for value in parameters.values()))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they say is checked here."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,7 +1,22 @@
-"""The states of a process's random-number generators: what dropout goes on from."""
+"""Where a run is between two steps, with the states of a process's random-number generators."""
+
+import dataclasses
 
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from jllm.train.data.loader import Cursor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run is between two steps: steps made, data consumed, and what random numbers come next."""
+
+    step: int
+    cursor: Cursor
+    consumed_tokens: int
+    consumed_rows: int
+    random_states: dict[str, torch.Tensor]
 
 
 def random_states() -> dict[str, torch.Tensor]:

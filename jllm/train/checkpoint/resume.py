@@ -36,6 +36,7 @@ from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
+    "dropout",
     "optimizer",
     "learning_rate",
     "lr_min",
@@ -394,3 +395,15 @@ def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agre
             values = reader.read(kind, published, region_of(parameter))
             assert values is not None
             parameter.copy_(values.view(parameter.shape))
+
+
+def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:
+    """Raises:
+    UserError: a run that goes on from a checkpoint after `step` would have nothing to do. With `--resume_ckpt auto`,
+        the line that is given again and again, that is its end and no mistake.
+    """
+    if step > total_steps or (step == total_steps and config.resume_ckpt != "auto"):
+        raise UserError(
+            f"{checkpoint} is after step {step} of {total_steps}: nothing is left to train;"
+            " raise --max_steps or --num_train_epochs"
+        )

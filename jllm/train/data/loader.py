@@ -120,6 +120,7 @@ class BatchShare:
         accumulation: micro-batches of a step.
         data_rank, data_size: which of how many pipelines that divide the rows among them.
         seq_len: the longest input allowed; None: whatever the rows need.
+        positions: the longest input that the model has positions for, padding included; None: any.
         block_mask: position ids restart at each document.
         vocab_size: ids must be below.
         budget: makes micro-batches by tokens instead of by rows.
@@ -135,6 +136,12 @@ class BatchShare:
     vocab_size: int
     budget: TokenBudget | None = None
     longest: int | None = None
+    positions: int | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The longest input allowed, by the options and the model."""
+        return min((each for each in (self.seq_len, self.positions) if each is not None), default=None)
 
     @property
     def global_batch(self) -> int:
@@ -206,7 +213,7 @@ class BatchShare:
             mine = range(self.data_rank * size, min((self.data_rank + 1) * size, len(rows)))
             filled: list[Row | None] = [rows[place] for place in mine]
             filled += [None] * (size - len(filled))
-            length = padded_length(max(needed, largest or 0), self.seq_len)
+            length = padded_length(max(needed, largest or 0), self.most)
             micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
             places: Sequence[int] = mine
         else:
@@ -248,12 +255,12 @@ class BatchShare:
         """One micro-batch; with `largest`, filled up to what rows of at most so many inputs could make of the budget:
         `is_longest` as long as they are, the others as many tokens as fit."""
         needed = max((len(row.ids) - 1 for row in rows if row is not None), default=1)
-        length = padded_length(needed, self.seq_len)
+        length = padded_length(needed, self.most)
         if largest is not None:
             assert self.budget is not None
             budget = self.budget.tokens
             longer = (
-                padded_length(min(each, largest), self.seq_len)
+                padded_length(min(each, largest), self.most)
                 for each in range(length, largest + LENGTH_MULTIPLE, LENGTH_MULTIPLE)
             )
             lengths = [length, *(each for each in longer if length < each <= budget // len(rows))]
@@ -262,16 +269,22 @@ class BatchShare:
         return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask)[0]
 
     def _check_lengths(self, rows: Sequence[Row], needed: int) -> None:
-        most = self.seq_len if self.seq_len is not None else needed
-        if self.budget is not None and padded_length(needed, self.seq_len) > self.budget.tokens:
+        most = self.most if self.most is not None else needed
+        if self.budget is not None and padded_length(needed, self.most) > self.budget.tokens:
             place = max(range(len(rows)), key=lambda place: len(rows[place].ids))
             raise RowError(
                 f"--batch_size_tokens {self.budget.tokens}: a row has {needed + 1} tokens, a micro-batch of"
-                f" {padded_length(needed, self.seq_len)} with its padding; give at least that",
+                f" {padded_length(needed, self.most)} with its padding; give at least that",
                 place,
             )
         if needed > most:
             place = max(range(len(rows)), key=lambda place: len(rows[place].ids))
+            if most != self.seq_len:
+                raise RowError(
+                    f"a row has {needed + 1} tokens, and the model has learned positions for {most}; make shards with"
+                    f" --max_len {most + 1}",
+                    place,
+                )
             raise RowError(
                 f"--seq_len {most}: a row has {needed + 1} tokens, which needs {needed}; raise it, or make shards with"
                 f" --max_len {most + 1}",

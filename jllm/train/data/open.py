@@ -13,13 +13,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jllm.data.dataset.manifest import DataSet, one_template, open_data_set
+from jllm.data.dataset.manifest import one_template, open_data_set
 from jllm.data.dataset.shards import Int32
-from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import EXIT_CODE, UserError
 from jllm.models.weights.source import ModelInfo
+from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_rows
+from jllm.train.checks.tokenizers import check_tokenizer
 from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
-from jllm.train.data.batching import NEWEST_RULE, EpochSteps, Parts, TokenBudget, padded_length
+from jllm.train.data.batching import NEWEST_RULE, EpochSteps, Parts, TokenBudget
 from jllm.train.data.loader import BatchShare, Cursor, ReadAhead, Step, train_steps
 from jllm.train.data.rows import ShardIndex, row_lengths
 from jllm.train.distributed.agreement import Agreement
@@ -42,6 +43,7 @@ class DataFacts:
         tokens: of an epoch; None where a manifest does not say.
         longest_row: in tokens; None where a manifest does not say.
         chat_template: of its conversations; None where there are none, or several differ.
+        warnings: what is odd about it without being wrong, one line each.
         templates_differ: several sets have different ones.
     """
 
@@ -50,6 +52,7 @@ class DataFacts:
     tokens: int | None
     longest_row: int | None
     chat_template: str | None = None
+    warnings: tuple[str, ...] = ()
     templates_differ: bool = False
 
 
@@ -70,6 +73,11 @@ class Data:
     parts: Parts
 
 
+def warnings_of(*data: Data) -> list[str]:
+    """What is odd about data sets, each line once."""
+    return list(dict.fromkeys(line for each in data for line in each.facts.warnings))
+
+
 def share_of(
     config: TrainConfig,
     shape: RunShape,
@@ -85,7 +93,7 @@ def share_of(
         budget = TokenBudget(
             tokens=config.batch_size_tokens,
             micro_batches=shape.accumulation * data_size,
-            seq_len=config.seq_len,
+            seq_len=model.longest_input(config.seq_len),
             rule=rule,
             joins=config.block_mask and rule > 1,
         )
@@ -95,6 +103,7 @@ def share_of(
         data_rank=data_rank,
         data_size=data_size,
         seq_len=config.seq_len,
+        positions=model.learned_positions,
         block_mask=config.block_mask,
         vocab_size=model.vocab_size,
         budget=budget,
@@ -111,11 +120,12 @@ def open_training_data(
         rule: how rows are grouped by tokens (`jllm.train.data.batching`).
 
     Raises:
-        UserError: on every process: not a data set, no rows, rows longer than `--seq_len`, or another tokenizer; or
-            nodes that have different data.
+        UserError: on every process: not a data set, one that `jllm.train.checks.data_sets` refuses, or another
+            tokenizer; nodes that have different data; or steps that are larger than an epoch.
     """
     given = agreement.from_first_reader(lambda: [_as_shards(each, config) for each in weighted_folders(config)])
     data = _open(given, config, shape, agreement, model, distributed=config.dist_data, rule=rule)
+    check_batch(config, rows=data.facts.num_rows, step_rows=sum(data.parts.batch), longest_row=data.facts.longest_row)
     return _with_first_step_largest(data, config, model)
 
 
@@ -129,35 +139,24 @@ def open_evaluation_data(
 
 
 def open_sets(
-    given: list[WeightedFolder], config: TrainConfig, vocab_size: int | None = None
+    given: list[WeightedFolder], config: TrainConfig, model: ModelInfo | None = None
 ) -> tuple[ShardIndex, DataFacts]:
-    """The data sets of these folders as one, and the facts about it; `vocab_size` is the model's, ids must be below.
+    """The data sets of these folders as one, and the facts about it; with `model`, checked whether it can take them.
 
     Raises:
         UserError: as in `open_training_data`.
     """
     names = ", ".join(str(each.folder) for each in given)
     sets = [open_data_set(each.folder) for each in given]
-    for data_set in sets:
-        check_tokenizer(data_set, config)
-        if vocab_size is not None:
-            _check_ids(data_set, vocab_size)
+    warnings = [line for data_set in sets for line in check_tokenizer(data_set, config)]
+    if model is not None:
+        check_data_sets(given, sets, config, model)
+        warnings += warnings_about_rows(sets, model)
     index = ShardIndex(*sets, weights=[each.weight for each in given])
     if index.num_rows == 0:
         raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
     longest = [data_set.manifest.longest_row for data_set in sets]
     known = [length for length in longest if length is not None]
-    if config.seq_len is not None and known and max(known) - 1 > config.seq_len:
-        raise UserError(
-            f"--seq_len {config.seq_len}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens;"
-            f" give --seq_len {max(known) - 1}, or make shards with --max_len {config.seq_len + 1}"
-        )
-    budget = config.batch_size_tokens
-    if budget is not None and known and (needed := padded_length(max(known) - 1, config.seq_len)) > budget:
-        raise UserError(
-            f"--batch_size_tokens {budget}: {sets[longest.index(max(known))].folder} has rows of {max(known)} tokens,"
-            f" which are {needed} with their padding; give at least that"
-        )
     tokens = [data_set.manifest.total("tokens") for data_set in sets]
     facts = DataFacts(
         fingerprint=index.fingerprint,
@@ -167,6 +166,7 @@ def open_sets(
         else None,
         longest_row=max(known) if len(known) == len(longest) else None,
         chat_template=one_template(sets),
+        warnings=tuple(warnings),
         templates_differ=len({each.manifest.chat_template for each in sets} - {None}) > 1,
     )
     return index, facts
@@ -185,7 +185,7 @@ def _open(
     index, facts, mistake = None, None, None
     if agreement.place.is_reader:
         try:
-            index, facts = open_sets(given, config, model.vocab_size)
+            index, facts = open_sets(given, config, model)
         except UserError as error:
             mistake = str(error)
     found = agreement.gather((agreement.node, facts, mistake))
@@ -249,6 +249,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
         templates_differ=len(templates) > 1 or any(part.templates_differ for part in parts),
         chat_template=templates.pop() if len(templates) == 1 else None,
+        warnings=tuple(dict.fromkeys(line for part in parts for line in part.warnings)),
     )
 
 
@@ -287,30 +288,6 @@ def _larger_budget(budget: TokenBudget, index: ShardIndex, lengths: Int32) -> in
         if larger.survey(some, window=larger.window_rows(index.mean_length)).filled >= GOOD_FILLING:
             return larger.tokens
     return None
-
-
-def _check_ids(data_set: DataSet, vocab_size: int) -> None:
-    """Refuse ids that the model has no embedding for, as far as the manifest knows them; the loader meets the rest."""
-    for entry in data_set.manifest.files:
-        if entry.largest_id is not None and entry.largest_id >= vocab_size:
-            raise UserError(
-                f"{data_set.folder / entry.path}: token id {entry.largest_id} in the data: the model has ids from 0 to"
-                f" {vocab_size - 1}; make the shards with the model's tokenizer"
-            )
-
-
-def check_tokenizer(data_set: DataSet, config: TrainConfig) -> None:
-    """Refuse shards that were made with another tokenizer than the model's, by the hash in the manifest."""
-    made_with = data_set.manifest.tokenizer
-    assert config.model is not None
-    if made_with is None or not any(config.model.glob("tokenizer*")):
-        return
-    of_model = load_tokenizer(str(config.model)).for_manifest
-    if not made_with.is_same(of_model):
-        raise UserError(
-            f"{data_set.folder} was made with the tokenizer {made_with.name} ({made_with.sha256[:12]}), the model has"
-            f" another ({of_model.sha256[:12]}); make the shards again with --tokenizer {config.model}"
-        )
 
 
 def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:

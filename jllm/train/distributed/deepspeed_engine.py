@@ -1,4 +1,4 @@
-"""DeepSpeed set-up: the pipeline module, its engine, and the settings they get.
+"""DeepSpeed set-up: the pipeline module and its engine.
 
 One DeepSpeed layer is one stage. What differs from DeepSpeed's own classes:
 
@@ -11,7 +11,6 @@ weight and AdamW's two moments, these divided by the data-parallel size.
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from jllm.parallel.mesh import Mesh, Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch
 from jllm.train.distributed import launch
+from jllm.train.distributed.deepspeed_settings import deepspeed_settings
 from jllm.train.shape import RunShape
 
 
@@ -178,41 +178,6 @@ def check_precision(config: TrainConfig) -> None:
             f"--precision {config.precision}: the device of this run ({accelerator.device_name()}) does not work with"
             f" it; give {others}"
         )
-
-
-def deepspeed_settings(config: TrainConfig, shape: RunShape) -> dict[str, Any]:
-    """The DeepSpeed configuration: what the options say, then `--ds_config`, which may add but not contradict."""
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": shape.micro_batch,
-        "gradient_accumulation_steps": shape.accumulation,
-        "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": config.resolved_zero_stage},
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
-        "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
-    if config.precision != "fp16":
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.ds_config is None:
-        return settings
-    try:
-        given = json.loads(config.ds_config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--ds_config {config.ds_config}: {error.strerror}; give a JSON file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"--ds_config {config.ds_config}: not valid JSON: {error}") from None
-    for key, value in given.items():
-        if key in settings and isinstance(value, dict) and isinstance(settings[key], dict):
-            settings[key] = {**value, **settings[key]}
-        elif key in settings and value not in ("auto", settings[key]):
-            raise UserError(
-                f"--ds_config: {key} = {value!r} contradicts the options ({settings[key]!r}); remove it there"
-            )
-        else:
-            settings.setdefault(key, value)
-    return settings
 
 
 def build_engine(

@@ -1,0 +1,138 @@
+"""Whether a model can be trained on data sets, by what their manifests say, and else by their rows.
+
+What a manifest does not know is met where the rows are read, with file and row (`jllm.train.data.loader`).
+
+Cost: none but for a set whose manifest does not count trained tokens: that one is read up to the first.
+"""
+
+from collections.abc import Sequence
+
+from jllm.data.dataset.manifest import DataSet
+from jllm.data.dataset.reader import ShardReader
+from jllm.data.dataset.token_counts import count_trained
+from jllm.errors import UserError
+from jllm.models.weights.source import ModelInfo
+from jllm.train.config import TrainConfig, WeightedFolder
+from jllm.train.data.batching import padded_length
+
+
+def check_data_sets(
+    given: Sequence[WeightedFolder], sets: Sequence[DataSet], config: TrainConfig, model: ModelInfo
+) -> None:
+    """Refuse what no step could be made of.
+
+    Args:
+        given: the folders with their weights, and the sets in them in the same order.
+        sets: the data sets.
+        config: the options.
+        model: what it can take.
+
+    Raises:
+        UserError: ids that the model does not have, rows that are too long for it or for the options, a set of which
+            nothing is trained on, or a weight that leaves no row of it.
+    """
+    for each, data_set in zip(given, sets, strict=True):
+        check_ids(data_set, model.vocab_size)
+        _check_length(data_set, config, model)
+        if data_set.manifest.rows == 0:
+            raise UserError(f"{data_set.folder}: the data set has no rows; make it again from input that is not empty")
+        if data_set.manifest.rows * each.weight < 1:
+            raise UserError(
+                f"--train_data {each.folder}={each.weight:g}: of {data_set.manifest.rows:,} rows that leaves none; give"
+                f" at least {1 / data_set.manifest.rows:.2g}, or leave the set out"
+            )
+        if not has_targets(data_set):
+            raise UserError(
+                f"no token of {data_set.folder} is a target (labels mask them all, or rows have one token); give a set"
+                " with something to predict"
+            )
+
+
+def warnings_about_rows(sets: Sequence[DataSet], model: ModelInfo) -> list[str]:
+    """What is odd about the lengths of rows without being wrong, one line each."""
+    found = []
+    for data_set in sets:
+        longest, most = data_set.manifest.longest_row, model.rotary_positions
+        if longest is not None and most is not None and longest - 1 > most:
+            found.append(
+                f"{data_set.folder} has rows of {longest:,} tokens, and the model has seen positions up to {most:,}"
+                " (max_position_embeddings): beyond them it starts from nothing"
+            )
+    return found
+
+
+def check_ids(data_set: DataSet, vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for, as far as the manifest knows them; the loader meets the rest."""
+    for entry in data_set.manifest.files:
+        if entry.largest_id is not None and entry.largest_id >= vocab_size:
+            raise UserError(
+                f"{data_set.folder / entry.path}: token id {entry.largest_id} in the data: the model has ids from 0 to"
+                f" {vocab_size - 1}; make the shards with the model's tokenizer"
+            )
+
+
+def _check_length(data_set: DataSet, config: TrainConfig, model: ModelInfo) -> None:
+    longest = data_set.manifest.longest_row
+    if longest is None:
+        return
+    if config.seq_len is not None and longest - 1 > config.seq_len:
+        raise UserError(
+            f"--seq_len {config.seq_len}: {data_set.folder} has rows of {longest} tokens;"
+            f" give --seq_len {longest - 1}, or make shards with --max_len {config.seq_len + 1}"
+        )
+    if model.learned_positions is not None and longest - 1 > model.learned_positions:
+        raise UserError(
+            f"{data_set.folder} has rows of {longest} tokens, and the model has learned positions for"
+            f" {model.learned_positions}; make shards with --max_len {model.learned_positions + 1}"
+        )
+    budget = config.batch_size_tokens
+    if budget is not None and (needed := padded_length(longest - 1, model.longest_input(config.seq_len))) > budget:
+        raise UserError(
+            f"--batch_size_tokens {budget}: {data_set.folder} has rows of {longest} tokens, which are {needed} with"
+            " their padding; give at least that"
+        )
+
+
+def has_targets(data_set: DataSet) -> bool:
+    """Whether any token of a set is trained on; reads up to the first one where the manifest does not say."""
+    known = data_set.manifest.total("trained_tokens")
+    if known is not None:
+        return known > 0
+    for path in data_set.paths:
+        reader = ShardReader(path)
+        found = any(count_trained(batch) for batch in reader)
+        reader.close()
+        if found:
+            return True
+    return False
+
+
+def check_batch(config: TrainConfig, *, rows: int, step_rows: int, longest_row: int | None) -> None:
+    """Refuse steps that are larger than an epoch: every one of them would be filled up, and memory with it.
+
+    Args:
+        config: the options.
+        rows: of an epoch.
+        step_rows: rows of a step, over all pipelines.
+        longest_row: in tokens; None where that is not known.
+
+    Raises:
+        UserError: as said.
+    """
+    if config.batch_size_tokens is None:
+        if step_rows > rows:
+            raise UserError(
+                f"a step of {step_rows:,} rows (--per_device_train_batch_size x --gradient_accumulation_steps x"
+                f" pipelines, or --global_batch_size) is more than an epoch, which has {rows:,}; give smaller ones"
+            )
+        return
+    if longest_row is not None and config.batch_size_tokens > rows * padded_length(longest_row - 1, None):
+        raise UserError(
+            f"--batch_size_tokens {config.batch_size_tokens}: the {rows:,} rows of an epoch have at most"
+            f" {longest_row:,} tokens each; give at most {rows * padded_length(longest_row - 1, None)}"
+        )
+    if config.gradient_accumulation_steps is not None and config.gradient_accumulation_steps > rows:
+        raise UserError(
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: an epoch has {rows:,} rows, so that"
+            " most micro-batches would be empty; give less"
+        )
