@@ -1,6 +1,6 @@
 """Three weeks of a cluster in half an hour: one command line, started again and again, through everything that happens.
 
-    python benchmarks/three_weeks.py [--events 60] [--seed 1] [--steps_per_event 25]
+    python benchmarks/three_weeks.py [--events 60] [--seed 1] [--steps_per_event 80]
 
 A supervisor does what a scheduler does: it starts a run of two processes, always by the same line, until it exits with
 0. Meanwhile events happen at random moments: kill -9 of a rank, of the launcher, of all; a file-size limit that makes
@@ -342,7 +342,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps_per_event", type=int, default=25)
+    parser.add_argument("--steps_per_event", type=int, default=80)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="three-weeks-") as folder:
         began = time.monotonic()
