@@ -98,9 +98,7 @@ class TrainConfig:
         "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
     )
     split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
-    emb_partitions: int = option(
-        1, least=1, help="parts of embedding and head; more than 1 is refused, with what it would gain"
-    )
+    emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
     timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
 
     # Steps

@@ -6,6 +6,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import has_template
 from jllm.models.weights.source import ModelInfo
+from jllm.parallel import peers
 from jllm.train import setup
 from jllm.train.checkpoint.export import export
 from jllm.train.checkpoint.reader import CheckpointReader
@@ -13,7 +14,6 @@ from jllm.train.checkpoint.resume import is_exported, load_weights, load_weights
 from jllm.train.checkpoint.run_saver import RunSaver
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import DataFacts
-from jllm.train.distributed import peers
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse

@@ -11,6 +11,7 @@ from jllm import __version__
 from jllm.errors import UserError
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
+from jllm.parallel import peers
 from jllm.train import setup
 from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.format import RunState
@@ -35,7 +36,7 @@ from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
 from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps, warnings_of
-from jllm.train.distributed import launch, peers
+from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.distributed.tracing import traced_step

@@ -10,8 +10,8 @@ from typing import Any
 def train_rank(options: dict[str, Any]) -> str | None:
     """One rank of a run, in a process group that other runs use too; a user's mistake comes back as its message."""
     from jllm.errors import UserError
+    from jllm.parallel import peers
     from jllm.train.config import TrainConfig
-    from jllm.train.distributed import peers
     from jllm.train.trainer import run
 
     try:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError, of_file_system, report
-from jllm.train.distributed import peers
+from jllm.parallel import peers
 from jllm.train.distributed.start import LAUNCHER, free_port
 
 LAUNCHER_POLL_SECONDS = 1.0

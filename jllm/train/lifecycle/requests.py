@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from jllm.machine import process_seconds
+from jllm.parallel import peers
 from jllm.train.config import TrainConfig
-from jllm.train.distributed import launch, peers
+from jllm.train.distributed import launch
 from jllm.train.lifecycle.ending import INTERRUPT_EXIT_CODE, SIGTERM_EXIT_CODE, Ending
 
 BOUNDARY_SECONDS = 30.0

@@ -19,8 +19,8 @@ STARTS = all_starts()[: 42 * int(os.environ.get("JLLM_TEST_SIZE", "1"))]
 def start(words: list[str]) -> tuple[int, str]:
     """Exit code and standard error of the trainer's command in this process; what it does not catch is raised."""
     from jllm.options import command
+    from jllm.parallel import peers
     from jllm.train.config import TrainConfig
-    from jllm.train.distributed import peers
     from jllm.train.trainer import run
 
     err, code = io.StringIO(), 0

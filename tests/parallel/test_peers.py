@@ -15,7 +15,7 @@ from tests.distributed.ranks import free_port
 PROGRAM = """
 import sys, time, datetime
 import torch.distributed as dist
-from jllm.train.distributed import peers
+from jllm.parallel import peers
 rank, world, port, timeout, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5]
 import os
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world))
