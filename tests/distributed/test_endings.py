@@ -120,14 +120,22 @@ def test_without_checkpoints_nothing_is_saved(ranks: Callable[[int], Ranks], fol
 def test_time_limit(
     ranks: Callable[[int], Ranks], folder: Path, straight: list[tuple[int, float]], tmp_path: Path
 ) -> None:
-    """Each start makes a few steps more, and saves; without a limit, the rest are made."""
-    options = options_in(folder, tmp_path, time_limit="1s")
-    assert ranks(2).run(ended, options, tmp_path / "console") == [(75, "")] * 2
-    assert len(saved(tmp_path)) == 1
-    assert "time limit: the run ends after step" in (tmp_path / "console").read_text()
+    """It saves after its first step, and leaves; without a limit, the same line makes the rest."""
+    options = options_in(folder, tmp_path, time_limit="1h")
+    assert ranks(2).run(aged, options, tmp_path / "console") == [(75, "")] * 2
+    assert saved(tmp_path) == ["step-00000001"]
+    assert "time limit: the run ends after step 1" in (tmp_path / "console").read_text()
     options = {**options, "time_limit": None}
     assert ranks(2).run(ended, options, tmp_path / "console") == [(0, "")] * 2
     assert losses(tmp_path) == straight
+
+
+def aged(options: dict[str, Any], console: Path) -> tuple[int, str]:
+    """A run of processes that were started an hour ago."""
+    from jllm.train.lifecycle import requests
+
+    requests.process_seconds = lambda: 3600.0
+    return ended(options, console)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
