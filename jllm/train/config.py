@@ -1,4 +1,6 @@
-"""Every option of the trainer, once: flags, TOML keys and `--help` come from these fields (see `jllm.options`)."""
+"""Every option of the trainer, once: flags, TOML keys and `--help` come from these fields (see `jllm.options`).
+
+The fields stand in `jllm.train.options`; what one says about another is checked here."""
 
 import dataclasses
 import json
@@ -8,249 +10,36 @@ from typing import Any
 
 from jllm.errors import UserError
 from jllm.machine import parse_duration
-from jllm.options import check_ranges, option
-from jllm.train.limits import MOST_RATE, MOST_ROWS, MOST_SECONDS, MOST_STEPS, MOST_WEIGHT
+from jllm.options import check_ranges
+from jllm.train.limits import MOST_WEIGHT
+from jllm.train.options.call import CallOptions
+from jllm.train.options.checkpoints import CheckpointsOptions
+from jllm.train.options.data import DataOptions
+from jllm.train.options.evaluation import EvaluationOptions
+from jllm.train.options.memory import MemoryOptions
+from jllm.train.options.model import ModelOptions
+from jllm.train.options.optimizer import OptimizerOptions
+from jllm.train.options.parallelism import ParallelismOptions
+from jllm.train.options.records import RecordsOptions
+from jllm.train.options.steps import StepsOptions
 from jllm.train.records.sinks.names import services_of
-
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-PRECISIONS = ("bf16", "fp16", "fp32")
-EXECUTORS = ("process", "thread", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(
+    # A dataclass has the fields of its last base first.
+    CallOptions,
+    RecordsOptions,
+    EvaluationOptions,
+    CheckpointsOptions,
+    MemoryOptions,
+    OptimizerOptions,
+    StepsOptions,
+    ParallelismOptions,
+    ModelOptions,
+    DataOptions,
+):
     """The options of a run. `__post_init__` refuses what is impossible whatever the data, model and world size."""
-
-    # Data
-    train_data: tuple[str, ...] = option(
-        (),
-        group="Data",
-        metavar="FOLDER[=WEIGHT]",
-        help="folder of shards to train on, or a JSONL or text file, converted first; may be given several times; an"
-        " epoch has the rows WEIGHT times: 2.5 is twice, and a half of them a third time",
-    )
-    dist_data: bool = option(False, help="each node has a part of its own of --train_data, under the same name")
-    seq_len: int | None = option(
-        None,
-        least=1,
-        most=1 << 30,
-        help="longest sequence given to the model; rows may have one token more [default: what the data needs]",
-    )
-    block_mask: bool = option(False, help="documents packed in one row do not attend to each other")
-    no_shuf: bool = option(False, help="read the rows in the order of the files in every epoch")
-    seed: int = option(1234, help="seed of the data order and of --init")
-    num_workers: int = option(
-        1, most=1 << 16, help="threads that read ahead on the first stage; 0 reads between the steps"
-    )
-    skip_train_steps: str = option("", help='steps whose data is consumed without training on it: "3,4"')
-
-    # Model
-    model: Path | None = option(
-        None, "-m", group="Model", help="Hugging Face folder of the model: configuration, weights, tokenizer"
-    )
-    init: bool = option(False, help="start from random weights made from the model's configuration")
-    trust_remote_code: bool = option(False, help="run model code that comes with the folder")
-    attn_implementation: str = option(
-        "auto",
-        help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flex_attention, sdpa, eager",
-    )
-    dropout: float | None = option(
-        None,
-        most=1,
-        below_most=True,
-        help="dropout instead of that of the model's configuration, where that has one above 0; 0: none"
-        " [default: what the configuration says]",
-    )
-    force_tokenizer: bool = option(
-        False, help="train although the data was made with another tokenizer than the model's"
-    )
-    check_weights: bool = option(
-        False, help="with --dry_run: read all weights of --model, and refuse what is not finite, as a run does"
-    )
-    target_modules: str | None = option(None, help="train only parameters whose name matches these patterns, by commas")
-    frozen_modules: str | None = option(None, help="freeze parameters whose name matches these patterns, by commas")
-    layers_to_transform: str | None = option(None, help='of the decoder layers, train only these: "0:7,24:31"')
-
-    # Parallelism
-    pipe_parallel_size: int = option(
-        1,
-        least=1,
-        most=1 << 20,
-        group="Parallelism",
-        help="pipeline stages; what remains of the processes is data-parallel",
-    )
-    processes: int | None = option(
-        None,
-        least=1,
-        help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
-    )
-    model_parallel_size: int = option(
-        1, "--tensor_parallel_size", least=1, help="tensor-parallel processes; only 1 in this version"
-    )
-    sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
-    zero_stage: int | None = option(
-        None,
-        most=3,
-        help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]",
-    )
-    ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
-    partition_method: str = option(
-        "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
-    )
-    split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
-    emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
-    timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
-
-    # Steps
-    per_device_train_batch_size: int = option(
-        1, "--micro_batch_size", least=1, most=MOST_ROWS, group="Steps", help="rows of a micro-batch"
-    )
-    batch_size_tokens: int | None = option(
-        None,
-        least=1,
-        most=MOST_ROWS,
-        help="tokens of a micro-batch, padding included: rows of a step are grouped by length, as many as fit",
-    )
-    gradient_accumulation_steps: int | None = option(
-        None, least=1, most=MOST_ROWS, help="micro-batches of a step [default: 1]"
-    )
-    global_batch_size: int | None = option(
-        None, least=1, most=MOST_ROWS, help="rows of a step over all processes, instead of the above"
-    )
-    num_train_epochs: int = option(
-        1, most=1 << 20, help="passes over the data; 0: convert --from_ckpt to --output_dir only"
-    )
-    max_steps: int | None = option(
-        None, least=1, most=MOST_STEPS, help="train exactly this many steps, over as many epochs as that takes"
-    )
-    time_limit: str | None = option(
-        None,
-        metavar="DURATION",
-        help="save and leave, with exit code 75, before the process is this old: 23h50m or 23:50:00",
-    )
-
-    # Optimizer
-    optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=("adamw", "sgd"))
-    learning_rate: float = option(1e-5, most=MOST_RATE, help="peak learning rate")
-    lr_min: float = option(0.0, most=MOST_RATE, help="learning rate that the decay ends at")
-    force_constant_lr: float | None = option(
-        None, most=MOST_RATE, help="learning rate from here on, whatever the schedule; also for a resumed run"
-    )
-    lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
-    lr_cycles: int = option(1, least=1, most=MOST_STEPS, help="cycles of cosine_with_restarts")
-    num_warmup_steps: float = option(
-        0.0, most=MOST_STEPS, whole_from_1=True, help="warm-up: steps where at least 1, a share of all steps below 1"
-    )
-    weight_decay: float = option(0.0, most=MOST_RATE, help="decoupled weight decay of matrices")
-    adam_beta1: float = option(0.9, most=1, below_most=True, help="AdamW's beta 1")
-    adam_beta2: float = option(0.999, most=1, below_most=True, help="AdamW's beta 2")
-    adam_eps: float = option(1e-8, most=1, help="AdamW's epsilon")
-    gradient_clipping: float = option(1.0, most=10**9, help="largest global gradient norm; 0 does not clip")
-    precision: str = option(
-        "bf16", help="bf16 and fp16 keep fp32 master weights; bf16 sums gradients in fp32", choices=PRECISIONS
-    )
-    deterministic: bool = option(
-        False, help="on GPUs, use kernels whose results do not vary: resumed runs are bit-identical, steps are slower"
-    )
-    on_nan: str = option(
-        "stop", help="a loss or gradient that is not finite: stop, or skip the step", choices=("stop", "skip")
-    )
-    router_aux_loss_coef: float | None = option(
-        None,
-        most=MOST_RATE,
-        help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]",
-    )
-
-    # Memory
-    checkpoint_grad_interval: int = option(
-        0, group="Memory", help="keep activations of every k-th layer, recompute the rest; 0 off"
-    )
-    checkpoint_grad_attention: bool = option(False, help="recompute the attention of each layer only")
-    checkpoint_grad_offload: bool = option(False, help="keep the checkpointed activations in host memory")
-    no_checkpoint_grad_step: int = option(0, help="after this step activations are no longer recomputed; 0: always")
-
-    # Checkpoints
-    checkpoint: Path | None = option(None, group="Checkpoints", help="folder of checkpoints")
-    clean: bool = option(
-        False, "-C", help="start over: remove what earlier runs left in --checkpoint, --output_dir and --log_dir"
-    )
-    steps_per_checkpoint: int = option(0, help="steps between checkpoints; 0: at the end of each epoch")
-    minutes_per_checkpoint: float = option(
-        0.0, most=MOST_SECONDS, help="minutes after which a further checkpoint is written; 0: none"
-    )
-    ckpt_step_gt: int = option(0, help="write checkpoints only after steps greater than this")
-    ckpt_epoch: str = option("", help='write checkpoints only in these epochs, counted from 1: "1,3"')
-    skip_epoch: str = option("", help='write no checkpoints in these epochs, counted from 1: "2"')
-    max_num_checkpoints: int = option(0, help="newest checkpoints to keep; 0: all")
-    best_of: int = option(0, help="checkpoints to keep with the lowest evaluation loss, beside the newest; 0: none")
-    only_ckpt_model: bool = option(False, help="checkpoints are Hugging Face folders of the model; no resume from them")
-    background_executor: str = option(
-        "process", help="what writes checkpoints while training goes on", choices=EXECUTORS
-    )
-    from_ckpt: Path | None = option(None, help="checkpoint to take the weights from, and nothing else")
-    resume_ckpt: str | None = option(
-        None, help="checkpoint to go on from, or `auto`: the newest complete one under --checkpoint, or none"
-    )
-    lock_wait: int = option(
-        300,
-        most=MOST_SECONDS,
-        help="seconds that --resume_ckpt auto waits for another run to leave its folders",
-        metavar="SECONDS",
-    )
-    force_resume: bool = option(False, help="go on although data or options differ from the checkpoint's run")
-    tag: str | None = option(
-        None,
-        help="the checkpoint inside --from_ckpt or --resume_ckpt: a step, such as 1000, or a folder's name [default:"
-        " the newest]",
-    )
-    output_dir: Path | None = option(None, "-o", help="where the Hugging Face folder is written at the end")
-    export: str = option(
-        "last",
-        help="which weights --output_dir gets: the last, or those of the checkpoint with the lowest evaluation loss",
-        choices=("last", "best"),
-    )
-
-    # Evaluation
-    eval_data: tuple[str, ...] = option(
-        (),
-        group="Evaluation",
-        metavar="[NAME=]FOLDER",
-        help="shards to evaluate on, every row, in order; may be given several times",
-    )
-    steps_per_eval: float = option(
-        0.0,
-        most=MOST_STEPS,
-        whole_from_1=True,
-        help="steps between evaluations; below 1: a share of an epoch; 0: at the end of each epoch",
-    )
-    early_stop: int = option(0, help="stop after this many consecutive rebounds of the evaluation loss; 0: never")
-
-    # Records
-    log_dir: Path | None = option(
-        None,
-        group="Records",
-        help="metrics.jsonl, TensorBoard, resolved options [default: inside --checkpoint or --output_dir]",
-    )
-    steps_per_print: int = option(1, least=1, help="steps between two lines on the console")
-    report_to: str = option(
-        "", help="services that get the numbers too, by commas: mlflow, trackio, wandb; each by its own package"
-    )
-    report_files: bool = option(False, help="give the files of checkpoints and model to --report_to, not their places")
-    trace_step: int | None = option(
-        None, least=1, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
-    )
-
-    # The call
-    dry_run: bool = option(
-        False,
-        group="This command",
-        help="print what differs from the defaults, stages, steps, estimates and warnings, and end without training",
-    )
-    json: bool = option(False, help="with --dry_run: print everything, all options too, as one JSON object")
-    config: Path | None = option(
-        None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
-    )
-    local_rank: int = option(-1, least=-1, help="set by the launcher", hidden=True)
 
     def __post_init__(self) -> None:
         check_ranges(self)

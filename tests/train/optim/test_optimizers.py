@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from jllm.errors import UserError
-from jllm.train.config import SCHEDULES, TrainConfig
+from jllm.train.config import TrainConfig
 from jllm.train.optim.optimizers import learning_rate, warmup_steps
+from jllm.train.options.optimizer import SCHEDULES
 
 PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 1e-4, 10, 110
 DECAY: dict[str, Callable[[float], float]] = {

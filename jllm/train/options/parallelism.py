@@ -1,0 +1,41 @@
+"""Options of the trainer: the processes, and what each of them has."""
+
+import dataclasses
+from pathlib import Path
+
+from jllm.options import option
+from jllm.train.limits import MOST_SECONDS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelismOptions:
+    """The processes, and what each of them has."""
+
+    pipe_parallel_size: int = option(
+        1,
+        least=1,
+        most=1 << 20,
+        group="Parallelism",
+        help="pipeline stages; what remains of the processes is data-parallel",
+    )
+    processes: int | None = option(
+        None,
+        least=1,
+        help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
+    )
+    model_parallel_size: int = option(
+        1, "--tensor_parallel_size", least=1, help="tensor-parallel processes; only 1 in this version"
+    )
+    sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
+    zero_stage: int | None = option(
+        None,
+        most=3,
+        help="0 or 1: whether data-parallel ranks share the optimizer's state [default: 1 for bf16, 0 for fp32]",
+    )
+    ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
+    partition_method: str = option(
+        "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
+    )
+    split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
+    emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
+    timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
