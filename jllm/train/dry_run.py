@@ -32,6 +32,7 @@ from jllm.models.weights.source import ModelInfo
 from jllm.options import OF_THE_CALL, describe_differences, differences
 from jllm.parallel.mesh import Mesh
 from jllm.train import setup
+from jllm.train.adapters import DTYPES
 from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.resume import (
@@ -295,9 +296,11 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
     with torch.device("meta"):
         model = stage_class(family.model_class, span)._from_config(
             copy.deepcopy(family.config),
-            dtype=setup.DTYPES[config.precision],
+            dtype=DTYPES[config.precision],
             attn_implementation=family.attention,
         )
+    if family.adapters is not None:
+        family.adapters.attach(model)
     setup.attach(model, span, config)
     select_trainable(model, span, setup.chosen_parameters(config))
-    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
+    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), is_frozen=family.adapters is not None)
