@@ -21,8 +21,12 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "tied, 2 stages": ("llama tied", {"target_modules": LINEAR}, SGD, 2, 2),
     "2 x 2": ("llama", {"target_modules": LINEAR}, ADAMW, 4, 2),
-    "one layer alone, DoRA": ("llama tied", {"target_modules": LINEAR, "layers_to_transform": [0], "use_dora": True}, SGD, 2, 2),
-    "rsLoRA and the head": ("llama", {"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_alpha": 3}, SGD, 2, 2),
+    "one layer alone, DoRA": (
+        "llama tied", {"target_modules": LINEAR, "layers_to_transform": [0], "use_dora": True}, SGD, 2, 2,
+    ),
+    "rsLoRA and the head": (
+        "llama", {"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_alpha": 3}, SGD, 2, 2,
+    ),
     "tied head": ("llama tied", {"target_modules": ["q_proj", "lm_head"]}, SGD, 2, 2),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}, SGD | {"learning_rate": 0.02}, 2, 2),
     "packed experts": (

@@ -122,7 +122,7 @@ def plan_lora(config: PretrainedConfig, family: type[PreTrainedModel], choice: L
         fan_in_fan_out=any(isinstance(candidates.owners[name], Conv1D) for name in modules),
     )
     _name_targets(stored, model, structure, modules, parameters)
-    left_out = [f"{_grouped(lost)}: peft takes these names for packed experts"] if lost else []
+    left_out = [f"{_grouped(lost)}: peft cannot have an adapter there in this family"] if lost else []
     left_out += candidates.unnamed(wanted, choice.targets, within)
     plan = LoraPlan(
         config=stored,
@@ -238,9 +238,10 @@ def _names(pattern: re.Pattern[str], module: str) -> bool:
 
 
 def _peft_addresses(model: PreTrainedModel, module: str) -> bool:
-    """Whether peft leaves a module's name as it is when it loads an adapter for this model."""
+    """Whether peft takes a module of this model, and leaves its name as it is when it loads an adapter."""
     asked = LoraConfig(target_modules=[module])
     try:
+        LoraModel._check_target_module_compatiblity(None, asked, model, module.rpartition(".")[2])  # type: ignore[arg-type]
         convert_peft_config_for_transformers(asked, model=model, conversions=None)
     except ValueError:
         return False

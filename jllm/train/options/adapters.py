@@ -47,7 +47,7 @@ class AdaptersOptions:
         choices=ADAPTER_TYPES,
     )
     only_ckpt_lora: bool = option(False, help="checkpoints are folders of the adapters alone; no resume from them")
-    only_optimize_lora: bool = option(True, help="as it is with --lora_dim: the model itself is frozen", hidden=True)
+    only_optimize_lora: bool = option(True, help="train the adapters alone; a model with adapters is always frozen")
 
     @property
     def has_lora(self) -> bool:
