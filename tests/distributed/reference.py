@@ -94,7 +94,7 @@ def train_model(
         total = 0.0
         for row in batch:
             ids = torch.tensor(row["input_ids"][:-1])[None]
-            logits = model(input_ids=ids).logits[0]
+            logits = model(input_ids=ids).logits[0].float()
             loss = cross_entropy(logits, torch.tensor(targets_of(row)), ignore_index=-100, reduction="sum") / trained
             loss.backward()
             total += float(loss.detach())
