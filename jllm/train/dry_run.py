@@ -129,7 +129,7 @@ def dry_run(config: TrainConfig) -> None:
     print(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
     print(plan.table)
     print(f"{shape.processes} on {world_size} processes")
-    for line in notes:
+    for line in (*plan.notes, *notes):
         print(line)
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
@@ -165,7 +165,9 @@ def _as_json(
         "pipelines": shape.mesh.data,
         "processes": shape.mesh.world_size,
         **(steps.numbers if steps is not None else {}),
-        "lines": [*notes, *(steps.lines if steps is not None else [])],
+        "parameters": plan.parameters.total,
+        "trained_parameters": plan.parameters.trained,
+        "lines": [*plan.notes, *notes, *(steps.lines if steps is not None else [])],
         "seconds": seconds,
         "warnings": [line.removeprefix("warning: ") for line in warnings],
     }

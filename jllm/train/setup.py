@@ -12,7 +12,7 @@ from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activ
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
 from jllm.models.families import check_block_mask, check_split
-from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
+from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
@@ -100,6 +100,8 @@ class StagePlan:
         stages: the same in numbers.
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
+        parameters: of the whole model, what is attached to it included.
+        notes: for people, a line each: what has adapters, and how much trains where that is not everything.
     """
 
     boundaries: list[int]
@@ -107,6 +109,8 @@ class StagePlan:
     stages: list[StageFacts]
     warnings: tuple[str, ...]
     flops_per_token: float
+    parameters: Parameters
+    notes: tuple[str, ...]
 
 
 def plan_stages(
@@ -186,12 +190,19 @@ def plan_stages(
     for span in spans_of(boundaries):
         check_split(family.config, span)
     limit = _device_memory()
+    parameters = costs.parameters(0, len(costs.layers))
+    notes = family.adapters.said() if family.adapters is not None else []
+    if parameters.trained < parameters.total:
+        share = parameters.trained / parameters.total
+        notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
     return StagePlan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit),
         stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
+        parameters=parameters,
+        notes=tuple(notes),
     )
 
 

@@ -245,8 +245,16 @@ class TrainingRun:
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
         world = shape.mesh.world_size
-        self.recorder.event("start", run=self.id, version=__version__, processes=world, total_steps=self.total_steps)
-        for line in (self.plan.table, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
+        self.recorder.event(
+            "start",
+            run=self.id,
+            version=__version__,
+            processes=world,
+            total_steps=self.total_steps,
+            parameters=self.plan.parameters.total,
+            trained_parameters=self.plan.parameters.trained,
+        )
+        for line in (self.plan.table, *self.plan.notes, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
             self.recorder.say(line)
         self.recorder.say(
             f"{shape.processes}; a step is {shape.accumulation} micro-batches of"
