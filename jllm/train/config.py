@@ -19,6 +19,7 @@ from jllm.train.options.data import DataOptions
 from jllm.train.options.evaluation import EvaluationOptions
 from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
+from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import OptimizerOptions
 from jllm.train.options.parallelism import ParallelismOptions
 from jllm.train.options.records import RecordsOptions
@@ -35,6 +36,7 @@ class TrainConfig(
     CheckpointsOptions,
     MemoryOptions,
     OptimizerOptions,
+    ObjectiveOptions,
     StepsOptions,
     ParallelismOptions,
     AdaptersOptions,
@@ -51,6 +53,7 @@ class TrainConfig(
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
         check_adapters(self)
+        check_objective(self)
         _check_adapters_in_run(self)
         if self.json and not self.dry_run:
             raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")

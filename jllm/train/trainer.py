@@ -110,7 +110,7 @@ class TrainingRun:
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         check_model_folders(config, agreement)
-        self.training = CrossEntropy()
+        self.training = CrossEntropy(config.loss, config.loss_gamma or 1.0)
         self.objective = ObjectiveInUse(self.training)
         self.built = setup.build_stage(
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row

@@ -35,6 +35,8 @@ from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
+    "loss",
+    "loss_gamma",
     "dropout",
     "optimizer",
     "learning_rate",
