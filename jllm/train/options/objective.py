@@ -17,7 +17,7 @@ class ObjectiveOptions:
         PLAIN,
         group="Objective",
         choices=LOSSES,
-        help="loss of a token: its cross-entropy, or a function of it (docs/optimizers.md has the formulas); evaluations"
+        help="loss of a token: its cross-entropy, or a function of it (see docs/optimizers.md); evaluations"
         " always tell the cross-entropy",
     )
     loss_gamma: float | None = option(
