@@ -245,7 +245,7 @@ class Meeting:
     def _say_whom(self, whom: str) -> None:
         if time.monotonic() < self._say_at:
             return
-        self._say_at += SAY_SECONDS
+        self._say_at = time.monotonic() + SAY_SECONDS
         if os.environ.get("LOCAL_RANK", "0") == "0":
             left = max(0, self._deadline - time.monotonic())
             say(f"rank {self._rank} on {self._host} waits for {whom}, {left:.0f} s more")

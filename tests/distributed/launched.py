@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -42,3 +43,29 @@ def end_group(run: Run) -> None:
     """Whatever a run that did not end in time has started, compilers included."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
+
+
+def rank_processes(marker: str) -> list[int]:
+    """Ranks whose command line has `marker`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "jllm.train_pipe" in command and marker in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def is_launcher(process: int) -> bool:
+    return b"deepspeed.launcher" in Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False

@@ -38,7 +38,6 @@ def run_nodes(
     *lines: Sequence[str],
     devices: Mapping[int, Sequence[int]] | None = None,
     environment: Mapping[int, Mapping[str, str]] | None = None,
-    late: float = 0,
     timeout: float = 120,
 ) -> list[Ended]:
     """Run a command line on each node, node 0 first, and wait for all.
@@ -48,13 +47,11 @@ def run_nodes(
         lines: a node's options.
         devices: what a node believes of the devices of all; one each, where it is not given.
         environment: further variables of a node.
-        late: seconds between the start of one node and the next.
         timeout: after which a node that has not ended is a failure.
     """
     port, runs, begun = free_port(), [], []
     try:
         for number, line in enumerate(lines):
-            time.sleep(late if number else 0)
             command = node_command(number, port=port, devices=(devices or {}).get(number, [1] * len(lines)))
             begun.append(time.monotonic())
             runs.append(Run([*command, *line], folder, environment=(environment or {}).get(number, {})))

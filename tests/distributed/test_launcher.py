@@ -7,12 +7,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launched import Run, end_group
+from tests.distributed.launched import Run, end_group, is_launcher, rank_processes, wait_until
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -31,32 +30,6 @@ def own_lines(output: str) -> list[str]:
     return [
         line for line in output.splitlines() if line and not line.startswith("[20") and "ds_accelerator" not in line
     ]
-
-
-def rank_processes(marker: str) -> list[int]:
-    """Ranks whose command line has `marker`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if "jllm.train_pipe" in command and marker in command:
-            found.append(int(path.parent.name))
-    return found
-
-
-def is_launcher(process: int) -> bool:
-    return b"deepspeed.launcher" in Path(f"/proc/{process}/cmdline").read_bytes()
-
-
-def wait_until(condition: Callable[[], object], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 @pytest.fixture(scope="module")
