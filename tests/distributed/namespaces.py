@@ -54,7 +54,7 @@ class Namespaces:
         return {"GLOO_SOCKET_IFNAME": self._links[node]}
 
     def shape(self, *queue: str) -> bool:
-        """Give node 1's end a queue discipline of `tc`, such as "netem", "delay", "100ms"; whether the kernel has it."""
+        """Give node 1's end a queue discipline of `tc`, such as "netem delay 100ms"; whether the kernel has it."""
         command = ["ip", "netns", "exec", self.names[1], "tc", "qdisc", "replace", "dev", self._links[1], "root"]
         return subprocess.run([*command, *queue], capture_output=True, check=False).returncode == 0
 
