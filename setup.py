@@ -29,10 +29,12 @@ TRAIN = [
 ]
 SPARK = ["pandas>=2.2", "pyspark>=4.0"]
 DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
-GPU = ["bitsandbytes>=0.50", "liger-kernel>=0.6", "peft>=0.18"]
+ADAPTERS = ["accelerate>=1", "bitsandbytes>=0.50", "peft>=0.21"]  # LoRA, and models in 4 and 8 bits
+GPU = [*ADAPTERS, "liger-kernel>=0.6"]
 PLOT = ["matplotlib>=3.8"]  # PNGs of `jllm plot`
 REPORT = ["mlflow-skinny>=3", "trackio>=0.40", "wandb>=0.31"]  # --report_to
 DEV = [
+    *ADAPTERS,
     *DEMO,
     *SPARK,
     "duckdb>=1.3",
@@ -60,6 +62,7 @@ setup(
     install_requires=DATA,
     extras_require={
         "train": TRAIN,
+        "adapters": ADAPTERS,
         "spark": SPARK,
         "gpu": GPU,
         "demo": DEMO,

@@ -38,13 +38,19 @@ def column_of(lists: Sequence[Sequence[int]]) -> pa.ListArray:
 
 
 def random_rows(
-    count: int, *, seed: int = 0, longest: int = 33, labels: bool = False, packed: bool = False
+    count: int,
+    *,
+    seed: int = 0,
+    longest: int = 33,
+    labels: bool = False,
+    packed: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> list[dict[str, Any]]:
     """Rows of random length, with random labels masked and random document boundaries where asked for."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
-        ids = rng.integers(0, VOCABULARY, int(rng.integers(5, longest + 1)))
+        ids = rng.integers(0, vocabulary, int(rng.integers(5, longest + 1)))
         row: dict[str, Any] = {"input_ids": ids.tolist()}
         if labels:
             row["labels"] = np.where(rng.random(len(ids)) < 0.5, -100, ids).tolist()

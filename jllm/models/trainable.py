@@ -31,6 +31,8 @@ class ParameterChoice:
     target_modules: str | None = None
     frozen_modules: str | None = None
     layers_to_transform: str | None = None
+    attached_only: bool = False
+    """The model itself is frozen; what is attached to it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +118,22 @@ def matching(
     Raises:
         UserError: a pattern that is none or matches nothing, or layers that are not there.
     """
-    targets = _patterns("--target_modules", choice.target_modules)
-    frozen = _patterns("--frozen_modules", choice.frozen_modules)
+    targets = patterns_of("--target_modules", choice.target_modules)
+    frozen = patterns_of("--frozen_modules", choice.frozen_modules)
     for option, patterns, names in (
         ("--target_modules", targets, parameters),
         ("--frozen_modules", frozen, [*parameters, *attached]),
     ):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
-                parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-                near = did_you_mean(pattern.pattern, parts)
-                raise UserError(
-                    f"{option} {pattern.pattern!r} matches no module of the model.{near}"
-                    " Give a module's name, or a regular expression for it"
-                )
+            check_matches(option, pattern, names)
     allowed = None
     if choice.layers_to_transform is not None:
         allowed = {f"{layers}.{index}." for index in parse_layers(choice.layers_to_transform, num_layers)}
     own = [
         name
         for name in parameters
-        if (not targets or any(matches(pattern, name) for pattern in targets))
+        if not choice.attached_only
+        and (not targets or any(matches(pattern, name) for pattern in targets))
         and (allowed is None or any(name.startswith(prefix) for prefix in allowed))
     ]
     return [name for name in (*own, *attached) if not any(matches(pattern, name) for pattern in frozen)]
@@ -150,14 +147,26 @@ def matches(pattern: re.Pattern[str], parameter: str) -> bool:
     )
 
 
-def parse_layers(text: str, num_layers: int) -> list[int]:
+def check_matches(option: str, pattern: re.Pattern[str], names: Collection[str]) -> None:
+    """Raises:
+    UserError: the pattern of `option` matches none of these parameters.
+    """
+    if not any(matches(pattern, name) for name in names):
+        parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+        raise UserError(
+            f"{option} {pattern.pattern!r} matches no module of the model.{did_you_mean(pattern.pattern, parts)}"
+            " Give a module's name, or a regular expression for it"
+        )
+
+
+def parse_layers(text: str, num_layers: int, *, option: str = "--layers_to_transform") -> list[int]:
     """Layer numbers of "0:7,24:31" (both ends included) or "3", in order.
 
     Raises:
         UserError: not such a list, or layers that the model does not have.
     """
     chosen: set[int] = set()
-    given = f"--layers_to_transform {text!r}"
+    given = f"{option} {text!r}"
     for piece in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", piece)
         if found is None:
@@ -169,8 +178,12 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def _patterns(option: str, text: str | None) -> list[re.Pattern[str]]:
-    """Split at commas outside brackets, and compile."""
+def patterns_of(option: str, text: str | None) -> list[re.Pattern[str]]:
+    """What an option lists, split at commas outside brackets, and compiled.
+
+    Raises:
+        UserError: no regular expression.
+    """
     if text is None:
         return []
     compiled = []

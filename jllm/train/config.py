@@ -12,6 +12,7 @@ from jllm.errors import UserError
 from jllm.machine import parse_duration
 from jllm.options import check_ranges
 from jllm.train.limits import MOST_WEIGHT
+from jllm.train.options.adapters import AdaptersOptions, check_adapters
 from jllm.train.options.call import CallOptions
 from jllm.train.options.checkpoints import CheckpointsOptions
 from jllm.train.options.data import DataOptions
@@ -36,6 +37,7 @@ class TrainConfig(
     OptimizerOptions,
     StepsOptions,
     ParallelismOptions,
+    AdaptersOptions,
     ModelOptions,
     DataOptions,
 ):
@@ -48,6 +50,8 @@ class TrainConfig(
         if not self.train_data and self.num_train_epochs > 0:
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
+        check_adapters(self)
+        _check_adapters_in_run(self)
         if self.json and not self.dry_run:
             raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")
         if self.batch_size_tokens is not None:
@@ -82,7 +86,7 @@ class TrainConfig(
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
-        if self.zero_stage == 0 and self.precision != "fp32":
+        if self.zero_stage == 0 and self.trained_precision != "fp32":
             raise UserError(
                 f"--zero_stage 0 with --precision {self.precision}: fp32 master weights need --zero_stage 1"
             )
@@ -98,17 +102,19 @@ class TrainConfig(
             raise UserError("--best_of looks at the evaluation loss; give --eval_data")
         if self.export == "best" and not (self.best_of and self.checkpoint):
             raise UserError("--export best takes a checkpoint that --best_of keeps; give --best_of 1 and --checkpoint")
-        if self.time_limit_seconds is not None and (self.checkpoint is None or self.only_ckpt_model):
+        if self.time_limit_seconds is not None and (self.checkpoint is None or self.only_exports):
             why = (
-                "--only_ckpt_model leaves nothing to go on from" if self.only_ckpt_model else "there is no --checkpoint"
+                f"--{self.only_exports} leaves nothing to go on from"
+                if self.only_exports
+                else "there is no --checkpoint"
             )
             raise UserError(
                 f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
             )
         if self.trace_step is not None and self.resolved_log_dir is None:
             raise UserError(f"--trace_step {self.trace_step} writes beside the records; give --log_dir or --checkpoint")
-        if self.only_ckpt_model and self.resume_ckpt == "auto":
-            raise UserError("--only_ckpt_model leaves nothing to resume from; drop it, or --resume_ckpt auto")
+        if self.only_exports and self.resume_ckpt == "auto":
+            raise UserError(f"--{self.only_exports} leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.lr_min > self.learning_rate:
             raise UserError(
                 f"--lr_min {self.lr_min:g} is above --learning_rate {self.learning_rate:g}, from which the rate falls"
@@ -134,7 +140,22 @@ class TrainConfig(
     @property
     def saves_state(self) -> bool:
         """Whether a run can go on from what this one saves."""
-        return self.checkpoint is not None and not self.only_ckpt_model
+        return self.checkpoint is not None and not self.only_exports
+
+    @property
+    def only_exports(self) -> str | None:
+        """The option that makes checkpoints folders of the model or the adapters alone, where it is given."""
+        return next((name for name in ("only_ckpt_model", "only_ckpt_lora") if getattr(self, name)), None)
+
+    @property
+    def trained_precision(self) -> str:
+        """The type of what trains: that of the adapters, or `--precision`. bf16 and fp16 have fp32 masters."""
+        return self.adapter_precision if self.has_lora else self.precision
+
+    @property
+    def adapter_precision(self) -> str:
+        """`--lora_dtype`, or what the precision of the model allows."""
+        return self.lora_dtype or ("fp16" if self.precision == "fp16" else "fp32")
 
     @property
     def resolved_log_dir(self) -> Path | None:
@@ -147,7 +168,40 @@ class TrainConfig(
     @property
     def resolved_zero_stage(self) -> int:
         """`--zero_stage`, or what the precision needs."""
-        return self.zero_stage if self.zero_stage is not None else int(self.precision != "fp32")
+        return self.zero_stage if self.zero_stage is not None else int(self.trained_precision != "fp32")
+
+
+def _check_adapters_in_run(config: TrainConfig) -> None:
+    """Raises:
+    UserError: options that say nothing of a frozen model, or types that do not go together.
+    """
+    if not config.has_lora:
+        return
+    for name in ("target_modules", "layers_to_transform"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"--{name} chooses among the model's own parameters, which are frozen with adapters; give"
+                f" --{'lora_layers' if name == 'layers_to_transform' else 'lora_target_modules'}"
+            )
+    if config.only_ckpt_model:
+        raise UserError("--only_ckpt_model writes the model, which adapters leave as it is; give --only_ckpt_lora")
+    if config.router_aux_loss_coef:
+        raise UserError(
+            f"--router_aux_loss_coef {config.router_aux_loss_coef:g} trains routers, which are frozen with adapters;"
+            " give 0 to watch them, or drop it"
+        )
+    if config.lora_dtype not in (None, "fp32", config.precision):
+        raise UserError(
+            f"--lora_dtype {config.lora_dtype} with --precision {config.precision}: adapters are fp32 or of the model's"
+            " type; give fp32, or drop it"
+        )
+    if config.precision == "fp16" and config.lora_dtype == "fp32":
+        raise UserError("--lora_dtype fp32 with --precision fp16, whose loss is scaled with fp16 adapters; drop it")
+    if config.modules_to_save is not None and config.adapter_precision != config.precision:
+        raise UserError(
+            f"--modules_to_save are trained in the model's type, {config.precision}; give --lora_dtype"
+            f" {config.precision} too, which keeps fp32 masters"
+        )
 
 
 def _check_folders(config: TrainConfig) -> None:

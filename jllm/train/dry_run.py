@@ -32,6 +32,7 @@ from jllm.models.weights.source import ModelInfo
 from jllm.options import OF_THE_CALL, describe_differences, differences
 from jllm.parallel.mesh import Mesh
 from jllm.train import setup
+from jllm.train.adapters import DTYPES
 from jllm.train.advice import filling_lines
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.resume import (
@@ -128,7 +129,7 @@ def dry_run(config: TrainConfig) -> None:
     print(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
     print(plan.table)
     print(f"{shape.processes} on {world_size} processes")
-    for line in notes:
+    for line in (*plan.notes, *notes):
         print(line)
     if steps is None:
         print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
@@ -164,7 +165,9 @@ def _as_json(
         "pipelines": shape.mesh.data,
         "processes": shape.mesh.world_size,
         **(steps.numbers if steps is not None else {}),
-        "lines": [*notes, *(steps.lines if steps is not None else [])],
+        "parameters": plan.parameters.total,
+        "trained_parameters": plan.parameters.trained,
+        "lines": [*plan.notes, *notes, *(steps.lines if steps is not None else [])],
         "seconds": seconds,
         "warnings": [line.removeprefix("warning: ") for line in warnings],
     }
@@ -295,9 +298,11 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
     with torch.device("meta"):
         model = stage_class(family.model_class, span)._from_config(
             copy.deepcopy(family.config),
-            dtype=setup.DTYPES[config.precision],
+            dtype=DTYPES[config.precision],
             attn_implementation=family.attention,
         )
+    if family.adapters is not None:
+        family.adapters.attach(model)
     setup.attach(model, span, config)
     select_trainable(model, span, setup.chosen_parameters(config))
-    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
+    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), is_frozen=family.adapters is not None)

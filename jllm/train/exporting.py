@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import has_template
+from jllm.models.weights.saving import ExportedFolder, has_template
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel import peers
 from jllm.train import setup
@@ -25,9 +25,15 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model: M
     """`--num_train_epochs 0`: the Hugging Face folder of a checkpoint."""
     assert config.output_dir is not None
     assert config.model is not None
-    stage = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy())).stage
-    template = load_weights_only(stage, config, agreement).chat_template
-    export(stage, agreement, config.output_dir, source=config.model, dtype=model.dtype, chat_template=template)
+    built = setup.build_stage(config, shape, agreement, ObjectiveInUse(CrossEntropy()))
+    template = load_weights_only(built.stage, config, agreement).chat_template
+    export(
+        built.stage,
+        agreement,
+        config.output_dir,
+        setup.exported_folder(config, model, built.adapters),
+        chat_template=template,
+    )
     if agreement.place.is_first:
         print(f"wrote {config.output_dir}", flush=True)
     peers.leave()
@@ -50,8 +56,8 @@ def export_run(
     stage: PipelineStage,
     saver: RunSaver | None,
     recorder: Recorder,
+    kind: ExportedFolder,
     *,
-    model: ModelInfo,
     chat_template: str | None,
     step: int,
     had_ended_at: Path | None,
@@ -64,7 +70,7 @@ def export_run(
         stage: with the last weights.
         saver: of the run's checkpoints.
         recorder: is told what is written.
-        model: the source.
+        kind: of folder.
         chat_template: of the data.
         step: the last one.
         had_ended_at: the checkpoint that a run that had ended was resumed from; its export may be there already.
@@ -72,16 +78,17 @@ def export_run(
     Raises:
         UserError: on every process: there is no checkpoint to take the best weights from.
     """
-    assert config.model is not None
     folder = config.output_dir
     assert folder is not None
-    if had_ended_at is not None and agreement.from_first_reader(lambda: is_exported(folder, had_ended_at)):
+    if had_ended_at is not None and agreement.from_first_reader(
+        lambda: is_exported(folder, had_ended_at, marker=kind.marker)
+    ):
         recorder.say(f"{folder} is complete already: nothing is left to do")
         return
     if config.export == "best":
         assert saver is not None
         _load_best(stage, saver, agreement, recorder, step=step)
-    export(stage, agreement, folder, source=config.model, dtype=model.dtype, chat_template=chat_template)
+    export(stage, agreement, folder, kind, chat_template=chat_template)
     recorder.event("export", f"wrote {folder}", step=step, folder=str(folder))
     recorder.artefact("model", folder, step=step)
 

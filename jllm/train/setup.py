@@ -12,15 +12,17 @@ from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activ
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
 from jllm.models.families import check_block_mask, check_split
-from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
+from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
-from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
+from jllm.models.trainable import ParameterChoice, Selected, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
+from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
@@ -29,7 +31,6 @@ from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import MOMENTS
 from jllm.train.shape import RunShape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_LENGTH = 2048
 """The sequence length of cost estimates where neither `--seq_len` nor the data say one."""
 
@@ -58,11 +59,13 @@ class FamilyInUse:
         config: its configuration.
         model_class: the family's own class.
         attention: the attention implementation that it gets.
+        adapters: what is trained in its place; None where it trains itself.
     """
 
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     attention: str
+    adapters: Adapters | None
 
 
 def find_family(config: TrainConfig) -> FamilyInUse:
@@ -83,7 +86,8 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         wanted=config.attn_implementation,
         dropout=getattr(trained.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
-    return FamilyInUse(config=model_config, model_class=model_class, attention=attention)
+    adapters = find_adapters(config, model_config, model_class)
+    return FamilyInUse(config=model_config, model_class=model_class, attention=attention, adapters=adapters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,8 @@ class StagePlan:
         stages: the same in numbers.
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
+        parameters: of the whole model, what is attached to it included.
+        notes: for people, a line each: what has adapters, and how much trains where that is not everything.
     """
 
     boundaries: list[int]
@@ -103,6 +109,8 @@ class StagePlan:
     stages: list[StageFacts]
     warnings: tuple[str, ...]
     flops_per_token: float
+    parameters: Parameters
+    notes: tuple[str, ...]
 
 
 def plan_stages(
@@ -138,12 +146,16 @@ def plan_stages(
         # What attention alone keeps is not estimated: the table then says what the layers need without it.
         checkpoint_interval=0 if config.checkpoint_grad_attention else config.checkpoint_grad_interval,
         checkpoint_offload=config.checkpoint_grad_offload,
-        state=state_bytes(
-            dtype,
-            moments=MOMENTS[config.optimizer],
-            sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
+        state=dataclasses.replace(
+            state_bytes(
+                DTYPES[config.trained_precision],
+                moments=MOMENTS[config.optimizer],
+                sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
+            ),
+            frozen=dtype.itemsize,
         ),
         selection=chosen_parameters(config),
+        attach=family.adapters.attach if family.adapters is not None else None,
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
     )
@@ -178,12 +190,19 @@ def plan_stages(
     for span in spans_of(boundaries):
         check_split(family.config, span)
     limit = _device_memory()
+    parameters = costs.parameters(0, len(costs.layers))
+    notes = family.adapters.said() if family.adapters is not None else []
+    if parameters.trained < parameters.total:
+        share = parameters.trained / parameters.total
+        notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
     return StagePlan(
         boundaries=boundaries,
         table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit),
         stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
+        parameters=parameters,
+        notes=tuple(notes),
     )
 
 
@@ -202,12 +221,16 @@ class Built:
         plan: for all stages.
         checkpointing: the switch of activation checkpointing; None where it is off.
         routers: what watches the routers of a mixture of experts; None where nothing does.
+        selected: how much of this stage trains.
+        adapters: those of the run; None where the model itself trains.
     """
 
     stage: PipelineStage
     plan: StagePlan
     checkpointing: Checkpointing | None
     routers: RouterBalance | None
+    selected: Selected
+    adapters: Adapters | None
 
 
 def build_stage(
@@ -245,13 +268,22 @@ def build_stage(
             names_unused=agreement.place.is_first,
             dropout=config.dropout,
         )
+    if family.adapters is not None:
+        family.adapters.attach(model)
     checkpointing, routers = attach(model, span, config)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
-    select_trainable(model, span, chosen_parameters(config), attached=attached)
-    stage = PipelineStage(model, span, objective)
+    selected = select_trainable(model, span, chosen_parameters(config), attached=attached)
+    stage = PipelineStage(model, span, objective, is_frozen=family.adapters is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        _add_placeholder(stage, dtype, device)
-    return Built(stage=stage, plan=plan, checkpointing=checkpointing, routers=routers)
+        _add_placeholder(stage, DTYPES[config.trained_precision], device)
+    return Built(
+        stage=stage,
+        plan=plan,
+        checkpointing=checkpointing,
+        routers=routers,
+        selected=selected,
+        adapters=family.adapters,
+    )
 
 
 def attach(
@@ -285,7 +317,14 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,
+        attached_only=config.has_lora,
     )
+
+
+def exported_folder(config: TrainConfig, model: ModelInfo, adapters: Adapters | None) -> ExportedFolder:
+    """What the run leaves: the model, or its adapters."""
+    assert config.model is not None
+    return ModelFolder(source=config.model, dtype=model.dtype) if adapters is None else adapters.folder
 
 
 def _add_placeholder(stage: PipelineStage, dtype: torch.dtype, device: str) -> None:

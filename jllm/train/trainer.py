@@ -122,9 +122,10 @@ class TrainingRun:
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
         )
         self.stage, self.plan = self.built.stage, self.built.plan
+        self.exported = setup.exported_folder(config, model_info, self.built.adapters)
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
-        self.engine = build_engine(self.stage, build_optimizer(self.stage.parameters(), config), config, shape)
+        self.engine = build_engine(self.stage, build_optimizer(self.stage, config), config, shape)
         self.state = TrainingState(self.engine, self.stage)
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
@@ -145,8 +146,8 @@ class TrainingRun:
         self.asked = self.told = Request.NOTHING
         self.saver: RunSaver | None = None
         if config.checkpoint is not None:
-            dtype, template = model_info.dtype, self.data.facts.chat_template
-            self.saver = RunSaver(config, agreement, self.state, self.stage, dtype=dtype, chat_template=template)
+            template = self.data.facts.chat_template
+            self.saver = RunSaver(config, agreement, self.state, self.stage, self.exported, chat_template=template)
         self.recorder = Recorder(
             config.resolved_log_dir,
             enabled=agreement.place.is_first,
@@ -182,7 +183,7 @@ class TrainingRun:
                 self.stage,
                 self.saver,
                 self.recorder,
-                model=self.model_info,
+                self.exported,
                 chat_template=self.data.facts.chat_template,
                 step=self.step,
                 had_ended_at=self.resumed.reader.folder if self.resumed is not None and self.had_ended else None,
@@ -250,8 +251,16 @@ class TrainingRun:
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
         world = shape.mesh.world_size
-        self.recorder.event("start", run=self.id, version=__version__, processes=world, total_steps=self.total_steps)
-        for line in (self.plan.table, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
+        self.recorder.event(
+            "start",
+            run=self.id,
+            version=__version__,
+            processes=world,
+            total_steps=self.total_steps,
+            parameters=self.plan.parameters.total,
+            trained_parameters=self.plan.parameters.trained,
+        )
+        for line in (self.plan.table, *self.plan.notes, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
             self.recorder.say(line)
         self.recorder.say(
             f"{shape.processes}; a step is {shape.accumulation} micro-batches of"

@@ -67,14 +67,26 @@ def train_reference(
 ) -> tuple[list[float], list[float], dict[str, Any]]:
     """Losses, gradient norms before clipping, and final weights; each row is its own forward pass."""
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()
-    if options["optimizer"] == "sgd":
-        optimizer: Any = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
+    losses, norms = train_model(model, batches, options=options)
+    return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train_model(
+    model: Any, batches: Sequence[list[dict[str, np.ndarray]]], *, options: dict[str, Any], optimizer: Any = None
+) -> tuple[list[float], list[float]]:
+    """Train a model in this process as a run of these options does; losses, and gradient norms before clipping."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer is None and options["optimizer"] == "sgd":
+        optimizer = torch.optim.SGD(trained_parameters, lr=options["learning_rate"])
+    elif optimizer is None:
+        eps = options.get("adam_eps", 1e-8)
+        optimizer = torch.optim.AdamW(trained_parameters, lr=options["learning_rate"], weight_decay=0.0, eps=eps)
     losses, norms = [], []
     for batch in batches:
         trained = sum(int((targets_of(row) != -100).sum()) for row in batch)
@@ -82,11 +94,11 @@ def train_reference(
         total = 0.0
         for row in batch:
             ids = torch.tensor(row["input_ids"][:-1])[None]
-            logits = model(input_ids=ids).logits[0]
+            logits = model(input_ids=ids).logits[0].float()
             loss = cross_entropy(logits, torch.tensor(targets_of(row)), ignore_index=-100, reduction="sum") / trained
             loss.backward()
             total += float(loss.detach())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options["gradient_clipping"])))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained_parameters, options["gradient_clipping"])))
         optimizer.step()
         losses.append(total)
-    return losses, norms, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return losses, norms

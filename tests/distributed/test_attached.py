@@ -21,7 +21,7 @@ def train_with_adapters(options: dict[str, Any], layers: tuple[int, ...]) -> dic
     from jllm.train.distributed import launch
     from jllm.train.distributed.agreement import Agreement
     from jllm.train.shape import resolve_shape
-    from tests.models.adapters import attach_adapters
+    from tests.models.small_adapter import attach_adapters
 
     plain = setup.attach
 

@@ -8,6 +8,7 @@ Guarantees: what a stage owns depends on its span alone; the first and the last 
 and no others do. Costs nothing: it works on models without memory (meta device).
 """
 
+import re
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,9 @@ from jllm.models.families import check_split
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
+"""What adapters put between a module and its parameters."""
 
 
 def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrainedModel]:
@@ -94,11 +98,20 @@ def structure_of(model: PreTrainedModel) -> Structure:
 def published_names(model: PreTrainedModel, span: StageSpan) -> dict[str, str]:
     """Name of each parameter in this stage's model → its name in the whole model.
 
-    The two differ only for a tied head on a stage that does not own the embedding: there the head's own name maps to
-    the embedding's, because in the whole model they are one tensor. So two stages share that name, and nothing else.
+    The two differ for a tied head on a stage that does not own the embedding: there the head's own name maps to the
+    embedding's, because in the whole model they are one tensor. So two stages share that name, and nothing else. They
+    differ, too, where adapters are attached (`plain_name`).
     """
     copies = dict(structure_of(model).tied) if span.is_last else {}
-    return {name: copies.get(name, name) for name, _ in model.named_parameters()}
+    plain = {name: plain_name(name) for name, _ in model.named_parameters()}
+    return {name: copies.get(own, own) for name, own in plain.items()}
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter among attached adapters: as without them, and for theirs as peft stores it."""
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name.replace(".default", ""))
+    return _WRAPPERS.sub("", name).replace(".modules_to_save.default.", ".modules_to_save.")
 
 
 def tied_parameter(model: PreTrainedModel, span: StageSpan) -> tuple[str, nn.Parameter] | None:

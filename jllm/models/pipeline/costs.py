@@ -9,7 +9,7 @@ backward pass. Estimates rank layers well and stages within some percent; they d
 Costs: building the model on the meta device, some milliseconds per layer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.families import has_head_apart
+from jllm.models.pipeline.carving import plain_name
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
@@ -151,6 +152,7 @@ def estimate_costs(
     checkpoint_offload: bool = False,
     state: StateBytes | None = None,
     selection: ParameterChoice | None = None,
+    attach: Callable[[PreTrainedModel], None] | None = None,
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
@@ -165,6 +167,7 @@ def estimate_costs(
         checkpoint_offload: what these keep is in host memory.
         state: bytes per parameter; None for `state_bytes(dtype)`.
         selection: which parameters train; None for all.
+        attach: gives the model without memory what is trained beside it.
         family: the model's class; None for the one that transformers has for `config`.
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
@@ -174,6 +177,8 @@ def estimate_costs(
     """
     model = bare_model(config, family or causal_class(config), dtype=dtype)
     structure = whole_structure(model) if is_whole else find_structure(model)
+    if attach is not None:
+        attach(model)
     text = config.get_text_config(decoder=True)
     layers = _layers(model, structure)
     tokens = sequence_length * micro_batch_size
@@ -189,14 +194,20 @@ def estimate_costs(
     kept = full
     if checkpoint_interval:
         kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
-    chosen = (
-        set(matching(structure.parameters, selection, layers=structure.layers, num_layers=structure.num_layers))
-        if selection is not None
-        else set(structure.parameters)
-    )
-    # In the order of the model's parameters, a tied one under the name that it is published by.
-    names = zip(model.parameters(), structure.parameters, strict=True)
-    trained = {id(parameter) for parameter, name in names if name in chosen}
+    copies = dict(structure.tied)
+    names = {name: copies.get(plain_name(name), plain_name(name)) for name, _ in model.named_parameters()}
+    chosen = set(names.values())
+    if selection is not None:
+        chosen = set(
+            matching(
+                structure.parameters,
+                selection,
+                layers=structure.layers,
+                num_layers=structure.num_layers,
+                attached=[name for name in names.values() if name not in structure.parameters],
+            )
+        )
+    trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
 
     def count(parameters: Iterable[nn.Parameter]) -> Parameters:
         known = list(parameters)
@@ -208,6 +219,9 @@ def estimate_costs(
     before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
     head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after)
+    head_frozen = head_products - sum(
+        _weights_used(model.get_submodule(name), text, trained) for name in structure.after
+    )
     # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
     logits = held = tokens * text.vocab_size
     is_apart = has_head_apart(type(model))
@@ -218,13 +232,18 @@ def estimate_costs(
         2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
         for layer, own, kind in zip(layers, configs, types, strict=True)
     ]
-    head_per_token = 2.0 * head_products
+    # The backward pass makes no gradients of frozen weights.
+    spared = [
+        2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained))
+        for layer, own in zip(layers, configs, strict=True)
+    ]
+    head_per_token, head_spared = 2.0 * head_products, 2.0 * head_frozen
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=f"{type(layer).__name__} {types[index]}".rstrip(),
                 parameters=count(layer.parameters()),
-                time=passes * tokens * per_token[index],
+                time=tokens * (passes * per_token[index] - spared[index]),
                 activation_bytes=kept[index],
             )
             for index, layer in enumerate(layers)
@@ -232,14 +251,14 @@ def estimate_costs(
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
-        head_time=(_RECOMPUTED if is_apart and held < logits else _TRAINING) * tokens * head_per_token,
+        head_time=tokens * ((_RECOMPUTED if is_apart and held < logits else _TRAINING) * head_per_token - head_spared),
         embedding_activation_bytes=8.0 * tokens,
         # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
         head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),
-        operations=_TRAINING * tokens * (sum(per_token) + head_per_token),
+        operations=tokens * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
         tied_parameters=count(each for each in before if id(each) in in_both),
     )
 
@@ -263,12 +282,15 @@ def _layers(model: PreTrainedModel, structure: Structure) -> list[nn.Module]:
     return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
 
 
-def _weights_used(module: nn.Module, config: PretrainedConfig) -> float:
-    """Weights that one token is multiplied with: all matrices, experts as far as they are chosen."""
+def _weights_used(module: nn.Module, config: PretrainedConfig, among: Collection[int] | None = None) -> float:
+    """Weights that one token is multiplied with: all matrices, experts as far as they are chosen.
+
+    `among` are the identities of those that count; None for all.
+    """
     share = _expert_share(config)
     used = 0.0
     for name, parameter in module.named_parameters():
-        if parameter.dim() >= 2:
+        if parameter.dim() >= 2 and (among is None or id(parameter) in among):
             is_routed = "experts" in name.split(".") and "shared" not in name
             used += parameter.numel() * (share if is_routed else 1.0)
     return used

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from jllm.models.attention import packing
 from jllm.models.families import has_head_apart
 from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
-from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentLayer
@@ -48,6 +48,7 @@ class PipelineStage(nn.Module):
         head_apart: whether the head runs apart from the rest; None: where the walk over all families has shown that it
             works. Elsewhere the whole forward runs and the objective is given logits.
         read: the names of the planes that the first stage is given.
+        is_frozen: whether the model itself stays as it was loaded, on all stages; what is attached to it may train.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class PipelineStage(nn.Module):
         *,
         head_apart: bool | None = None,
         read: tuple[str, ...] = READ,
+        is_frozen: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.span = span
         self.objective = objective
+        self.is_frozen = is_frozen
         if head_apart is None:
             head_apart = has_head_apart(type(model))
         self._runs_whole = span.is_last and not head_apart
@@ -100,6 +103,15 @@ class PipelineStage(nn.Module):
             return self._sent(self._runner(input_ids=ids, **arguments), bundle.planes)
         finally:
             entrance.received = None
+
+    def stored_parameters(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds of this stage, by names of the whole model; of a frozen one what trains beside it."""
+        names = published_names(self.model, self.span)
+        return {
+            names[name]: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or not self.is_frozen
+        }
 
     def _sent(self, output: Any, planes: Planes) -> tuple[Tensor, Tensor] | Tensor:
         """What this stage hands on, given what the family's forward returned."""

@@ -49,12 +49,12 @@ def _draw(
         if not isinstance(child, skipped):
             owner = child if isinstance(child, PreTrainedModel) else submodel
             _draw(child, owner, f"{name}.{child_name}" if name else child_name, seed, skipped)
-    torch.manual_seed(_derived_seed(seed, name))
+    torch.manual_seed(derived_seed(seed, name))
     if not getattr(module, "_is_hf_initialized", False):
         submodel._init_weights(module)
 
 
-def _derived_seed(seed: int, name: str) -> int:
+def derived_seed(seed: int, name: str) -> int:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -97,7 +97,7 @@ def _constructed(
             if (name := next(by_order)) is None:
                 init()
                 return
-            torch.manual_seed(_derived_seed(seed, f"{name}()"))
+            torch.manual_seed(derived_seed(seed, f"{name}()"))
             with torch.device(device):
                 init()
 

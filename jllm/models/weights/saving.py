@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -65,6 +67,63 @@ def stage_files(
     for part, names in enumerate(_parts(published, shard_bytes)):
         file_name = _STAGE_FILE.format(stage=span.index, part=part)
         yield file_name, {name: _as_stored(published[name], dtype) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """The folder that a run leaves: the whole model, for plain `from_pretrained`.
+
+    Attributes:
+        source: what of it is no weight is copied.
+        dtype: of the weights.
+    """
+
+    source: Path
+    dtype: torch.dtype
+    marker: str = "config.json"
+    replaces: str = "model*.safetensors*"
+
+    def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """This stage's tensors, one file at a time."""
+        return stage_files(model, span, dtype=self.dtype)
+
+    def size(self, model: PreTrainedModel) -> int:
+        """Bytes of this stage's tensors, about."""
+        return sum(weight.numel() for weight in model.parameters()) * self.dtype.itemsize
+
+    def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
+        """What is no tensor."""
+        write_companions(model, folder, dtype=self.dtype, source=self.source, chat_template=chat_template)
+
+    def complete(self, folder: Path) -> None:
+        """Name the files of all stages, and write the index over them."""
+        write_index(folder)
+
+
+class ExportedFolder(Protocol):
+    """What a run leaves, written by its stages together.
+
+    Attributes:
+        marker: the file without which the folder is not complete.
+        replaces: a pattern of file names that a new one puts itself in the place of.
+    """
+
+    @property
+    def marker(self) -> str: ...
+    @property
+    def replaces(self) -> str: ...
+
+    def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """What a stage adds: file name and content, in host memory."""
+
+    def size(self, model: PreTrainedModel) -> int:
+        """Bytes that a stage adds, about."""
+
+    def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
+        """What is no tensor; the first process writes it."""
+
+    def complete(self, folder: Path) -> None:
+        """The last thing, when every stage's files are there."""
 
 
 def save_stage(

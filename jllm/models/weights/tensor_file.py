@@ -7,7 +7,7 @@ Cost: a copy to host memory for tensors that are elsewhere; none for those that 
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,29 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, c
             flat = flat.clone(memory_format=torch.contiguous_format)
         buffers[name] = flat.view(torch.uint8).numpy()
         position = end
+    return TensorFile(header=_encoded(header), buffers=buffers)
+
+
+def joined_file(parts: Sequence[Path], metadata: Mapping[str, str]) -> TensorFile:
+    """One file with all that several hold, which have no name in common; no tensor operation takes place."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    buffers: dict[str, NDArray[np.uint8]] = {}
+    position = 0
+    for path in parts:
+        held = np.fromfile(path, dtype=np.uint8)
+        start = 8 + int.from_bytes(held[:8].tobytes(), "little")
+        for name, entry in json.loads(held[8:start].tobytes()).items():
+            if name == "__metadata__":
+                continue
+            assert name not in header, f"{name} written by two stages"
+            first, last = entry["data_offsets"]
+            header[name] = {**entry, "data_offsets": [position, position + last - first]}
+            buffers[name] = held[start + first : start + last]
+            position += last - first
+    return TensorFile(header=_encoded(header), buffers=buffers)
+
+
+def _encoded(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its data
-    return TensorFile(header=len(text).to_bytes(8, "little") + text, buffers=buffers)
+    return len(text).to_bytes(8, "little") + text

@@ -1,31 +1,27 @@
-"""The Hugging Face folder at the end of a run, or out of a checkpoint."""
+"""The folder of a model or an adapter at the end of a run, or out of a checkpoint."""
 
 import shutil
 from pathlib import Path
 
-import torch
-
 from jllm import atomic
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import save_stage, write_companions, write_index
+from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder
+from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.distributed.agreement import Agreement
-
-CONFIG_NAME = "config.json"
 
 
 def export(
     stage: PipelineStage,
     agreement: Agreement,
     folder: Path,
+    kind: ExportedFolder,
     *,
-    source: Path,
-    dtype: torch.dtype,
     chat_template: str | None = None,
 ) -> None:
-    """Write `folder` for plain `from_pretrained`: the weights of all stages, and what `source` has beside its weights.
+    """Write `folder`: the parts of all stages, and what is no tensor.
 
-    Every process calls it. The folder appears, or is replaced, when it is complete; the weights have `dtype`.
-    `chat_template` is that of the data, for a `source` without one.
+    Every process calls it. The folder appears, or is replaced, when it is complete. `chat_template` is that of the
+    data, for a model without one.
     """
     temporary = folder.with_name(f".{folder.name}{atomic.TEMPORARY_SUFFIX}")
     if agreement.place.is_first:
@@ -33,24 +29,25 @@ def export(
         temporary.mkdir(parents=True)
     agreement.barrier()
     if agreement.place.is_writer:
-        save_stage(stage.model, stage.span, temporary, dtype=dtype)
+        for name, tensors in kind.stage_files(stage.model, stage.span):
+            tensor_file(tensors, STAGE_METADATA, copy=False).write(temporary / name)
     agreement.barrier()
     if agreement.place.is_first:
-        write_index(temporary)
-        write_companions(stage.model, temporary, dtype=dtype, source=source, chat_template=chat_template)
+        kind.complete(temporary)
+        kind.write_companions(stage.model, temporary, chat_template=chat_template)
         for path in temporary.iterdir():
             atomic.sync_file(path)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_files(temporary, folder)
+        _replace_files(temporary, folder, kind)
     agreement.barrier()
 
 
-def _replace_files(temporary: Path, folder: Path) -> None:
-    """Move the new files into `folder`; config.json goes first and comes last, so a folder with one is whole."""
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for path in folder.glob("model*.safetensors*"):
+def _replace_files(temporary: Path, folder: Path, kind: ExportedFolder) -> None:
+    """Move the new files into `folder`; the marker goes first and comes last, so a folder with one is whole."""
+    (folder / kind.marker).unlink(missing_ok=True)
+    for path in folder.glob(kind.replaces):
         path.unlink()
-    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == CONFIG_NAME, path.name)):
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == kind.marker, path.name)):
         if path.is_dir():
             shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)

@@ -11,15 +11,23 @@ from pathlib import Path
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.train.config import TrainConfig
 
 INDEX_NAME = "index.json"
 EVALUATION_NAME = "evaluation.json"
-MODEL_MARKER = "config.json"
-"""What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, complete."""
+MODEL_MARKER, ADAPTER_MARKER = "config.json", "adapter_config.json"
+"""What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, and one of `--only_ckpt_lora` complete."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _TAG = re.compile(r"(?:step-|global_step)?0*(\d{1,18})", re.ASCII)
 """The ways in which people name a step: 1000, step-1000, step-00001000, and DeepSpeed's global_step1000."""
+
+
+def marker_of(config: TrainConfig) -> str:
+    """What makes a checkpoint of this run complete."""
+    if config.only_exports is None:
+        return INDEX_NAME
+    return ADAPTER_MARKER if config.has_lora else MODEL_MARKER
 
 
 def folder_of_step(root: Path, step: int) -> Path:
@@ -71,7 +79,7 @@ def remove_incomplete(root: Path) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; killed in between, it no longer exists either."""
-    for marker in (INDEX_NAME, MODEL_MARKER):
+    for marker in (INDEX_NAME, MODEL_MARKER, ADAPTER_MARKER):
         (folder / marker).unlink(missing_ok=True)
     gone = temporary_folder(folder).with_name(f".{folder.name}.old{atomic.TEMPORARY_SUFFIX}")
     os.replace(folder, gone)

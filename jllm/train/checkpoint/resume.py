@@ -15,11 +15,10 @@ import torch
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.pipeline.carving import published_names
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.source import read_config, weight_files
-from jllm.train.checkpoint.export import CONFIG_NAME
 from jllm.train.checkpoint.folders import (
+    ADAPTER_MARKER,
     INDEX_NAME,
     find_checkpoint,
     folder_of_step,
@@ -58,10 +57,23 @@ BINDING_OPTIONS = (
     "target_modules",
     "frozen_modules",
     "layers_to_transform",
+    "lora_dim",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_layers",
+    "use_rslora",
+    "use_dora",
+    "loraplus_lr_ratio",
+    "modules_to_save",
+    "lora_dtype",
     "router_aux_loss_coef",
     "skip_train_steps",
 )
 """Options whose change would make the rest of the run another run."""
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+"""What a run had whose version did not know an option yet."""
 
 ARCHITECTURE = "architecture"
 BATCHING_RULE = "batching_rule"
@@ -199,7 +211,8 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
             f" {now.fingerprint[:12]} now); train on the same data, or give --force_resume"
         )
     for name in BINDING_OPTIONS:
-        then, given = saved.config.get(name), now.config.get(name)
+        given = now.config.get(name)
+        then = saved.config.get(name, _DEFAULTS.get(name))
         if then != given:
             shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
             raise UserError(
@@ -313,15 +326,15 @@ def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agr
     Raises:
         UserError: on every process: a shape differs, a weight is missing, or one has no place.
     """
-    names = published_names(stage.model, stage.span)
+    parameters = stage.stored_parameters()
     mistake = None
-    for name, parameter in stage.model.named_parameters():
-        shape, needed = reader.shape(WEIGHT, names[name]), tuple(parameter.shape)
+    for name, parameter in parameters.items():
+        shape, needed = reader.shape(WEIGHT, name), tuple(parameter.shape)
         if shape != needed:
             found = "missing" if shape is None else list(shape)
-            mistake = f"{names[name]} is {found}; --model needs {list(needed)}"
+            mistake = f"{name} is {found}; --model{' with its adapters' * stage.is_frozen} needs {list(needed)}"
             break
-    told = agreement.gather(set(names.values()) if agreement.place.is_writer else set())
+    told = agreement.gather(set(parameters) if agreement.place.is_writer else set())
     left_over = reader.names(WEIGHT).difference(*told)  # a node's own folder may have less than the others
     if mistake is None and left_over:
         mistake = f"{min(left_over)} has no place in --model"
@@ -350,11 +363,13 @@ def optimizer_starts_afresh(
     return bool(missing)
 
 
-def is_exported(folder: Path, checkpoint: Path) -> bool:
-    """Whether `folder` holds a complete export that was made after `checkpoint`."""
-    config, index = folder / CONFIG_NAME, checkpoint / INDEX_NAME
+def is_exported(folder: Path, checkpoint: Path, *, marker: str) -> bool:
+    """Whether `folder` holds a complete export, of the kind that has this marker, made after `checkpoint`."""
+    config, index = folder / marker, checkpoint / INDEX_NAME
     if not config.is_file() or config.stat().st_mtime < index.stat().st_mtime:
         return False
+    if marker == ADAPTER_MARKER:
+        return True
     try:
         return bool(weight_files(folder))
     except UserError:
@@ -387,12 +402,10 @@ def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agre
         UserError: on every process: the checkpoint is of another model.
     """
     check_weights(reader, stage, agreement)
-    names = published_names(stage.model, stage.span)
     with torch.no_grad():
-        for name, parameter in stage.model.named_parameters():
-            published = names[name]
-            kind = MASTER if parameter.dtype == torch.float32 and reader.shape(MASTER, published) else WEIGHT
-            values = reader.read(kind, published, region_of(parameter))
+        for name, parameter in stage.stored_parameters().items():
+            kind = MASTER if parameter.dtype == torch.float32 and reader.shape(MASTER, name) else WEIGHT
+            values = reader.read(kind, name, region_of(parameter))
             assert values is not None
             parameter.copy_(values.view(parameter.shape))
 

@@ -9,11 +9,10 @@ fails too the run ends, and says which checkpoints there are.
 import time
 from pathlib import Path
 
-import torch
-
 from jllm.errors import EXIT_CODE, UserError
 from jllm.machine import require_disk
 from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.saving import ExportedFolder
 from jllm.train.checkpoint import folders
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.random_state import random_states
@@ -33,7 +32,7 @@ class RunSaver:
         config: the options, with a `--checkpoint`.
         agreement: the processes.
         state, stage: what is saved.
-        dtype: of the weights of `--only_ckpt_model`.
+        kind: of the folders of `--only_ckpt_model` and `--only_ckpt_lora`.
         chat_template: of the data.
     """
 
@@ -43,14 +42,14 @@ class RunSaver:
         agreement: Agreement,
         state: TrainingState,
         stage: PipelineStage,
+        kind: ExportedFolder,
         *,
-        dtype: torch.dtype,
         chat_template: str | None,
     ) -> None:
         assert config.checkpoint is not None
         self.root = config.checkpoint
         self._config, self._agreement, self._state, self._stage = config, agreement, state, stage
-        self._dtype, self._chat_template = dtype, chat_template
+        self._kind, self._chat_template = kind, chat_template
         self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
         ranks = agreement.ranks_of_node() if self.saves_alone else agreement.mesh.ranks
         self._saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
@@ -65,8 +64,8 @@ class RunSaver:
         UserError: on every process: the disk is too full for a single checkpoint.
         """
         size = sum(piece.tensor.nbytes for piece in self._state.pieces(alone=self.saves_alone))
-        if self._config.only_ckpt_model:
-            size = sum(weight.numel() for weight in self._stage.parameters()) * self._dtype.itemsize
+        if self._config.only_exports:
+            size = self._kind.size(self._stage.model)
         node = self._agreement.node if self.saves_alone else 0
         sizes = self._agreement.gather((node, size))
         needed = sum(each for other, each in sizes if other == node)
@@ -97,12 +96,12 @@ class RunSaver:
 
     def _begin(self, run: RunState, recorder: Recorder) -> None:
         self._begun = time.perf_counter()
-        if self._config.only_ckpt_model:
+        if self._config.only_exports:
             self._folder = self._saver.save_model(
                 self._stage,
                 run.step,
                 run.eval_loss,
-                dtype=self._dtype,
+                self._kind,
                 writers=self._agreement.mesh.writers,
                 chat_template=self._chat_template,
             )
@@ -170,9 +169,8 @@ class RunSaver:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        marker = folders.MODEL_MARKER if self._config.only_ckpt_model else folders.INDEX_NAME
-        return folders.list_checkpoints(self.root, marker=marker)
+        return folders.list_checkpoints(self.root, marker=folders.marker_of(self._config))
 
     def best(self) -> Path | None:
         """The complete checkpoint with the lowest evaluation loss."""
-        return next(iter(ranked(self.complete(), model_only=self._config.only_ckpt_model)), None)
+        return next(iter(ranked(self.complete(), marker=folders.marker_of(self._config))), None)

@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from jllm import atomic
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import STAGE_METADATA, stage_files, write_companions, write_index
+from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.checkpoint import folders
 from jllm.train.checkpoint.background import Background
@@ -76,21 +75,20 @@ class CheckpointSaver:
         stage: PipelineStage,
         step: int,
         eval_loss: float | None,
+        kind: ExportedFolder,
         *,
-        dtype: torch.dtype,
         writers: Sequence[int],
         chat_template: str | None = None,
     ) -> Path:
-        """Begin a checkpoint that is a Hugging Face folder (`--only_ckpt_model`); every process calls it.
+        """Begin a checkpoint that is a folder of the model or the adapters; every process calls it.
 
         Args:
             stage: of this process.
             eval_loss: of the newest evaluation.
-            dtype: of the weights.
+            kind: of the folder.
             writers: the processes that write the weights of their stage.
             chat_template: of the data.
         """
-        assert self._config.model is not None
         folder = folders.folder_of_step(self.root, step)
         failure = self._make_folder(folder)
         self._barrier()
@@ -99,12 +97,11 @@ class CheckpointSaver:
         if self._rank in writers:
             files = [
                 (name, tensor_file(tensors, STAGE_METADATA, copy=self._background.copies))
-                for name, tensors in stage_files(stage.model, stage.span, dtype=dtype)
+                for name, tensors in kind.stage_files(stage.model, stage.span)
             ]
         if self._completes and failure is None:
             try:
-                source = self._config.model
-                write_companions(stage.model, temporary, dtype=dtype, source=source, chat_template=chat_template)
+                kind.write_companions(stage.model, temporary, chat_template=chat_template)
             except OSError as error:
                 failure = error
 
@@ -119,11 +116,11 @@ class CheckpointSaver:
                 self._await(marks)
                 for mark in marks:
                     mark.unlink()
-                write_index(temporary)
+                kind.complete(temporary)
                 atomic.write_json(temporary / folders.EVALUATION_NAME, {"step": step, "eval_loss": eval_loss})
                 folders.publish(folder)
                 config = self._config
-                retain(self.root, max_num=config.max_num_checkpoints, best_of=config.best_of, model_only=True)
+                retain(self.root, max_num=config.max_num_checkpoints, best_of=config.best_of, marker=kind.marker)
 
         self._background.begin(write)
         return folder
@@ -150,7 +147,7 @@ class CheckpointSaver:
         config = self._config
         if self._completes and config.max_num_checkpoints > 1:
             most = config.max_num_checkpoints - 1
-            retain(self.root, max_num=most, best_of=config.best_of, model_only=config.only_ckpt_model)
+            retain(self.root, max_num=most, best_of=config.best_of, marker=folders.marker_of(config))
 
     def _make_folder(self, folder: Path) -> OSError | None:
         """Make room for a checkpoint; why that did not work, if it did not."""
@@ -180,28 +177,28 @@ def _mark(folder: Path, rank: int) -> Path:
     return folder / f".written-{rank:05d}"
 
 
-def retain(root: Path, *, max_num: int, best_of: int, model_only: bool = False) -> None:
+def retain(root: Path, *, max_num: int, best_of: int, marker: str = folders.INDEX_NAME) -> None:
     """Remove checkpoints that are neither among the newest `max_num` nor among the best `best_of` by evaluation loss.
 
     The newest one always stays: it may be what somebody has just asked for. With both 0 all stay. A checkpoint between
     two evaluations carries the loss of the one before; of those that carry the same loss the first is the one that was
     evaluated, or the nearest to it, and the others count only where too few remain. A checkpoint without an evaluation
-    counts as the worst. `model_only`: the checkpoints are those of `--only_ckpt_model`.
+    counts as the worst. `marker` is what makes one complete.
     """
-    found = folders.list_checkpoints(root, marker=folders.MODEL_MARKER if model_only else folders.INDEX_NAME)
+    found = folders.list_checkpoints(root, marker=marker)
     if not max_num and not best_of:
         return
     kept = set(found[-max(max_num, 1) :])
     if best_of:
-        kept |= set(ranked(found, model_only=model_only)[:best_of])
+        kept |= set(ranked(found, marker=marker)[:best_of])
     for path in found:
         if path not in kept:
             folders.remove_checkpoint(path)
 
 
-def ranked(found: Sequence[Path], *, model_only: bool = False) -> list[Path]:
+def ranked(found: Sequence[Path], *, marker: str = folders.INDEX_NAME) -> list[Path]:
     """Checkpoints, given oldest first, by evaluation loss, the best first, as `retain` counts them."""
-    evaluated = folders.EVALUATION_NAME if model_only else folders.INDEX_NAME
+    evaluated = folders.INDEX_NAME if marker == folders.INDEX_NAME else folders.EVALUATION_NAME
     losses = [_or_worst(json.loads((path / evaluated).read_text(encoding="utf-8"))["eval_loss"]) for path in found]
     carried = [loss in losses[:place] for place, loss in enumerate(losses)]
     # Among equals the newer one.

@@ -10,7 +10,6 @@ Cost: views only; nothing is copied.
 import torch
 from torch import Tensor, nn
 
-from jllm.models.pipeline.carving import published_names
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.train.checkpoint.format import Piece
 from jllm.train.checkpoint.reader import CheckpointReader
@@ -29,8 +28,7 @@ class TrainingState:
     def __init__(self, engine: TrainingEngine, stage: PipelineStage) -> None:
         self._engine = engine
         self._stage = stage
-        names = published_names(stage.model, stage.span)
-        self._parameters = {names[name]: p for name, p in stage.model.named_parameters()}
+        self._parameters = stage.stored_parameters()
         optimizer = engine.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         assert isinstance(inner, torch.optim.Optimizer)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError, report
-from jllm.train.checkpoint.folders import INDEX_NAME, MODEL_MARKER, list_checkpoints
+from jllm.train.checkpoint.folders import ADAPTER_MARKER, INDEX_NAME, MODEL_MARKER, list_checkpoints
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
@@ -111,7 +111,9 @@ def check_folders_are_free(config: TrainConfig) -> None:
     go_on = "--resume_ckpt auto to go on with it, " if config.checkpoint is not None else ""
     ways_out = f"give {go_on}--clean to start over, or another folder"
     if config.checkpoint is not None and config.resume_ckpt != AUTO:
-        found = [*list_checkpoints(config.checkpoint, marker=MODEL_MARKER), *list_checkpoints(config.checkpoint)]
+        exported = (MODEL_MARKER, ADAPTER_MARKER)
+        found = [path for marker in exported for path in list_checkpoints(config.checkpoint, marker=marker)]
+        found += list_checkpoints(config.checkpoint)
         if found and (config.resume_ckpt is None or run_id_of(found[-1]) not in (None, run_id(config))):
             raise UserError(f"--checkpoint {config.checkpoint} holds {found[-1].name} of another run: {ways_out}")
     records = _records_of(config)
@@ -136,7 +138,7 @@ def check_model_folders(config: TrainConfig, agreement: Agreement) -> None:
     nodes = agreement.gather(agreement.node)
     if len({nodes[rank] for rank in agreement.mesh.writers}) == 1:
         return
-    model_only = config.checkpoint if config.only_ckpt_model else None
+    model_only = config.checkpoint if config.only_exports else None
     for name, folder in (("--output_dir", config.output_dir), ("--checkpoint", model_only)):
         if folder is not None and not agreement.sees_one_folder(folder):
             raise UserError(

@@ -5,7 +5,8 @@ never has a learning rate of 0, and the last warm-up step has the full rate.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +18,28 @@ MOMENTS = {"adamw": 2, "sgd": 0}
 """Numbers that each optimizer keeps per parameter, by the name `--optimizer` has for it."""
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` over the trainable parameters; matrices alone (two or more axes) are decayed."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+RATE_FACTOR = "rate_factor"
+"""What a parameter group's learning rate is multiplied with, beside the schedule."""
+
+
+def build_optimizer(stage: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` over the trainable parameters; matrices alone (two or more axes) are decayed.
+
+    With `--loraplus_lr_ratio` the second matrices of adapters, and vectors, have rates of their own, as in peft.
+    """
+    trainable = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    groups: list[dict[str, Any]] = []
+    for name, parameter in trainable.items():
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        factor = config.loraplus_lr_ratio if "lora_B" in name or parameter.ndim == 1 else 1.0
+        kind = {"weight_decay": decay, RATE_FACTOR: factor}
+        known = next((group for group in groups if kind.items() <= group.items()), None)
+        if known is None:
+            known = {"params": [], **kind, "lr": config.learning_rate * factor}
+            groups.append(known)
+        known["params"].append(parameter)
+    # Matrices first, as in checkpoints of DeepSpeed's making.
+    groups.sort(key=lambda group: group["params"][0].ndim < 2)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(
@@ -33,7 +48,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         # One kernel instead of a dozen, and no temporary tensors of the optimizer's size.
-        fused=trainable[0].is_cuda,
+        fused=next(iter(trainable.values())).is_cuda,
     )
 
 
@@ -75,6 +90,6 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group this rate."""
+    """Give every parameter group this rate, times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get(RATE_FACTOR, 1.0)

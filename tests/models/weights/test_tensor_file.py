@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jllm.models.weights.tensor_file import tensor_file
+from jllm.models.weights.tensor_file import joined_file, tensor_file
 
 DTYPES = (
     torch.float64,
@@ -52,3 +52,16 @@ def test_a_copy_stays_as_it_was(copy: bool, tmp_path: Path) -> None:
     tensor += 1
     file.write(tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0.0 if copy else 1.0] * 4
+
+
+def test_files_are_joined(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.randn(number, 3).to(dtype) for number, dtype in enumerate(DTYPES[:6])}
+    names = list(tensors)
+    parts = []
+    for number, own in enumerate((names[:1], names[1:4], names[4:])):
+        parts.append(tmp_path / f"{number}.safetensors")
+        tensor_file({name: tensors[name] for name in own}, {"format": "pt"}, copy=False).write(parts[-1])
+    joined_file(parts, {"format": "pt"}).write(tmp_path / "whole.safetensors")
+    found = load_file(tmp_path / "whole.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in names)

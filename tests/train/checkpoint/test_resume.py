@@ -89,11 +89,11 @@ def test_an_export_is_complete_only_after_its_checkpoint(tmp_path: Path) -> None
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "folder"
     for path in (checkpoint, folder):
         path.mkdir()
-    assert not is_exported(folder, checkpoint)
+    assert not is_exported(folder, checkpoint, marker="config.json")
     (folder / "config.json").write_text("{}")
     (checkpoint / "index.json").write_text("{}")  # newer than the export
-    assert not is_exported(folder, checkpoint)
+    assert not is_exported(folder, checkpoint, marker="config.json")
     (folder / "config.json").write_text("{}")
-    assert not is_exported(folder, checkpoint)  # no weights
+    assert not is_exported(folder, checkpoint, marker="config.json")  # no weights
     (folder / "model.safetensors").write_bytes(b"")
-    assert is_exported(folder, checkpoint)
+    assert is_exported(folder, checkpoint, marker="config.json")

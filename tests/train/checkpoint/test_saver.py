@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from jllm.train.checkpoint.folders import folder_of_step, step_of_folder
+from jllm.train.checkpoint.folders import (
+    ADAPTER_MARKER,
+    INDEX_NAME,
+    MODEL_MARKER,
+    folder_of_step,
+    step_of_folder,
+)
 from jllm.train.checkpoint.saver import retain
 
 
@@ -24,16 +30,19 @@ from jllm.train.checkpoint.saver import retain
         ([1.0, 1.0, 1.0], {"best_of": 2}, [1, 3]),
     ],
 )
-@pytest.mark.parametrize("model_only", [False, True])
+@pytest.mark.parametrize("marker", [INDEX_NAME, MODEL_MARKER, ADAPTER_MARKER])
 def test_which_checkpoints_are_kept(
-    tmp_path: Path, losses: list[float | None], more: dict[str, int], expected: list[int], model_only: bool
+    tmp_path: Path, losses: list[float | None], more: dict[str, int], expected: list[int], marker: str
 ) -> None:
     """Checkpoints after steps 1, 2, ... that carry these losses."""
     for step, loss in enumerate(losses, 1):
         place = folder_of_step(tmp_path, step)
         place.mkdir()
-        (place / "config.json").write_text("{}")
-        (place / ("evaluation.json" if model_only else "index.json")).write_text(json.dumps({"eval_loss": loss}))
-        retain(tmp_path, **{"max_num": 0, "best_of": 0, **more}, model_only=model_only)
+        (place / MODEL_MARKER).write_text("{}")
+        (place / ADAPTER_MARKER).write_text("{}")
+        (place / ("index.json" if marker == INDEX_NAME else "evaluation.json")).write_text(
+            json.dumps({"eval_loss": loss})
+        )
+        retain(tmp_path, **{"max_num": 0, "best_of": 0, **more}, marker=marker)
         assert folder_of_step(tmp_path, step).is_dir()
     assert sorted(map(step_of_folder, tmp_path.iterdir())) == expected

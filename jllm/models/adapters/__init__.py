@@ -1,0 +1,1 @@
+"""What is trained beside a frozen model. Imports what `jllm.models` may import, and peft."""

@@ -1,0 +1,107 @@
+"""LoRA on a stage: peft's own layers, where the plan for the whole model puts them.
+
+Attach after the stage is loaded and sealed, and before activation checkpointing wraps its layers. The first matrices
+are drawn from (seed, name in the whole model), so any number of stages starts alike; the second ones are 0.
+
+Guarantees: before the first step the stage computes what it computed without adapters. The stage's parameters keep
+their names (`jllm.models.pipeline.carving.plain_name`), those of the adapters are the ones in peft's file.
+Cost: rank × (inputs + outputs) numbers for each module.
+"""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
+from jllm.models.pipeline.carving import plain_name
+from jllm.models.weights.initial import derived_seed
+
+_HOLDER = "model"
+
+
+def attach_lora(model: PreTrainedModel, plan: LoraPlan, *, seed: int, dtype: torch.dtype) -> None:
+    """Give a stage those adapters of `plan` whose modules it has.
+
+    Args:
+        model: loaded and sealed.
+        plan: for the whole model.
+        seed: of the first matrices.
+        dtype: of the adapters.
+    """
+    own = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    parameters = {name for name, _ in model.named_parameters()}
+    modules = [name for name in plan.modules if name in own]
+    packed = [name for name in plan.parameters if name in parameters]
+    if modules or packed:
+        _inject(model, plan, modules, packed)
+    for name in plan.saved:
+        if any(name == each or each.startswith(name + ".") for each in own):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ModulesToSaveWrapper(model.get_submodule(name), ADAPTER))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and model.device.type != "meta":
+            _draw(name, module, seed=seed, gaussian=plan.config.init_lora_weights == "gaussian")
+    for name, parameter in model.named_parameters():
+        trains = is_adapter(name) or ".modules_to_save." in name
+        if trains:
+            parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.requires_grad_(trains)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name in a model, belongs to a LoRA layer."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _inject(model: PreTrainedModel, plan: LoraPlan, modules: list[str], packed: list[str]) -> None:
+    """Put peft's layers into the model, by explicit names.
+
+    Inside a holder without a configuration peft leaves names as they are; with one it rewrites them for some families,
+    which has been done for the whole model, and would fail here for modules that are on other stages.
+    """
+    holder = nn.Module()
+    setattr(holder, _HOLDER, model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        setattr(holder, flag, getattr(model, flag, False))
+    config = copy.deepcopy(plan.config)
+    config.target_modules = [f"{_HOLDER}.{name}" for name in modules]
+    config.target_parameters = [f"{_HOLDER}.{name}" for name in packed] or None
+    config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of targets that this stage does not have
+        inject_adapter_in_model(config, holder, ADAPTER, low_cpu_mem_usage=model.device.type == "meta")
+
+
+@torch.no_grad()
+def _draw(name: str, layer: Any, *, seed: int, gaussian: bool) -> None:
+    """Initial values as peft's, each first matrix from a seed of its own."""
+    rank = layer.r[ADAPTER]
+    if ADAPTER in layer.lora_A:
+        matrix = layer.lora_A[ADAPTER].weight
+        generator = _generator(seed, plain_name(f"{name}.lora_A.{ADAPTER}.weight"))
+        drawn = torch.empty(matrix.shape, dtype=torch.float32)
+        if gaussian:
+            drawn.normal_(std=1 / rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        matrix.copy_(drawn)
+        layer.lora_B[ADAPTER].weight.zero_()
+    else:
+        layer.lora_embedding_A[ADAPTER].zero_()
+        generator = _generator(seed, plain_name(f"{name}.lora_embedding_B.{ADAPTER}"))
+        matrix = layer.lora_embedding_B[ADAPTER]
+        matrix.copy_(torch.empty(matrix.shape, dtype=torch.float32).normal_(generator=generator))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, name))

@@ -1,0 +1,186 @@
+"""A peft folder: `adapter_config.json` and `adapter_model.safetensors`, whatever the number of stages.
+
+Guarantees: peft loads what is written into the places it came from; the base is not in it. What is read fits the
+model, every tensor of it.
+Cost: the adapters of the whole model in host memory, once, on the process that completes a folder and on each that
+reads one.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PretrainedConfig, PreTrainedModel
+
+from jllm.errors import UserError, of_file_system
+from jllm.models.adapters.lora import attach_lora, is_adapter
+from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
+from jllm.models.pipeline.carving import plain_name
+from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.saving import STAGE_METADATA
+from jllm.models.weights.source import bare_model
+from jllm.models.weights.tensor_file import joined_file
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before the names of the model."""
+_PART = "adapter-stage-{stage:05d}.safetensors"
+_UNSUPPORTED = {
+    "bias": "none",
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "megatron_config": None,
+    "use_qalora": False,
+    "target_modules_to_tie": None,
+    "ensure_weight_tying": False,
+    "exclude_modules": None,
+}
+"""Settings of an adapter that the trainer does not have → the value that turns them off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFolder:
+    """The folder that a run with adapters leaves, and its checkpoints of adapters alone.
+
+    Attributes:
+        config: what is stored beside the adapters.
+    """
+
+    config: LoraConfig
+    marker: str = CONFIG_NAME
+    replaces: str = "adapter_model*"
+
+    def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """This stage's adapters under their published names, in host memory."""
+        yield _PART.format(stage=span.index), {name: tensor.cpu() for name, tensor in adapter_tensors(model).items()}
+
+    def size(self, model: PreTrainedModel) -> int:
+        """Bytes of this stage's adapters."""
+        return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+
+    def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
+        """What is no tensor: the configuration."""
+        fields = self.config.to_dict()
+        named = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+        text = json.dumps(named | {"inference_mode": True}, indent=2, sort_keys=True, default=str)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def complete(self, folder: Path) -> None:
+        """Put the parts of all stages into one file."""
+        parts = sorted(folder.glob("adapter-stage-*.safetensors"))
+        joined_file(parts, STAGE_METADATA).write(folder / WEIGHTS_NAME)
+        for path in parts:
+            path.unlink()
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Published name → tensor, of what is attached to a stage."""
+    return {name: parameter.detach().contiguous() for name, parameter in _attached(model).items()}
+
+
+def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    return {
+        PREFIX + plain_name(name).replace(".modules_to_save.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if is_adapter(name) or ".modules_to_save." in name
+    }
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The configuration of an adapter.
+
+    Raises:
+        UserError: there is none, or one of another kind, or with settings that the trainer does not have.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise of_file_system(error) or UserError(f"--lora {folder}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--lora {folder}: {CONFIG_NAME} is no JSON: {error}; give a folder that peft wrote") from None
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+        raise UserError(f"--lora {folder}: an adapter of type {kind!r}; only LORA is trained on")
+    for name, off in _UNSUPPORTED.items():
+        if fields.get(name, off) not in (off, None, [], {}):
+            raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which the trainer does not have")
+    known = LoraConfig.__dataclass_fields__
+    try:
+        return LoraConfig(**{name: value for name, value in fields.items() if name in known and name != "peft_type"})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lora {folder}: {CONFIG_NAME}: {' '.join(str(error).split())[:300]}; correct it") from None
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: Path, config: LoraConfig, *, origin: PretrainedConfig, family: type[PreTrainedModel]
+) -> None:
+    """Take the values of an adapter that has been checked into a stage that has its layers.
+
+    Names of older layouts (an expert each) are brought into the present one by peft, on the whole model.
+
+    Raises:
+        UserError: values that are not finite, or a copy of the base's own weights that differs from the base.
+    """
+    whole = bare_model(origin, family, dtype=torch.float32)
+    tensors = convert_peft_adapter_state_dict_for_transformers(whole, config, _read(folder), ADAPTER)
+    with torch.no_grad():
+        for name, parameter in _attached(model).items():
+            if not torch.isfinite(tensors[name]).all():
+                raise UserError(
+                    f"--lora {folder}: {name} has values that are not finite; give an adapter that is whole"
+                )
+            parameter.copy_(tensors[name])
+    for name, parameter in model.named_parameters():
+        copied = tensors.get(PREFIX + name) if _is_of_base(name) else None
+        if copied is not None and not torch.equal(copied.to(parameter.device, parameter.dtype), parameter):
+            raise UserError(
+                f"--lora {folder}: it has {name} itself, and another one than --model; give the model that it was"
+                " trained on"
+            )
+
+
+def check_adapter(folder: Path, plan: LoraPlan, *, origin: PretrainedConfig, family: type[PreTrainedModel]) -> None:
+    """See to it that an adapter has the tensors of its plan, and no others.
+
+    Raises:
+        UserError: one is missing, has another shape, or has no place in the model.
+    """
+    whole = bare_model(origin, family, dtype=torch.float32)
+    stored = convert_peft_adapter_state_dict_for_transformers(whole, plan.config, _read(folder), ADAPTER)
+    with_layers = bare_model(origin, family, dtype=torch.float32)
+    attach_lora(with_layers, plan, seed=0, dtype=torch.float32)
+    needed = {name: list(tensor.shape) for name, tensor in adapter_tensors(with_layers).items()}
+    # Beside an adapter on the embedding or the head peft stores the base's own tensor.
+    for name in sorted(needed.keys() | {name for name in stored if not _is_of_base(name)}):
+        shape = list(stored[name].shape) if name in stored else None
+        if name not in needed:
+            raise UserError(f"--lora {folder}: {name} has no place in --model; give an adapter of this model")
+        if shape != needed[name]:
+            raise UserError(
+                f"--lora {folder}: {name} is {'missing' if shape is None else shape}, --model needs {needed[name]};"
+                " give an adapter of this model"
+            )
+
+
+def _is_of_base(name: str) -> bool:
+    return ".base_layer." in name and not is_adapter(name)
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"--lora {folder}: there is no {WEIGHTS_NAME}; give a folder that peft wrote as safetensors")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"--lora {folder}: {WEIGHTS_NAME} cannot be read ({error}); copy it again") from None

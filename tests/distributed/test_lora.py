@@ -1,0 +1,256 @@
+"""LoRA on stages trains what peft trains on the whole model in one process, from a folder that peft wrote."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.reference import batches_in_order, train_model
+from tests.distributed.runs import options_of, records, train_rank
+from tests.fixtures import random_rows, write_rows
+
+STEPS = 20
+SGD = {"optimizer": "sgd", "learning_rate": 0.2}
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "adam_eps": 1e-4}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
+    "tied, 2 stages": ("llama tied", {"target_modules": LINEAR}, SGD, 2, 2),
+    "2 x 2": ("llama", {"target_modules": LINEAR}, ADAMW, 4, 2),
+    "one layer alone, DoRA": (
+        "llama tied", {"target_modules": LINEAR, "layers_to_transform": [0], "use_dora": True}, SGD, 2, 2,
+    ),
+    "rsLoRA and the head": (
+        "llama", {"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_alpha": 3}, SGD, 2, 2,
+    ),
+    "tied head": ("llama tied", {"target_modules": ["q_proj", "lm_head"]}, SGD, 2, 2),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}, SGD | {"learning_rate": 0.02}, 2, 2),
+    "packed experts": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        SGD, 2, 2,
+    ),
+    "head trained whole": ("llama tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, SGD, 2, 2),
+    "transposed maps": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, SGD, 2, 2),
+}  # fmt: skip
+
+
+def save_model(folder: Path, family: str) -> Path:
+    """A tiny model of a family, with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.models.tiny import tiny_config
+
+    name, _, tied = family.partition(" ")
+    torch.manual_seed(3)
+    config = tiny_config(name, tied=bool(tied)) if name == "llama" else tiny_config(name)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def peft_adapter(model: Path, folder: Path, settings: dict[str, Any]) -> Any:
+    """An adapter on the whole model, in memory and written by peft, whose second matrices are not 0."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings})).train()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.normal_(std=0.05)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def adapter_in(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(ranks: Callable[[int], Ranks], tmp_path: Path, case: str) -> None:
+    """Losses, gradient norms, and every number of the adapter after 20 steps; peft loads the folder that is left."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    family, settings, optimizer, world_size, pipe = CASES[case]
+    model = save_model(tmp_path / "model", family)
+    data = write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True, packed=True), files=3)
+    adapted = peft_adapter(model, tmp_path / "adapter", settings)
+    more = {
+        **optimizer,
+        "lora": tmp_path / "adapter",
+        "gradient_clipping": 0.7,
+        "seed": 7,
+        "pipe_parallel_size": pipe,
+        "gradient_accumulation_steps": 4 // (world_size // pipe),
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "lr_scheduler_type": "constant",
+        "output_dir": tmp_path / "out",
+        "partition_method": "uniform",
+    }
+    assert ranks(world_size).run(train_rank, options_of(tmp_path, **more)) == [None] * world_size
+    batches = batches_in_order(data, steps=STEPS, global_batch=8, seed=7)
+    losses, norms = train_model(adapted, batches, options=more)
+    found = records(tmp_path / "out/log")
+    np.testing.assert_allclose([record["loss"] for record in found], losses, rtol=1e-6)
+    np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4)
+    adapted.save_pretrained(tmp_path / "expected")
+    expected, left = adapter_in(tmp_path / "expected"), adapter_in(tmp_path / "out")
+    # Beside an adapter on the embedding or the head peft stores the base's own tensor.
+    assert expected.keys() - left.keys() == {name for name in expected if ".base_layer.weight" in name}
+    for name, tensor in left.items():
+        torch.testing.assert_close(
+            tensor, expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    again = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", "llama tied")
+    write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True), files=3)
+    return tmp_path
+
+
+def lora_options(folder: Path, name: str, **more: Any) -> dict[str, Any]:
+    """A run of six steps with adapters, its folders below `name`."""
+    settings = {
+        "lora_dim": 4,
+        "learning_rate": 1e-2,
+        "adam_eps": 1e-4,
+        "lr_scheduler_type": "constant",
+        "gradient_accumulation_steps": 4,
+        "max_steps": 6,
+        "partition_method": "uniform",
+        "output_dir": folder / name,
+        "checkpoint": folder / f"{name}-ckpt",
+    }
+    return options_of(folder, settings, **more)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_going_on_with_another_number_of_stages(ranks: Callable[[int], Ranks], folder: Path, stages: int) -> None:
+    """The checkpoint has the adapters, their moments, and nothing of the model; the run goes on as if undisturbed."""
+    from safetensors import safe_open
+
+    assert ranks(2).run(train_rank, lora_options(folder, "whole", steps_per_checkpoint=3)) == [None, None]
+    saved = folder / "whole-ckpt/step-00000003"
+    names = [name for path in saved.glob("rank-*") for name in safe_open(path, "np").keys()]  # noqa: SIM118
+    assert names
+    assert all("lora_" in name or "rng" in name for name in names)
+    more = {"pipe_parallel_size": stages, "resume_ckpt": str(saved), "checkpoint": None, "log_dir": folder / "log"}
+    assert ranks(stages).run(train_rank, lora_options(folder, "again", **more)) == [None] * stages
+    expected = {record["step"]: record["loss"] for record in records(folder / "whole-ckpt/log")}
+    for record in records(folder / "log"):
+        np.testing.assert_allclose(record["loss"], expected[record["step"]], rtol=1e-5)
+    again, whole = adapter_in(folder / "again"), adapter_in(folder / "whole")
+    assert again.keys() == whole.keys()
+    for name, tensor in whole.items():
+        np.testing.assert_allclose(again[name], tensor, atol=1e-5, err_msg=name)
+        if stages == 2:
+            assert (again[name] == tensor).all(), "the same layout goes on bit by bit"
+
+
+def test_a_checkpoint_becomes_an_adapter(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    assert ranks(2).run(train_rank, lora_options(folder, "whole")) == [None, None]
+    more = {"from_ckpt": folder / "whole-ckpt", "num_train_epochs": 0, "max_steps": None, "checkpoint": None}
+    assert ranks(2).run(train_rank, lora_options(folder, "converted", **more)) == [None, None]
+    whole, converted = adapter_in(folder / "whole"), adapter_in(folder / "converted")
+    assert whole.keys() == converted.keys()
+    assert all((whole[name] == converted[name]).all() for name in whole)
+
+
+def test_checkpoints_of_adapters_alone(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    more = {"only_ckpt_lora": True, "steps_per_checkpoint": 2, "max_num_checkpoints": 2}
+    assert ranks(2).run(train_rank, lora_options(folder, "whole", **more)) == [None, None]
+    found = sorted(path.name for path in (folder / "whole-ckpt").glob("step-*"))
+    assert found == ["step-00000004", "step-00000006"]
+    newest, whole = adapter_in(folder / "whole-ckpt" / found[-1]), adapter_in(folder / "whole")
+    assert all((newest[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("settings", [{"lora_layers": "3"}, {"lora_layers": "0"}, {"lora_target_modules": "lm_head"}])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_stage_with_nothing_to_train(
+    ranks: Callable[[int], Ranks], folder: Path, settings: dict[str, Any], dtype: str
+) -> None:
+    more = {"precision": "bf16", "lora_dtype": dtype, "checkpoint": None, "log_dir": folder / "log", "max_steps": 3}
+    assert ranks(3).run(train_rank, lora_options(folder, "out", pipe_parallel_size=3, **settings, **more)) == [None] * 3
+    losses = [record["loss"] for record in records(folder / "log")]
+    assert losses[-1] < losses[0]
+    left = adapter_in(folder / "out")
+    assert str(next(iter(left.values())).dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+
+
+def test_rates_of_loraplus(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    """The second matrices' rate is a multiple of the first ones', as in peft's own optimizer."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    adapted = peft_adapter(folder / "model", folder / "adapter", {"target_modules": LINEAR})
+    more = {"lora": folder / "adapter", "lora_dim": None, "loraplus_lr_ratio": 8.0, "checkpoint": None}
+    more |= {"gradient_clipping": 1.0, "seed": 7, "log_dir": folder / "log", "learning_rate": 1e-3}
+    options = lora_options(folder, "out", **more)
+    assert ranks(2).run(train_rank, options) == [None, None]
+    optimizer = create_loraplus_optimizer(
+        adapted,
+        torch.optim.AdamW,
+        lr=1e-3,
+        loraplus_lr_ratio=8.0,
+        eps=1e-4,
+        loraplus_weight_decay=0.0,
+        weight_decay=0.0,
+    )
+    batches = batches_in_order(folder / "data", steps=6, global_batch=4, seed=7)
+    losses, _ = train_model(adapted, batches, options=options, optimizer=optimizer)
+    np.testing.assert_allclose([record["loss"] for record in records(folder / "log")], losses, rtol=1e-6)
+    adapted.save_pretrained(folder / "expected")
+    for name, tensor in adapter_in(folder / "expected").items():
+        np.testing.assert_allclose(adapter_in(folder / "out")[name], tensor, atol=1e-5, err_msg=name)
+
+
+def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    """Beside a bf16 model fp32 adapters have the loss and the gradients of one peft process, bit by bit or nearly."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    peft_adapter(folder / "model", folder / "adapter", {"target_modules": LINEAR})
+    more = {
+        "lora": folder / "adapter",
+        "lora_dim": None,
+        "precision": "bf16",
+        "optimizer": "sgd",
+        "max_steps": 1,
+        "attn_implementation": "eager",
+    }
+    more |= {"learning_rate": 1.0, "gradient_clipping": 0.0, "seed": 7, "checkpoint": None, "log_dir": folder / "log"}
+    options = lora_options(folder, "out", **more)
+    assert ranks(2).run(train_rank, options) == [None, None]
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train()
+    before = adapter_in(folder / "adapter")
+    batches = batches_in_order(folder / "data", steps=1, global_batch=4, seed=7)
+    losses, _ = train_model(adapted, batches, options=options | {"gradient_clipping": 1e9})
+    [record] = records(folder / "log")
+    np.testing.assert_allclose(record["loss"], losses[0], rtol=1e-6)
+    adapted.save_pretrained(folder / "expected")
+    left, expected = adapter_in(folder / "out"), adapter_in(folder / "expected")
+    for name in before:
+        # With a rate of 1 the change is the gradient.
+        ours, theirs = left[name] - before[name], expected[name] - before[name]
+        assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm()), name
