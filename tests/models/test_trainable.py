@@ -7,9 +7,9 @@ import torch
 
 from jllm.errors import UserError
 from jllm.models.trainable import ParameterChoice, attached_parameters, choose, parse_layers, select_trainable
-from tests.models.small_adapter import attach_adapters
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
 from tests.models.family_check import make_folder
+from tests.models.small_adapter import attach_adapters
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)

@@ -24,8 +24,13 @@ def weights_digest(folder: Path) -> dict[str, str]:
     Raises:
         UserError: there are no weights, or a file is not what it should be.
     """
+    return files_digest(weight_files(folder), pickled_files(folder))
+
+
+def files_digest(files: Iterable[Path], pickled: Iterable[Path] = ()) -> dict[str, str]:
+    """The same of safetensors files, and of pickled ones, each of which is a part."""
     parts: dict[str, list[tuple[str, bytes]]] = {}
-    for path in weight_files(folder):
+    for path in files:
         header = read_header(path)
         with path.open("rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
@@ -36,7 +41,7 @@ def weights_digest(folder: Path) -> dict[str, str]:
                     found.update(sample)
                 layer = _LAYER.match(name)
                 parts.setdefault(layer[1] if layer else name, []).append((name, found.digest()))
-    for path in pickled_files(folder):
+    for path in pickled:
         size = path.stat().st_size
         with path.open("rb") as file:
             found = hashlib.sha256(b"".join(_samples(file.fileno(), 0, size)))

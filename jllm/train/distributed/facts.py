@@ -19,9 +19,11 @@ from typing import Any
 
 import jllm
 from jllm.errors import UserError
-from jllm.models.weights.digest import weights_digest
+from jllm.models.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from jllm.models.weights.digest import files_digest, weights_digest
 from jllm.parallel.meeting import Facts, has_several_nodes
 from jllm.train.config import TrainConfig, named_folders, parse_epochs, skipped_steps, weighted_folders
+from jllm.train.distributed import launch
 from jllm.train.shape import RunShape
 
 LIBRARIES = ("torch", "deepspeed", "transformers")
@@ -32,6 +34,20 @@ ENVIRONMENT = (
 )
 """Variables that change what is computed, or in which order numbers are added."""
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+
+
+def join_alike(config: TrainConfig, shape: RunShape) -> None:
+    """Join the run's processes, which all have these facts in common with this one.
+
+    Raises:
+        UserError: as `launch.join`.
+    """
+    launch.join(
+        config.timeout,
+        deterministic=config.deterministic,
+        facts=lambda: facts_of(config, shape),
+        join_timeout=config.join_timeout,
+    )
 
 
 def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
@@ -50,10 +66,13 @@ def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
         "the library": {name: _version(name) for name in LIBRARIES},
         "the device": _device(),
         "the environment variable": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "config.json": _model_config(config.model),
+        "config.json": _read_json(config.model / "config.json"),
     }
     if has_several_nodes() and not config.init and config.from_ckpt is None:
         facts["weights (hash) of"] = weights_digest(config.model)
+    if config.lora is not None and (config.lora / WEIGHTS_NAME).is_file():
+        facts[CONFIG_NAME] = _read_json(config.lora / CONFIG_NAME)
+        facts["adapter (hash) of"] = files_digest([config.lora / WEIGHTS_NAME])
     return facts
 
 
@@ -108,8 +127,7 @@ def _device() -> str:
     return torch.cuda.get_device_name(int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
 
 
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
