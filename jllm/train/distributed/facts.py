@@ -19,7 +19,6 @@ from typing import Any
 
 import jllm
 from jllm.errors import UserError
-from jllm.models.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from jllm.models.weights.digest import files_digest, weights_digest
 from jllm.parallel.meeting import Facts, has_several_nodes
 from jllm.train.config import TrainConfig, named_folders, parse_epochs, skipped_steps, weighted_folders
@@ -70,10 +69,21 @@ def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
     }
     if has_several_nodes() and not config.init and config.from_ckpt is None:
         facts["weights (hash) of"] = weights_digest(config.model)
-    if config.lora is not None and (config.lora / WEIGHTS_NAME).is_file():
-        facts[CONFIG_NAME] = _read_json(config.lora / CONFIG_NAME)
-        facts["adapter (hash) of"] = files_digest([config.lora / WEIGHTS_NAME])
+    if config.lora is not None:
+        facts |= _adapter(config.lora)
     return facts
+
+
+def _adapter(folder: Path) -> Facts:
+    # Here: peft takes most of a second to import, and only runs with adapters need it.
+    from jllm.models.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+
+    if not (folder / WEIGHTS_NAME).is_file():
+        return {}  # which is refused, with its reason, where it is read
+    return {
+        CONFIG_NAME: _read_json(folder / CONFIG_NAME),
+        "adapter (hash) of": files_digest([folder / WEIGHTS_NAME]),
+    }
 
 
 def _options(config: TrainConfig, shape: RunShape) -> Facts:

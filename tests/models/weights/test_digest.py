@@ -19,18 +19,18 @@ def changed(tensors: Tensors) -> Tensors:
 
 
 def shaped(tensors: Tensors) -> Tensors:
-    return {**tensors, NAME: tensors[NAME].T.contiguous()}
+    return {**tensors, NAME: tensors[NAME].reshape(-1)}
 
 
-def rounded(tensors: Tensors) -> Tensors:
-    return {**tensors, NAME: tensors[NAME].half()}
+def retyped(tensors: Tensors) -> Tensors:
+    return {**tensors, NAME: tensors[NAME].view(torch.int32)}
 
 
 def renamed(tensors: Tensors) -> Tensors:
     return {name.replace("layers.1.mlp.up", "layers.1.mlp.down_up"): value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("change", [changed, shaped, rounded, renamed])
+@pytest.mark.parametrize("change", [changed, shaped, retyped, renamed])
 def test_a_change_is_seen_in_its_layer_alone(tmp_path: Path, change: Callable[[Tensors], Tensors]) -> None:
     tiny_llama(tmp_path, tied=False)
     before = weights_digest(tmp_path)

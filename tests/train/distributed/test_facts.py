@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from jllm.models.adapters.peft_folder import WEIGHTS_NAME
 from jllm.parallel.meeting import Facts, differences
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.facts import facts_of
@@ -53,3 +56,13 @@ def test_the_environment_counts(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = facts(model)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     assert differences(before, facts(model)) == [("the environment variable NVIDIA_TF32_OVERRIDE", None, "0")]
+
+
+def test_adapters_count_by_what_they_hold(model: Path, tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("copy", 1.0), ("other", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 2}')
+        save_file({"model.layers.0.lora_A.weight": torch.full((2, 4), value)}, tmp_path / name / WEIGHTS_NAME)
+    one, copy, other = (facts(model, lora=tmp_path / name) for name in ("one", "copy", "other"))
+    assert differences(one, copy) == []
+    assert [name for name, _, _ in differences(one, other)] == ["adapter (hash) of model.layers.0"]
