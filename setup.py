@@ -30,12 +30,14 @@ TRAIN = [
 SPARK = ["pandas>=2.2", "pyspark>=4.0"]
 DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
 ADAPTERS = ["accelerate>=1", "bitsandbytes>=0.50", "peft>=0.21"]  # LoRA, and models in 4 and 8 bits
-GPU = [*ADAPTERS, "liger-kernel>=0.6"]
+OPTIMIZERS = ["bitsandbytes>=0.50", "schedulefree>=1.4", "torch-optimi>=0.3"]  # of --optimizer
+GPU = [*ADAPTERS, *OPTIMIZERS, "liger-kernel>=0.6"]
 PLOT = ["matplotlib>=3.8"]  # PNGs of `jllm plot`
 REPORT = ["mlflow-skinny>=3", "trackio>=0.40", "wandb>=0.31"]  # --report_to
 DEV = [
     *ADAPTERS,
     *DEMO,
+    *OPTIMIZERS,
     *SPARK,
     "duckdb>=1.3",
     "hypothesis>=6.100",
@@ -63,6 +65,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "adapters": ADAPTERS,
+        "optimizers": OPTIMIZERS,
         "spark": SPARK,
         "gpu": GPU,
         "demo": DEMO,

@@ -19,7 +19,8 @@ from jllm.train.options.data import DataOptions
 from jllm.train.options.evaluation import EvaluationOptions
 from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
-from jllm.train.options.optimizer import OptimizerOptions
+from jllm.train.options.objective import ObjectiveOptions, check_objective
+from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
 from jllm.train.options.parallelism import ParallelismOptions
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.steps import StepsOptions
@@ -35,6 +36,7 @@ class TrainConfig(
     CheckpointsOptions,
     MemoryOptions,
     OptimizerOptions,
+    ObjectiveOptions,
     StepsOptions,
     ParallelismOptions,
     AdaptersOptions,
@@ -51,6 +53,8 @@ class TrainConfig(
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
         check_adapters(self)
+        check_objective(self)
+        check_optimizer(self)
         _check_adapters_in_run(self)
         if self.json and not self.dry_run:
             raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")
@@ -86,7 +90,11 @@ class TrainConfig(
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
-        if self.zero_stage == 0 and self.trained_precision != "fp32":
+        if self.zero_stage == 1 and self.optimizer in WITHOUT_MASTERS:
+            raise UserError(
+                f"--zero_stage 1 with --optimizer {self.optimizer}, which needs whole matrices; give --zero_stage 0"
+            )
+        if self.zero_stage == 0 and self.engine_precision != "fp32":
             raise UserError(
                 f"--zero_stage 0 with --precision {self.precision}: fp32 master weights need --zero_stage 1"
             )
@@ -153,6 +161,11 @@ class TrainConfig(
         return self.adapter_precision if self.has_lora else self.precision
 
     @property
+    def engine_precision(self) -> str:
+        """The type in which DeepSpeed's engine keeps masters of its own; fp32 where it has none."""
+        return "fp32" if self.optimizer in WITHOUT_MASTERS else self.trained_precision
+
+    @property
     def adapter_precision(self) -> str:
         """`--lora_dtype`, or what the precision of the model allows."""
         return self.lora_dtype or ("fp16" if self.precision == "fp16" else "fp32")
@@ -168,7 +181,7 @@ class TrainConfig(
     @property
     def resolved_zero_stage(self) -> int:
         """`--zero_stage`, or what the precision needs."""
-        return self.zero_stage if self.zero_stage is not None else int(self.trained_precision != "fp32")
+        return self.zero_stage if self.zero_stage is not None else int(self.engine_precision != "fp32")
 
 
 def _check_adapters_in_run(config: TrainConfig) -> None:

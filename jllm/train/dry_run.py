@@ -59,7 +59,7 @@ from jllm.train.evaluate import open_evaluation_sets
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
-from jllm.train.optim.optimizers import warmup_steps
+from jllm.train.optim.schedules import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
 from jllm.train.shape import RunShape, automatic_options, resolve_shape

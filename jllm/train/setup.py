@@ -28,7 +28,8 @@ from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
-from jllm.train.optim.optimizers import MOMENTS
+from jllm.train.optim.optimizers import KINDS
+from jllm.train.options.optimizer import WITHOUT_MASTERS
 from jllm.train.shape import RunShape
 
 ASSUMED_LENGTH = 2048
@@ -149,7 +150,8 @@ def plan_stages(
         state=dataclasses.replace(
             state_bytes(
                 DTYPES[config.trained_precision],
-                moments=MOMENTS[config.optimizer],
+                moments=KINDS[config.optimizer].moments,
+                has_masters=config.optimizer not in WITHOUT_MASTERS,
                 sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
             ),
             frozen=dtype.itemsize,
@@ -222,6 +224,7 @@ class Built:
         checkpointing: the switch of activation checkpointing; None where it is off.
         routers: what watches the routers of a mixture of experts; None where nothing does.
         selected: how much of this stage trains.
+        attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
     """
 
@@ -230,6 +233,7 @@ class Built:
     checkpointing: Checkpointing | None
     routers: RouterBalance | None
     selected: Selected
+    attached: frozenset[str]
     adapters: Adapters | None
 
 
@@ -282,6 +286,7 @@ def build_stage(
         checkpointing=checkpointing,
         routers=routers,
         selected=selected,
+        attached=frozenset(attached),
         adapters=family.adapters,
     )
 

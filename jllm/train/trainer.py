@@ -50,7 +50,8 @@ from jllm.train.lifecycle.requests import Request, Requests
 from jllm.train.lifecycle.run_folders import check_folders_are_free, check_model_folders, locked, run_id
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse, step_scale
-from jllm.train.optim.optimizers import build_optimizer, learning_rate, set_learning_rate, warmup_steps
+from jllm.train.optim.optimizers import build_optimizer
+from jllm.train.optim.schedules import learning_rate, set_learning_rate, warmup_steps
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.sinks.choice import reporters_of
@@ -111,7 +112,7 @@ class TrainingRun:
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         check_model_folders(config, agreement)
-        self.training = CrossEntropy()
+        self.training = CrossEntropy(config.loss, config.loss_gamma or 1.0)
         self.objective = ObjectiveInUse(self.training)
         self.built = setup.build_stage(
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
@@ -120,8 +121,9 @@ class TrainingRun:
         self.exported = setup.exported_folder(config, model_info, self.built.adapters)
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
-        self.engine = build_engine(self.stage, build_optimizer(self.stage, config), config, shape)
-        self.state = TrainingState(self.engine, self.stage)
+        optimizer = build_optimizer(self.stage, config, attached=self.built.attached)
+        self.engine = build_engine(self.stage, optimizer, config, shape)
+        self.state = TrainingState(self.engine, self.stage, config.optimizer)
         self.step, self.cursor = 0, Cursor()
         self.consumed_tokens = self.consumed_rows = 0
         self.eval_loss: float | None = None
@@ -172,17 +174,18 @@ class TrainingRun:
                 steps.close()
         self._finish_saving()
         if self.config.output_dir is not None and ending.is_done:
-            export_run(
-                self.config,
-                self.agreement,
-                self.stage,
-                self.saver,
-                self.recorder,
-                self.exported,
-                chat_template=self.data.facts.chat_template,
-                step=self.step,
-                had_ended_at=self.resumed.reader.folder if self.resumed is not None and self.had_ended else None,
-            )
+            with self.state.averaged():
+                export_run(
+                    self.config,
+                    self.agreement,
+                    self.stage,
+                    self.saver,
+                    self.recorder,
+                    self.exported,
+                    chat_template=self.data.facts.chat_template,
+                    step=self.step,
+                    had_ended_at=self.resumed.reader.folder if self.resumed is not None and self.had_ended else None,
+                )
         return self._leave(ending)
 
     def _make_steps(self, steps: Iterator[Step] | ReadAhead | None) -> Ending:
@@ -246,15 +249,10 @@ class TrainingRun:
     def _introduce(self) -> None:
         shape, facts = self.shape, self.data.facts
         world = shape.mesh.world_size
-        self.recorder.event(
-            "start",
-            run=self.id,
-            version=__version__,
-            processes=world,
-            total_steps=self.total_steps,
-            parameters=self.plan.parameters.total,
-            trained_parameters=self.plan.parameters.trained,
-        )
+        total, trained = self.plan.parameters.total, self.plan.parameters.trained
+        facts_of_run = {"processes": world, "total_steps": self.total_steps}
+        counts = {"parameters": total, "trained_parameters": trained}
+        self.recorder.event("start", None, run=self.id, version=__version__, **facts_of_run, **counts)
         for line in (self.plan.table, *self.plan.notes, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
             self.recorder.say(line)
         self.recorder.say(
@@ -390,19 +388,20 @@ class TrainingRun:
 
         Where the run is asked to end meanwhile, the evaluation is given up, and stays to be made.
         """
-        results: dict[str, Evaluation] = {}
-        for name, data in self.eval_data.items():
-            started = time.perf_counter()
-            result = evaluate(self.engine, self.objective, self.agreement, data, self._exchange)
-            if result is None:
-                return False
-            results[name] = result
-            seconds = time.perf_counter() - started
-            self.recorder.evaluation({"step": self.step, "name": name, **result.record(), "seconds": seconds})
+        results: list[Evaluation] = []
+        with self.state.averaged():
+            for name, data in self.eval_data.items():
+                started = time.perf_counter()
+                result = evaluate(self.engine, self.objective, self.agreement, data, self._exchange)
+                if result is None:
+                    return False
+                results.append(result)
+                seconds = time.perf_counter() - started
+                self.recorder.evaluation({"step": self.step, "name": name, **result.record(), "seconds": seconds})
         self.evaluation_pending = False
         if not results:
             return False
-        self.eval_loss = mean_loss(results.values())
+        self.eval_loss = mean_loss(results)
         return self.early_stop.should_stop(self.eval_loss)
 
     def _save_checkpoint(self) -> None:

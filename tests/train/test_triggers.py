@@ -8,7 +8,7 @@ import pytest
 
 from jllm.train.config import TrainConfig
 from jllm.train.data.batching import EpochSteps
-from jllm.train.optim.optimizers import learning_rate
+from jllm.train.optim.schedules import learning_rate
 from jllm.train.triggers import Cadence, EarlyStop, SpikeWatch
 
 

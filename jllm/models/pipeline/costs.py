@@ -35,7 +35,9 @@ class StateBytes:
     frozen: float
 
 
-def state_bytes(dtype: torch.dtype, *, moments: int = 2, sharded_over: int | None = None) -> StateBytes:
+def state_bytes(
+    dtype: torch.dtype, *, moments: float = 2, sharded_over: int | None = None, has_masters: bool = True
+) -> StateBytes:
     """Weight, gradient and optimizer state of a parameter, as DeepSpeed's optimizers keep them.
 
     bf16: weight 2, gradient 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
@@ -44,10 +46,13 @@ def state_bytes(dtype: torch.dtype, *, moments: int = 2, sharded_over: int | Non
 
     Args:
         dtype: of the weights.
-        moments: fp32 numbers that the optimizer keeps per parameter: 2 for AdamW.
+        moments: numbers that the optimizer keeps per parameter: 2 for AdamW; fp32 where there are masters.
+        has_masters: whether weights of 2 bytes have fp32 masters.
         sharded_over: data-parallel ranks that share the optimizer's state (ZeRO 1); None where each keeps it all.
     """
     size = float(dtype.itemsize)
+    if not has_masters:
+        return StateBytes(trained=size * (2 + moments), frozen=size)
     gradient = size + (4.0 if dtype == torch.bfloat16 else 0.0)
     shared = 4.0 * moments
     if dtype != torch.float32 or sharded_over is not None:

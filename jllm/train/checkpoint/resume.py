@@ -32,11 +32,15 @@ from jllm.train.checkpoint.verify import verify
 from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.data.batching import NEWEST_RULE, RULES
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.optim.averaged import average
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
+    "loss",
+    "loss_gamma",
     "dropout",
     "optimizer",
+    "module_learning_rate",
     "learning_rate",
     "lr_min",
     "lr_scheduler_type",
@@ -75,6 +79,8 @@ BINDING_OPTIONS = (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 """What a run had whose version did not know an option yet."""
 
+Z = "z"
+"""The state that schedule-free optimizers average."""
 ARCHITECTURE = "architecture"
 BATCHING_RULE = "batching_rule"
 TOTAL_STEPS = "total_steps"
@@ -398,15 +404,21 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
 def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agreement) -> None:
     """Take the weights of a checkpoint into a stage: the fp32 masters where it has them and the stage is in fp32.
 
+    Of a schedule-free optimizer's these are the averaged ones.
+
     Raises:
         UserError: on every process: the checkpoint is of another model.
     """
     check_weights(reader, stage, agreement)
     with torch.no_grad():
         for name, parameter in stage.stored_parameters().items():
-            kind = MASTER if parameter.dtype == torch.float32 and reader.shape(MASTER, name) else WEIGHT
+            point = reader.read(Z, name, region_of(parameter))
+            is_exact = (parameter.dtype == torch.float32 or point is not None) and reader.shape(MASTER, name)
+            kind = MASTER if is_exact else WEIGHT
             values = reader.read(kind, name, region_of(parameter))
             assert values is not None
+            if point is not None:
+                values = average(values, point, float(reader.state.config["adam_beta1"]))
             parameter.copy_(values.view(parameter.shape))
 
 

@@ -97,14 +97,15 @@ class RunSaver:
     def _begin(self, run: RunState, recorder: Recorder) -> None:
         self._begun = time.perf_counter()
         if self._config.only_exports:
-            self._folder = self._saver.save_model(
-                self._stage,
-                run.step,
-                run.eval_loss,
-                self._kind,
-                writers=self._agreement.mesh.writers,
-                chat_template=self._chat_template,
-            )
+            with self._state.averaged():
+                self._folder = self._saver.save_model(
+                    self._stage,
+                    run.step,
+                    run.eval_loss,
+                    self._kind,
+                    writers=self._agreement.mesh.writers,
+                    chat_template=self._chat_template,
+                )
         else:
             self._folder = self._saver.save(self._state.pieces(alone=self.saves_alone), random_states(), run)
         self.newest_step = run.step

@@ -7,6 +7,9 @@ parameters among themselves for saving. Either way a `Piece` says which region o
 Cost: views only; nothing is copied.
 """
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,24 +18,36 @@ from jllm.train.checkpoint.format import Piece
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.regions import Region
 from jllm.train.distributed.deepspeed_engine import TrainingEngine
+from jllm.train.optim.averaged import averaged
+from jllm.train.optim.optimizers import KINDS, NAMES, make_state, number_of, set_number
 
 WEIGHT = "weight"
 MASTER = "master"
 STEP = "step"
-ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """The state of this process's stage, as pieces with names that do not depend on the number of stages."""
+    """The state of this process's stage, as pieces with names that do not depend on the number of stages.
 
-    def __init__(self, engine: TrainingEngine, stage: PipelineStage) -> None:
+    Args:
+        engine: with the optimizer.
+        stage: of this process.
+        optimizer: the name of the optimizer.
+    """
+
+    def __init__(self, engine: TrainingEngine, stage: PipelineStage, optimizer: str) -> None:
         self._engine = engine
-        self._stage = stage
         self._parameters = stage.stored_parameters()
-        optimizer = engine.optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)
+        self._name, self._kind = optimizer, KINDS[optimizer]
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         assert isinstance(inner, torch.optim.Optimizer)
         self._inner = inner
+        self._updates = 0
+        self._groups = {name: group for group in inner.param_groups for name in group[NAMES]}
+        inner.register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self._updates += 1
 
     def _copied_from_first_stage(self, parameter: nn.Parameter) -> bool:
         return bool(getattr(parameter, "ds_pipe_replicated", False))
@@ -52,10 +67,12 @@ class TrainingState:
             for kind, start, tensor in self._high_precision(parameter, mine=mine):
                 run = region.run(start, start + tensor.numel())
                 found.append(Piece(kind=kind, name=name, region=run, tensor=tensor.detach()))
+            if mine:
+                found += self._whole_states(name, parameter)
         return found
 
     def _high_precision(self, parameter: nn.Parameter, *, mine: bool) -> list[tuple[str, int, Tensor]]:
-        """Master weights and optimizer states of a parameter that are here, as (kind, start, flat tensor)."""
+        """Master weights and shaped optimizer states of a parameter that are here, as (kind, start, flat tensor)."""
         if hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             if mapping is None:
@@ -64,27 +81,51 @@ class TrainingState:
             states = mapping.optim_fragment or {}
             return [(MASTER, start, mapping.hp_fragment), *((kind, start, states[kind]) for kind in sorted(states))]
         states = self._inner.state.get(parameter, {})
-        whole = {
-            kind: value for kind, value in states.items() if torch.is_tensor(value) and value.shape == parameter.shape
-        }
+        whole = {kind: states[kind] for kind in self._kind.shaped if states.get(kind) is not None}
         return [(kind, 0, whole[kind].reshape(-1)) for kind in sorted(whole)] if mine else []
+
+    def _whole_states(self, name: str, parameter: nn.Parameter) -> list[Piece]:
+        """What the optimizer keeps for a parameter in other shapes than its own."""
+        found = []
+        states = self._inner.state.get(parameter, {})
+        for kind in self._kind.other:
+            if kind in states:
+                found.append(
+                    Piece(kind=kind, name=name, region=region_of(states[kind]), tensor=states[kind].reshape(-1))
+                )
+        for kind in self._kind.numbers:
+            held = number_of(self._inner, parameter, self._groups[name], kind)
+            if held is not None and self._updates:
+                number = torch.tensor(held, dtype=torch.float64)
+                found.append(Piece(kind=kind, name=name, region=Region.of(()), tensor=number.reshape(-1)))
+        return found
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside it the weights are those that are evaluated and exported (`jllm.train.optim.averaged`)."""
+        return averaged(self._engine)
 
     @property
     def optimizer_steps(self) -> int:
         """How many updates the optimizer has made, which AdamW's bias correction depends on."""
-        counts = [int(state[STEP]) for state in self._inner.state.values() if STEP in state]
-        return max(counts, default=0)
+        return self._updates
 
     def missing_state(self, reader: CheckpointReader) -> str | None:
         """The first state that this process's optimizer goes on from and the checkpoint does not have, or None."""
-        kinds = ADAMW_STATES if isinstance(self._inner, torch.optim.AdamW) else ()
         for name, parameter in self._parameters.items():
             # ZeRO gives a parameter no mapping where this rank owns none of it.
             if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
-                for kind in kinds:
+                for kind in self._needed(name, parameter):
                     if reader.shape(kind, name) is None:
                         return f"{kind} of {name}"
         return None
+
+    def _needed(self, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The kinds of state without which the optimizer cannot go on with a parameter."""
+        if self._name == "muon":
+            return ("momentum_buffer",) if self._groups[name]["is_matrix"] else ("exp_avg", "exp_avg_sq", "step")
+        if self._name == "adamw_kahan" and parameter.dtype == torch.float32:
+            return ("exp_avg", "exp_avg_sq", "step")
+        return (*self._kind.shaped, *self._kind.numbers)
 
     def check(self, reader: CheckpointReader) -> None:
         """Compare what `load` will read with its checksums; no other process is waited for.
@@ -101,7 +142,9 @@ class TrainingState:
                 region = region.run(start, start + mapping.lp_fragment_address.numel)
             if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
                 for kind in reader.kinds - {WEIGHT}:
-                    reader.check(kind, name, region)
+                    shape = reader.shape(kind, name)
+                    if shape is not None:
+                        reader.check(kind, name, region if shape == region.shape else Region.of(shape))
 
     def load(self, reader: CheckpointReader, optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
         """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
@@ -150,23 +193,28 @@ class TrainingState:
                     stored = reader.read(kind, name, region_of(parameter).run(start, start + tensor.numel()))
                     assert stored is not None, (kind, name)
                     tensor.copy_(stored)
+                for piece in self._whole_states(name, parameter):
+                    stored = reader.read(piece.kind, name, piece.region)
+                    assert stored is not None, (piece.kind, name)
+                    if piece.kind in self._kind.other:
+                        piece.tensor.copy_(stored)
+                    else:
+                        set_number(self._inner, parameter, self._groups[name], piece.kind, float(stored))
 
     def _make_optimizer_state(self, optimizer_steps: int) -> None:
-        """AdamW makes its state at its first step; a resumed run needs the place for it before."""
-        if not isinstance(self._inner, torch.optim.AdamW):
+        """An optimizer makes its state at its first step; a resumed run needs the place for it before."""
+        self._updates = optimizer_steps
+        if not optimizer_steps and self._name != "adamw":
             return
-        for group in self._inner.param_groups:
-            for parameter in group["params"]:
-                place = parameter.device if group["fused"] else "cpu"  # as torch itself makes it
-                self._inner.state[parameter] = {
-                    STEP: torch.tensor(float(optimizer_steps), dtype=torch.float32, device=place),
-                    **{kind: torch.zeros_like(parameter) for kind in ADAMW_STATES},
-                }
+        make_state(self._inner, self._name)
+        if self._name == "adamw":
+            for state in self._inner.state.values():
+                state[STEP].fill_(float(optimizer_steps))
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
 
 
-def region_of(parameter: nn.Parameter) -> Region:
-    """Which elements of its whole tensor a parameter of this process has: all of them."""
+def region_of(parameter: Tensor) -> Region:
+    """Which elements of its whole tensor a parameter or state of this process has: all of them."""
     return Region.of(tuple(parameter.shape))

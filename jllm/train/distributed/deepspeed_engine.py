@@ -100,7 +100,7 @@ class TrainingEngine(PipelineEngine):
         ]
         total = torch.zeros((), device=self.device)
         if counted:
-            total = torch.stack(torch._foreach_norm(counted)).square().sum()
+            total = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)).square().sum()
         dist.all_reduce(total, group=self.grid.get_pipe_parallel_group())
         return total.sqrt()
 

@@ -136,13 +136,13 @@ def deepspeed_settings(config: TrainConfig, shape: RunShape) -> dict[str, Any]:
         "gradient_accumulation_steps": shape.accumulation,
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": {"stage": config.resolved_zero_stage},
-        "bf16": {"enabled": config.trained_precision == "bf16"},
-        "fp16": {"enabled": config.trained_precision == "fp16"},
+        "bf16": {"enabled": config.engine_precision == "bf16"},
+        "fp16": {"enabled": config.engine_precision == "fp16"},
         "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    if config.trained_precision != "fp16":
+    if config.engine_precision != "fp16":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.ds_config is None:
         return settings

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.bundle import LABELS
@@ -17,6 +16,7 @@ from jllm.models.pipeline.head import Head
 from jllm.train.objectives.chunks import sum_over_chunks
 from jllm.train.objectives.histogram import BINS, histogram
 from jllm.train.objectives.objective import Sums
+from jllm.train.objectives.token_losses import summed_loss
 
 CORRECT = "correct"
 """The reported number of trained tokens that had the highest logit."""
@@ -30,12 +30,20 @@ BLOCK_ELEMENTS = 2**22
 class CrossEntropy:
     """The objective of training: needs the plane `LABELS`, shifted, `IGNORE_INDEX` where not trained on.
 
-    The loss is zero, with zero gradients, where nothing is trained on.
+    The loss is zero, with zero gradients, where nothing is trained on. `kind` and `gamma` choose what a token adds
+    (`jllm.train.objectives.token_losses`).
     """
 
+    def __init__(self, kind: str = "cross_entropy", gamma: float = 1.0) -> None:
+        self._kind, self._gamma = kind, gamma
+
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
-        """The summed cross-entropy."""
-        [loss] = sum_over_chunks(lambda logits, labels: (_summed(logits, labels),), hidden, head, fields[LABELS])
+        """The summed loss."""
+
+        def of(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return (summed_loss(logits, labels, self._kind, self._gamma),)
+
+        [loss] = sum_over_chunks(of, hidden, head, fields[LABELS])
         return Sums(loss=loss)
 
 
@@ -46,7 +54,7 @@ class CrossEntropyAndAccuracy:
         """The summed cross-entropy, and what is counted of the tokens."""
         loss, correct, top5, losses, entropies = sum_over_chunks(
             lambda logits, labels: (
-                _summed(logits, labels),
+                summed_loss(logits, labels, "cross_entropy", 1.0),
                 (logits.argmax(-1) == labels).sum(),
                 *_counted(logits.flatten(0, -2), labels.flatten()),
             ),
@@ -74,10 +82,3 @@ def _counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logarithms.clamp_(min=-1e30)
         entropies += histogram(-logarithms.exp().mul_(logarithms).sum(-1), trained)
     return top5, losses, entropies
-
-
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits [..., V] of any float type, labels [...] → scalar, fp32."""
-    return cross_entropy(
-        logits.float().view(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum"
-    )

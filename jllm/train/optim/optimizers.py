@@ -1,95 +1,231 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers, and what each of them keeps for a parameter.
 
-The schedule is a pure function of the step, so a resumed run needs no state for it. Steps count from 1; the first step
-never has a learning rate of 0, and the last warm-up step has the full rate.
+A checkpoint holds what the table `KINDS` names, so that a run goes on bit by bit, on other layouts too: tensors of the
+parameter's shape in pieces, tensors of a shape of their own and numbers whole.
 """
 
-import math
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
 
 from jllm.errors import UserError
+from jllm.models.pipeline.carving import published_names, structure_of
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.trainable import check_matches, matches, patterns_of
 from jllm.train.config import TrainConfig
+from jllm.train.optim.schedules import RATE_FACTOR
+from jllm.train.options.optimizer import module_rates
 
-MOMENTS = {"adamw": 2, "sgd": 0}
-"""Numbers that each optimizer keeps per parameter, by the name `--optimizer` has for it."""
-
-
-RATE_FACTOR = "rate_factor"
-"""What a parameter group's learning rate is multiplied with, beside the schedule."""
+NAMES = "names"
+"""In a parameter group: the whole model's names of its parameters, in order."""
 
 
-def build_optimizer(stage: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerKind:
+    """What an optimizer keeps for each parameter.
+
+    Attributes:
+        shaped: tensors of the parameter's shape, an element for each of its.
+        other: tensors of other shapes, of whole parameters.
+        numbers: of a parameter or of its group.
+        moments: how many numbers of the trained type that makes, for each of the parameter's.
+    """
+
+    shaped: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    moments: float = 0
+
+
+KINDS: Mapping[str, OptimizerKind] = {
+    "adamw": OptimizerKind(shaped=("exp_avg", "exp_avg_sq"), moments=2),
+    "sgd": OptimizerKind(),
+    "adamw_kahan": OptimizerKind(shaped=("exp_avg", "exp_avg_sq", "kahan_comp"), numbers=("step",), moments=3),
+    "adamw_8bit": OptimizerKind(
+        shaped=("state1", "state2"), other=("absmax1", "absmax2"), numbers=("step",), moments=1
+    ),
+    "schedule_free": OptimizerKind(shaped=("z", "exp_avg_sq"), numbers=("k", "weight_sum", "lr_max"), moments=2),
+    "muon": OptimizerKind(shaped=("momentum_buffer", "exp_avg", "exp_avg_sq"), numbers=("step",), moments=1),
+}
+"""By the name that `--optimizer` has for it. AdamW's number of steps is that of the run."""
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices inside the model, AdamW for embedding, head and vectors, which Muon is not meant for."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: TrainConfig) -> None:
+        super().__init__(groups, {"lr": config.learning_rate})
+        self._parts: list[Optimizer] = []
+        if matrices := [group for group in groups if group["is_matrix"]]:
+            # The rates of AdamW, so that one schedule serves both.
+            self._parts.append(Muon(matrices, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        if others := [group for group in groups if not group["is_matrix"]]:
+            self._parts.append(_adamw(others, config))
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of both parts."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
+def build_optimizer(stage: PipelineStage, config: TrainConfig, *, attached: Collection[str] = ()) -> Optimizer:
     """The optimizer of `--optimizer` over the trainable parameters; matrices alone (two or more axes) are decayed.
 
-    With `--loraplus_lr_ratio` the second matrices of adapters, and vectors, have rates of their own, as in peft.
+    With `--loraplus_lr_ratio` the second matrices of adapters, and vectors, have rates of their own, as in peft; with
+    `--module_learning_rate` the modules that it names. `attached` are the names of what is attached on all stages.
+
+    Raises:
+        UserError: the optimizer's package is not installed, or a pattern matches nothing.
     """
-    trainable = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
-    groups: list[dict[str, Any]] = []
-    for name, parameter in trainable.items():
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        factor = config.loraplus_lr_ratio if "lora_B" in name or parameter.ndim == 1 else 1.0
-        kind = {"weight_decay": decay, RATE_FACTOR: factor}
-        known = next((group for group in groups if kind.items() <= group.items()), None)
-        if known is None:
-            known = {"params": [], **kind, "lr": config.learning_rate * factor}
-            groups.append(known)
-        known["params"].append(parameter)
-    # Matrices first, as in checkpoints of DeepSpeed's making.
-    groups.sort(key=lambda group: group["params"][0].ndim < 2)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(
+    groups = _groups(stage, config, attached)
+    rate, betas = config.learning_rate, (config.adam_beta1, config.adam_beta2)
+    is_cuda = groups[0]["params"][0].is_cuda
+    kind = config.optimizer
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=rate)
+    if kind == "muon":
+        return MuonWithAdamW(groups, config)
+    try:
+        if kind == "adamw_kahan":
+            from optimi import AdamW as KahanAdamW
+
+            return KahanAdamW(groups, lr=rate, betas=betas, eps=config.adam_eps, triton=is_cuda, foreach=not is_cuda)  # type: ignore[no-any-return]
+        if kind == "adamw_8bit":
+            from bitsandbytes.optim.adamw import AdamW8bit
+
+            return AdamW8bit(groups, lr=rate, betas=betas, eps=config.adam_eps)  # type: ignore[no-any-return]
+        if kind == "schedule_free":
+            from schedulefree import AdamWScheduleFree
+
+            optimizer: Optimizer = AdamWScheduleFree(groups, lr=rate, betas=betas, eps=config.adam_eps)
+            optimizer.train()  # type: ignore[attr-defined]
+            return optimizer
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer {kind} needs a package of its own ({error}); install it with: pip install 'jllm[optimizers]'"
+        ) from None
+    return _adamw(groups, config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> AdamW:
+    return AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         # One kernel instead of a dozen, and no temporary tensors of the optimizer's size.
-        fused=next(iter(trainable.values())).is_cuda,
+        fused=groups[0]["params"][0].is_cuda,
     )
 
 
-def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """`--num_warmup_steps`: steps where at least 1, a share of all steps where below 1."""
-    given = config.num_warmup_steps
-    steps = int(given) if given >= 1 else math.ceil(given * total_steps)
-    if steps > total_steps:
-        raise UserError(f"--num_warmup_steps {given:g} is more than the {total_steps} steps of this run; give fewer")
-    return steps
+def _groups(stage: PipelineStage, config: TrainConfig, attached: Collection[str]) -> list[dict[str, Any]]:
+    """The trainable parameters, those that are treated alike in one group; matrices first."""
+    names = published_names(stage.model, stage.span)
+    inside = {id(parameter) for parameter in stage.model.parameters()}
+    own = {id(parameter): names[name] for name, parameter in stage.model.named_parameters()}
+    ends = _ends(stage)
+    rates = [
+        (
+            patterns_of("--module_learning_rate", pattern)[0],
+            rate / config.learning_rate if config.learning_rate else 0.0,
+        )
+        for pattern, rate in module_rates(config)
+    ]
+    for pattern, _ in rates:
+        check_matches("--module_learning_rate", pattern, [*structure_of(stage.model).parameters, *attached])
+    groups: list[dict[str, Any]] = []
+    for parameter in stage.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = own[id(parameter)] if id(parameter) in inside else ""
+        factor = config.loraplus_lr_ratio if "lora_B" in name or parameter.ndim == 1 else 1.0
+        factor = next((other for pattern, other in rates if matches(pattern, name)), factor)
+        kind = {
+            "weight_decay": config.weight_decay if parameter.ndim >= 2 else 0.0,
+            RATE_FACTOR: factor,
+            "is_matrix": parameter.ndim == 2 and id(parameter) not in ends,
+        }
+        known = next((group for group in groups if kind.items() <= group.items()), None)
+        if known is None:
+            known = {"params": [], NAMES: [], **kind, "lr": config.learning_rate * factor}
+            groups.append(known)
+        known["params"].append(parameter)
+        known[NAMES].append(name)
+    if config.optimizer != "muon":
+        groups = _joined(groups)
+    return sorted(groups, key=lambda group: bool(group["params"][0].ndim < 2))
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The learning rate of step `step` (from 1) of `total_steps`.
+def _joined(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups that differ in nothing but in whether they hold matrices inside the model, as one."""
+    found: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in groups:
+        known = found.setdefault((group["weight_decay"], group[RATE_FACTOR]), {**group, "params": [], NAMES: []})
+        known["params"] += group["params"]
+        known[NAMES] += group[NAMES]
+    return list(found.values())
 
-    Warm-up rises linearly to the full rate at its last step, except for `constant`, which has none. What follows is a
-    function of p, the share of the remaining steps already done (0 at the first step after warm-up):
-    linear 1 - p, polynomial (1 - p)^2, cosine (1 + cos(pi p)) / 2, cosine_with_restarts the same over p * cycles mod 1,
-    each scaled between `--lr_min` and the full rate. `--force_constant_lr` is the rate of every step from here on.
+
+def _ends(stage: PipelineStage) -> set[int]:
+    """The parameters before the first and after the last decoder layer, adapters apart."""
+    structure = structure_of(stage.model)
+    modules = [stage.model.get_submodule(name) for name in (*structure.before, *structure.after)]
+    modules += [each for each in (stage.model.get_input_embeddings(), stage.model.get_output_embeddings()) if each]
+    return {id(parameter) for module in modules for name, parameter in module.named_parameters() if "lora_" not in name}
+
+
+def make_state(optimizer: Optimizer, name: str) -> None:
+    """Give every parameter the state that its first update would make, for a checkpoint to be read into.
+
+    Args:
+        optimizer: as `build_optimizer` made it.
+        name: its name.
     """
-    peak, floor = config.learning_rate, config.lr_min
-    kind = config.lr_scheduler_type
-    if config.force_constant_lr is not None:
-        return config.force_constant_lr
-    if kind == "constant":
-        return peak
-    warmup = warmup_steps(config, total_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    done = (step - 1 - warmup) / max(total_steps - warmup, 1)
-    shapes: dict[str, Callable[[float], float]] = {
-        "constant_with_warmup": lambda p: 1.0,
-        "linear": lambda p: 1.0 - p,
-        "polynomial": lambda p: (1.0 - p) ** 2,
-        "cosine": lambda p: (1.0 + math.cos(math.pi * p)) / 2,
-        "cosine_with_restarts": lambda p: (1.0 + math.cos(math.pi * ((p * config.lr_cycles) % 1.0))) / 2,
-    }
-    return floor + (peak - floor) * shapes[kind](min(done, 1.0))
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            if name == "adamw_8bit":
+                optimizer.init_state(group, parameter, index, place)  # type: ignore[attr-defined]
+            elif name == "schedule_free":
+                state |= {"z": parameter.detach().clone(), "exp_avg_sq": torch.zeros_like(parameter)}
+            elif name == "muon" and group["is_matrix"]:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            elif name == "adamw_kahan":
+                is_low = parameter.dtype in (torch.bfloat16, torch.float16)
+                state |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                state["kahan_comp"] = torch.zeros_like(parameter) if is_low else None
+                group |= {"setup": True, "step": torch.tensor(0, dtype=torch.int32)}
+                if is_low:
+                    group["kahan_sum"] = True
+            elif name in ("adamw", "muon"):
+                device = parameter.device if group.get("fused") else "cpu"  # as torch itself makes it
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device=device)
+                state |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group this rate, times its factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = value * group.get(RATE_FACTOR, 1.0)
+def number_of(optimizer: Optimizer, parameter: nn.Parameter | None, group: dict[str, Any], kind: str) -> float | None:
+    """A number that the optimizer keeps for a parameter, or for its group; None before the first update."""
+    state = optimizer.state.get(parameter, {}) if parameter is not None else {}
+    value = state.get(kind, group.get(kind))
+    return None if value is None else float(value)
+
+
+def set_number(
+    optimizer: Optimizer, parameter: nn.Parameter | None, group: dict[str, Any], kind: str, value: float
+) -> None:
+    """The inverse of `number_of`."""
+    state = optimizer.state.get(parameter, {}) if parameter is not None else {}
+    holder: dict[str, Any] = state if kind in state else group
+    known = holder.get(kind)
+    if torch.is_tensor(known):
+        known.fill_(value)
+    else:
+        holder[kind] = int(value) if isinstance(known, int) else value

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+from jllm.errors import UserError
 from jllm.options import option
 from jllm.train.limits import MOST_RATE, MOST_STEPS
 
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "rms_ratio")
+OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_kahan", "schedule_free", "muon", "sgd")
+WITHOUT_MASTERS = ("adamw_8bit", "adamw_kahan", "muon")
+"""Those that change the weights themselves, in the type that these have, and need whole ones: no ZeRO."""
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
@@ -13,11 +17,16 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 class OptimizerOptions:
     """How weights change."""
 
-    optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=OPTIMIZERS)
     learning_rate: float = option(1e-5, most=MOST_RATE, help="peak learning rate")
     lr_min: float = option(0.0, most=MOST_RATE, help="learning rate that the decay ends at")
     force_constant_lr: float | None = option(
         None, most=MOST_RATE, help="learning rate from here on, whatever the schedule; also for a resumed run"
+    )
+    module_learning_rate: tuple[str, ...] = option(
+        (),
+        metavar="PATTERN=RATE",
+        help="peak learning rate of modules that a pattern matches, the first that does; may be given several times",
     )
     lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
     lr_cycles: int = option(1, least=1, most=MOST_STEPS, help="cycles of cosine_with_restarts")
@@ -43,3 +52,42 @@ class OptimizerOptions:
         most=MOST_RATE,
         help="weight of the mixture-of-experts balance loss; 0 only watches [default: not computed]",
     )
+
+
+def module_rates(options: OptimizerOptions) -> list[tuple[str, float]]:
+    """`--module_learning_rate` taken apart.
+
+    Raises:
+        UserError: no rate, or one that is out of range.
+    """
+    found = []
+    for item in options.module_learning_rate:
+        pattern, equals, text = item.rpartition("=")
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = -1.0
+        if not equals or not pattern or not 0 <= rate <= MOST_RATE:
+            raise UserError(f"--module_learning_rate {item!r}: give a pattern and a rate, such as embed_tokens=1e-5")
+        found.append((pattern, rate))
+    return found
+
+
+def check_optimizer(options: OptimizerOptions) -> None:
+    """Raises:
+    UserError: options that say nothing together, or contradict each other.
+    """
+    if module_rates(options) and not options.learning_rate:
+        raise UserError("--module_learning_rate needs a --learning_rate above 0, whose schedule it follows")
+    kind, schedule = options.optimizer, options.lr_scheduler_type
+    if kind == "schedule_free" and schedule not in ("constant", "constant_with_warmup"):
+        raise UserError(
+            f"--optimizer schedule_free averages instead of decaying, and --lr_scheduler_type is {schedule}; give"
+            " constant_with_warmup, or constant"
+        )
+    if kind in WITHOUT_MASTERS and options.precision == "fp16":
+        raise UserError(f"--optimizer {kind} has no fp32 masters, which --precision fp16 needs; give bf16, or adamw")
+    if schedule == "rms_ratio" and options.num_warmup_steps:
+        raise UserError(
+            f"--num_warmup_steps {options.num_warmup_steps:g}: --lr_scheduler_type rms_ratio rises by itself; drop it"
+        )

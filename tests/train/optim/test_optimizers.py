@@ -1,70 +1,83 @@
-"""Learning rates against formulas written out here: warm-up, every schedule's begin, middle and end, and the floor."""
+"""Which parameters are treated alike, and what the options refuse."""
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jllm.errors import UserError
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.weights.loading import load_stage
 from jllm.train.config import TrainConfig
-from jllm.train.optim.optimizers import learning_rate, warmup_steps
-from jllm.train.options.optimizer import SCHEDULES
-
-PEAK, FLOOR, WARMUP, TOTAL = 1e-3, 1e-4, 10, 110
-DECAY: dict[str, Callable[[float], float]] = {
-    "linear": lambda p: FLOOR + (PEAK - FLOOR) * (1 - p),
-    "polynomial": lambda p: FLOOR + (PEAK - FLOOR) * (1 - p) * (1 - p),
-    "cosine": lambda p: FLOOR + (PEAK - FLOOR) * (0.5 + 0.5 * math.cos(math.pi * p)),
-    "cosine_with_restarts": lambda p: FLOOR + (PEAK - FLOOR) * (0.5 + 0.5 * math.cos(math.pi * math.fmod(4 * p, 1))),
-    "constant_with_warmup": lambda p: PEAK,
-}
-"""By the share of the steps after warm-up that are done; restarts with four cycles."""
+from jllm.train.optim.optimizers import KINDS, NAMES, build_optimizer
+from jllm.train.optim.schedules import RATE_FACTOR, set_learning_rate
+from jllm.train.options.optimizer import OPTIMIZERS
+from tests.fixtures import tiny_llama
+from tests.models.chain import token_objective
 
 
-def config_of(**more: Any) -> TrainConfig:
-    given = {"learning_rate": PEAK, "lr_min": FLOOR, "num_warmup_steps": float(WARMUP), "lr_cycles": 4, **more}
-    return TrainConfig(model=Path("model"), train_data=("data",), **given)
+@pytest.fixture
+def stage(tmp_path: Path) -> PipelineStage:
+    import torch
+
+    [span] = spans_of([0, 4])
+    model = load_stage(tiny_llama(tmp_path / "model", tied=False), span, dtype=torch.float32)
+    return PipelineStage(model, span, token_objective)
 
 
-def test_every_schedule_is_tested() -> None:
-    assert {*DECAY, "constant"} == set(SCHEDULES)
+def config(**more: Any) -> TrainConfig:
+    return TrainConfig(model=Path("model"), train_data=("data",), **more)
 
 
-@pytest.mark.parametrize("kind", DECAY)
-def test_schedules(kind: str) -> None:
-    rates = [learning_rate(config_of(lr_scheduler_type=kind), step, TOTAL) for step in range(1, TOTAL + 1)]
-    assert rates[:WARMUP] == pytest.approx([PEAK * step / WARMUP for step in range(1, WARMUP + 1)])
-    assert rates[WARMUP - 1] == PEAK
-    # The first step after warm-up, one in each quarter of what remains, and the last one.
-    for step in (11, 36, 61, 86, 110):
-        assert rates[step - 1] == pytest.approx(DECAY[kind]((step - 11) / 100)), step
-    assert min(rates[WARMUP:]) >= FLOOR
-    if kind in ("linear", "polynomial", "cosine"):
-        assert rates[WARMUP:] == sorted(rates[WARMUP:], reverse=True)
-        assert rates[-1] - FLOOR <= 0.01 * (PEAK - FLOOR) * (1 + 1e-9)
+def test_every_optimizer_says_what_it_keeps() -> None:
+    assert set(KINDS) == set(OPTIMIZERS)
 
 
-def test_restarts_come_back_to_the_full_rate() -> None:
-    config = config_of(lr_scheduler_type="cosine_with_restarts")
-    full = [step for step in range(11, TOTAL + 1) if learning_rate(config, step, TOTAL) == pytest.approx(PEAK)]
-    assert full == [11, 36, 61, 86]
+def test_matrices_are_decayed(stage: PipelineStage) -> None:
+    optimizer = build_optimizer(stage, config(weight_decay=0.1))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(p.ndim >= 2 for p in optimizer.param_groups[0]["params"])
+    assert all(p.ndim < 2 for p in optimizer.param_groups[1]["params"])
+    assert sum(len(group[NAMES]) for group in optimizer.param_groups) == len(list(stage.parameters()))
 
 
-def test_constant_has_no_warmup() -> None:
-    assert {learning_rate(config_of(lr_scheduler_type="constant"), step, TOTAL) for step in (1, 5, 50, TOTAL)} == {PEAK}
+def test_muon_leaves_embedding_and_head_to_adamw(stage: PipelineStage) -> None:
+    groups = build_optimizer(stage, config(optimizer="muon")).param_groups
+    names = {name for group in groups if group["is_matrix"] for name in group[NAMES]}
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert not names & {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
 
 
-@pytest.mark.parametrize(("given", "steps"), [(0.0, 0), (7.0, 7), (0.1, 11), (0.001, 1), (110.0, 110)])
-def test_warmup_in_steps_or_as_a_share(given: float, steps: int) -> None:
-    config = config_of(num_warmup_steps=given)
-    assert warmup_steps(config, TOTAL) == steps
-    if steps:
-        assert learning_rate(config, steps, TOTAL) == PEAK
-        assert steps == 1 or learning_rate(config, steps - 1, TOTAL) < PEAK
+def test_rates_of_modules_follow_the_schedule(stage: PipelineStage) -> None:
+    given = config(learning_rate=1e-3, module_learning_rate=("embed_tokens=1e-4", "layers.[01]..*=0"))
+    optimizer = build_optimizer(stage, given)
+    set_learning_rate(optimizer, 1e-3 / 2)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group[NAMES]}
+    assert rates["model.embed_tokens.weight"] == pytest.approx(1e-4 / 2)
+    assert rates["model.layers.1.mlp.up_proj.weight"] == 0
+    assert rates["model.layers.2.mlp.up_proj.weight"] == 1e-3 / 2
+    assert {group[RATE_FACTOR] for group in optimizer.param_groups} == {0.1, 0.0, 1.0}
 
 
-def test_more_warmup_than_steps_is_refused() -> None:
-    with pytest.raises(UserError, match="--num_warmup_steps 111 is more than the 110 steps"):
-        warmup_steps(config_of(num_warmup_steps=111.0), TOTAL)
+def test_a_pattern_that_matches_nothing(stage: PipelineStage) -> None:
+    with pytest.raises(UserError, match="--module_learning_rate 'embedding' matches no module"):
+        build_optimizer(stage, config(module_learning_rate=("embedding=1",)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"module_learning_rate": ("mlp",)}, "--module_learning_rate 'mlp': give a pattern and a rate"),
+        ({"module_learning_rate": ("mlp=-1",)}, "--module_learning_rate 'mlp=-1': give a pattern and a rate"),
+        ({"module_learning_rate": ("mlp=1",), "learning_rate": 0.0}, "--module_learning_rate needs a --learning_rate"),
+        ({"optimizer": "schedule_free"}, "--optimizer schedule_free averages instead of decaying"),
+        ({"optimizer": "muon", "precision": "fp16"}, "--optimizer muon has no fp32 masters"),
+        ({"optimizer": "adamw_8bit", "zero_stage": 1}, "--zero_stage 1 with --optimizer adamw_8bit"),
+        ({"lr_scheduler_type": "rms_ratio", "num_warmup_steps": 5.0}, "--num_warmup_steps 5: --lr_scheduler_type rms"),
+    ],
+)
+def test_mistakes(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config(**more)
+    assert str(refused.value).startswith(message)
