@@ -182,7 +182,7 @@ class Peers:
     """
 
     def __init__(self, *, rank: int, host: str, port: int, token: str, timeout: float) -> None:
-        self._rank, self._timeout = rank, timeout
+        self._rank, self._host, self._timeout = rank, host, timeout
         self._line = _Line(socket.create_connection((host, port), timeout=timeout))
         self._line.socket.settimeout(None)
         self._line.send({"token": token, "rank": rank, "host": socket.gethostname()})
@@ -246,7 +246,7 @@ class Peers:
         if self._first_leaves:
             time.sleep(GRACE_SECONDS)
         elif self._rank == 1 and not self._has_left:
-            end_lost(f"rank 0 {what}, at step {self._step}: the run ends")
+            end_lost(f"rank 0 on {self._host} {what}, at step {self._step}: the run ends")
         else:
             time.sleep(BEAT_SECONDS)  # for the line of the one that speaks
         if not self._has_left:
@@ -263,17 +263,34 @@ def end_lost(why: str) -> None:
 _mine: Peers | None = None
 
 
-def join(*, rank: int, world_size: int, timeout: float) -> None:
-    """Watch each other from now on; every process calls it, when the process group is there."""
+Desk = tuple[int, str]
+"""Port and token of the first process's desk."""
+
+
+def open_desk(timeout: float) -> Desk | None:
+    """On the first process: what all need to know to join; None where they have joined before."""
+    if _mine is not None:
+        return None
+    desk = _Desk(timeout)
+    return desk.port, desk.token
+
+
+def join(*, rank: int, world_size: int, timeout: float, desk: Desk | None = None) -> None:
+    """Watch each other from now on; every process calls it.
+
+    `desk` is what `open_desk` said on the first process; where nobody was told, the process group tells.
+    """
     import torch.distributed as dist
 
     global _mine
     if world_size == 1 or _mine is not None:
         return
-    desk = _Desk(timeout) if rank == 0 else None
-    where: list[Any] = [desk and desk.port, desk and desk.token]
-    dist.broadcast_object_list(where, src=0)
-    _mine = Peers(rank=rank, host=os.environ["MASTER_ADDR"], port=where[0], token=where[1], timeout=timeout)
+    if desk is None:
+        told: list[Any] = [open_desk(timeout) if rank == 0 else None]
+        dist.broadcast_object_list(told, src=0)
+        desk = told[0]
+    assert desk is not None
+    _mine = Peers(rank=rank, host=os.environ["MASTER_ADDR"], port=desk[0], token=desk[1], timeout=timeout)
 
 
 def at_step(step: int) -> None:

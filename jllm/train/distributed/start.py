@@ -16,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from jllm.errors import UserError
 from jllm.options import as_arguments
+from jllm.parallel import meeting
 from jllm.train.config import TrainConfig
 
 LAUNCHER = "deepspeed.launcher.launch"
@@ -63,6 +65,20 @@ def start_processes(config: TrainConfig) -> int:
         return 128 - code
     # The launcher ends with the negative number of a signal that ended a process, of which a byte is left.
     return 128 + 256 - code if code > LAST_ORDINARY_CODE else code
+
+
+def tell_mistake(message: str, speak: Callable[..., None]) -> None:
+    """Say a mistake that this process met before it joined the others, once on each node, and tell the other nodes.
+
+    Args:
+        message: the line.
+        speak: prints it, as `errors.report` does.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not meeting.has_several_nodes():
+        speak(message)
+        meeting.refuse(message)
+    elif not meeting.refuse(message):
+        speak(message)
 
 
 def _children(process: int) -> list[int]:
