@@ -66,10 +66,12 @@ def load(folder: Path, dtype: str) -> Any:
     from transformers.utils import logging
 
     from jllm.data.tokenizer.facts import without_notices
+    from jllm.models.remote_code import check_no_remote_code
 
     logging.disable_progress_bar()
     with without_notices():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        check_no_remote_code(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
 
 
 def evaluate(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, int]:

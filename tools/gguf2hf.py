@@ -57,15 +57,20 @@ def convert(source: Path, folder: Path, dtype: str) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from jllm.models.remote_code import check_no_remote_code
+
     # transformers reads the file's lists for tokenizer, configuration and weights alike, seconds each, and makes the
     # table of tensor names anew for every module.
     for slow in ("GGUFReader", "get_tensor_name_map"):
         setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     logging.disable_progress_bar()  # a bar for each of four phases of a few seconds hides the one line that matters
     pre_tokenizer = read_pre_tokenizer(source)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # Beside the file may lie anything, and transformers reads what it knows the names of.
+    check_no_remote_code(source.parent)
+    origin: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **origin)
     set_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, **origin, dtype=torch.float32)
 
     config = loaded.config
     for name in ("quantization_config", "_model_name_or_path"):

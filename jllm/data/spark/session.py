@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jllm.children import SAFE_PATH
 from jllm.data.spark.claim import DriverProcess
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def job_session(name: str, *, verbose: bool) -> Iterator["SparkSession"]:
     if SparkContext._active_spark_context is not None:
         yield SparkSession.builder.getOrCreate()
         return
-    builder = SparkSession.builder.appName(name)
+    builder = SparkSession.builder.appName(name).config(f"spark.executorEnv.{SAFE_PATH}", "1")
     with warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")

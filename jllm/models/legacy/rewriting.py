@@ -30,7 +30,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
         UserError: not an older checkpoint, or one without a native class, or `target` is not empty.
     """
     source, target = Path(source), Path(target)
-    config = read_config(source)
+    config = read_config(source, trust_remote_code=None)
     layout = layout_of(read_raw_config(source))
     if layout is None:
         raise UserError(

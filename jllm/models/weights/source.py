@@ -25,6 +25,7 @@ from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.positions import learned_positions, rotary_positions
+from jllm.models.remote_code import check_no_fetched_code
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -76,12 +77,15 @@ class ModelInfo:
         return min(known, default=None)
 
 
-def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: str | Path, *, trust_remote_code: bool | None = False) -> PretrainedConfig:
     """The configuration of a model folder; that of an older published layout in terms of the class it is read into.
 
+    Args:
+        trust_remote_code: whether code of the folder may be run; None: it may not, and nobody can allow it.
+
     Raises:
-        UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, or
-            quantised weights.
+        UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, an
+            implementation that would be fetched, or quantised weights.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -97,6 +101,8 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
     _check_config_plain(raw, path)
+    if not trust_remote_code:
+        check_no_fetched_code(raw, path)
     config: PretrainedConfig
     if (layout := layout_of(raw)) is not None:
         try:
@@ -108,14 +114,17 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
         check_config(config, path)
         return config
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
-        has_code = ", or --trust_remote_code to run the code in the folder" if raw.get("auto_map") else ""
+        may_be = raw.get("auto_map") and trust_remote_code is not None
+        has_code = ", or --trust_remote_code to run the code in the folder" if may_be else ""
         raise UserError(
             f"model type {model_type!r} of {path} is not one that the installed transformers knows;"
             f"{did_you_mean(model_type, CONFIG_MAPPING)} give a known type (`jllm models` lists them){has_code}"
         )
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
+            )
     except _OF_A_CONFIG as error:
         raise _unreadable(path, model_type, error) from None
     check_config(config, path)
