@@ -156,6 +156,7 @@ BESIDE_THE_PACKAGE = ("distributed", "pages", "security", "spark")
 TESTED_ELSEWHERE: dict[str, str] = {
     # What hostile folders show.
     "jllm/models/remote_code.py": "tests/security/test_code.py",
+    "jllm/models/weight_index.py": "tests/security/test_names.py",
     # What only a run of several processes shows.
     "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
     "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",

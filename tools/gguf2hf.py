@@ -12,11 +12,11 @@ some ten seconds for a vocabulary of 49,152 (the GGUF reader is slow on lists of
 """
 
 import functools
-import shutil
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from jllm import atomic
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -41,7 +41,7 @@ class Gguf2HfConfig:
 def main(config: Gguf2HfConfig) -> None:
     """Turn a GGUF file into a plain Hugging Face folder."""
     temporary = config.output.with_name(f".{config.output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    atomic.remove_tree(temporary, missing_ok=True)
     from jllm.data.tokenizer.facts import without_notices
 
     with without_notices():

@@ -26,6 +26,7 @@ from jllm.models.legacy.layouts import layout_of
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.positions import learned_positions, rotary_positions
 from jllm.models.remote_code import check_no_fetched_code
+from jllm.models.weight_index import files_in_index
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -207,18 +208,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX_NAME
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a weight index ({error}); download it again") from None
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise UserError(
-                f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
-            )
-        return [folder / name for name in names]
+        return files_in_index(index)
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if any((folder / name).is_file() for name in _PICKLED):
+        if (folder / _PICKLED[1]).is_file():
+            files_in_index(folder / _PICKLED[1])
         return []
     raise UserError(
         f"model folder {str(folder)!r} has no weights ({SINGLE_NAME} or {INDEX_NAME}); "
