@@ -51,13 +51,17 @@ def create(path: Path) -> None:
 def open_in_place(path: Path, flags: int, *, mode: int = 0o666) -> int:
     """Open a file of ours that is written in place (a lock, records that grow): a descriptor, never of a link's target.
 
+    A link to a device or a pipe is followed: nothing that lies there is lost.
+
     Raises:
-        UserError: the name is a link.
+        UserError: the name is a link to a file, or to nothing.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                return os.open(path, flags | os.O_CLOEXEC, mode)
             raise UserError(f"{path}: is a link, which is not written through; remove it") from None
         raise
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -34,7 +34,7 @@ def main(config: AskConfig) -> None:
 
     logging.disable_progress_bar()
     with without_notices():
-        print(f"> {config.prompt}\n{answer(config)}")
+        say(f"> {config.prompt}\n{answer(config)}")
 
 
 def answer(config: AskConfig) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 IGNORED = -100
@@ -38,7 +38,7 @@ def main(config: EvaluateConfig) -> None:
     """Evaluate a Hugging Face folder on a data set with plain transformers."""
     rows = list(read_rows(config.data))
     loss, targets = evaluate(load(config.model, config.dtype), rows)
-    print(f"{config.model}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, over {targets:,} tokens of {config.data}")
+    say(f"{config.model}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, over {targets:,} tokens of {config.data}")
     if config.json is not None:
         atomic.write_json(config.json, {"eval_loss": loss, "eval_tokens": targets})
 

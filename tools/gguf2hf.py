@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 MODEL_AND_PRE = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -47,7 +47,7 @@ def main(config: Gguf2HfConfig) -> None:
     with without_notices():
         parameters = convert(config.input, temporary, config.dtype)
     temporary.rename(config.output)
-    print(f"{config.output}: {parameters / 1e6:.1f} M parameters, {config.dtype}, from {config.input.name}")
+    say(f"{config.output}: {parameters / 1e6:.1f} M parameters, {config.dtype}, from {config.input.name}")
 
 
 def convert(source: Path, folder: Path, dtype: str) -> int:

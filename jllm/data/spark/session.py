@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jllm.children import SAFE_PATH
 from jllm.data.spark.claim import DriverProcess
+from jllm.errors import say
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -56,7 +57,7 @@ class DriverStandardError(io.TextIOBase):
             jvm: Any = SparkContext._jvm
             jvm.java.lang.System.err.print(text)
         except Exception:  # it is gone: whoever reads the joined streams gets the line
-            print(text, end="", file=sys.__stderr__, flush=True)
+            say(text, end="", file=sys.__stderr__, flush=True)
         return len(text)
 
 

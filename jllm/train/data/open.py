@@ -15,7 +15,7 @@ from pathlib import Path
 from jllm import children
 from jllm.data.dataset.manifest import one_template, open_data_set
 from jllm.data.dataset.shards import Int32
-from jllm.errors import EXIT_CODE, UserError
+from jllm.errors import EXIT_CODE, UserError, say
 from jllm.models.weights.source import ModelInfo
 from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_rows
 from jllm.train.checks.tokenizers import check_tokenizer
@@ -310,7 +310,7 @@ def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:
     # The converter is a program of its own, not a rank of this run.
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
     environment = children.environment(environment)
-    print(f"converting {path} to {output}", flush=True)
+    say(f"converting {path} to {output}", flush=True)
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

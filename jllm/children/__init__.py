@@ -1,9 +1,11 @@
 """Interpreters that run no code of the working folder: this process, and every child that is Python.
 
 Python looks for modules in the working folder first under `-m` and `-c`, and where PYTHONPATH has an empty entry. A
-downloaded folder may hold a `numpy.py`. So the folder leaves `sys.path` before anything of ours is imported, unless
+downloaded folder may hold a module `numpy`. So the folder leaves `sys.path` before anything of ours is imported, unless
 the package lies there itself (a checkout) or PYTHONPATH names it; and children are started with `-P` in an
 environment that says the same to children of theirs, such as those of a launcher.
+
+A package of one file, which imports nothing of ours: it is there before anything else may be.
 
 Guarantees: what PYTHONPATH names is found as before, and a child finds this very package. Only what Python itself
 imports before it comes to us under `python -m` is out of reach (docs/security.md).
@@ -17,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The folder that the package is imported from."""
 SAFE_PATH, SEARCH_PATH = "PYTHONSAFEPATH", "PYTHONPATH"
 
