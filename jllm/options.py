@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import click
 
 from jllm import __version__
-from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report
+from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report, say
 from jllm.ranges import LEAST_INT, MOST_INT, ValueRange
 
 Config = TypeVar("Config")
@@ -123,7 +123,7 @@ class _OneLineErrors(click.Command):
         except click.exceptions.Exit as exit_request:
             sys.exit(exit_request.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr, flush=True)
+            say("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

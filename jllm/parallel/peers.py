@@ -21,7 +21,7 @@ import time
 import uuid
 from typing import Any
 
-from jllm.errors import printable
+from jllm.errors import printable, say
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 6.0
@@ -256,7 +256,7 @@ class Peers:
 def end_lost(why: str) -> None:
     """Say why and end, whatever the main thread is waiting in."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"error: {printable(why)}", file=sys.stderr, flush=True)
+        say(f"error: {printable(why)}", file=sys.stderr, flush=True)
     os._exit(LOST_EXIT_CODE)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from jllm import __version__
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel import peers
@@ -80,7 +80,7 @@ def run(config: TrainConfig) -> int:
     check_precision(config)
     agreement = Agreement(shape.mesh)
     if agreement.place.is_first:
-        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
+        say(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return 0

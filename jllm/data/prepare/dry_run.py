@@ -34,7 +34,7 @@ from jllm.data.tokenizer.checked_engine import check_for_chat, open_engine
 from jllm.data.tokenizer.decoding import make_decoder
 from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
-from jllm.errors import UserError, printable
+from jllm.errors import UserError, printable, say
 from jllm.machine import megabytes, usable_cores
 from jllm.options import describe_differences
 
@@ -61,7 +61,7 @@ def dry_run(config: Raw2IdsConfig) -> None:
     Raises:
         UserError: what a run would refuse before it reads more than the first records, or that none of them is good.
     """
-    print("\n".join(describe_differences(config)))
+    say("\n".join(describe_differences(config)))
     sources = resolve(config.input, kind=config.input_format, passed_over=NAMES_OF_OUR_FOLDERS)
     recipes.field_map(config)
     use_cores(usable_cores(config.cores))
@@ -73,12 +73,12 @@ def dry_run(config: Raw2IdsConfig) -> None:
     documents = [encoded.documents for _, encoded in sample.encoded if len(encoded.documents)]
     bad = [(source.name, record) for source, encoded in sample.encoded for record in encoded.bad]
     count = sum(map(len, documents))
-    print(f"bad records: {len(bad):,} of the first {sample.records:,}")
+    say(f"bad records: {len(bad):,} of the first {sample.records:,}")
     for name, record in bad[:EXAMPLES]:
-        print(f"  {describe(name, record)}")
+        say(f"  {describe(name, record)}")
     if not documents:
         raise UserError(f"-i {' '.join(config.input)}: none of the first {sample.records:,} records can be used")
-    print(f"special tokens: {_special_tokens(facts, documents)}")
+    say(f"special tokens: {_special_tokens(facts, documents)}")
     packer = recipes.packer_of(config, facts, labels=given.labels)
     fed = [packer.feed(each) for each in documents]
     batches = [batch for batch in (*fed, *packer.finish()) if batch is not None and batch.num_rows]
@@ -88,15 +88,15 @@ def dry_run(config: Raw2IdsConfig) -> None:
         show_row(number, row, decode, colored=False)
     tokens = sum(int(each.offsets[-1]) for each in documents)
     trained = sum(count_trained(batch) for batch in batches)
-    print(f"{count:,} documents, {tokens:,} tokens, {trained:,} trained in {sum(b.num_rows for b in batches):,} rows")
+    say(f"{count:,} documents, {tokens:,} tokens, {trained:,} trained in {sum(b.num_rows for b in batches):,} rows")
     with (
         tempfile.TemporaryDirectory() as folder,
         ShardWriter(Path(folder, "sample.parquet"), columns=packer.columns, codec=config.compress) as writer,
     ):
         for batch in batches:
             writer.write(batch)
-    print(_estimate(given.sources, sample, tokens, writer.statistics.bytes))
-    print("dry run: nothing was written", flush=True)
+    say(_estimate(given.sources, sample, tokens, writer.statistics.bytes))
+    say("dry run: nothing was written", flush=True)
 
 
 def _encoder(
@@ -112,16 +112,16 @@ def _encoder(
         )
         assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
         encoder = recipes.chat_encoder(config, lambda: assembler, plan=plan, formats=formats, pool=None)
-        print(f"format: {', '.join(dict.fromkeys(formats))}")
-        print(printable(f"template: {name}"))
+        say(f"format: {', '.join(dict.fromkeys(formats))}")
+        say(f"template: {name}")
         for warning in recipes.template_warnings(plan):
-            print(f"warning: {warning}")
+            say(f"warning: {warning}")
     elif not given.all:
         encoder = recipes.pretrain_encoder(config, facts, engine)
-        print(f"format: documents ({', '.join(dict.fromkeys(source.kind for source in given.sources))})")
+        say(f"format: documents ({', '.join(dict.fromkeys(source.kind for source in given.sources))})")
     if given.some:
         encoder = pretokenized.ids_encoder(config, facts, given, encoder)
-        print("format: ids in some of the files" if not given.all else "format: ids")
+        say("format: ids in some of the files" if not given.all else "format: ids")
     assert encoder is not None
     return encoder
 

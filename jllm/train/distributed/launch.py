@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jllm.errors import EXIT_CODE, UserError, of_file_system, report
+from jllm.errors import EXIT_CODE, UserError, of_file_system, report, say
 from jllm.parallel import meeting, peers
 from jllm.train.distributed.start import LAUNCHER, free_port, tell_mistake
 
@@ -233,16 +233,16 @@ def run_rank(function: Callable[[], int]) -> None:
         _end_at_once_on_sigterm()
         code = 1
         if _is_out_of_memory(error):
-            print(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
+            say(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
             code = EXIT_CODE
         elif isinstance(error, OSError) and (mistake := of_file_system(error)) is not None:
-            print(f"error: rank {rank()}: {mistake}", file=sys.stderr)
+            say(f"error: rank {rank()}: {mistake}", file=sys.stderr)
             code = EXIT_CODE
         elif any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
             time.sleep(LOST_RANK_SECONDS)  # the launcher, which ends the others when one has failed, is quicker
-            print(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
+            say(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
         else:
-            print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            say(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

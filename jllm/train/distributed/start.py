@@ -15,11 +15,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from jllm import children
 from jllm.errors import UserError
 from jllm.options import as_arguments
 from jllm.parallel import meeting
@@ -43,11 +43,12 @@ def start_processes(config: TrainConfig) -> int:
     """
     world = json.dumps({"localhost": _devices(config.wanted_processes)})
     command = [
-        *(sys.executable, "-u", "-m", LAUNCHER, f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"),
+        *children.python("-u", "-m", LAUNCHER),
+        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
         *("--master_addr=127.0.0.1", f"--master_port={free_port()}", "--log_level=critical"),
         *("--module", "jllm.train_pipe", *as_arguments(config)),
     ]
-    launcher = subprocess.Popen(command, process_group=0)
+    launcher = subprocess.Popen(command, env=children.environment(), process_group=0)
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         if launcher.poll() is None:
