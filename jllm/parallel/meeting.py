@@ -10,6 +10,7 @@ Cost: some messages from each process to the first; nothing where a run is one p
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -66,6 +67,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Met:
+    """What all know when they have met.
+
+    Attributes:
+        offer: a JSON value that the first process gave.
+        hosts: of the ranks.
+    """
+
+    offer: Any
+    hosts: list[str]
+
+
 class Meeting:
     """One process at the place where all meet.
 
@@ -84,8 +98,8 @@ class Meeting:
         self._port = int(os.environ["MASTER_PORT"])
         self._store = self._open()
 
-    def attend(self, facts: Facts, offer: Any = None) -> Any:
-        """Come, wait for all, and hear the verdict; what the first process offers to all.
+    def attend(self, facts: Facts, offer: Any = None) -> "Met":
+        """Come, wait for all, and hear the verdict.
 
         Raises:
             UserError: some differ, one refuses, or some have not come in time.
@@ -156,7 +170,7 @@ class Meeting:
                 ) from None
             raise UserError(f"cannot reach the other processes at {where}: {error}") from None
 
-    def _decide(self, facts: Facts, offer: Any) -> Any:
+    def _decide(self, facts: Facts, offer: Any) -> "Met":
         hosts = {0: self._host}
         arrived = refusals = 0
         while len(hosts) < self._world_size:
@@ -177,8 +191,9 @@ class Meeting:
                 mistake = self._absent(waiting_for)
                 self._end_with(str(mistake), code=mistake.exit_code)
             self._say_whom(waiting_for)
-        self._set("verdict", {"offer": offer})
-        return offer
+        met = Met(offer=offer, hosts=[hosts[rank] for rank in range(self._world_size)])
+        self._set("verdict", dataclasses.asdict(met))
+        return met
 
     def _judge(self, rank: int, facts: Facts) -> str:
         """The host of a process that has come, which means the same."""
@@ -196,7 +211,7 @@ class Meeting:
         host: str = came["host"]
         return host
 
-    def _heed(self) -> Any:
+    def _heed(self) -> "Met":
         while True:
             with contextlib.suppress(RuntimeError):
                 self._store.wait([self._key("verdict")], datetime.timedelta(seconds=_WAIT_SECONDS))
@@ -210,7 +225,7 @@ class Meeting:
         if "mistake" in verdict:
             self._store.add(self._key("heard"), 1)
             raise UserError(verdict["mistake"], exit_code=verdict["code"])
-        return verdict["offer"]
+        return Met(**verdict)
 
     def _who_is_missing(self) -> str:
         absent = [r for r in range(self._world_size) if not self._store.check([self._key(f"here/{r}")])]
@@ -277,8 +292,8 @@ _meetings: list[Meeting | None] = []
 """None for one that did not come about. A store lives as long as its process."""
 
 
-def attend(*, rank: int, world_size: int, timeout: float, facts: Facts, offer: Any = None) -> Any:
-    """Meet all processes of the run, which all call this; what the first one offers to all.
+def attend(*, rank: int, world_size: int, timeout: float, facts: Facts, offer: Any = None) -> Met:
+    """Meet all processes of the run, which all call this.
 
     Raises:
         UserError: as `Meeting.attend`.

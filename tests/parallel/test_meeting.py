@@ -21,10 +21,10 @@ try:
     if facts.startswith("refuses"):
         meeting.refuse(facts)
         sys.exit(2)
-    told = meeting.attend(
+    met = meeting.attend(
         rank=int(rank), world_size=int(world), timeout=float(timeout), facts=json.loads(facts), offer=["desk", rank]
     )
-    print("told", told, flush=True)
+    print("told", met.offer, len(set(met.hosts)), len(met.hosts), flush=True)
     meeting.attend(rank=int(rank), world_size=int(world), timeout=float(timeout), facts={}, offer=2)
 except UserError as error:
     print(f"error: {error}", flush=True)
@@ -72,7 +72,7 @@ def test_differences(mine: object, other: object, found: object) -> None:
 def test_all_hear_the_offer_of_the_first() -> None:
     for code, output in meet('{"a": 1}', '{"a": 1.0}', "{}"):
         assert code == 0
-        assert output.splitlines()[-1] == "told ['desk', '0']"
+        assert output.splitlines()[-1] == "told ['desk', '0'] 1 3"
 
 
 def test_a_difference_is_said_to_all_before_all_have_come() -> None:

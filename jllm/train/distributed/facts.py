@@ -23,6 +23,7 @@ from jllm.models.weights.digest import files_digest, weights_digest
 from jllm.parallel.meeting import Facts, has_several_nodes
 from jllm.train.config import TrainConfig, named_folders, parse_epochs, skipped_steps, weighted_folders
 from jllm.train.distributed import launch
+from jllm.train.options.optimizer import module_rates
 from jllm.train.shape import RunShape
 
 LIBRARIES = ("torch", "deepspeed", "transformers")
@@ -94,6 +95,7 @@ def _options(config: TrainConfig, shape: RunShape) -> Facts:
         "log_dir": config.resolved_log_dir,
         "train_data": [[str(each.folder), each.weight] for each in weighted_folders(config)],
         "eval_data": {name: str(folder) for name, folder in named_folders(config.eval_data).items()},
+        "module_learning_rate": module_rates(config),
         "time_limit": config.time_limit_seconds,
         "skip_train_steps": sorted(skipped_steps(config)),
         "ckpt_epoch": sorted(parse_epochs(config.ckpt_epoch, "--ckpt_epoch")),

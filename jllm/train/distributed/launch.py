@@ -130,8 +130,8 @@ def _meet(facts: Callable[[], meeting.Facts], timeout_seconds: int, join_timeout
     if world_size() == 1:
         return
     desk = peers.open_desk(timeout_seconds) if is_first() else None
-    desk = meeting.attend(rank=rank(), world_size=world_size(), timeout=join_timeout, facts=facts(), offer=desk)
-    peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds, desk=desk)
+    met = meeting.attend(rank=rank(), world_size=world_size(), timeout=join_timeout, facts=facts(), offer=desk)
+    peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds, desk=met.offer, hosts=met.hosts)
 
 
 def _set_alone_environment() -> None:

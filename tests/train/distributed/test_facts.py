@@ -45,6 +45,12 @@ def test_the_same_in_other_words(model: Path, same: dict[str, Any]) -> None:
     assert differences(facts(model), facts(model, **same)) == []
 
 
+def test_rates_of_modules_count_by_value(model: Path) -> None:
+    one, same, other = (facts(model, module_learning_rate=(f"norm={rate}",)) for rate in ("1e-5", "0.00001", "2e-5"))
+    assert differences(one, same) == []
+    assert [name for name, _, _ in differences(one, other)] == ["--module_learning_rate"]
+
+
 def test_every_other_option_counts(model: Path) -> None:
     """Whatever does not say that it may differ is compared: an option that is added cannot be forgotten."""
     found = facts(model)
