@@ -17,8 +17,8 @@ class ObjectiveOptions:
         PLAIN,
         group="Objective",
         choices=LOSSES,
-        help="loss of a token: its cross-entropy, or a function of it (docs/optimizers.md has the formulas);"
-        " evaluations always tell the cross-entropy",
+        help="loss of a token: its cross-entropy, or a function of it (see docs/optimizers.md); evaluations"
+        " always tell the cross-entropy",
     )
     loss_gamma: float | None = option(
         None, most=100, above_least=True, help="the gamma of --loss, for all but cross_entropy"

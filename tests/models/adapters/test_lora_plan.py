@@ -1,6 +1,7 @@
 """Which modules get adapters, and that peft puts what is stored into the same places."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from jllm.models.adapters.lora_plan import LoraChoice, LoraPlan, plan_lora, targ
 from jllm.models.weights.source import bare_model, causal_class
 from tests.models.tiny import causal_types, tiny_config
 
+SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
+FAMILIES = causal_types() if SIZE > 4 else causal_types()[:: 6 - SIZE]
+"""A fifth of all; from JLLM_TEST_SIZE 5 on every one."""
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 
@@ -81,7 +85,7 @@ def test_what_peft_cannot_address_is_left_out_and_said() -> None:
     assert any("shared_experts.down_proj" in line for line in found.left_out)
 
 
-@pytest.mark.parametrize("family", causal_types())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_targets_the_same_in_every_family(family: str) -> None:
     """`plan_lora` compares what it chose with what peft makes of the stored configuration."""
     try:
