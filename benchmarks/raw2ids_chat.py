@@ -108,7 +108,7 @@ def run_loop(tokenizer: Path, data: Path, template: str) -> tuple[float, float, 
 
     from jllm.data.chat.builtin_templates import TEMPLATES
 
-    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     lines = data.read_text(encoding="utf-8").splitlines()[:LOOP_CONVERSATIONS]
     rows = []
     begin, before = time.perf_counter(), time.process_time()

@@ -9,8 +9,11 @@ Cost: one fsync of the file and one of its folder for each file written.
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,82 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def create(path: Path) -> None:
+    """Make an empty file of a temporary name, that of this process alone: what lies there, a link too, goes first.
+
+    Raises:
+        OSError: a folder has that name, or somebody made another file of it at this very moment.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()  # of a link, the link
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+
+
+def open_in_place(path: Path, flags: int, *, mode: int = 0o666) -> int:
+    """Open a file of ours that is written in place (a lock, records that grow): a descriptor, never of a link's target.
+
+    A link to a device or a pipe is followed: nothing that lies there is lost.
+
+    Raises:
+        UserError: the name is a link to a file, or to nothing.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                return os.open(path, flags | os.O_CLOEXEC, mode)
+            raise UserError(f"{path}: is a link, which is not written through; remove it") from None
+        raise
+
+
+def remove_tree(folder: Path, *, missing_ok: bool = False) -> None:
+    """Remove a folder of ours with all in it; of a link, or of anything else of that name, only the name.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink(missing_ok=missing_ok)
+    else:
+        shutil.rmtree(folder)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path below `folder` stays there: no folder between the two is a link."""
+    between = [parent for parent in path.parents if parent != folder and parent.is_relative_to(folder)]
+    return not any(parent.is_symlink() for parent in between)
+
+
+def plain_name(name: object) -> str | None:
+    """Why a name from a file cannot be one of a file in the folder beside it; None where it can.
+
+    It has to be relative, in plain parts with forward slashes, and leads nowhere else.
+    """
+    if not isinstance(name, str):
+        return f"{name!r} is not a name"
+    if not name or "\0" in name:
+        return f"{name!r} is not the name of a file"
+    if name.startswith(("/", "\\")) or re.match("[A-Za-z]:[/\\\\]", name):
+        return f"{name!r} is absolute, and not a name within the folder"
+    parts = name.split("/")
+    if ".." in parts:
+        return f"{name!r} leads out of the folder"
+    if "" in parts or "." in parts:
+        return f"{name!r} is not a plain name within the folder"
+    return None
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; when the block ends well it becomes `path`, otherwise it is removed."""
+    """Give a temporary file to write to; when the block ends well it becomes `path`, otherwise it is removed.
+
+    It is made anew, so that nothing is written through a link that was laid there.
+    """
     temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        create(temporary)
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
@@ -115,5 +188,5 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files that a killed run left directly in `folder`."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        if path.is_file():
+        if path.is_symlink() or path.is_file():
             path.unlink()

@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from typing import TextIO
 
 EXIT_CODE = 2
 PEER_SECONDS = 6.0
@@ -51,9 +52,21 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def say(text: str) -> None:
-    """Print lines about data: `print` for what may hold control codes."""
-    print(printable(text), flush=True)
+def say(
+    *values: object,
+    sep: str = " ",
+    end: str = "\n",
+    file: TextIO | None = None,
+    flush: bool = True,
+    styled: bool = False,
+) -> None:
+    """`print` for everything that is ours to say: what it is given may hold names and texts from data.
+
+    `sep` and `end` are printed as they are; so is what is `styled`, whose texts went through `printable` before
+    they got colours.
+    """
+    texts = map(str, values) if styled else (printable(str(value)) for value in values)
+    print(*texts, sep=sep, end=end, file=file, flush=flush)
 
 
 def of_file_system(error: OSError | RuntimeError) -> UserError | None:

@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import click
 
 from jllm import __version__
-from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report
+from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report, say
 from jllm.ranges import LEAST_INT, MOST_INT, ValueRange
 
 Config = TypeVar("Config")
@@ -60,6 +60,7 @@ class OptionFacts:
     positional: bool
     range: ValueRange
     group: str | None = None
+    may_differ: bool = False
 
 
 def option(
@@ -71,6 +72,7 @@ def option(
     hidden: bool = False,
     positional: bool = False,
     group: str | None = None,
+    may_differ: bool = False,
     least: float = 0,
     most: float = MOST_INT,
     above_least: bool = False,
@@ -88,6 +90,7 @@ def option(
         hidden: not shown in `--help`.
         positional: given without a flag, by its place.
         group: the heading in `--help` that this option and those after it stand under, up to the next with a group.
+        may_differ: between the nodes of one run; options of other commands have no nodes.
         least, most, above_least, below_most, whole_from_1: of a number, as in `ValueRange`.
     """
     facts = OptionFacts(
@@ -98,6 +101,7 @@ def option(
         hidden=hidden,
         positional=positional,
         group=group,
+        may_differ=may_differ,
         range=ValueRange(
             least=least, most=most, above_least=above_least, below_most=below_most, whole_from_1=whole_from_1
         ),
@@ -108,6 +112,8 @@ def option(
 class _OneLineErrors(click.Command):
     """Turns a user's mistake into one line and exit code 2, for a command and for a group of them."""
 
+    refusal: Callable[[str], None] = staticmethod(report)
+
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> Any:
@@ -117,26 +123,30 @@ class _OneLineErrors(click.Command):
         except click.exceptions.Exit as exit_request:
             sys.exit(exit_request.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr, flush=True)
+            say("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except click.NoSuchOption as error:
-            _report(f"{error.message.rstrip('.')}{_nearest_option(error)}")
+            self._refuse(f"{error.message.rstrip('.')}{_nearest_option(error)}")
         except click.ClickException as error:
-            _report(error.format_message())
+            self._refuse(error.format_message())
         except UserError as error:
-            _report(str(error))
+            self._refuse(str(error))
         except (OSError, RuntimeError) as error:
             mistake = of_file_system(error)
             if mistake is None:
                 raise
-            _report(str(mistake))
+            self._refuse(str(mistake))
         except MemoryError as error:
-            _report(
+            self._refuse(
                 f"the memory does not suffice ({error or 'out of memory'}); give smaller sizes, or a larger machine"
             )
+
+    def _refuse(self, message: str) -> typing.NoReturn:
+        self.refusal(message)
+        sys.exit(EXIT_CODE)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         for name, value in CONTEXT_SETTINGS.items():
@@ -155,11 +165,6 @@ def _nearest_option(error: click.NoSuchOption) -> str:
     for bare, flag in known.items():
         meant = meant.replace(f'"{bare}"', f'"{flag}"')
     return f".{meant}" if meant else "; --help lists all options"
-
-
-def _report(message: str) -> typing.NoReturn:
-    report(message)
-    sys.exit(EXIT_CODE)
 
 
 class _Option(click.Option):
@@ -233,10 +238,12 @@ class Group(_OneLineErrors, click.Group):
         return super().resolve_command(ctx, args)
 
 
-def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Config], Any]], Command]:
+def command(
+    config_type: type[Config], *, name: str, refusal: Callable[[str], None] = report
+) -> Callable[[Callable[[Config], Any]], Command]:
     """Decorator: a function of one config becomes a command; its docstring is the help text.
 
-    A config class with a field named `config` gets its other values from that TOML file too.
+    A field named `config` gives the other values from that TOML file too. `refusal` prints the line of a mistake.
     """
 
     def decorate(function: Callable[[Config], Any]) -> Command:
@@ -245,7 +252,9 @@ def command(config_type: type[Config], *, name: str) -> Callable[[Callable[[Conf
             check_ranges(config)
             return function(config)
 
-        return Command(name=name, params=_parameters(config_type), callback=callback, help=function.__doc__)
+        made = Command(name=name, params=_parameters(config_type), callback=callback, help=function.__doc__)
+        made.refusal = refusal
+        return made
 
     return decorate
 

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 COMMAND = "spark_jobs/raw2ids"
 LOCAL_ONLY = (
     "num", "batch_size", "max_rows", "max_tokens", "eval_fraction", "eval_output", "seed", "bad_records", "dry_run",
-    "debug", "threads", "quiet", "cores",
+    "json", "debug", "threads", "quiet", "cores",
 )  # fmt: skip
 """Options of the local command that have no meaning here; partitions take the place of splits and workers."""
 NOT_RECORDED = ("verbose", *LOCAL_ONLY)

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -34,7 +34,7 @@ def main(config: AskConfig) -> None:
 
     logging.disable_progress_bar()
     with without_notices():
-        print(f"> {config.prompt}\n{answer(config)}")
+        say(f"> {config.prompt}\n{answer(config)}")
 
 
 def answer(config: AskConfig) -> str:
@@ -42,8 +42,11 @@ def answer(config: AskConfig) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(config.model)
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    from jllm.models.remote_code import check_no_remote_code
+
+    check_no_remote_code(config.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, trust_remote_code=False).eval()
     if tokenizer.chat_template:
         given = tokenizer.apply_chat_template(
             [{"role": "user", "content": config.prompt}],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 IGNORED = -100
@@ -38,7 +38,7 @@ def main(config: EvaluateConfig) -> None:
     """Evaluate a Hugging Face folder on a data set with plain transformers."""
     rows = list(read_rows(config.data))
     loss, targets = evaluate(load(config.model, config.dtype), rows)
-    print(f"{config.model}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, over {targets:,} tokens of {config.data}")
+    say(f"{config.model}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, over {targets:,} tokens of {config.data}")
     if config.json is not None:
         atomic.write_json(config.json, {"eval_loss": loss, "eval_tokens": targets})
 
@@ -66,10 +66,12 @@ def load(folder: Path, dtype: str) -> Any:
     from transformers.utils import logging
 
     from jllm.data.tokenizer.facts import without_notices
+    from jllm.models.remote_code import check_no_remote_code
 
     logging.disable_progress_bar()
     with without_notices():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        check_no_remote_code(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
 
 
 def evaluate(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, int]:

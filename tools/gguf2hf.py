@@ -12,12 +12,12 @@ some ten seconds for a vocabulary of 49,152 (the GGUF reader is slow on lists of
 """
 
 import functools
-import shutil
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from jllm.errors import UserError
+from jllm import atomic
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 MODEL_AND_PRE = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -41,13 +41,13 @@ class Gguf2HfConfig:
 def main(config: Gguf2HfConfig) -> None:
     """Turn a GGUF file into a plain Hugging Face folder."""
     temporary = config.output.with_name(f".{config.output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    atomic.remove_tree(temporary, missing_ok=True)
     from jllm.data.tokenizer.facts import without_notices
 
     with without_notices():
         parameters = convert(config.input, temporary, config.dtype)
     temporary.rename(config.output)
-    print(f"{config.output}: {parameters / 1e6:.1f} M parameters, {config.dtype}, from {config.input.name}")
+    say(f"{config.output}: {parameters / 1e6:.1f} M parameters, {config.dtype}, from {config.input.name}")
 
 
 def convert(source: Path, folder: Path, dtype: str) -> int:
@@ -57,15 +57,20 @@ def convert(source: Path, folder: Path, dtype: str) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from jllm.models.remote_code import check_no_remote_code
+
     # transformers reads the file's lists for tokenizer, configuration and weights alike, seconds each, and makes the
     # table of tensor names anew for every module.
     for slow in ("GGUFReader", "get_tensor_name_map"):
         setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     logging.disable_progress_bar()  # a bar for each of four phases of a few seconds hides the one line that matters
     pre_tokenizer = read_pre_tokenizer(source)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # Beside the file may lie anything, and transformers reads what it knows the names of.
+    check_no_remote_code(source.parent)
+    origin: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **origin)
     set_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, **origin, dtype=torch.float32)
 
     config = loaded.config
     for name in ("quantization_config", "_model_name_or_path"):

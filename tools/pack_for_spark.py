@@ -10,11 +10,11 @@ version as the one that runs this; with `--platform`, their machine may be anoth
 import dataclasses
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
+from jllm import children
 from jllm.errors import UserError
 from jllm.options import command, option
 
@@ -42,7 +42,7 @@ def install(target: Path, config: PackConfig) -> None:
         # Wheels for another platform can be fetched, not built; jllm itself is pure Python and is copied below.
         arguments += ["--platform", config.platform, "--only-binary", ":all:"]
     names = [*requirements(), EXECUTOR_EXTRA]
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments, *names], check=False)
+    done = subprocess.run(children.python("-m", "pip", "install", "--quiet", *arguments, *names), check=False)
     if done.returncode:
         raise UserError("pip could not install the packages; its messages are above")
     shutil.copytree(ROOT / "jllm", target / "jllm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,7 +51,7 @@ def install(target: Path, config: PackConfig) -> None:
 def requirements() -> list[str]:
     """What setup.py asks for without extras."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder], cwd=ROOT, check=True)
+        subprocess.run(children.python("setup.py", "--quiet", "egg_info", "--egg-base", folder), cwd=ROOT, check=True)
         lines = next(Path(folder).glob("*.egg-info/requires.txt")).read_text(encoding="utf-8").splitlines()
     plain = lines[: next((index for index, line in enumerate(lines) if line.startswith("[")), len(lines))]
     return [line for line in plain if line]

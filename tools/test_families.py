@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jllm import children  # noqa: E402
 from jllm.errors import UserError  # noqa: E402
 from jllm.models.families import CATALOGUE, NAMED, REFUSED, Family, catalogue  # noqa: E402
 
@@ -93,7 +94,7 @@ def walk_apart(model_types: Sequence[str]) -> Iterator[Family]:
     """All of them in a worker process, which is replaced when a type takes it down or hangs it."""
     pending = list(model_types)
     while pending:
-        command = [sys.executable, __file__, "--worker", *pending]
+        command = children.python(__file__, "--worker", *pending)
         with (
             tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -25,12 +25,12 @@ def main(config: CheckpointConfig) -> None:
     found = find(config.folder)
     if config.action == "list":
         for folder in found:
-            print(describe(folder))
+            say(describe(folder))
         return
     problems = {}
     for folder in found:
         problems[folder] = verify(folder)
-        print(f"{folder.name}: {'damaged' if problems[folder] else 'every byte is what was written'}")
+        say(f"{folder.name}: {'damaged' if problems[folder] else 'every byte is what was written'}")
     damaged = [problem for each in problems.values() for problem in each]
     if damaged:
         good = [folder for folder in found if not problems[folder]]

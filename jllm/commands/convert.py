@@ -6,7 +6,7 @@ The trainer accepts such a folder directly; converting is for other tools. Cost:
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -32,4 +32,4 @@ def main(config: ConvertConfig) -> None:
     from jllm.models.legacy.rewriting import convert_checkpoint
 
     name = convert_checkpoint(config.model, config.output)
-    print(f"wrote {config.output} as {name}")
+    say(f"wrote {config.output} as {name}")

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -39,9 +39,9 @@ def main(config: InspectConfig) -> None:
         raise UserError(f"--start {config.start}: {config.folder} has {rows:,} rows; give at most {max(0, rows - 1)}")
     show_summary(data)
     if config.rows and config.start == rows:
-        print(f"no row {rows:,}: {f'the last one is {rows - 1:,}' if rows else 'the data set is empty'}")
+        say(f"no row {rows:,}: {f'the last one is {rows - 1:,}' if rows else 'the data set is empty'}")
     elif config.rows:
         decode = make_decoder(config.tokenizer, data.manifest.tokenizer) if config.tokenizer else None
         show_rows(data, decode, rows=config.rows, start=config.start, color=config.color)
     if config.verify:
-        print(f"verified: {len(data.paths)} of {len(data.paths)} files have a checksum, and all of them match")
+        say(f"verified: {len(data.paths)} of {len(data.paths)} files have a checksum, and all of them match")

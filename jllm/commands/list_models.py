@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jllm.errors import say
 from jllm.options import command
 
 
@@ -15,4 +16,4 @@ def main(config: ModelsConfig) -> None:
     """List the causal language models of transformers and whether they train in a pipeline."""
     from jllm.models.families import catalogue_table
 
-    print(catalogue_table())
+    say(catalogue_table())

@@ -36,7 +36,7 @@ def main(config: ManifestConfig) -> None:
 
     if config.verify:
         verified = verify_folder(config.folder, cores=usable_cores(config.cores))
-        print(f"{config.folder}: {len(verified.paths)} files, and every one matches its checksum")
+        say(f"{config.folder}: {len(verified.paths)} files, and every one matches its checksum")
         return
     tokenizer, special_ids = None, frozenset[int]()
     if config.tokenizer:
@@ -57,7 +57,7 @@ def main(config: ManifestConfig) -> None:
         say(f"when rows are rewritten, {line}")
     for warning in warnings_about(config.folder):
         say(f"warning: {warning}")
-    print(
+    say(
         f"{config.folder}: {manifest.rows:,} rows, {manifest.total('tokens'):,} tokens,"
         f" {manifest.total('trained_tokens'):,} trained, in {len(manifest.files)} files; largest id"
         f" {manifest.largest_id}, labels checked"

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.options import command, option
 
 
@@ -37,4 +37,4 @@ def main(config: PlotConfig) -> None:
     from jllm.train.records.curves import Look, plot
 
     look = Look(smooth=config.smooth, x=config.x, log_x=config.log_x, log_y=config.log_y)
-    print(f"wrote {plot(list(config.runs), config.output, look)}")
+    say(f"wrote {plot(list(config.runs), config.output, look)}")

@@ -40,8 +40,8 @@ def main(config: RepartitionConfig) -> None:
     for note in plan.notes:
         say(f"warning: {note}")
     if config.dry_run:
-        print("dry run: nothing was changed")
+        say("dry run: nothing was changed")
     elif repartition(folder, plan):
-        print(f"{config.data}: ready; next: deepspeed --module jllm.train_pipe --train_data {config.data} ...")
+        say(f"{config.data}: ready; next: deepspeed --module jllm.train_pipe --train_data {config.data} ...")
     else:
-        print(f"{config.data}: already so; nothing to do")
+        say(f"{config.data}: already so; nothing to do")

@@ -3,11 +3,19 @@
 import contextlib
 import sys
 
+from jllm.errors import report
 from jllm.options import command
 from jllm.train.config import TrainConfig
 
 
-@command(TrainConfig, name="train_pipe")
+def _refuse(message: str) -> None:
+    """Say a mistake on the command line, and tell the other nodes, which would wait."""
+    from jllm.train.distributed.start import tell_mistake
+
+    tell_mistake(message, report)
+
+
+@command(TrainConfig, name="train_pipe", refusal=_refuse)
 def main(config: TrainConfig) -> None:
     """Train a Hugging Face decoder on token-id shards, with pipeline and data parallelism.
 

@@ -34,35 +34,35 @@ def show_summary(data: DataSet) -> None:
     """
     manifest = data.manifest
     made = "no manifest" if manifest.command == JOINED else f"made by {manifest.command}"
-    print(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, {made}")
+    say(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, {made}")
     if manifest.tokenizer:
-        print(f"  tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids")
+        say(f"  tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids")
     for name in ("tokens", "trained_tokens"):
         if manifest.total(name) is not None:
-            print(f"  {name} {manifest.total(name):,}")
+            say(f"  {name} {manifest.total(name):,}")
     for name in ("documents", "document_tokens", "engine", "chat"):
         if manifest.extra.get(name):
-            print(f"  {name} {_fact(manifest.extra[name])}")
+            say(f"  {name} {_fact(manifest.extra[name])}")
     for kind, found in (manifest.extra.get("bad_records") or {}).items():
-        print(f"  bad {found['count']:,} x {kind}; first: {found['examples'][0] if found['examples'] else 'unknown'}")
+        say(f"  bad {found['count']:,} x {kind}; first: {found['examples'][0] if found['examples'] else 'unknown'}")
     further = further_columns(data.paths, data.folder)
     for column in further.carried:
         say(f"  column {column.name} {column.type_name}")
     for name, reason in sorted({**manifest.further.left_out, **further.left_out}.items()):
         say(f"  column {name} left out: {reason}")
-    print(f"  fingerprint {manifest.fingerprint[:16]}")
+    say(f"  fingerprint {manifest.fingerprint[:16]}")
     counts = np.zeros(1, dtype=np.int64)
     for path in data.paths:
         for batch in _ids(path):
             found = np.bincount(np.diff(from_list_array(batch.column(INPUT_IDS))[1]))
             counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
             counts[: len(found)] += found
-    print(f"row lengths, longest {len(counts) - 1:,}:")
+    say(f"row lengths, longest {len(counts) - 1:,}:")
     bars = histogram(counts)
     most = max((rows for _, _, rows in bars), default=1)
     for first, last, rows in bars:
         bar = "#" * max(1, round(BAR * rows / most))
-        print(f"  {first:>8,} - {last:>8,}  {rows:>12,}  {bar}")
+        say(f"  {first:>8,} - {last:>8,}  {rows:>12,}  {bar}")
 
 
 def histogram(counts: Int64) -> list[tuple[int, int, int]]:
@@ -128,7 +128,7 @@ def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool)
     starts = {0, *(boundaries or ())}  # what nothing comes before is never predicted
     trained = sum(label >= 0 and i not in starts for i, label in enumerate(labels[:real]))
     documents = f", {len(boundaries) - 1} documents" if boundaries else ""
-    print(f"--- row {number}: {real} tokens, {trained} of them trained{documents}, {len(ids) - real} padding")
+    say(f"--- row {number}: {real} tokens, {trained} of them trained{documents}, {len(ids) - real} padding")
     shown = []
     begin = 0
     kinds = [PADDING if i >= real else TRAINED if labels[i] >= 0 else PLAIN for i in range(len(ids))]
@@ -145,7 +145,7 @@ def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool)
             else:
                 shown.append(f"{marks[0]}{text}{marks[1]}" if masked else text)
             begin = end
-    print("".join(shown))
+    say("".join(shown), styled=True)
     for name in [name for name in row if name not in COLUMNS]:
         say(f"{name}: {_value(row[name])}")
 

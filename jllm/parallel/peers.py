@@ -19,14 +19,17 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from jllm.errors import printable
+from jllm.errors import printable, say
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 6.0
 """How long the others may take to meet the mistake that one process has met."""
 ANSWER_SECONDS = 3.0
+JOIN_SECONDS = 15.0
+"""How long after the first process the last one may join, all of which have met before."""
 LOST_EXIT_CODE = 1
 _STEP, _GOODBYE, _MISTAKE, _ASKED = "step", "goodbye", "mistake", "asked"
 _BEAT, _SPEAK, _END, _FIRST_LEAVES = "beat", "speak", "end", "first leaves"
@@ -89,9 +92,17 @@ class _Desk:
         self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
         self.port: int = self._listener.getsockname()[1]
         self._known: dict[_Line, _Known | None] = {}
+        self._joined: set[int] = set()
+        self._expected: dict[int, str] = {}
+        self._expected_at = 0.0
         self._speaker: int | None = None
         self._over_at: float | None = None
         threading.Thread(target=self._serve, name="peers-desk", daemon=True).start()
+
+    def expect(self, hosts: Sequence[str]) -> None:
+        """From now on all these join, within seconds; a host for each rank."""
+        self._expected_at = time.monotonic() + JOIN_SECONDS
+        self._expected = dict(enumerate(hosts))
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -116,7 +127,7 @@ class _Desk:
                     self._tell_all({_BEAT: True})
                     beat_at = now
                 if self._over_at is not None and now >= self._over_at:
-                    self._tell_all({_END: None})
+                    self._end_all()
 
     def _hear(self, line: _Line) -> bool:
         """Take what a process says; whether it is still there. Who does not know the token is no process of the run."""
@@ -132,6 +143,7 @@ class _Desk:
         for message in messages:
             if "rank" in message:
                 self._known[line] = _Known(**message, step=0, heard=time.monotonic())
+                self._joined.add(message["rank"])
             known = self._known[line]
             if known is None:
                 continue
@@ -153,6 +165,10 @@ class _Desk:
         return True
 
     def _find_silent(self, now: float) -> None:
+        absent = [rank for rank in self._expected if rank not in self._joined]
+        if absent and now > self._expected_at:
+            rank, host = absent[0], self._expected[absent[0]]
+            self._over(f"rank {rank} on {host} is gone, before it joined: the run ends")
         for known in self._known.values():
             if known is not None and not known.has_left and now - known.heard > self._timeout:
                 self._over(f"{known} has stood still for {self._timeout:.0f} s, at step {known.step}: the run ends")
@@ -163,6 +179,11 @@ class _Desk:
             self._speaker = 0
             self._tell_all({_END: None}, but=0)
             end_lost(why)
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """This process last: once it has ended, the others would take it for lost."""
+        self._tell_all({_END: None}, but=0)
         self._tell_all({_END: None})
 
     def _tell_all(self, message: dict[str, Any], *, but: int | None = None) -> None:
@@ -182,7 +203,7 @@ class Peers:
     """
 
     def __init__(self, *, rank: int, host: str, port: int, token: str, timeout: float) -> None:
-        self._rank, self._timeout = rank, timeout
+        self._rank, self._host, self._timeout = rank, host, timeout
         self._line = _Line(socket.create_connection((host, port), timeout=timeout))
         self._line.socket.settimeout(None)
         self._line.send({"token": token, "rank": rank, "host": socket.gethostname()})
@@ -246,7 +267,7 @@ class Peers:
         if self._first_leaves:
             time.sleep(GRACE_SECONDS)
         elif self._rank == 1 and not self._has_left:
-            end_lost(f"rank 0 {what}, at step {self._step}: the run ends")
+            end_lost(f"rank 0 on {self._host} {what}, at step {self._step}: the run ends")
         else:
             time.sleep(BEAT_SECONDS)  # for the line of the one that speaks
         if not self._has_left:
@@ -256,24 +277,45 @@ class Peers:
 def end_lost(why: str) -> None:
     """Say why and end, whatever the main thread is waiting in."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"error: {printable(why)}", file=sys.stderr, flush=True)
+        say(f"error: {printable(why)}", file=sys.stderr, flush=True)
     os._exit(LOST_EXIT_CODE)
 
 
 _mine: Peers | None = None
+_desks: list[_Desk] = []
 
 
-def join(*, rank: int, world_size: int, timeout: float) -> None:
-    """Watch each other from now on; every process calls it, when the process group is there."""
+Desk = tuple[int, str]
+"""Port and token of the first process's desk."""
+
+
+def open_desk(timeout: float) -> Desk | None:
+    """On the first process: what all need to know to join; None where they have joined before."""
+    if _mine is not None:
+        return None
+    _desks.append(_Desk(timeout))
+    return _desks[-1].port, _desks[-1].token
+
+
+def join(*, rank: int, world_size: int, timeout: float, desk: Desk | None = None, hosts: Sequence[str] = ()) -> None:
+    """Watch each other from now on; every process calls it.
+
+    `desk` is what `open_desk` said on the first process; where nobody was told, the process group tells. `hosts` are
+    those of the ranks, all of which are about to join.
+    """
     import torch.distributed as dist
 
     global _mine
     if world_size == 1 or _mine is not None:
         return
-    desk = _Desk(timeout) if rank == 0 else None
-    where: list[Any] = [desk and desk.port, desk and desk.token]
-    dist.broadcast_object_list(where, src=0)
-    _mine = Peers(rank=rank, host=os.environ["MASTER_ADDR"], port=where[0], token=where[1], timeout=timeout)
+    if desk is None:
+        told: list[Any] = [open_desk(timeout) if rank == 0 else None]
+        dist.broadcast_object_list(told, src=0)
+        desk = told[0]
+    assert desk is not None
+    if rank == 0:
+        _desks[-1].expect(hosts)
+    _mine = Peers(rank=rank, host=os.environ["MASTER_ADDR"], port=desk[0], token=desk[1], timeout=timeout)
 
 
 def at_step(step: int) -> None:

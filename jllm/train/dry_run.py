@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from jllm.errors import say
 from jllm.models.pipeline.carving import stage_class
 from jllm.models.pipeline.partition import bubble_share
 from jllm.models.pipeline.span import spans_of
@@ -123,24 +124,24 @@ def dry_run(config: TrainConfig) -> None:
         seconds = steps.tokens * plan.flops_per_token / (peak * TYPICAL_UTILISATION * world_size)
     if config.json:
         found = _as_json(config, plan, steps, automatic, warnings, notes=notes, shape=shape, seconds=seconds)
-        print(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
         return
-    print("\n".join(describe_differences(config)))
-    print(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
-    print(plan.table)
-    print(f"{shape.processes} on {world_size} processes")
+    say("\n".join(describe_differences(config)))
+    say(f"set automatically: {', '.join(f'{name} {value}' for name, value in automatic.items())}")
+    say(plan.table)
+    say(f"{shape.processes} on {world_size} processes")
     for line in (*plan.notes, *notes):
-        print(line)
+        say(line)
     if steps is None:
-        print(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
+        say(f"no training: {config.output_dir} gets the weights of {config.from_ckpt}")
     else:
-        print("\n".join(steps.lines))
+        say("\n".join(steps.lines))
         if seconds is not None:
-            print(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
+            say(f"time: about {clock(seconds)} at {TYPICAL_UTILISATION:.0%} of the devices' peak")
         else:
-            print("time: unknown" if peak_flops() is not None else "time: unknown on this device")
+            say("time: unknown" if peak_flops() is not None else "time: unknown on this device")
     for line in warnings:
-        print(line)
+        say(line)
 
 
 def _as_json(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import ExportedFolder, has_template
 from jllm.models.weights.source import ModelInfo
@@ -35,7 +35,7 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model: M
         chat_template=template,
     )
     if agreement.place.is_first:
-        print(f"wrote {config.output_dir}", flush=True)
+        say(f"wrote {config.output_dir}", flush=True)
     peers.leave()
     agreement.barrier()
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from jllm import __version__
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel import peers
@@ -39,6 +39,7 @@ from jllm.train.data.open import epoch_steps, open_training_data, read_training_
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
+from jllm.train.distributed.facts import join_alike
 from jllm.train.distributed.tracing import traced_step
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
@@ -75,11 +76,11 @@ def run(config: TrainConfig) -> int:
     shape = resolve_shape(config, launch.world_size())
     notes = check_start(config, shape)
     model_info = setup.read_model_info(config)
-    launch.join(config.timeout, deterministic=config.deterministic)
+    join_alike(config, shape)
     check_precision(config)
     agreement = Agreement(shape.mesh)
     if agreement.place.is_first:
-        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
+        say(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
         return 0

@@ -14,13 +14,13 @@ from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
 BRIEF = {"gradient_accumulation_steps": 2, "max_steps": 2}
 
 
-def train_rank_with_data_on_readers_only(options: dict[str, Any], pipe: int) -> str | None:
-    """A rank that is not the first of its pipeline is given folders that do not exist."""
+def train_rank_with_data_on_readers_only(options: dict[str, Any], pipe: int, folder: Path) -> str | None:
+    """Folders of the same names are there for the first rank of each pipeline, and nowhere else."""
+    import contextlib
     import os
 
-    if int(os.environ["RANK"]) % pipe:
-        options = {**options, "train_data": ("/nonexistent/data",), "eval_data": ("/nonexistent/eval",)}
-    return train_rank(options)
+    with contextlib.chdir("/" if int(os.environ["RANK"]) % pipe else folder):
+        return train_rank({**options, "train_data": ("data",), "eval_data": ("eval",)})
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("world_size", "pipe"), [(2, 2), (3, 3), (4, 2)])
 def test_only_first_stages_read(ranks: Callable[[int], Ranks], folder: Path, world_size: int, pipe: int) -> None:
     log = folder / f"log-{world_size}-{pipe}"
-    options = options_of(folder, BRIEF, pipe_parallel_size=pipe, eval_data=(str(folder / "eval"),), log_dir=log)
-    assert ranks(world_size).run(train_rank_with_data_on_readers_only, options, pipe) == [None] * world_size
+    options = options_of(folder, BRIEF, pipe_parallel_size=pipe, log_dir=log)
+    assert ranks(world_size).run(train_rank_with_data_on_readers_only, options, pipe, folder) == [None] * world_size
     assert len(records(log)) == 2
     assert len(records(log, "eval_loss")) == 2
 

@@ -1,20 +1,17 @@
 """What only the launcher shows: exit codes, one line for a mistake, and no rank that outlives its run."""
 
 import base64
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launched import Run, end_group, is_launcher, rank_processes, wait_until
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -23,42 +20,9 @@ GONE_SECONDS = 30
 """A third of it on an idle machine; what is shown is that they end, not how busy the machine is."""
 
 
-class Run(subprocess.Popen[bytes]):
-    """A command in a session of its own, its output in a file: a pipe that nobody reads would stop it when full."""
-
-    def __init__(self, command: list[str], folder: Path) -> None:
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
-        super().__init__(
-            command,
-            cwd=folder,
-            env={
-                **os.environ,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A shell starts background jobs with SIGINT ignored, and what is ignored stays so in all their children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-
-    def output(self, timeout: float) -> str:
-        """All it wrote, once it has ended."""
-        self.wait(timeout)
-        self._output.seek(0)
-        return self._output.read().decode()
-
-
 def launch(folder: Path, *arguments: str) -> Run:
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "jllm.train_pipe"]
     return Run([*command, "--pipe_parallel_size", "2", "--precision", "fp32", *arguments], folder)
-
-
-def end_group(run: Run) -> None:
-    """Whatever a run that did not end in time has started, compilers included."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
 
 
 def own_lines(output: str) -> list[str]:
@@ -66,32 +30,6 @@ def own_lines(output: str) -> list[str]:
     return [
         line for line in output.splitlines() if line and not line.startswith("[20") and "ds_accelerator" not in line
     ]
-
-
-def rank_processes(marker: str) -> list[int]:
-    """Ranks whose command line has `marker`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if "jllm.train_pipe" in command and marker in command:
-            found.append(int(path.parent.name))
-    return found
-
-
-def is_launcher(process: int) -> bool:
-    return b"deepspeed.launcher" in Path(f"/proc/{process}/cmdline").read_bytes()
-
-
-def wait_until(condition: Callable[[], object], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,18 @@ PROGRAM = """
 import sys, time, datetime
 import torch.distributed as dist
 from jllm.parallel import peers
-rank, world, port, timeout, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5]
 import os
+rank, world, port, timeout, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5]
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world))
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=600))
+if end == "never joins":
+    peers.JOIN_SECONDS = 2.0
+    desk = [peers.open_desk(timeout) if rank == 0 else None]
+    dist.broadcast_object_list(desk, src=0)
+    if rank == 2:
+        os._exit(7)
+    peers.join(rank=rank, world_size=world, timeout=timeout, desk=desk[0], hosts=["a", "b", "c"])
+    time.sleep(600)
 peers.join(rank=rank, world_size=world, timeout=timeout)
 dist.barrier()
 peers.at_step(7)
@@ -92,6 +100,12 @@ def test_a_killed_process_ends_the_others_and_is_named(group: type[Group], lost:
     [error] = run.errors()
     assert error.startswith(f"error: rank {lost} ")
     assert error.endswith("is gone, at step 7: the run ends")
+
+
+def test_a_process_that_is_lost_before_it_joins_is_named(group: type[Group]) -> None:
+    run = group(world=3, timeout=600, end="never joins")  # type: ignore[call-arg]
+    assert run.codes() == [1, 1, 7]
+    assert run.errors() == ["error: rank 2 on c is gone, before it joined: the run ends"]
 
 
 @pytest.mark.parametrize("still", [0, 2])

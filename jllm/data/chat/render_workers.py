@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jllm.children import Sealed
 from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.records.conversation import MORE, BadRecordError
 from jllm.data.chat.rendering import RenderPlan
@@ -81,9 +82,11 @@ def workers(count: int) -> Iterator[Executor | None]:
         yield None
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin_worker) as pool:
-        for _ in range(count):
-            pool.submit(get_ready)  # a process is started when there is work for it
+    with contextlib.ExitStack() as ends:
+        with Sealed():  # all of the pool's processes start here
+            pool = ends.enter_context(ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin_worker))
+            for _ in range(count):
+                pool.submit(get_ready)  # a process is started when there is work for it
         try:
             yield pool
         finally:  # a run that has enough rows, or failed, needs nothing of what was begun ahead

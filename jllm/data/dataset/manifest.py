@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
@@ -168,8 +168,8 @@ class Manifest:
         """
         for entry in self.files:
             _check_fields(entry)
-            if PurePosixPath(entry.path).is_absolute() or ".." in PurePosixPath(entry.path).parts:
-                raise ValueError(f"path {entry.path} leads out of the folder")
+            if problem := atomic.plain_name(entry.path):
+                raise ValueError(f"path {problem}")
         if self.tokenizer is not None:
             _check_fields(self.tokenizer)
             lists = [*(self.tokenizer.probe_ids or {}).values(), [*(self.tokenizer.added_tokens or {}).values()]]

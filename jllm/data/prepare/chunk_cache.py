@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jllm import atomic
 from jllm.data.dataset.columns import IGNORE_INDEX
 from jllm.data.packing.packers import Documents, Stored
 from jllm.data.prepare.encoding import Encoded
@@ -95,6 +96,7 @@ def write(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) 
     text = json.dumps(head).encode()
     text += b" " * (-(len(text) + 16) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    atomic.create(temporary)
     with temporary.open("wb") as file:
         file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for array in arrays:

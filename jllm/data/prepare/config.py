@@ -125,8 +125,11 @@ class Raw2IdsConfig:
         False,
         help="write nothing: show format, template, three rows, bad records and expected sizes of the first 1,000",
     )
+    json: bool = option(False, help="with --dry_run: print all of that, and every option, as one JSON object")
 
     def __post_init__(self) -> None:
+        if self.json and not self.dry_run:
+            raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")
         for name in ("num", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")

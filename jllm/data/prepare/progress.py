@@ -9,6 +9,7 @@ from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare.totals import Totals, named
 from jllm.data.sources.inputs import Source
+from jllm.errors import say
 
 EVERY_SECONDS = 5.0
 FIRST_AFTER = 10.0
@@ -47,7 +48,7 @@ class Progress:
             f"{totals.encoded_bytes / 1e6:,.0f} MB  {totals.documents:,} documents  {totals.document_tokens:,} tokens "
             f" {speed / 1e6:.1f} MB/s  {tokens / 1e6:.2f} M tokens/s{self._left(totals, sources, speed)}"
         )
-        print(line, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+        say(line, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
         self._shown = True
 
     def _left(self, totals: Totals, sources: Sequence[Source], speed: float) -> str:
@@ -60,7 +61,7 @@ class Progress:
 
     def end(self) -> None:
         if self._shown and self._terminal:
-            print(file=sys.stderr)
+            say(file=sys.stderr)
 
 
 def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int, seconds: float) -> str:

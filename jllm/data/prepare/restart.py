@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from jllm.data.chat.short_cut import ShortCutError
 from jllm.data.tokenizer.checked_engine import CheckedEngine, EngineMismatchError
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 
 PROOF_ERRORS = (EngineMismatchError, ShortCutError)
 HF_ENGINE, NO_SHORT_CUT = "hf engine", "no short cut"
@@ -62,7 +62,7 @@ class Attempt:
         if way_out == HF_ENGINE and self.choice == "fastokens":
             raise UserError(f"--engine fastokens: {error}; use --engine auto or hf") from None
         assert way_out not in self.reasons
-        print(f"{error}; starting over {_SAID[way_out]}", file=sys.stderr, flush=True)
+        say(f"{error}; starting over {_SAID[way_out]}", file=sys.stderr, flush=True)
         return dataclasses.replace(self, reasons={**self.reasons, way_out: str(error)})
 
 

@@ -50,7 +50,7 @@ from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, op
 from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.engines import use_cores
 from jllm.data.tokenizer.facts import TokenizerFacts, TokenizerLoading
-from jllm.errors import UserError, of_file_system
+from jllm.errors import UserError, of_file_system, say
 from jllm.machine import usable_cores
 
 
@@ -184,7 +184,7 @@ class _Preparation:
             for output, manifest in zip(self.outputs, found, strict=True):
                 output.place.close()
                 rows, tokens = manifest.rows, manifest.total("tokens")
-                print(f"{output.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
+                say(f"{output.place.folder}: finished earlier: {rows:,} rows, {tokens:,} tokens")
             return found[0]
         if any(source.once for source in self.sources):
             for output in self.outputs:
@@ -259,7 +259,7 @@ class _Preparation:
         for output in self.outputs:
             output.place.close()
         self.progress.end()
-        print(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
+        say(summary(sets, totals, config.max_len, self.progress.seconds), flush=True)
         return sets[0][1]
 
     def _open_engine(self, attempt: Attempt) -> CheckedEngine:
@@ -269,7 +269,7 @@ class _Preparation:
         )
         reason = attempt.record_of(engine)["reason"]
         if self.config.engine == "auto" and reason:
-            print(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
+            say(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
         return engine
 
     def _open_assembler(self, attempt: Attempt) -> Assembler:
@@ -401,9 +401,9 @@ class _Preparation:
     def _chat_encoder(self, plan: RenderPlan, assembler: Callable[[], Assembler]) -> ChatEncoder:
         self.warnings = recipes.template_warnings(plan)
         for warning in self.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            say(f"warning: {warning}", file=sys.stderr, flush=True)
         if self.config.format == "auto":
-            print(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
+            say(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
         names = tuple(source.name for source in self.sources)
         return recipes.chat_encoder(
             self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers, names=names

@@ -12,6 +12,7 @@ not be read may have been changed when the run goes on. `clean` removes nothing 
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +56,11 @@ class Workplace:
         try:
             made += [folder for folder in (self.work, self.folder, *self.folder.parents) if not folder.exists()]
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.work / "lock").open("w")
+            if self.work.is_symlink():
+                raise UserError(
+                    f"-o {self.folder}: {WORK_NAME} in it is a link, which is not written through; remove it"
+                )
+            self._lock = os.fdopen(atomic.open_in_place(self.work / "lock", os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._remove(made)
@@ -95,13 +100,15 @@ class Workplace:
     def clean(self) -> None:
         """Remove what an earlier run left: shards by its naming scheme or its manifest, the manifest, the work
         folder."""
+        if self.folder.is_symlink() and (self.holds_a_data_set or list_shards(self.folder)):
+            raise UserError(f"-o {self.folder}: is a link, and nothing is removed through one; name the folder itself")
         stems = self._stems()
         codecs = "|".join(CODECS)
         for path in list_shards(self.folder):
             split = path.parent.name
             ours = (
                 path.parent.parent == self.folder
-                and not path.parent.is_symlink()
+                and atomic.is_inside(path, self.folder)
                 and re.fullmatch(rf"({'|'.join(map(re.escape, stems)) or '(?!)'})-\d{{5,}}", split)
             )
             if ours and re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.({codecs})\.parquet", path.name):
@@ -111,7 +118,7 @@ class Workplace:
         (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         for path in self.work.iterdir():
             if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                atomic.remove_tree(path)
 
     def _stems(self) -> set[str]:
         identity = self._identity() or {}

@@ -228,6 +228,8 @@ def clean(folder: Path) -> None:
     plan = folder / PLAN_NAME
     if manifest is None and not plan.is_file():
         return
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link, and nothing is removed through one; remove the link, or name its target")
     if manifest is not None and manifest.command != COMMAND:
         raise UserError(f"{folder}: holds the result of {manifest.command}; --clean removes only shuffled data")
     with _locked(folder) if plan.is_file() else contextlib.nullcontext():

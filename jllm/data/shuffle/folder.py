@@ -89,7 +89,7 @@ def _report_mix(mix: Mix, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Print each set's share of the mixture and record it in its manifest."""
     rows = sum(outcome.manifest.rows for outcome in outcomes)
     tokens = sum(outcome.manifest.total("tokens") or 0 for outcome in outcomes)
-    print(f"{'mixture':<32}{'rows':>14}{'share':>8}{'tokens':>18}{'share':>8}")
+    say(f"{'mixture':<32}{'rows':>14}{'share':>8}{'tokens':>18}{'share':>8}")
     finished = []
     for outcome in outcomes:
         manifest = outcome.manifest

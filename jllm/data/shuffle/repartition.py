@@ -190,7 +190,8 @@ def _blocks_of_sets(folder: Path, sets: Sequence[DataSet]) -> tuple[tuple[dict[s
     base_names = [Path(entry.path).name for data_set in sets for entry in data_set.manifest.files]
     unique = len(set(base_names)) == len(base_names)
     for data_set in sets:
-        prefix = data_set.folder.resolve().relative_to(folder.resolve()).as_posix()
+        inside = data_set.folder if data_set.folder.is_relative_to(folder) else data_set.folder.resolve()
+        prefix = inside.relative_to(folder if inside is data_set.folder else folder.resolve()).as_posix()
         names.append(_origin(data_set))
         for index, entry in enumerate(data_set.manifest.files):
             base = Path(entry.path).name
@@ -263,7 +264,7 @@ def repartition(folder: Path, plan: PartitionPlan) -> bool:
             place = parting / _partition_name(plan.id, index)
             place.mkdir()
             for block in blocks:
-                os.link(folder / block.path, place / block.name)
+                _link(folder / block.path, place / block.name, folder)
             atomic.sync_file(place)
     except OSError as error:
         raise UserError(
@@ -289,4 +290,22 @@ def _link_others(folder: Path, parting: Path, ours: Collection[str]) -> None:
             if known or name.endswith((".crc", atomic.TEMPORARY_SUFFIX)) or name == "_SUCCESS":
                 continue
             (parting / inside.parent).mkdir(parents=True, exist_ok=True)
-            os.link(path, parting / inside)
+            _link(path, parting / inside, folder)
+
+
+def _link(source: Path, target: Path, folder: Path) -> None:
+    """Give a file of the folder another name in the new tree, which holds when the old one is gone.
+
+    Links lead where they led; one that leads within the folder becomes the file that it led to.
+
+    Raises:
+        OSError: a link leads to nothing, or the file system knows no hard links.
+    """
+    if not source.is_symlink():
+        os.link(source, target)
+        return
+    found = source.resolve(strict=True)
+    if found.is_relative_to(folder.resolve()):
+        os.link(found, target)
+    else:
+        target.symlink_to(found)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jllm import atomic
 from jllm.data.sources import first_bytes
-from jllm.errors import UserError, printable
+from jllm.errors import UserError, printable, say
 
 KINDS = ("text", "jsonl", "json", "parquet", "ids")
 """`ids` is Parquet that holds token ids already (see `jllm.data.prepare.pretokenized`)."""
@@ -66,7 +66,7 @@ class Source:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, file=sys.stderr, flush=True)
 
 
 def resolve(

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jllm.children import SAFE_PATH
 from jllm.data.spark.claim import DriverProcess
+from jllm.errors import say
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -29,7 +31,7 @@ def job_session(name: str, *, verbose: bool) -> Iterator["SparkSession"]:
     if SparkContext._active_spark_context is not None:
         yield SparkSession.builder.getOrCreate()
         return
-    builder = SparkSession.builder.appName(name)
+    builder = SparkSession.builder.appName(name).config(f"spark.executorEnv.{SAFE_PATH}", "1")
     with warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
@@ -55,7 +57,7 @@ class DriverStandardError(io.TextIOBase):
             jvm: Any = SparkContext._jvm
             jvm.java.lang.System.err.print(text)
         except Exception:  # it is gone: whoever reads the joined streams gets the line
-            print(text, end="", file=sys.__stderr__, flush=True)
+            say(text, end="", file=sys.__stderr__, flush=True)
         return len(text)
 
 

@@ -15,7 +15,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from jllm import __version__
+from jllm import __version__, atomic
 from jllm.data.tokenizer import fast_json
 from jllm.data.tokenizer.broken_files import TEMPLATES_FOLDER
 
@@ -66,6 +66,7 @@ def write(entry: Path, facts: bytes) -> None:
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
+        atomic.create(temporary)
         temporary.write_bytes(facts)
         temporary.replace(entry)
         found = sorted(entry.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)

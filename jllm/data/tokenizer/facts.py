@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jllm import children
 from jllm.data.tokenizer import cache, fast_json
 from jllm.data.tokenizer.broken_files import broken_file
 from jllm.errors import UserError
@@ -167,7 +168,8 @@ class TokenizerLoading:
                 return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
-            [sys.executable, "-c", "from jllm.data.tokenizer import facts; facts.serve()", arguments],
+            children.python("-c", "from jllm.data.tokenizer import facts; facts.serve()", arguments),
+            env=children.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

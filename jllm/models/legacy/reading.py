@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from jllm.errors import UserError
 from jllm.models.legacy.layouts import PublishedLayout
+from jllm.models.weight_index import files_in_index
 
 
 def read_tensors(
@@ -60,16 +61,8 @@ class _Pickled:
 def _check_complete(folder: Path) -> None:
     """That every pickled file is there which the index, if there is one, names."""
     index = folder / "pytorch_model.bin.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not a weight index ({error}); download it again") from None
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(
-            f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
-        )
+    if index.is_file():
+        files_in_index(index)
 
 
 def _files(folder: Path) -> Iterator[tuple[Any, list[str]]]:

@@ -4,7 +4,6 @@ Goes some layers at a time, so memory stays at a few GiB whatever the model's si
 complete; what a killed run left beside it is removed by the next one.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
         UserError: not an older checkpoint, or one without a native class, or `target` is not empty.
     """
     source, target = Path(source), Path(target)
-    config = read_config(source)
+    config = read_config(source, trust_remote_code=None)
     layout = layout_of(read_raw_config(source))
     if layout is None:
         raise UserError(
@@ -48,7 +47,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
     layers = count_layers(config)
     boundaries = [*range(0, layers, LAYERS_AT_A_TIME), layers]
     temporary = atomic.temporary_name(target)
-    shutil.rmtree(temporary, ignore_errors=True)
+    atomic.remove_tree(temporary, missing_ok=True)
     for span in spans_of(boundaries):
         model = load_stage(source, span, dtype=dtype)
         save_stage(model, span, temporary, dtype=dtype)

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.dropout import override_in_modules, set_dropout
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.legacy.reading import read_raw_config, read_tensors
@@ -194,7 +194,7 @@ def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: st
         unused -= {rename_source_key(name, renamings, converters)[0] for name in stored}
     if unused:
         names = sorted(unused, key=dot_natural_key)
-        print(
+        say(
             f"warning: {len(names)} tensors in {str(folder)!r} have no place in the model that config.json describes"
             f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); they are neither trained nor exported",
             file=sys.stderr,

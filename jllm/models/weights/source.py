@@ -25,6 +25,8 @@ from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.positions import learned_positions, rotary_positions
+from jllm.models.remote_code import check_no_fetched_code
+from jllm.models.weight_index import files_in_index
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -76,12 +78,15 @@ class ModelInfo:
         return min(known, default=None)
 
 
-def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: str | Path, *, trust_remote_code: bool | None = False) -> PretrainedConfig:
     """The configuration of a model folder; that of an older published layout in terms of the class it is read into.
 
+    Args:
+        trust_remote_code: whether code of the folder may be run; None: it may not, and nobody can allow it.
+
     Raises:
-        UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, or
-            quantised weights.
+        UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, an
+            implementation that would be fetched, or quantised weights.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -97,6 +102,8 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
     _check_config_plain(raw, path)
+    if not trust_remote_code:
+        check_no_fetched_code(raw, path)
     config: PretrainedConfig
     if (layout := layout_of(raw)) is not None:
         try:
@@ -108,14 +115,17 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Pretr
         check_config(config, path)
         return config
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
-        has_code = ", or --trust_remote_code to run the code in the folder" if raw.get("auto_map") else ""
+        may_be = raw.get("auto_map") and trust_remote_code is not None
+        has_code = ", or --trust_remote_code to run the code in the folder" if may_be else ""
         raise UserError(
             f"model type {model_type!r} of {path} is not one that the installed transformers knows;"
             f"{did_you_mean(model_type, CONFIG_MAPPING)} give a known type (`jllm models` lists them){has_code}"
         )
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=bool(trust_remote_code)
+            )
     except _OF_A_CONFIG as error:
         raise _unreadable(path, model_type, error) from None
     check_config(config, path)
@@ -198,18 +208,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX_NAME
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a weight index ({error}); download it again") from None
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise UserError(
-                f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
-            )
-        return [folder / name for name in names]
+        return files_in_index(index)
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if any((folder / name).is_file() for name in _PICKLED):
+        if (folder / _PICKLED[1]).is_file():
+            files_in_index(folder / _PICKLED[1])
         return []
     raise UserError(
         f"model folder {str(folder)!r} has no weights ({SINGLE_NAME} or {INDEX_NAME}); "

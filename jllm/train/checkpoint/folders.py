@@ -4,6 +4,7 @@ A checkpoint is written in a temporary folder and renamed when it is complete. A
 does not exist: it is neither listed nor found.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -74,11 +75,15 @@ def list_checkpoints(root: Path, *, marker: str = INDEX_NAME) -> list[Path]:
 def remove_incomplete(root: Path) -> None:
     """Remove what was being written, or removed, when a run died."""
     for path in root.glob(f".step-*{atomic.TEMPORARY_SUFFIX}"):
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            atomic.remove_tree(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint; killed in between, it no longer exists either."""
+    """Remove a checkpoint; killed in between, it no longer exists either. Of a link, only the link goes."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     for marker in (INDEX_NAME, MODEL_MARKER, ADAPTER_MARKER):
         (folder / marker).unlink(missing_ok=True)
     gone = temporary_folder(folder).with_name(f".{folder.name}.old{atomic.TEMPORARY_SUFFIX}")

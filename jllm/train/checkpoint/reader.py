@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from jllm import atomic
 from jllm.errors import UserError
 from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
 from jllm.train.checkpoint.format import (
@@ -72,6 +73,9 @@ class CheckpointReader:
             raise self._damage(INDEX_NAME, "is no JSON object")
         if self._index.get("format") != 1 and self._index.get(CHECKSUM) != checksum_of_index(self._index):
             raise self._damage(INDEX_NAME, "is damaged: it is not what its checksum says")
+        for name in self._named_files():
+            if problem := atomic.plain_name(name):
+                raise self._damage(INDEX_NAME, f"names a file that is none of the checkpoint's: {problem}")
         if self._index.get("format") not in READABLE_VERSIONS:
             given, known = self._index.get("format"), " and ".join(map(str, READABLE_VERSIONS))
             raise UserError(f"{folder}: checkpoint format {given!r}; this version reads {known}")
@@ -175,6 +179,15 @@ class CheckpointReader:
         self._check_tensor(stored.file, stored.key)
         flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
         return flat.as_strided(box.extent, steps)
+
+    def _named_files(self) -> set[Any]:
+        """All that the index says of where something lies; what has another shape names nothing."""
+        entries = self._index.get("tensors")
+        parts = [entry.get("parts") for entry in entries.values() if isinstance(entry, dict)] if isinstance(
+            entries, dict) else []  # fmt: skip
+        stored = [part for each in parts if isinstance(each, list) for part in each if isinstance(part, dict)]
+        files = self._index.get("files")
+        return {str(part.get("file", "")) for part in stored} | set(files if isinstance(files, dict) else ())
 
     def check_all(self) -> list[str]:
         """Read everything and compare it with its checksum: what is damaged, each on a line."""

@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jllm import children
 from jllm.data.dataset.manifest import one_template, open_data_set
 from jllm.data.dataset.shards import Int32
-from jllm.errors import EXIT_CODE, UserError
+from jllm.errors import EXIT_CODE, UserError, say
 from jllm.models.weights.source import ModelInfo
 from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_rows
 from jllm.train.checks.tokenizers import check_tokenizer
@@ -305,11 +305,12 @@ def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:
     row = DEFAULT_ROW if config.seq_len is None else config.seq_len + 1
     output = path.with_name(f"{path.name.split('.')[0]}_{config.model.resolve().name}_{row}")
     kind = ["--type", "pretrain", "--stack"] if _is_text(path) else ["--type", "ft", "--filter"]
-    command = [sys.executable, "-m", "jllm.raw2ids", "--input", str(path), "--output", str(output)]
+    command = children.python("-m", "jllm.raw2ids", "--input", str(path), "--output", str(output))
     command += ["--tokenizer", str(config.model), "--max_len", str(row), *kind]
     # The converter is a program of its own, not a rank of this run.
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
-    print(f"converting {path} to {output}", flush=True)
+    environment = children.environment(environment)
+    say(f"converting {path} to {output}", flush=True)
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

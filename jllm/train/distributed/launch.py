@@ -23,9 +23,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jllm.errors import EXIT_CODE, UserError, of_file_system, report
-from jllm.parallel import peers
-from jllm.train.distributed.start import LAUNCHER, free_port
+from jllm.errors import EXIT_CODE, UserError, of_file_system, report, say
+from jllm.parallel import meeting, peers
+from jllm.train.distributed.start import LAUNCHER, free_port, tell_mistake
 
 LAUNCHER_POLL_SECONDS = 1.0
 SIGTERM_SECONDS = 5.0
@@ -71,13 +71,22 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
+def join(
+    timeout_seconds: int,
+    *,
+    deterministic: bool = False,
+    facts: Callable[[], meeting.Facts] = dict,
+    join_timeout: float = 600,
+) -> None:
     """Join the run's process group; a single process without a launcher is a run of one.
+
+    Before that all processes meet, which takes at most `join_timeout` seconds, and compare their `facts`.
 
     With `deterministic`, kernels whose results vary from run to run are not used. On CPU none of ours vary.
 
     Raises:
-        UserError: DeepSpeed compiles a small operator for CPU runs, and there is no compiler.
+        UserError: DeepSpeed compiles a small operator for CPU runs, and there is no compiler; the processes differ, one
+            of them refuses to start, or some do not come.
     """
     _set_alone_environment()
     import deepspeed
@@ -98,6 +107,7 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
     if get_accelerator().device_name() == "cpu":
         _share_cores()
         _compile_cpu_operator()
+    _meet(facts, timeout_seconds, join_timeout)
     try:
         with quiet():
             deepspeed.init_distributed(
@@ -111,9 +121,17 @@ def join(timeout_seconds: int, *, deterministic: bool = False) -> None:
                 f"{where} is taken, probably by another run; give the launcher another port: deepspeed --master_port N"
             ) from None
         raise UserError(f"cannot reach the other processes at {where}: {error}") from None
-    peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds)
     if get_accelerator().device_name() == "cpu":
         _forget_buffer_name()
+
+
+def _meet(facts: Callable[[], meeting.Facts], timeout_seconds: int, join_timeout: float) -> None:
+    """Meet all others, and watch each other from then on."""
+    if world_size() == 1:
+        return
+    desk = peers.open_desk(timeout_seconds) if is_first() else None
+    met = meeting.attend(rank=rank(), world_size=world_size(), timeout=join_timeout, facts=facts(), offer=desk)
+    peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds, desk=met.offer, hosts=met.hosts)
 
 
 def _set_alone_environment() -> None:
@@ -202,7 +220,10 @@ def run_rank(function: Callable[[], int]) -> None:
         code = function()
     except UserError as error:
         _end_at_once_on_sigterm()
-        report(str(error), speaks=peers.may_speak())
+        if (speaks := peers.may_speak()) is None:
+            tell_mistake(str(error), report)
+        else:
+            report(str(error), speaks=speaks)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -212,16 +233,16 @@ def run_rank(function: Callable[[], int]) -> None:
         _end_at_once_on_sigterm()
         code = 1
         if _is_out_of_memory(error):
-            print(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
+            say(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
             code = EXIT_CODE
         elif isinstance(error, OSError) and (mistake := of_file_system(error)) is not None:
-            print(f"error: rank {rank()}: {mistake}", file=sys.stderr)
+            say(f"error: rank {rank()}: {mistake}", file=sys.stderr)
             code = EXIT_CODE
         elif any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
             time.sleep(LOST_RANK_SECONDS)  # the launcher, which ends the others when one has failed, is quicker
-            print(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
+            say(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
         else:
-            print(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            say(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,12 +15,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from jllm import children
 from jllm.errors import UserError
 from jllm.options import as_arguments
+from jllm.parallel import meeting
 from jllm.train.config import TrainConfig
 
 LAUNCHER = "deepspeed.launcher.launch"
@@ -41,11 +43,12 @@ def start_processes(config: TrainConfig) -> int:
     """
     world = json.dumps({"localhost": _devices(config.wanted_processes)})
     command = [
-        *(sys.executable, "-u", "-m", LAUNCHER, f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"),
+        *children.python("-u", "-m", LAUNCHER),
+        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
         *("--master_addr=127.0.0.1", f"--master_port={free_port()}", "--log_level=critical"),
         *("--module", "jllm.train_pipe", *as_arguments(config)),
     ]
-    launcher = subprocess.Popen(command, process_group=0)
+    launcher = subprocess.Popen(command, env=children.environment(), process_group=0)
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         if launcher.poll() is None:
@@ -63,6 +66,20 @@ def start_processes(config: TrainConfig) -> int:
         return 128 - code
     # The launcher ends with the negative number of a signal that ended a process, of which a byte is left.
     return 128 + 256 - code if code > LAST_ORDINARY_CODE else code
+
+
+def tell_mistake(message: str, speak: Callable[..., None]) -> None:
+    """Say a mistake that this process met before it joined the others, once on each node, and tell the other nodes.
+
+    Args:
+        message: the line.
+        speak: prints it, as `errors.report` does.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not meeting.has_several_nodes():
+        speak(message)
+        meeting.refuse(message)
+    elif not meeting.refuse(message):
+        speak(message)
 
 
 def _children(process: int) -> list[int]:

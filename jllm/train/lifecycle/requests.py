@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from jllm.errors import say
 from jllm.machine import process_seconds
 from jllm.parallel import peers
 from jllm.train.config import TrainConfig
@@ -109,7 +110,7 @@ class Requests:
         interrupted = Request.INTERRUPT in self._signals
         if launch.rank() == min(asked, default=launch.rank()):
             with contextlib.suppress(OSError, ValueError):
-                print(
+                say(
                     f"error: rank {launch.rank()} was asked to end ({'Ctrl-C' if interrupted else 'SIGTERM'}), and the"
                     f" others did not come to the end of a step within {BOUNDARY_SECONDS:.0f} s: nothing is saved",
                     file=sys.stderr,

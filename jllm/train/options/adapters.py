@@ -19,7 +19,9 @@ class AdaptersOptions:
     lora_dim: int | None = option(
         None, least=1, most=MOST_RANK, group="Adapters", help="train LoRA adapters of this rank; the model stays frozen"
     )
-    lora: Path | None = option(None, metavar="FOLDER", help="train on from this LoRA adapter, a folder of peft")
+    lora: Path | None = option(
+        None, metavar="FOLDER", may_differ=True, help="train on from this LoRA adapter, a folder of peft"
+    )
     lora_alpha: float | None = option(
         None, most=MOST_RATE, help="an adapter's output is multiplied by this over the rank [default: the rank]"
     )

@@ -17,6 +17,6 @@ class CallOptions:
     )
     json: bool = option(False, help="with --dry_run: print everything, all options too, as one JSON object")
     config: Path | None = option(
-        None, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
+        None, may_differ=True, help="TOML file of options, such as the config.toml in a run's log folder; flags win"
     )
-    local_rank: int = option(-1, least=-1, help="set by the launcher", hidden=True)
+    local_rank: int = option(-1, least=-1, may_differ=True, help="set by the launcher", hidden=True)

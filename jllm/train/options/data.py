@@ -27,6 +27,6 @@ class DataOptions:
     no_shuf: bool = option(False, help="read the rows in the order of the files in every epoch")
     seed: int = option(1234, help="seed of the data order and of --init")
     num_workers: int = option(
-        1, most=1 << 16, help="threads that read ahead on the first stage; 0 reads between the steps"
+        1, may_differ=True, most=1 << 16, help="threads that read ahead on the first stage; 0 reads between the steps"
     )
     skip_train_steps: str = option("", help='steps whose data is consumed without training on it: "3,4"')

@@ -11,7 +11,11 @@ class ModelOptions:
     """The model that is trained, and which of its parameters train."""
 
     model: Path | None = option(
-        None, "-m", group="Model", help="Hugging Face folder of the model: configuration, weights, tokenizer"
+        None,
+        "-m",
+        group="Model",
+        may_differ=True,
+        help="Hugging Face folder of the model: configuration, weights, tokenizer",
     )
     init: bool = option(False, help="start from random weights made from the model's configuration")
     trust_remote_code: bool = option(False, help="run model code that comes with the folder")

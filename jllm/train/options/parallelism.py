@@ -20,6 +20,7 @@ class ParallelismOptions:
     )
     processes: int | None = option(
         None,
+        may_differ=True,
         least=1,
         help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
     )
@@ -39,3 +40,11 @@ class ParallelismOptions:
     split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
     emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
     timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
+    join_timeout: int = option(
+        600,
+        may_differ=True,
+        least=1,
+        most=MOST_SECONDS,
+        help="seconds that processes wait at the start for those of other nodes",
+        metavar="SECONDS",
+    )

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from jllm import atomic
+
 
 class AppendedFile:
     """Appends bytes to a file.
@@ -23,7 +25,7 @@ class AppendedFile:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._descriptor = atomic.open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._waiting = bytearray()
         self._fails = False
 

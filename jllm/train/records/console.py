@@ -8,6 +8,8 @@ import datetime
 import sys
 from typing import Any
 
+from jllm.errors import printable, say
+
 
 class Display:
     """Lines, each printed at once, after the time in UTC; a table of several lines is printed as it is.
@@ -30,9 +32,9 @@ class Display:
             line = f"{time_stamp('seconds')}  {line}"
         with contextlib.suppress(OSError):
             if self._task is None:
-                print(line, flush=True)
+                say(line, flush=True)
             else:
-                self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self._progress.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, facts: str) -> None:
         """Show where the run is."""

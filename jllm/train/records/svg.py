@@ -107,7 +107,7 @@ def page(title: str, panels: Iterable[PanelLike], sections: Iterable[str] = ()) 
         panels: diagrams.
         sections: further ones, drawn already.
     """
-    title = _text(title)
+    title = escape(title)
     figures = "\n".join([*(_figure(panel) for panel in panels), *sections])
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -115,7 +115,7 @@ def page(title: str, panels: Iterable[PanelLike], sections: Iterable[str] = ()) 
     )
 
 
-def _text(text: str) -> str:
+def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
@@ -138,14 +138,14 @@ def _figure(panel: PanelLike) -> str:
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{_text(panel.x_title)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(panel.x_title)}</text>')
     names = []
     for curve in panel.curves:
         colour = COLOURS[curve.colour % len(COLOURS)]
         parts.extend(_line(curve, colour, place))
         last = f"{curve.points[-1][1]:.5g}"
         dash = ' class="dash"' if curve.dashed else ""
-        names.append(f'<li><i{dash} style="color:{colour}"></i>{_text(curve.name)} (last {last})</li>')
+        names.append(f'<li><i{dash} style="color:{colour}"></i>{escape(curve.name)} (last {last})</li>')
     for mark in panel.marks:
         if min(xs) <= mark.x <= max(xs):
             x, colour = to_x(mark.x), COLOURS[mark.colour % len(COLOURS)]
@@ -153,7 +153,7 @@ def _figure(panel: PanelLike) -> str:
                 f'<line class="event" stroke="{colour}" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}"/>'
             )
     parts.extend(_columns(panel, sorted(set(xs)), to_x, place))
-    title = _text(panel.title)
+    title = escape(panel.title)
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
     return f"<section>\n<h2>{title}</h2>\n{drawing}\n<ul>{''.join(names)}</ul>\n</section>"
 
@@ -199,21 +199,21 @@ def _columns(panel: PanelLike, xs: Sequence[float], to_x: Callable[[float], floa
     edges.append(WIDTH - RIGHT)
     for number, at in enumerate(chosen):
         low, high = at if number == 0 else chosen[number - 1], at if number + 1 == len(chosen) else chosen[number + 1]
-        lines, dots = [(_text(f"{panel.x_title} {_exact(at)}"), "")], []
+        lines, dots = [(escape(f"{panel.x_title} {_exact(at)}"), "")], []
         for curve in panel.curves:
             point = _nearest(curve.points, at)
             if not low <= point[0] <= high:
                 continue
             colour = COLOURS[curve.colour % len(COLOURS)]
             near = "" if point[0] == at else f" (at {_exact(point[0])})"
-            lines.append((_text(f"{curve.name}: {point[1]:.6g}{near}"), colour))
+            lines.append((escape(f"{curve.name}: {point[1]:.6g}{near}"), colour))
             x, y = place(*point)
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         more = len(lines) - 1 - MOST_VALUES
         if more > 0:
             lines = [*lines[: MOST_VALUES + 1], (f"and {more} more", "")]
         lines += [
-            (_text(mark.text), COLOURS[mark.colour % len(COLOURS)])
+            (escape(mark.text), COLOURS[mark.colour % len(COLOURS)])
             for mark in panel.marks
             if edges[number] <= to_x(mark.x) < edges[number + 1]
         ][:3]

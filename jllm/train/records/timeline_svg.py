@@ -1,10 +1,8 @@
 """A timeline as a section of an HTML page: inline SVG, a bar's facts where the pointer is."""
 
-import html
 from collections.abc import Iterator
 
-from jllm.errors import printable
-from jllm.train.records.svg import label, ticks
+from jllm.train.records.svg import escape, label, ticks
 from jllm.train.records.timeline import COLOURS, WAITING, Lane, Timeline
 
 WIDTH, ROW, GAP = 1280, 24, 6
@@ -38,8 +36,8 @@ def section(timeline: Timeline) -> str:
         shown = label(tick / size) + (f" {unit}" if tick == steps[-1] else "")
         axis.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">{shown}</text>')
     kinds = "".join(f'<li><i class="box" style="background:{COLOURS[kind]}"></i>{kind}</li>' for kind in COLOURS)
-    notes = "".join(f"<li>{_text(note)}</li>" for note in timeline.notes)
-    title = _text(timeline.title)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in timeline.notes)
+    title = escape(timeline.title)
     drawing = (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">{"".join(axis)}{"".join(parts)}</svg>'
     )
@@ -50,11 +48,11 @@ def section(timeline: Timeline) -> str:
 
 
 def _row(row: Lane, y: int, scale: float) -> Iterator[str]:
-    yield f'<text x="{LEFT - 8}" y="{y + ROW - 8}" text-anchor="end">{_text(row.name)}</text>'
+    yield f'<text x="{LEFT - 8}" y="{y + ROW - 8}" text-anchor="end">{escape(row.name)}</text>'
     yield f'<rect class="idle" x="{LEFT}" y="{y}" width="{WIDTH - LEFT - RIGHT}" height="{ROW}"/>'
     for bar in row.bars:
         x, width = LEFT + bar.start * scale, max((bar.end - bar.start) * scale, LEAST_WIDTH)
-        title = _text(f"{row.name}: {bar.text}")
+        title = escape(f"{row.name}: {bar.text}")
         yield (
             f'<rect class="bar" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[bar.kind]}">'
             f"<title>{title}</title></rect>"
@@ -64,7 +62,3 @@ def _row(row: Lane, y: int, scale: float) -> Iterator[str]:
                 f'<text class="number" x="{x + width / 2:.1f}" y="{y + ROW - 8}" text-anchor="middle">'
                 f"{bar.micro_batch}</text>"
             )
-
-
-def _text(text: str) -> str:
-    return html.escape(printable(text))

@@ -81,3 +81,30 @@ def test_it_reads_the_beginning(tmp_path: Path, byte_tokenizer: Path) -> None:
 def bytes_read() -> int:
     """What this process has read so far, from files and everything else."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.parametrize("count", [40, 1500])
+def test_json_has_what_is_said(tmp_path: Path, byte_tokenizer: Path, count: int) -> None:
+    """One object on standard output, of the numbers that the lines say."""
+    write_jsonl(tmp_path / "a.jsonl", documents(count))
+    words = ["-i", tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    shown = raw2ids(*words, "--dry_run").stdout
+    found = json.loads(raw2ids(*words, "--dry_run", "--json").stdout)
+    assert not (tmp_path / "out").exists()
+    assert numbers(shown, r"bad records: (\d+) of the first ([\d,]+)") == [
+        found["bad_records"]["bad"],
+        found["bad_records"]["records"],
+    ]
+    said = numbers(shown, r"([\d,]+) documents, ([\d,]+) tokens, ([\d,]+) trained in ([\d,]+) rows")
+    assert said == [found["sample"][name] for name in ("documents", "tokens", "trained", "rows")]
+    assert numbers(shown, r"the whole input: (?:about )?([\d,]+) tokens") == [found["whole_input"]["tokens"]]
+    assert found["whole_input"]["is_estimate"] == (count > 1000)
+    assert found["differs"].keys() == {"input", "output", "tokenizer", "type"}
+    assert found["options"]["max_len"]
+    assert len(found["rows"]) == min(3, found["sample"]["rows"])
+
+
+def test_json_is_of_a_dry_run(tmp_path: Path, byte_tokenizer: Path) -> None:
+    refused = raw2ids("-i", tmp_path, "-o", tmp_path / "o", "--tokenizer", byte_tokenizer, "--json", check=False)
+    assert refused.returncode == 2
+    assert "--json prints what --dry_run finds" in refused.stderr

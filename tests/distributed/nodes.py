@@ -1,0 +1,65 @@
+"""Two launchers, as on two machines, each with a command line, a model and an environment of its own."""
+
+import base64
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.launched import Run, end_group
+from tests.distributed.ranks import free_port
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How one node ended: the launcher's exit code, all its output, and the seconds from its start."""
+
+    code: int
+    output: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("error")]
+
+
+def node_command(number: int, *, port: int, devices: Sequence[int] = (1, 1), address: str = "127.0.0.1") -> list[str]:
+    """The launcher's own form for a node of several: it starts `devices[number]` ranks."""
+    nodes = {f"node-{each}": list(range(count)) for each, count in enumerate(devices)}
+    world = base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={number}"]
+    return [*command, f"--master_addr={address}", f"--master_port={port}", "--module", "jllm.train_pipe"]
+
+
+def run_nodes(
+    folder: Path,
+    *lines: Sequence[str],
+    devices: Mapping[int, Sequence[int]] | None = None,
+    environment: Mapping[int, Mapping[str, str]] | None = None,
+    timeout: float = 120,
+) -> list[Ended]:
+    """Run a command line on each node, node 0 first, and wait for all.
+
+    Args:
+        folder: that all of them start in.
+        lines: a node's options.
+        devices: what a node believes of the devices of all; one each, where it is not given.
+        environment: further variables of a node.
+        timeout: after which a node that has not ended is a failure.
+    """
+    port, runs, begun = free_port(), [], []
+    try:
+        for number, line in enumerate(lines):
+            command = node_command(number, port=port, devices=(devices or {}).get(number, [1] * len(lines)))
+            begun.append(time.monotonic())
+            runs.append(Run([*command, *line], folder, environment=(environment or {}).get(number, {})))
+        ended = []
+        for run, start in zip(runs, begun, strict=True):
+            output = run.output(timeout)
+            ended.append(Ended(code=run.returncode, output=output, seconds=time.monotonic() - start))
+        return ended
+    finally:
+        for run in runs:
+            end_group(run)

@@ -1,0 +1,1 @@
+"""Folders, files and names that somebody hostile made: none of them runs, writes, reads or shows what it should not."""
