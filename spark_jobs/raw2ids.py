@@ -69,10 +69,10 @@ if TYPE_CHECKING:
 COMMAND = "spark_jobs/raw2ids"
 LOCAL_ONLY = (
     "num", "batch_size", "max_rows", "max_tokens", "eval_fraction", "eval_output", "seed", "bad_records", "dry_run",
-    "json", "debug", "threads", "quiet", "cores",
+    "debug", "threads", "quiet", "cores",
 )  # fmt: skip
 """Options of the local command that have no meaning here; partitions take the place of splits and workers."""
-NOT_RECORDED = ("verbose", *LOCAL_ONLY)
+NOT_RECORDED = ("verbose", "json", *LOCAL_ONLY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
