@@ -43,8 +43,10 @@ def answer(config: AskConfig) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from jllm.models.remote_code import check_no_remote_code
+    from jllm.models.weights.source import weight_files
 
     check_no_remote_code(config.model)
+    weight_files(config.model, advice="download them")  # whose index names files of the folder alone
     tokenizer: Any = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, trust_remote_code=False).eval()
     if tokenizer.chat_template:

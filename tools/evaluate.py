@@ -67,10 +67,12 @@ def load(folder: Path, dtype: str) -> Any:
 
     from jllm.data.tokenizer.facts import without_notices
     from jllm.models.remote_code import check_no_remote_code
+    from jllm.models.weights.source import weight_files
 
     logging.disable_progress_bar()
     with without_notices():
         check_no_remote_code(folder)
+        weight_files(folder, advice="download them")  # whose index names files of the folder alone
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
 
 

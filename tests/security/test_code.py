@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jllm import children
+from jllm.commands.convert import main as convert
 from jllm.errors import UserError
+from jllm.models.legacy.rewriting import convert_checkpoint
 from jllm.models.remote_code import check_no_fetched_code, check_no_remote_code
 from jllm.models.weights.source import read_config
 from tests.security.hostile import configured, plant_modules, what_ran
 
 ROOT = Path(__file__).resolve().parents[2]
 FETCHED = "kernels-community/flash-attn"
+LEGACY = {"intermediate_size": 8, "num_key_value_heads": 2, "bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
 
 
 def run(folder: Path, *arguments: str, search: str = str(ROOT)) -> "subprocess.CompletedProcess[str]":
@@ -172,3 +176,12 @@ def test_no_command_advises_an_option_that_it_has_not(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "trust_remote_code" not in done.stderr
     assert json.loads((folder / "config.json").read_text())["model_type"] == "own"
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "own", "auto_map": {}}, {}, {"model_type": "internlm2", **LEGACY}])
+def test_convert_advises_options_of_its_own(tmp_path: Path, fields: dict[str, object]) -> None:
+    """Also for a folder without weights, which the trainer could start without."""
+    with pytest.raises(UserError) as caught:
+        convert_checkpoint(configured(tmp_path / "old", **fields), tmp_path / "new")
+    known = {flag for parameter in convert.params for flag in parameter.opts}
+    assert set(re.findall(r"--\w+", str(caught.value))) <= known

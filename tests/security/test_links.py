@@ -4,19 +4,26 @@ import ast
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jllm import atomic
+from jllm.commands.raw2ids import main as raw2ids
 from jllm.data.dataset.manifest import open_data_set
-from jllm.data.prepare.workplace import Workplace
+from jllm.data.prepare.bad_records import BadRecordLog
+from jllm.data.prepare.workplace import BAD_RECORDS, Workplace
 from jllm.data.shuffle.data_set import clean
 from jllm.data.shuffle.repartition import make_plan, repartition
+from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
 from jllm.train.checkpoint.folders import remove_checkpoint, remove_incomplete
+from jllm.train.config import TrainConfig
+from jllm.train.lifecycle.clean import removable_folders
 from jllm.train.records.appended_file import AppendedFile
+from tests.data.tokenizers_for_tests import make_byte_tokenizer
 from tests.fixtures import random_rows, write_rows
 from tests.security.hostile import plant_link
 
@@ -108,6 +115,36 @@ def test_repartition_of_links_leaves_whole_shards(tmp_path: Path, kind: str) -> 
     assert found.manifest.rows == 8
     assert len(found.paths) == 4
     assert all(path.is_file() for path in found.paths)
+
+
+@pytest.mark.parametrize("target", ["empty", "missing"])
+def test_a_linked_split_and_a_linked_log_are_not_written_through(tmp_path: Path, target: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    if target == "empty":
+        elsewhere.mkdir()
+    (tmp_path / "in.jsonl").write_text('{"text": "a b"}\n' * 3, encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "in-00000").symlink_to(elsewhere)
+    tokenizer = make_byte_tokenizer(tmp_path / "bytes")
+    places = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+    with pytest.raises(UserError, match="in-00000 in it is a link"):
+        raw2ids.callback(**raw2ids.make_context("raw2ids", [*places, "--type", "pretrain", "--cores", "1"]).params)
+    (tmp_path / BAD_RECORDS).symlink_to(elsewhere / "new")
+    with pytest.raises(UserError, match="is a link"):
+        BadRecordLog(tmp_path).add((0, 0), "x", [BadRecord(kind="bad JSON", line=1, detail="x")])
+    assert not elsewhere.exists() or not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "output_dir", "log_dir"])
+def test_a_run_that_starts_over_empties_no_linked_folder(tmp_path: Path, option: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "other")
+    folders: dict[str, Any] = {"output_dir": tmp_path / "output", option: tmp_path / "run"}
+    config = TrainConfig(model=tmp_path / "model", train_data=(str(tmp_path / "data"),), **folders)
+    with pytest.raises(UserError, match=r"--clean: .*/run is a link"):
+        removable_folders(config)
+    (tmp_path / "run").unlink()
+    assert tmp_path / "run" in removable_folders(config)
 
 
 def test_checkpoints_that_are_links_lose_the_link_alone(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What a manifest or an index names lies in its own folder, or is refused by name, with a reason."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from jllm.train.checkpoint.folders import INDEX_NAME
 from jllm.train.checkpoint.format import CHECKSUM, checksum_of_index
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from tests.fixtures import random_rows, write_rows
+from tests.security.hostile import configured
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OUTSIDE = ["../precious", "/etc/passwd", "a/../../precious", "..", "", ".", "a//b", "./a", "a/", "C:\\x", "a\0b"]
 
@@ -63,6 +69,21 @@ def test_a_weight_index_names_files_of_its_folder(tmp_path: Path, name: object, 
         weight_files(folder)
     with pytest.raises(UserError, match=r"is not a weight index \(.+\)"):
         files_in_index(folder / index)
+
+
+@pytest.mark.parametrize("tool", ["ask", "evaluate"])
+def test_tools_read_no_weights_outside(tmp_path: Path, tool: str) -> None:
+    folder = configured(tmp_path / "model")
+    (tmp_path / "outside.safetensors").write_bytes(b"precious")
+    index = {"weight_map": {"model.embed_tokens.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    data = write_rows(tmp_path / "set", random_rows(3))
+    more = {"ask": ["--prompt", "a"], "evaluate": ["--data", str(data)]}[tool]
+    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), "--model", str(folder), *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "'../outside.safetensors' leads out of the folder" in done.stderr
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

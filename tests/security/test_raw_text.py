@@ -14,7 +14,7 @@ from jllm.errors import UserError, printable, say
 from jllm.train.records.curves import plot
 from jllm.train.records.svg import escape
 
-PRINTERS = ("print", "sys.stdout.write", "sys.stderr.write", "click.secho")
+PRINTERS = ("print", "sys.stdout.write", "sys.stderr.write", "click.secho", "traceback.print_exc")
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x08\x08", "\x00", "\u2028", "\udc9b"]
 

@@ -40,7 +40,8 @@ class BadRecordLog:
         if not bad:
             return
         records = [{"file": name, "line": each.line, "kind": each.kind, "reason": each.detail} for each in bad]
-        with self._path.open("a", encoding="utf-8") as file:
+        descriptor = atomic.open_in_place(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps({"chunk": place, "records": records}) + "\n")
             file.flush()
             os.fsync(file.fileno())

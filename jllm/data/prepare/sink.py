@@ -29,6 +29,7 @@ from jllm.data.dataset.manifest import FileEntry, entry_of_written
 from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Documents, Packer
 from jllm.data.prepare.chunk_cache import ChunkCache, Place
+from jllm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +283,10 @@ class Sink:
 
     def _name(self, writer: ShardWriter, final: Path) -> None:
         """Move a finished file to its place, unless a run killed at this very point had put the same file there."""
+        if final.parent.is_symlink():
+            raise UserError(
+                f"-o {self.plan.folder}: {final.parent.name} in it is a link, which is not written through; remove it"
+            )
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.is_file() and sha256_of(final) == writer.statistics.sha256:
             writer.path.unlink()

@@ -8,8 +8,10 @@ Cost: a call of the JVM for each question.
 import dataclasses
 import hashlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jllm import atomic
 from jllm.data.dataset.files import FOOTER_TAIL, MAGIC
 from jllm.errors import UserError
 
@@ -59,6 +61,8 @@ class HadoopFiles:
             raise UserError(f"{path}: {reason_of(error.java_exception)}") from None
         except PySparkException as error:
             raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
         except (UnicodeError, Py4JError) as error:
             raise UserError(f"{path}: cannot be named to Spark ({type(error).__name__}); rename it") from None
 
@@ -139,6 +143,10 @@ class HadoopFiles:
             if not replace and system.exists(at):
                 return False
             beside = self._jvm.org.apache.hadoop.fs.Path(at.getParent(), f".{at.getName()}.tmp")
+            whole = str(system.makeQualified(at).toString())
+            if is_local(whole):  # Hadoop would write through a link of that name
+                system.mkdirs(at.getParent())
+                atomic.create(atomic.temporary_name(Path(local_path(whole))))
             stream = system.create(beside, True)
             stream.write(bytearray(text.encode()))
             stream.close()
@@ -210,3 +218,8 @@ def is_local(place: str) -> bool:
 def local_path(place: str) -> str:
     """The path of a local full URI."""
     return "/" + bare(place)
+
+
+def is_link(place: str) -> bool:
+    """Whether a full URI names a link of this machine."""
+    return is_local(place) and os.path.islink(local_path(place))

@@ -20,7 +20,7 @@ from typing import Any
 from jllm.data.dataset.files import file_name
 from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest
 from jllm.data.spark import claim
-from jllm.data.spark.files import HadoopFiles, is_local, joined, local_path
+from jllm.data.spark.files import HadoopFiles, is_link, is_local, joined, local_path
 from jllm.data.spark.footers import settle
 from jllm.errors import UserError
 
@@ -53,6 +53,9 @@ class JobPlace:
         Raises:
             UserError: another job works there, or it is no folder that can be written to.
         """
+        if is_link(self.work):
+            name = self.work.rpartition("/")[2]
+            raise UserError(f"-o {self.shown}: {name} in it is a link, which is not written through; remove it")
         made = self._missing()
         try:
             self.files.make_folder(self.work)
@@ -234,6 +237,8 @@ class JobPlace:
         known = [each for each in (manifest, self.pending()) if each is not None]
         if not known and not self._is_begun:
             return False
+        if is_link(self.folder):
+            raise UserError(f"-o {self.shown}: is a link, and nothing is removed through one; name the folder itself")
         # First the manifest goes, and what there is to remove is remembered: a kill does no harm.
         entries = {entry.path: entry for each in known for entry in each.files}
         if manifest is not None:

@@ -17,7 +17,7 @@ from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.loading import load_stage
 from jllm.models.weights.saving import save_stage, write_companions, write_index
-from jllm.models.weights.source import model_info, read_config
+from jllm.models.weights.source import model_info, read_config, weight_files
 
 LAYERS_AT_A_TIME = 4
 
@@ -43,6 +43,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
         )
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{str(target)!r} is not empty; give a new folder")
+    weight_files(source, advice="download them")
     dtype = dtype or model_info(source).dtype
     layers = count_layers(config)
     boundaries = [*range(0, layers, LAYERS_AT_A_TIME), layers]

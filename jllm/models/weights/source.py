@@ -200,8 +200,10 @@ def causal_class(
     )
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, or a `UserError` where weights are missing.
+def weight_files(
+    folder: str | Path, *, advice: str = "download them, or give --init to start from random weights"
+) -> list[Path]:
+    """The safetensors files of a model folder, or a `UserError` with `advice` where weights are missing.
 
     Empty for a folder whose weights are pickled (`pytorch_model.bin`): transformers reads those, whole files at a time.
     """
@@ -215,10 +217,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         if (folder / _PICKLED[1]).is_file():
             files_in_index(folder / _PICKLED[1])
         return []
-    raise UserError(
-        f"model folder {str(folder)!r} has no weights ({SINGLE_NAME} or {INDEX_NAME}); "
-        "download them, or give --init to start from random weights"
-    )
+    raise UserError(f"model folder {str(folder)!r} has no weights ({SINGLE_NAME} or {INDEX_NAME}); {advice}")
 
 
 def pickled_files(folder: str | Path) -> list[Path]:

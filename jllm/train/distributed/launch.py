@@ -243,7 +243,7 @@ def run_rank(function: Callable[[], int]) -> None:
             say(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
         else:
             say(f"rank {rank()} failed: {type(error).__name__}: {error}", file=sys.stderr)
-            traceback.print_exc()
+            say(traceback.format_exc(), end="", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: process groups and their threads may wait for peers that will never answer.

@@ -10,6 +10,7 @@ import pytest
 from jllm.data.dataset.files import footer_of
 from jllm.data.spark.files import HadoopFiles, joined
 from jllm.errors import UserError
+from tests.security.hostile import plant_link
 from tests.spark.file_systems import mounted
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,14 @@ def test_files_of_any_name(place: tuple[HadoopFiles, str], name: str) -> None:
     files.remove(path + "2")
     files.remove(path + "2")
     assert files.remove_if_empty(joined(files.qualified(top), name))
+
+
+def test_a_planted_temporary_name_is_not_written_through(spark: Any, tmp_path: Path) -> None:
+    target = plant_link(tmp_path / "out" / ".f.tmp", tmp_path / "precious")
+    files = HadoopFiles(spark)
+    assert files.write(joined(files.qualified(str(tmp_path)), "out", "f"), "ours")
+    assert (tmp_path / "out" / "f").read_text(encoding="utf-8") == "ours"
+    assert target.read_text(encoding="utf-8") == "precious"
 
 
 def test_footers(place: tuple[HadoopFiles, str], tmp_path: Path) -> None:

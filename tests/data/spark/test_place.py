@@ -101,6 +101,24 @@ def test_any_moment(
     assert changes > 5
 
 
+def test_nothing_is_removed_through_a_link(spark: Any, tmp_path: Path, written: tuple[Path, Manifest]) -> None:
+    run(HadoopFiles(spark), tmp_path / "other", written)
+    before = contents(tmp_path / "other")
+    (tmp_path / "out").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="is a link"):
+        run(HadoopFiles(spark), tmp_path / "out", written, clean=True)
+    assert contents(tmp_path / "other") == before
+    (tmp_path / "new").mkdir()
+    name = JobPlace(HadoopFiles(spark), str(tmp_path / "new"), work=".work", command="x").work.rpartition("/")[2]
+    (tmp_path / "new" / name).symlink_to(tmp_path / "other")
+    with (
+        pytest.raises(UserError, match=r"-o .*: \.work in it is a link"),
+        JobPlace(HadoopFiles(spark), str(tmp_path / "new"), work=".work", command="x").held(),
+    ):
+        pass
+    assert contents(tmp_path / "other") == before
+
+
 def test_a_mistake_leaves_nothing(spark: Any, tmp_path: Path, written: tuple[Path, Manifest]) -> None:
     place = JobPlace(HadoopFiles(spark), str(tmp_path / "deep" / "out"), work=".work", command="x")
 
