@@ -48,5 +48,15 @@ class ValueRange:
         return lower if self.most == MOST_INT else f"{lower} and {self._upper}"
 
 
+def named_number(item: str) -> tuple[str, float] | None:
+    """ "name=0.5" as the two; None where no number stands after the last equals sign, or nothing before it."""
+    name, _, text = item.rpartition("=")
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return (name, number) if name else None
+
+
 def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"

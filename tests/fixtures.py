@@ -88,3 +88,10 @@ def tiny_llama(
     )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def model_and_data(folder: Path, *, tied: bool, rows: int) -> Path:
+    """A folder with a tiny model in `model`, and rows for it in two files of `data`."""
+    tiny_llama(folder / "model", tied=tied)
+    write_rows(folder / "data", random_rows(rows), files=2)
+    return folder

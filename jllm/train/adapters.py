@@ -1,18 +1,14 @@
 """What the options say about adapters, put to work: where they go, on a stage, in costs, and in what a run leaves.
 
-Cost: importing peft, half a second, in runs with adapters alone.
+Needs peft, which `jllm.train.checks.packages` has imported where adapters are asked for.
 """
 
-import contextlib
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.errors import UserError
 from jllm.models.weights.saving import ExportedFolder
 from jllm.train.config import TrainConfig
 
@@ -69,13 +65,13 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
     """The adapters that the options ask for; None where the model itself is trained.
 
     Raises:
-        UserError: peft is not installed, or the adapters do not fit the model.
+        UserError: the adapters do not fit the model.
     """
     if not config.has_lora:
         return None
-    with _peft():
-        from jllm.models.adapters.lora_plan import LoraChoice, plan_lora, targets_of
-        from jllm.models.adapters.peft_folder import check_adapter, read_adapter_config
+    from jllm.models.adapters.lora_plan import LoraChoice, plan_lora, targets_of
+    from jllm.models.adapters.peft_folder import check_adapter, read_adapter_config
+
     if config.lora is not None:
         stored = read_adapter_config(config.lora)
         plan = targets_of(stored, origin, family)
@@ -95,16 +91,3 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
         base=str(config.model),
     )
     return Adapters(config=config, plan=plan_lora(origin, family, choice), origin=origin, family=family)
-
-
-@contextlib.contextmanager
-def _peft() -> Iterator[None]:
-    """Imports peft, which greets with what its own parts miss."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            import peft  # noqa: F401
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"--lora_dim and --lora need peft ({error}); install it with: pip install 'jllm[adapters]'"
-        ) from None

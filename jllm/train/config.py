@@ -11,6 +11,7 @@ from typing import Any
 from jllm.errors import UserError
 from jllm.machine import parse_duration
 from jllm.options import check_ranges
+from jllm.ranges import named_number
 from jllm.train.limits import MOST_WEIGHT
 from jllm.train.options.adapters import AdaptersOptions, check_adapters
 from jllm.train.options.call import CallOptions
@@ -260,13 +261,7 @@ def weighted_folders(config: TrainConfig) -> list[WeightedFolder]:
     """
     found = []
     for item in config.train_data:
-        folder, _, weight = item.rpartition("=")
-        try:
-            number = float(weight)
-        except ValueError:
-            folder, number = item, 1.0
-        if not folder:
-            folder, number = item, 1.0
+        folder, number = named_number(item) or (item, 1.0)
         if not 0 < number < math.inf:
             raise UserError(f"--train_data {item}: the weight is above 0, such as {folder}=0.5")
         if number > MOST_WEIGHT:

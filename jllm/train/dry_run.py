@@ -28,7 +28,7 @@ from jllm.models.pipeline.carving import stage_class
 from jllm.models.pipeline.partition import bubble_share
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.trainable import select_trainable
+from jllm.models.trainable import attached_parameters, select_trainable
 from jllm.models.weights.source import ModelInfo
 from jllm.options import OF_THE_CALL, describe_differences, differences
 from jllm.parallel.mesh import Mesh
@@ -60,6 +60,7 @@ from jllm.train.evaluate import open_evaluation_sets
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
+from jllm.train.optim.optimizers import parameter_groups
 from jllm.train.optim.schedules import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
@@ -306,4 +307,6 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
         family.adapters.attach(model)
     setup.attach(model, span, config)
     select_trainable(model, span, setup.chosen_parameters(config))
-    return PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), is_frozen=family.adapters is not None)
+    stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), is_frozen=family.adapters is not None)
+    parameter_groups(stage, config, attached_parameters(model, span))
+    return stage

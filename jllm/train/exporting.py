@@ -80,9 +80,7 @@ def export_run(
     """
     folder = config.output_dir
     assert folder is not None
-    if had_ended_at is not None and agreement.from_first_reader(
-        lambda: is_exported(folder, had_ended_at, marker=kind.marker)
-    ):
+    if had_ended_at is not None and agreement.from_first_reader(lambda: is_exported(folder, had_ended_at, kind)):
         recorder.say(f"{folder} is complete already: nothing is left to do")
         return
     if config.export == "best":

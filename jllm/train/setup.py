@@ -18,7 +18,7 @@ from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
-from jllm.models.trainable import ParameterChoice, Selected, attached_parameters, select_trainable
+from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_stage
 from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
@@ -223,7 +223,6 @@ class Built:
         plan: for all stages.
         checkpointing: the switch of activation checkpointing; None where it is off.
         routers: what watches the routers of a mixture of experts; None where nothing does.
-        selected: how much of this stage trains.
         attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
     """
@@ -232,7 +231,6 @@ class Built:
     plan: StagePlan
     checkpointing: Checkpointing | None
     routers: RouterBalance | None
-    selected: Selected
     attached: frozenset[str]
     adapters: Adapters | None
 
@@ -276,7 +274,7 @@ def build_stage(
         family.adapters.attach(model)
     checkpointing, routers = attach(model, span, config)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
-    selected = select_trainable(model, span, chosen_parameters(config), attached=attached)
+    select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(model, span, objective, is_frozen=family.adapters is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
@@ -285,7 +283,6 @@ def build_stage(
         plan=plan,
         checkpointing=checkpointing,
         routers=routers,
-        selected=selected,
         attached=frozenset(attached),
         adapters=family.adapters,
     )

@@ -14,7 +14,7 @@ import pytest
 from tests.distributed.launched import Run, end_group, is_launcher, rank_processes, wait_until
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import model_and_data, write_rows
 
 GONE_SECONDS = 30
 """A third of it on an idle machine; what is shown is that they end, not how busy the machine is."""
@@ -34,10 +34,7 @@ def own_lines(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launcher")
-    tiny_llama(folder / "model", tied=False)
-    write_rows(folder / "data", random_rows(20), files=2)
-    return folder
+    return model_and_data(tmp_path_factory.mktemp("launcher"), tied=False, rows=20)
 
 
 def test_mistake_is_one_line_and_exit_code_2(folder: Path) -> None:

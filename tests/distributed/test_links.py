@@ -13,17 +13,14 @@ from tests.distributed.namespaces import ADDRESSES, Namespaces, why_not
 from tests.distributed.nodes import node_command
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import model_and_data
 
 TIMEOUT = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("links")
-    tiny_llama(folder / "model", tied=False)
-    write_rows(folder / "data", random_rows(20), files=2)
-    return folder
+    return model_and_data(tmp_path_factory.mktemp("links"), tied=False, rows=20)
 
 
 @pytest.fixture

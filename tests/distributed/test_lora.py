@@ -165,6 +165,36 @@ def test_going_on_with_another_number_of_stages(ranks: Callable[[int], Ranks], f
             assert (again[name] == tensor).all(), "the same layout goes on bit by bit"
 
 
+def test_another_base_is_not_gone_on_with(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """The model is not in the checkpoint: one of the same shapes would be taken for it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    more = {"steps_per_checkpoint": 3, "log_dir": folder / "log"}
+    assert ranks(2).run(train_rank, lora_options(folder, "whole", **more)) == [None, None]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.add_(0.01)
+    model.save_pretrained(folder / "other")
+    again = {"resume_ckpt": str(folder / "whole-ckpt/step-00000003"), "checkpoint": None, "log_dir": folder / "again"}
+    for given, message in (
+        ({"model": folder / "other"}, "--model has other weights than the model that the checkpoint's adapters"),
+        ({"lora_alpha": 8.0}, "--lora_alpha was None in the checkpoint's run and is 8.0 now"),
+        ({"lora_dim": 8}, "--lora_dim was 4 in the checkpoint's run"),
+    ):
+        refused = ranks(2).run(train_rank, lora_options(folder, "again", **again, **given))
+        assert all(str(line).startswith(message) for line in refused), refused
+
+
+def test_recomputed_activations_change_nothing(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    for name, more in (("kept", {}), ("recomputed", {"checkpoint_grad_interval": 1})):
+        given = {**more, "checkpoint": None, "log_dir": folder / f"log-{name}"}
+        assert ranks(2).run(train_rank, lora_options(folder, name, **given)) == [None, None]
+    kept, recomputed = adapter_in(folder / "kept"), adapter_in(folder / "recomputed")
+    for name, value in kept.items():
+        np.testing.assert_allclose(recomputed[name], value, atol=1e-6, err_msg=name)
+
+
 def test_a_checkpoint_becomes_an_adapter(ranks: Callable[[int], Ranks], folder: Path) -> None:
     assert ranks(2).run(train_rank, lora_options(folder, "whole")) == [None, None]
     more = {"from_ckpt": folder / "whole-ckpt", "num_train_epochs": 0, "max_steps": None, "checkpoint": None}

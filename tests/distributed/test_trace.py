@@ -11,17 +11,14 @@ from jllm.train.records.timeline import timeline_of
 from jllm.train.records.trace import read_trace
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import logged_options, records, train_rank
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import model_and_data
 
 MICRO_BATCHES = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trace")
-    tiny_llama(folder / "model", tied=True)
-    write_rows(folder / "data", random_rows(48), files=2)
-    return folder
+    return model_and_data(tmp_path_factory.mktemp("trace"), tied=True, rows=48)
 
 
 def test_a_step_of_two_pipelines(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:

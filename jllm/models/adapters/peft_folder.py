@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.errors import UserError, of_file_system
+from jllm.errors import UserError
+from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields
 from jllm.models.adapters.lora import attach_lora, is_adapter
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
 from jllm.models.pipeline.carving import plain_name
@@ -28,7 +28,6 @@ from jllm.models.weights.saving import STAGE_METADATA
 from jllm.models.weights.source import bare_model
 from jllm.models.weights.tensor_file import joined_file
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the model."""
 _PART = "adapter-stage-{stage:05d}.safetensors"
@@ -74,6 +73,10 @@ class AdapterFolder:
         text = json.dumps(named | {"inference_mode": True}, indent=2, sort_keys=True, default=str)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
+    def has_weights(self, folder: Path) -> bool:
+        """Whether the adapters are there."""
+        return (folder / WEIGHTS_NAME).is_file()
+
     def complete(self, folder: Path) -> None:
         """Put the parts of all stages into one file."""
         parts = sorted(folder.glob("adapter-stage-*.safetensors"))
@@ -101,16 +104,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     Raises:
         UserError: there is none, or one of another kind, or with settings that the trainer does not have.
     """
-    path = folder / CONFIG_NAME
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise of_file_system(error) or UserError(f"--lora {folder}: {error}") from None
-    except ValueError as error:
-        raise UserError(f"--lora {folder}: {CONFIG_NAME} is no JSON: {error}; give a folder that peft wrote") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise UserError(f"--lora {folder}: an adapter of type {kind!r}; only LORA is trained on")
+    fields = read_fields(folder)
     for name, off in _UNSUPPORTED.items():
         if fields.get(name, off) not in (off, None, [], {}):
             raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which the trainer does not have")

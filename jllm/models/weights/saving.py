@@ -33,6 +33,7 @@ from jllm.models.weights.source import (
     INDEX_NAME,
     SINGLE_NAME,
     read_header,
+    weight_files,
 )
 from jllm.models.weights.tensor_file import tensor_file
 
@@ -95,6 +96,13 @@ class ModelFolder:
         """What is no tensor."""
         write_companions(model, folder, dtype=self.dtype, source=self.source, chat_template=chat_template)
 
+    def has_weights(self, folder: Path) -> bool:
+        """Whether all files of weights are there."""
+        try:
+            return bool(weight_files(folder))
+        except UserError:
+            return False
+
     def complete(self, folder: Path) -> None:
         """Name the files of all stages, and write the index over them."""
         write_index(folder)
@@ -121,6 +129,9 @@ class ExportedFolder(Protocol):
 
     def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
         """What is no tensor; the first process writes it."""
+
+    def has_weights(self, folder: Path) -> bool:
+        """Whether a folder with its marker has all that belongs to it."""
 
     def complete(self, folder: Path) -> None:
         """The last thing, when every stage's files are there."""

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.models.adapters.adapter_files import CONFIG_NAME
 from jllm.train.config import TrainConfig
 
 INDEX_NAME = "index.json"
 EVALUATION_NAME = "evaluation.json"
-MODEL_MARKER, ADAPTER_MARKER = "config.json", "adapter_config.json"
+MODEL_MARKER, ADAPTER_MARKER = "config.json", CONFIG_NAME
 """What makes a checkpoint of `--only_ckpt_model`, a Hugging Face folder, and one of `--only_ckpt_lora` complete."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")

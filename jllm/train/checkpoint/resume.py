@@ -15,10 +15,12 @@ import torch
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
+from jllm.models.adapters.adapter_files import read_fields
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.source import read_config, weight_files
+from jllm.models.weights.digest import weights_digest
+from jllm.models.weights.saving import ExportedFolder
+from jllm.models.weights.source import read_config
 from jllm.train.checkpoint.folders import (
-    ADAPTER_MARKER,
     INDEX_NAME,
     find_checkpoint,
     folder_of_step,
@@ -79,6 +81,8 @@ BINDING_OPTIONS = (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 """What a run had whose version did not know an option yet."""
 
+BASE, ADAPTER_CONFIG = "base", "adapter_config"
+"""What a run with adapters is told from another by, beside its options."""
 Z = "z"
 """The state that schedule-free optimizers average."""
 ARCHITECTURE = "architecture"
@@ -216,6 +220,13 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
             f"--train_data has changed since the checkpoint (fingerprint {saved.fingerprint[:12]} then,"
             f" {now.fingerprint[:12]} now); train on the same data, or give --force_resume"
         )
+    if saved.config.get(BASE) != now.config.get(BASE):
+        raise UserError(
+            "--model has other weights than the model that the checkpoint's adapters were trained on; give that model,"
+            " or --force_resume"
+        )
+    if saved.config.get(ADAPTER_CONFIG) != now.config.get(ADAPTER_CONFIG):
+        raise UserError("--lora was another adapter in the checkpoint's run; give that one, or --force_resume")
     for name in BINDING_OPTIONS:
         given = now.config.get(name)
         then = saved.config.get(name, _DEFAULTS.get(name))
@@ -276,7 +287,16 @@ def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int, *, rul
         TOTAL_STEPS: total_steps,
         BATCHING_RULE: rule,
         ARCHITECTURE: architecture_of(family),
+        **(_frozen_parts(config) if config.has_lora else {}),
     }
+
+
+def _frozen_parts(config: TrainConfig) -> dict[str, Any]:
+    """What a run with adapters goes on from and does not store: the model, and what `--lora` says of the adapters."""
+    assert config.model is not None
+    base = f"random weights of --seed {config.seed}" if config.init else weights_digest(config.model)
+    given = None if config.lora is None else read_fields(config.lora)
+    return {BASE: base, ADAPTER_CONFIG: given}
 
 
 def _rates_depend_on_length(config: dict[str, Any]) -> bool:
@@ -369,17 +389,12 @@ def optimizer_starts_afresh(
     return bool(missing)
 
 
-def is_exported(folder: Path, checkpoint: Path, *, marker: str) -> bool:
-    """Whether `folder` holds a complete export, of the kind that has this marker, made after `checkpoint`."""
-    config, index = folder / marker, checkpoint / INDEX_NAME
-    if not config.is_file() or config.stat().st_mtime < index.stat().st_mtime:
+def is_exported(folder: Path, checkpoint: Path, kind: ExportedFolder) -> bool:
+    """Whether `folder` holds a complete export of this kind, made after `checkpoint`."""
+    marker, index = folder / kind.marker, checkpoint / INDEX_NAME
+    if not marker.is_file() or marker.stat().st_mtime < index.stat().st_mtime:
         return False
-    if marker == ADAPTER_MARKER:
-        return True
-    try:
-        return bool(weight_files(folder))
-    except UserError:
-        return False
+    return kind.has_weights(folder)
 
 
 def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agreement) -> RunState:

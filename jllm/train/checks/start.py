@@ -11,6 +11,7 @@ from jllm.models.dropout import described, set_dropout
 from jllm.models.weights.finite import check_stored_weights
 from jllm.models.weights.source import read_config
 from jllm.train.checks.folders import check_folders
+from jllm.train.checks.packages import check_packages
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.deepspeed_settings import deepspeed_settings
 from jllm.train.shape import RunShape
@@ -20,10 +21,11 @@ def check_start(config: TrainConfig, shape: RunShape) -> list[str]:
     """Refuse what cannot be trained; what a person should know of the rest, one line each.
 
     Raises:
-        UserError: folders that cannot be written to, settings that DeepSpeed does not take, a model whose configuration
-            is wrong, or that has no dropout to replace.
+        UserError: folders that cannot be written to, packages that are not there, settings that DeepSpeed does not
+            take, a model whose configuration is wrong, or that has no dropout to replace.
     """
     check_folders(config)
+    check_packages(config)
     deepspeed_settings(config, shape)
     assert config.model is not None
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)

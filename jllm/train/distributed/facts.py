@@ -19,6 +19,7 @@ from typing import Any
 
 import jllm
 from jllm.errors import UserError
+from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields
 from jllm.models.weights.digest import files_digest, weights_digest
 from jllm.parallel.meeting import Facts, has_several_nodes
 from jllm.train.config import TrainConfig, named_folders, parse_epochs, skipped_steps, weighted_folders
@@ -76,13 +77,10 @@ def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
 
 
 def _adapter(folder: Path) -> Facts:
-    # Here: peft takes most of a second to import, and only runs with adapters need it.
-    from jllm.models.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME
-
     if not (folder / WEIGHTS_NAME).is_file():
         return {}  # which is refused, with its reason, where it is read
     return {
-        CONFIG_NAME: _read_json(folder / CONFIG_NAME),
+        CONFIG_NAME: read_fields(folder),
         "adapter (hash) of": files_digest([folder / WEIGHTS_NAME]),
     }
 

@@ -5,14 +5,13 @@ parameter's shape in pieces, tensors of a shape of their own and numbers whole.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from jllm.errors import UserError
 from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.trainable import check_matches, matches, patterns_of
@@ -83,9 +82,9 @@ def build_optimizer(stage: PipelineStage, config: TrainConfig, *, attached: Coll
     `--module_learning_rate` the modules that it names. `attached` are the names of what is attached on all stages.
 
     Raises:
-        UserError: the optimizer's package is not installed, or a pattern matches nothing.
+        UserError: a pattern matches nothing.
     """
-    groups = _groups(stage, config, attached)
+    groups = parameter_groups(stage, config, attached)
     rate, betas = config.learning_rate, (config.adam_beta1, config.adam_beta2)
     is_cuda = groups[0]["params"][0].is_cuda
     kind = config.optimizer
@@ -93,25 +92,21 @@ def build_optimizer(stage: PipelineStage, config: TrainConfig, *, attached: Coll
         return torch.optim.SGD(groups, lr=rate)
     if kind == "muon":
         return MuonWithAdamW(groups, config)
-    try:
-        if kind == "adamw_kahan":
-            from optimi import AdamW as KahanAdamW
+    # Imported where they are used: `jllm.train.checks.packages` has seen to it that they are there.
+    if kind == "adamw_kahan":
+        from optimi import AdamW as KahanAdamW
 
-            return KahanAdamW(groups, lr=rate, betas=betas, eps=config.adam_eps, triton=is_cuda, foreach=not is_cuda)  # type: ignore[no-any-return]
-        if kind == "adamw_8bit":
-            from bitsandbytes.optim.adamw import AdamW8bit
+        return KahanAdamW(groups, lr=rate, betas=betas, eps=config.adam_eps, triton=is_cuda, foreach=not is_cuda)  # type: ignore[no-any-return]
+    if kind == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
 
-            return AdamW8bit(groups, lr=rate, betas=betas, eps=config.adam_eps)  # type: ignore[no-any-return]
-        if kind == "schedule_free":
-            from schedulefree import AdamWScheduleFree
+        return AdamW8bit(groups, lr=rate, betas=betas, eps=config.adam_eps)  # type: ignore[no-any-return]
+    if kind == "schedule_free":
+        from schedulefree import AdamWScheduleFree
 
-            optimizer: Optimizer = AdamWScheduleFree(groups, lr=rate, betas=betas, eps=config.adam_eps)
-            optimizer.train()  # type: ignore[attr-defined]
-            return optimizer
-    except ImportError as error:
-        raise UserError(
-            f"--optimizer {kind} needs a package of its own ({error}); install it with: pip install 'jllm[optimizers]'"
-        ) from None
+        optimizer: Optimizer = AdamWScheduleFree(groups, lr=rate, betas=betas, eps=config.adam_eps)
+        optimizer.train()  # type: ignore[attr-defined]
+        return optimizer
     return _adamw(groups, config)
 
 
@@ -126,8 +121,14 @@ def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> AdamW:
     )
 
 
-def _groups(stage: PipelineStage, config: TrainConfig, attached: Collection[str]) -> list[dict[str, Any]]:
-    """The trainable parameters, those that are treated alike in one group; matrices first."""
+def parameter_groups(stage: PipelineStage, config: TrainConfig, attached: Collection[str]) -> list[dict[str, Any]]:
+    """The trainable parameters, those that are treated alike in one group; matrices first.
+
+    `attached` are the names of what is attached on all stages.
+
+    Raises:
+        UserError: a pattern of `--module_learning_rate` matches nothing.
+    """
     names = published_names(stage.model, stage.span)
     inside = {id(parameter) for parameter in stage.model.parameters()}
     own = {id(parameter): names[name] for name, parameter in stage.model.named_parameters()}
@@ -148,30 +149,19 @@ def _groups(stage: PipelineStage, config: TrainConfig, attached: Collection[str]
         name = own[id(parameter)] if id(parameter) in inside else ""
         factor = config.loraplus_lr_ratio if "lora_B" in name or parameter.ndim == 1 else 1.0
         factor = next((other for pattern, other in rates if matches(pattern, name)), factor)
-        kind = {
+        kind: dict[str, Any] = {
             "weight_decay": config.weight_decay if parameter.ndim >= 2 else 0.0,
             RATE_FACTOR: factor,
-            "is_matrix": parameter.ndim == 2 and id(parameter) not in ends,
         }
+        if config.optimizer == "muon":
+            kind["is_matrix"] = parameter.ndim == 2 and id(parameter) not in ends
         known = next((group for group in groups if kind.items() <= group.items()), None)
         if known is None:
             known = {"params": [], NAMES: [], **kind, "lr": config.learning_rate * factor}
             groups.append(known)
         known["params"].append(parameter)
         known[NAMES].append(name)
-    if config.optimizer != "muon":
-        groups = _joined(groups)
     return sorted(groups, key=lambda group: bool(group["params"][0].ndim < 2))
-
-
-def _joined(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups that differ in nothing but in whether they hold matrices inside the model, as one."""
-    found: dict[tuple[float, float], dict[str, Any]] = {}
-    for group in groups:
-        known = found.setdefault((group["weight_decay"], group[RATE_FACTOR]), {**group, "params": [], NAMES: []})
-        known["params"] += group["params"]
-        known[NAMES] += group[NAMES]
-    return list(found.values())
 
 
 def _ends(stage: PipelineStage) -> set[int]:

@@ -23,7 +23,10 @@ class AdaptersOptions:
         None, metavar="FOLDER", may_differ=True, help="train on from this LoRA adapter, a folder of peft"
     )
     lora_alpha: float | None = option(
-        None, most=MOST_RATE, help="an adapter's output is multiplied by this over the rank [default: the rank]"
+        None,
+        most=MOST_RATE,
+        above_least=True,
+        help="an adapter's output is multiplied by this over the rank [default: the rank]",
     )
     lora_dropout: float = option(0.0, most=1, below_most=True, help="dropout of what adapters are given")
     lora_target_modules: str = option(

@@ -4,6 +4,7 @@ import dataclasses
 
 from jllm.errors import UserError
 from jllm.options import option
+from jllm.ranges import named_number
 from jllm.train.limits import MOST_RATE, MOST_STEPS
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "rms_ratio")
@@ -62,14 +63,10 @@ def module_rates(options: OptimizerOptions) -> list[tuple[str, float]]:
     """
     found = []
     for item in options.module_learning_rate:
-        pattern, equals, text = item.rpartition("=")
-        try:
-            rate = float(text)
-        except ValueError:
-            rate = -1.0
-        if not equals or not pattern or not 0 <= rate <= MOST_RATE:
+        given = named_number(item)
+        if given is None or not 0 <= given[1] <= MOST_RATE:
             raise UserError(f"--module_learning_rate {item!r}: give a pattern and a rate, such as embed_tokens=1e-5")
-        found.append((pattern, rate))
+        found.append(given)
     return found
 
 

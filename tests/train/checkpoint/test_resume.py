@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from jllm.errors import UserError
+from jllm.models.weights.saving import ModelFolder
 from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.resume import (
     ARCHITECTURE,
@@ -87,13 +89,14 @@ def test_another_length_is_told_where_rates_depend_on_it(more: dict[str, Any], w
 
 def test_an_export_is_complete_only_after_its_checkpoint(tmp_path: Path) -> None:
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "folder"
+    kind = ModelFolder(source=folder, dtype=torch.float32)
     for path in (checkpoint, folder):
         path.mkdir()
-    assert not is_exported(folder, checkpoint, marker="config.json")
+    assert not is_exported(folder, checkpoint, kind)
     (folder / "config.json").write_text("{}")
     (checkpoint / "index.json").write_text("{}")  # newer than the export
-    assert not is_exported(folder, checkpoint, marker="config.json")
+    assert not is_exported(folder, checkpoint, kind)
     (folder / "config.json").write_text("{}")
-    assert not is_exported(folder, checkpoint, marker="config.json")  # no weights
+    assert not is_exported(folder, checkpoint, kind)  # no weights
     (folder / "model.safetensors").write_bytes(b"")
-    assert is_exported(folder, checkpoint, marker="config.json")
+    assert is_exported(folder, checkpoint, kind)

@@ -67,7 +67,7 @@ def test_the_environment_counts(model: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_adapters_count_by_what_they_hold(model: Path, tmp_path: Path) -> None:
     for name, value in (("one", 1.0), ("copy", 1.0), ("other", 2.0)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text('{"r": 2}')
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
         save_file({"model.layers.0.lora_A.weight": torch.full((2, 4), value)}, tmp_path / name / WEIGHTS_NAME)
     one, copy, other = (facts(model, lora=tmp_path / name) for name in ("one", "copy", "other"))
     assert differences(one, copy) == []

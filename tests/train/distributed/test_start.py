@@ -15,15 +15,12 @@ from jllm.errors import UserError
 from jllm.train.config import TrainConfig
 from jllm.train.distributed import start
 from tests.distributed.ranks import free_port
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import model_and_data
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    tiny_llama(folder / "model", tied=False)
-    write_rows(folder / "data", random_rows(20), files=2)
-    return folder
+    return model_and_data(tmp_path_factory.mktemp("start"), tied=False, rows=20)
 
 
 def environment() -> dict[str, str]:

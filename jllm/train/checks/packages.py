@@ -1,0 +1,38 @@
+"""The packages that only some options need: there, or refused by name.
+
+Cost: importing those that the run needs anyway.
+"""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator
+
+from jllm.errors import UserError
+from jllm.train.config import TrainConfig
+
+OF_OPTIMIZERS = {"adamw_8bit": "bitsandbytes", "adamw_kahan": "optimi", "schedule_free": "schedulefree"}
+"""`--optimizer` → what it is imported from."""
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Import what the options need. Some packages greet with what their own parts miss, which nobody sees.
+
+    Raises:
+        UserError: one is not installed, or cannot be imported.
+    """
+    for option, package, extra in _needed(config):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"{option} needs {package} ({error}); install it with: pip install 'jllm[{extra}]'"
+            ) from None
+
+
+def _needed(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
+    if config.has_lora:
+        yield "--lora" if config.lora is not None else "--lora_dim", "peft", "adapters"
+    if config.optimizer in OF_OPTIMIZERS:
+        yield f"--optimizer {config.optimizer}", OF_OPTIMIZERS[config.optimizer], "optimizers"
