@@ -62,11 +62,12 @@ def say(
 ) -> None:
     """`print` for everything that is ours to say: what it is given may hold names and texts from data.
 
-    `sep` and `end` are printed as they are; so is what is `styled`, whose texts went through `printable` before
-    they got colours.
+    `sep` and `end` are printed as they are, in one piece with the texts; so is what is `styled`, whose texts went
+    through `printable` before they got colours.
     """
     texts = map(str, values) if styled else (printable(str(value)) for value in values)
-    print(*texts, sep=sep, end=end, file=file, flush=flush)
+    # In one piece: what several processes write to one place would else come between a line and its end.
+    print(sep.join(texts) + end, end="", file=file, flush=flush)
 
 
 def of_file_system(error: OSError | RuntimeError) -> UserError | None:
@@ -112,4 +113,4 @@ def report(message: str, *, speaks: bool | None = None) -> None:
         return
     if speaks is None and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PEER_SECONDS)
-    print(f"error: {UserError(message)}", file=sys.stderr, flush=True)
+    say(f"error: {UserError(message)}", file=sys.stderr)

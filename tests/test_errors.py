@@ -1,6 +1,7 @@
 """Mistakes are one line without control codes, and so is whatever a file system refuses."""
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jllm.errors import UserError, of_file_system, printable
+from jllm.errors import UserError, of_file_system, printable, say
 
 anything = st.text(st.characters())
 
@@ -48,3 +49,16 @@ def test_what_is_no_file_system_stays_a_defect(tmp_path: Path) -> None:
     mistake = of_file_system(caught.value)
     assert mistake is not None
     assert str(tmp_path / "loop") in str(mistake)
+
+
+def test_a_line_is_written_with_its_end() -> None:
+    """Several processes may write to one terminal or file."""
+    written: list[str] = []
+
+    class Kept(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    say("a line", "of two parts", file=Kept())
+    assert [text for text in written if text] == ["a line of two parts\n"]

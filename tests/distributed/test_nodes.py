@@ -1,6 +1,9 @@
-"""Two launchers, as on two nodes: what differs between them ends both with one line before anything is trained."""
+"""Two launchers, as on two nodes: what differs between them ends both with one line before anything is trained.
+
+From JLLM_TEST_SIZE 2 on every difference, on either side; a third of them otherwise."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +16,7 @@ from tests.distributed.nodes import Ended, run_nodes
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 LINE = ("--pipe_parallel_size", "2", "--precision", "fp32", "--max_steps", "2")
+IN_FULL = int(os.environ.get("JLLM_TEST_SIZE", "1")) > 1
 JOIN_SECONDS = 45
 """A third of it on an idle machine, most of it imports."""
 
@@ -63,7 +67,7 @@ DIFFERENCES: dict[str, tuple[list[str], Mapping[str, str], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENCES)
+@pytest.mark.parametrize("what", list(DIFFERENCES)[:: 1 if IN_FULL else 3])
 def test_a_difference_is_one_line_on_both(folder: Path, what: str) -> None:
     other, environment, parts = DIFFERENCES[what]
     ended = run_nodes(folder, line(), other, environment={1: environment})
@@ -80,7 +84,7 @@ def test_the_version(folder: Path, tmp_path: Path) -> None:
     assert_one_line(ended, "jllm is 0.1.0 (code ")
 
 
-@pytest.mark.parametrize("devices", [{1: [1, 2]}, {0: [1, 2]}])
+@pytest.mark.parametrize("devices", [{1: [1, 2]}, {0: [1, 2]}][: 2 if IN_FULL else 1])
 def test_the_number_of_devices(folder: Path, devices: Mapping[int, Sequence[int]]) -> None:
     """One node believes that the other has another number of them; nobody waits for ranks that never come."""
     more = ["--pipe_parallel_size", "1"]
@@ -88,8 +92,12 @@ def test_the_number_of_devices(folder: Path, devices: Mapping[int, Sequence[int]
     assert_one_line(ended, "the number of processes is")
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("mistake", [["--unknown"], ["--model", "nowhere"]])
+@pytest.mark.parametrize(
+    ("mistake", "number"),
+    [(["--unknown"], 0), (["--model", "nowhere"], 1), (["--unknown"], 1), (["--model", "nowhere"], 0)][
+        : 4 if IN_FULL else 2
+    ],
+)
 def test_a_mistake_on_one_side(folder: Path, mistake: list[str], number: int) -> None:
     lines = [line(), line()]
     lines[number] += mistake
@@ -107,7 +115,7 @@ def test_what_means_the_same_is_no_difference(folder: Path) -> None:
     assert [node.code for node in ended] == [0, 0], [node.output for node in ended]
 
 
-@pytest.mark.parametrize("waits", [0, 1])
+@pytest.mark.parametrize("waits", [0, 1][: 2 if IN_FULL else 1])
 def test_a_node_that_never_comes(folder: Path, waits: int) -> None:
     from tests.distributed.launched import Run, end_group
     from tests.distributed.nodes import node_command

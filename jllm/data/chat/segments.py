@@ -149,6 +149,9 @@ class SegmentBuilder:
             elif everything:
                 continue
             elif found == START:
+                if ending >= 0:  # another message in the same turn: what stands between the two is of neither
+                    close_span(ending)
+                    since, ending = -1, -1
                 since = self._answer_start(segments, "".join(texts), length) if since < 0 else since
             elif found == OPEN:
                 since = length if since < 0 else since

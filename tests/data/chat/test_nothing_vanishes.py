@@ -19,7 +19,7 @@ from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
 from tests.data.chats import AGENT, PLAIN, THINKING, Chat
 from tests.data.tokenizers_for_tests import asset_tokenizer
 
-EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
+EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system", "developer": "developer"}
 YES = [("train", True), ("weight", 1.0), ("loss_weight", 1), ("masked", False), ("loss", "true"), ("trainable", 1)]
 ASKS = [("train", True), ("loss", "true"), ("trainable", 1)]  # also for what is no answer
@@ -155,6 +155,15 @@ def check(
 
 
 DEVELOPER = [Said("developer", "w1q"), Said("user", "w2q"), Said("assistant", "w3q")]
+TOOLS = [
+    Said(role="user", text="w6q"),
+    Said(role="user", text="w1q"),
+    Said(role="user", text="w2q"),
+    Said(role="tool", text="w3q", flag=("train", True)),
+    Said(role="tool", text="w4q"),
+    Said(role="tool", text="w5q", flag=("train", True)),
+    Said(role="assistant", text="w7q"),
+]
 FLAGGED = [Said("user", "w1q"), Said("assistant", "w2q", flag=("train", False)), Said("user", "w3q"),
            Said("assistant", "w4q")]  # fmt: skip
 
@@ -202,6 +211,7 @@ def chats(facts: TokenizerFacts, engine: CheckedEngine) -> Chats:
     everything=st.booleans(),
     join=st.sampled_from(["\n\n", ""]),
 )
+@example(conversation=TOOLS, form="messages", kind="jsonl", aside=False, beside=None, everything=False, join="\n\n")
 @example(conversation=DEVELOPER, form="messages", kind="jsonl", aside=False, beside=None, everything=False, join="")
 @example(conversation=FLAGGED, form="sharegpt", kind="parquet", aside=False, beside="system", everything=True, join="")
 def test_what_went_in_comes_out_or_is_named(
