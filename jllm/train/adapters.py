@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from jllm.errors import UserError
+from jllm.models.trainable import grouped, is_inside
+from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.saving import ExportedFolder
 from jllm.train.config import TrainConfig
 
@@ -61,8 +64,15 @@ class Adapters:
         return lines + [f"without an adapter: {line}" for line in self.plan.left_out]
 
 
-def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[PreTrainedModel]) -> Adapters | None:
+def find_adapters(
+    config: TrainConfig,
+    origin: PretrainedConfig,
+    family: type[PreTrainedModel],
+    quantisation: QuantisationPlan | None = None,
+) -> Adapters | None:
     """The adapters that the options ask for; None where the model itself is trained.
+
+    `quantisation` is what of the model is held in 4 or 8 bits.
 
     Raises:
         UserError: the adapters do not fit the model.
@@ -76,6 +86,7 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
         stored = read_adapter_config(config.lora)
         plan = targets_of(stored, origin, family)
         check_adapter(config.lora, plan, origin=origin, family=family)
+        _check_quantised(plan, quantisation, option=f"--lora {config.lora}")
         return Adapters(config=config, plan=plan, origin=origin, family=family)
     assert config.lora_dim is not None
     choice = LoraChoice(
@@ -90,4 +101,24 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
         saved=config.modules_to_save,
         base=str(config.model),
     )
-    return Adapters(config=config, plan=plan_lora(origin, family, choice), origin=origin, family=family)
+    plan = plan_lora(origin, family, choice)
+    _check_quantised(plan, quantisation, option="--lora_target_modules")
+    return Adapters(config=config, plan=plan, origin=origin, family=family)
+
+
+def _check_quantised(plan: "LoraPlan", quantisation: QuantisationPlan | None, *, option: str) -> None:
+    """Raises:
+    UserError: packed experts in 4 bits that would get an adapter, or what would be trained whole in few bits.
+    """
+    if quantisation is None:
+        return
+    if quantised := quantisation.experts.intersection(plan.parameters):
+        raise UserError(
+            f"{option} names packed experts ({grouped(quantised)}), which have no adapter in 4 bits; leave them out, or"
+            " give --skip_quant experts"
+        )
+    if trained := {name for name in quantisation.modules if is_inside(name, plan.saved)}:
+        raise UserError(
+            f"--modules_to_save: {grouped(trained)} is in {quantisation.quantisation}, and cannot be trained whole;"
+            " leave it out, or name it in --skip_quant too"
+        )

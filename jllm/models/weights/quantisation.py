@@ -1,8 +1,8 @@
 """Which weights of a model are held in 4 or 8 bits, decided on the whole model before any stage is there.
 
-The names of bitsandbytes, as transformers writes them to `config.json`. Linear maps of the decoder layers are
-quantised, and packed experts (one tensor for all experts of a layer) in 4 bits; head, embedding and routers are not, nor
-what the family keeps in fp32. Of a folder that is quantised already, the rule of transformers decides, which wrote it.
+Linear maps of the decoder layers are quantised, and packed experts (one tensor for all experts of a layer) in 4 bits;
+head, embedding and routers are not, nor what the family keeps in fp32. Of a folder that is quantised already, the rule
+of transformers decides, which wrote it.
 
 Guarantees: every stage decides alike. Needs no bitsandbytes.
 Cost: the model without memory, once; some milliseconds for each layer.
@@ -118,7 +118,7 @@ def plan_quantisation(
     """
     model = bare_model(config, family, dtype=torch.float32)
     maps = {name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
-    kept = model._keep_in_fp32_modules or []
+    kept = list(model._keep_in_fp32_modules or ())
     if quantisation.is_stored:
         said = bitsandbytes_of(folder) or {}
         skipped = said.get("llm_int8_skip_modules")

@@ -5,22 +5,23 @@ bitsandbytes makes of whole tensors, byte for byte, on the same kind of device.
 
 Guarantees: the modules and parameters of the plan are quantised, or loading ends with a mistake in one line; weights
 and scales are finite; nothing that is kept is a mapped file.
-Cost: the stage's own bytes, and beside them on CPU little (`jllm.models.weights.quantising`), on a GPU a tensor as it is
-stored. Freed memory, and pages of the files, are given back after each tensor.
+Cost: the stage's own bytes, and beside them on CPU little (`jllm.models.weights.quantising`), on a GPU a tensor as it
+is stored. Freed memory, and pages of the files, are given back after each tensor.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -43,7 +44,7 @@ class StageQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, plan: QuantisationPlan, compute_dtype: torch.dtype) -> None:
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]
         self.plan, self.compute_dtype = plan, compute_dtype
 
 
@@ -57,6 +58,7 @@ class StageQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **keywords: Any) -> None:
         self.plan: QuantisationPlan = quantization_config.plan
+        self._compute_dtype: torch.dtype = quantization_config.compute_dtype
         super().__init__(quantization_config, **keywords | {"pre_quantized": self.plan.quantisation.is_stored})
         self._extremes: list[tuple[str, Tensor]] = []
         self._misfits: list[tuple[str, list[int], list[int]]] = []
@@ -90,6 +92,8 @@ class StageQuantizer(HfQuantizer):
         return {"deserialize": _Restore}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        # In 8 bits every product would say that its inputs are rounded to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         for name in self.plan.modules:
             # A stage has stand-ins for what it does not own.
             if (replaced := _submodule(model, name)) is not None:
@@ -106,15 +110,13 @@ class StageQuantizer(HfQuantizer):
         made: Any
         with torch.device("meta"):
             if how.bits == 8:
-                made = bnb.nn.Linear8bitLt(
-                    inputs, outputs, has_bias, has_fp16_weights=False, threshold=self.plan.threshold
-                )
+                made = Linear8bitLt(inputs, outputs, has_bias, has_fp16_weights=False, threshold=self.plan.threshold)
             else:
-                made = bnb.nn.Linear4bit(
+                made = Linear4bit(
                     inputs,
                     outputs,
                     has_bias,
-                    self.quantization_config.compute_dtype,
+                    self._compute_dtype,
                     compress_statistics=how.double,
                     quant_type=how.kind,
                 )
@@ -132,13 +134,13 @@ class StageQuantizer(HfQuantizer):
         for name in self.plan.experts:
             parent, _, leaf = name.rpartition(".")
             module = _submodule(model, parent, any_kind=True)
-            packed = getattr(module, leaf, None)
+            packed: Any = getattr(module, leaf, None)
             if module is not None and (state := getattr(packed, "quant_state", None)) is not None:
                 replace_parameter_4bit_prequantized(module, leaf, state.as_dict(packed=True), packed.device)
-        setattr(model, f"is_loaded_in_{self.plan.quantisation.bits}bit", True)
+        setattr(model, f"is_loaded_in_{self.plan.quantisation.bits}bit", True)  # which peft asks for
         return model
 
-    def quantised(self, model: PreTrainedModel, name: str, value: Tensor) -> nn.Parameter | Tensor:
+    def quantised(self, model: PreTrainedModel, name: str, value: Tensor) -> Any:
         """A whole tensor in the model's layout → the parameter that takes its place."""
         if name not in self.plan.parameters:
             return value
@@ -152,13 +154,13 @@ class StageQuantizer(HfQuantizer):
         give_back(value)
         return found
 
-    def _in_8bit(self, name: str, value: Tensor) -> nn.Parameter:
+    def _in_8bit(self, name: str, value: Tensor) -> Any:
         found = quantise_8bit(value)
         # bitsandbytes quantises what it has first made fp16 of, where large weights are infinite.
         self._extremes.append((f"{name} in fp16", torch.stack(torch.aminmax(found.SCB))))
         return found
 
-    def _in_4bit(self, module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    def _in_4bit(self, module: nn.Module, name: str, value: Tensor) -> Any:
         how = self.plan.quantisation
         packed, state = quantise_4bit(value, how)
         if name in self.plan.experts:
@@ -167,7 +169,7 @@ class StageQuantizer(HfQuantizer):
             return held
         return params_4bit(module, packed, state)
 
-    def restored(self, model: PreTrainedModel, name: str, stored: dict[str, Any]) -> nn.Parameter | Tensor:
+    def restored(self, model: PreTrainedModel, name: str, stored: dict[str, Any]) -> Any:
         """The tensors that a folder has of a quantised weight → the parameter.
 
         Raises:
@@ -217,9 +219,8 @@ class StageQuantizer(HfQuantizer):
         check_finite(self._extremes, folder)
         for name in sorted(self.plan.modules):
             module: Any = _submodule(model, name, any_kind=True)
-            if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-                if not is_quantised(module.weight):
-                    raise UserError(self._unquantised(f"{name}.weight", folder))
+            if isinstance(module, (Linear4bit, Linear8bitLt)) and not is_quantised(module.weight):
+                raise UserError(self._unquantised(f"{name}.weight", folder))
         for name in sorted(self.plan.experts):
             parent, _, leaf = name.rpartition(".")
             module = _submodule(model, parent, any_kind=True)
@@ -241,7 +242,7 @@ class _Quantise(ConversionOps):
     def __init__(self, quantizer: StageQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Any]:  # type: ignore[override]
         found: dict[str, Any] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
@@ -256,7 +257,7 @@ class _Restore(ConversionOps):
     def __init__(self, hf_quantizer: StageQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **_: Any
     ) -> dict[str, Any]:
         assert full_layer_name is not None

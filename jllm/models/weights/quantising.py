@@ -1,7 +1,7 @@
 """Tensors to 4 and 8 bits: what bitsandbytes makes of whole ones, with little memory beside.
 
 On CPU some rows at a time, because bitsandbytes' own code there holds a tensor several times over in fp32; the scales
-of all rows are then quantised together. On a device with memory of its own, whose kernels need none beside, all at once.
+of all rows are then quantised together. On a device with memory of its own, whose kernels need no more, all at once.
 
 Guarantees: the bytes and scales of `bitsandbytes.functional` on the same kind of device.
 Cost: on CPU `ELEMENTS` weights in fp32 a few times, beside the result.
@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def quantise_8bit(value: Tensor) -> Any:
 def params_4bit(module: Any, packed: Tensor, state: QuantState) -> Any:
     """The weight of a `Linear4bit`, which is told how to read it."""
     module.quant_state = state
-    return bnb.nn.Params4bit(
+    return Params4bit(
         packed,
         requires_grad=False,
         quant_state=state,
@@ -83,16 +83,16 @@ def params_4bit(module: Any, packed: Tensor, state: QuantState) -> Any:
 
 def params_8bit(numbers: Tensor, scales: Tensor) -> Any:
     """The weight of a `Linear8bitLt`."""
-    held = bnb.nn.Int8Params(numbers, requires_grad=False, has_fp16_weights=False, SCB=scales)
+    held = Int8Params(numbers, requires_grad=False, has_fp16_weights=False, SCB=scales)
     held.CB = held.data
     return held
 
 
 def is_quantised(parameter: Any) -> bool:
     """Whether a parameter of a bitsandbytes module holds a quantised weight, and how to read it."""
-    if isinstance(parameter, bnb.nn.Params4bit):
+    if isinstance(parameter, Params4bit):
         return parameter.quant_state is not None
-    return isinstance(parameter, bnb.nn.Int8Params) and parameter.SCB is not None
+    return isinstance(parameter, Int8Params) and parameter.SCB is not None
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -104,9 +104,10 @@ def held_bytes(model: nn.Module) -> int:
             state = module.quant_state
         if isinstance(state, QuantState):
             total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            total += scales.nbytes
+        elif isinstance(module, Linear8bitLt):
+            weight: Any = module.weight
+            scales = weight.SCB if weight.SCB is not None else module.state.SCB
+            total += scales.nbytes if scales is not None else 0
     return total
 
 
