@@ -75,7 +75,7 @@ def test_a_quantised_folder_is_taken_as_it_is(stored: Path) -> None:
         with pytest.raises(UserError, match=f"^{given}: .* is quantised already, in 4 bits .nf4") as refused:
             chosen_quantisation(config(model=stored, **more))
         assert f"drop {given.split()[0]}," in str(refused.value)
-    with pytest.raises(UserError, match="^--init makes random weights, and .* has its own in 4 bits"):
+    with pytest.raises(UserError, match=r"^--init makes random weights, and .* has its own in 4 bits"):
         chosen_quantisation(config(model=stored, lora_dim=4, init=True))
 
 

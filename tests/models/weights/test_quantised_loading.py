@@ -211,7 +211,7 @@ def test_half_a_byte_for_a_parameter(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
     ids = torch.randint(0, 512, (2, 64))
     expected = plain(ids).logits
-    for name, bytes_, lost in (("8 bits", 1.0, 0.03), ("nf4", 0.5, 0.15)):
+    for name, bytes_, lost in (("8 bits", 1.0, 0.03), ("nf4", 0.5, 0.25)):
         [model] = stages(tmp_path, FORMATS[name])
         assert float((model.eval()(ids).logits - expected).norm() / expected.norm()) < lost
         assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
