@@ -118,6 +118,7 @@ def test_equals_peft_on_a_quantised_model(ranks: Callable[[int], Ranks], tmp_pat
         quantise_experts(adapted, quantised)
     more = steps_options(tmp_path, optimizer, processes=world_size, stages=pipe) | {"model": model}
     options = options_of(tmp_path, more, **({} if is_stored else quantised))
+    options["checkpoint_grad_interval"] = int("experts" in case)
     found = ranks(world_size).run(train_and_look, options)
     assert [refused for refused, _, _ in found] == [None] * world_size
     assert all(before == after != "" for _, before, after in found)
