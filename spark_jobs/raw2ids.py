@@ -370,7 +370,7 @@ class SparkPreparation:
         facts = self.spark.sparkContext.broadcast(self.facts)
         if chat:
             chat = {**chat, "plan": dataclasses.replace(chat["plan"], short_cut=attempt.short_cut)}
-        columns = recipes.packer_of(config, self.facts, (0,) if config.sequence_prefix else ()).columns
+        packer = recipes.packer_of(config, self.facts, (0,) if config.sequence_prefix else ())
         encoded = None
         for group, sources in zip(groups, given, strict=True):
             job = EncodingJob(
@@ -382,7 +382,7 @@ class SparkPreparation:
                 findings=findings,
                 errors=errors,
             )
-            rows = group.frame.mapInArrow(job, schema_of(columns))
+            rows = group.frame.mapInArrow(job, schema_of(packer.columns, packer.further))
             encoded = rows if encoded is None else encoded.union(rows)
         assert encoded is not None
         with as_mistakes(self.where, f"-o {self.place.shown}"), errors.raised():
