@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jllm.data.dataset.columns import CONTROL_CLASS
+from jllm.data.dataset.further import FurtherColumns
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import document_hashes
@@ -100,6 +102,11 @@ class ClassEncoder:
         documents, given = encoded.documents, self.classes[chunk.source]
         classes = random_classes(documents) if given is RANDOM else np.full(len(documents), given, dtype=np.int8)
         return dataclasses.replace(encoded, documents=dataclasses.replace(documents, classes=classes))
+
+
+def columns_of(given: Sequence[str]) -> FurtherColumns:
+    """What the rows of a run have beside the columns of the contract."""
+    return FurtherColumns(carried=(CONTROL_CLASS,) if given else ())
 
 
 def with_classes(given: Sequence[str], sources: Sequence[Source], encoder: ChunkEncoder) -> ChunkEncoder:

@@ -19,14 +19,12 @@ from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
-from jllm.data.dataset.columns import CONTROL_CLASS
-from jllm.data.dataset.further import FurtherColumns
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.control_classes import classes_of, with_classes
+from jllm.data.prepare.control_classes import classes_of, columns_of, with_classes
 from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
@@ -347,7 +345,7 @@ class _Preparation:
                 for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
-            further=FurtherColumns(carried=(CONTROL_CLASS,)) if self.config.control_class else FurtherColumns(),
+            further=columns_of(self.config.control_class),
             chat_template=plan.template if plan is not None else None,
             extra=extra,
         )
