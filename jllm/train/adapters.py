@@ -16,7 +16,8 @@ from jllm.models.adapters.adapter_folder import AdapterFolder
 from jllm.models.adapters.control import attach_control
 from jllm.models.adapters.control_folder import control_folder
 from jllm.models.pipeline.structure import whole_structure
-from jllm.models.trainable import parse_layers
+from jllm.models.trainable import grouped, is_inside, parse_layers
+from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.source import bare_model
 from jllm.train.config import TrainConfig
 
@@ -120,15 +121,22 @@ class ControlOfRun:
         return [f"control adapters of rank {self.rank} on {len(self.layers)} layers of a frozen model"]
 
 
-def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[PreTrainedModel]) -> Adapters | None:
+def find_adapters(
+    config: TrainConfig,
+    origin: PretrainedConfig,
+    family: type[PreTrainedModel],
+    quantisation: QuantisationPlan | None = None,
+) -> Adapters | None:
     """The adapters that the options ask for; None where the model itself is trained.
+
+    `quantisation` is what of the model is held in 4 or 8 bits.
 
     Raises:
         UserError: the adapters do not fit the model.
     """
     if config.has_control:
         return _find_control(config, origin, family)
-    return _find_lora(config, origin, family) if config.has_lora else None
+    return _find_lora(config, origin, family, quantisation) if config.has_lora else None
 
 
 def _find_control(config: TrainConfig, origin: PretrainedConfig, family: type[PreTrainedModel]) -> ControlOfRun:
@@ -146,7 +154,12 @@ def _find_control(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
     return ControlOfRun(config=config, rank=rank, prefix=structure.layers, layers=frozenset(layers), width=width)
 
 
-def _find_lora(config: TrainConfig, origin: PretrainedConfig, family: type[PreTrainedModel]) -> LoraOfRun:
+def _find_lora(
+    config: TrainConfig,
+    origin: PretrainedConfig,
+    family: type[PreTrainedModel],
+    quantisation: QuantisationPlan | None,
+) -> LoraOfRun:
     from jllm.models.adapters.lora_plan import LoraChoice, plan_lora, targets_of
     from jllm.models.adapters.peft_folder import check_adapter, read_adapter_config
 
@@ -154,6 +167,7 @@ def _find_lora(config: TrainConfig, origin: PretrainedConfig, family: type[PreTr
         stored = read_adapter_config(config.lora)
         plan = targets_of(stored, origin, family)
         check_adapter(config.lora, plan, origin=origin, family=family)
+        _check_quantised(plan, quantisation, option=f"--lora {config.lora}")
         return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
     assert config.lora_dim is not None
     choice = LoraChoice(
@@ -168,4 +182,24 @@ def _find_lora(config: TrainConfig, origin: PretrainedConfig, family: type[PreTr
         saved=config.modules_to_save,
         base=str(config.model),
     )
-    return LoraOfRun(config=config, plan=plan_lora(origin, family, choice), origin=origin, family=family)
+    plan = plan_lora(origin, family, choice)
+    _check_quantised(plan, quantisation, option="--lora_target_modules")
+    return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
+
+
+def _check_quantised(plan: "LoraPlan", quantisation: QuantisationPlan | None, *, option: str) -> None:
+    """Raises:
+    UserError: packed experts in 4 bits that would get an adapter, or what would be trained whole in few bits.
+    """
+    if quantisation is None:
+        return
+    if quantised := quantisation.experts.intersection(plan.parameters):
+        raise UserError(
+            f"{option} names packed experts ({grouped(quantised)}), which have no adapter in 4 bits; leave them out, or"
+            " give --skip_quant experts"
+        )
+    if trained := {name for name in quantisation.modules if is_inside(name, plan.saved)}:
+        raise UserError(
+            f"--modules_to_save: {grouped(trained)} is in {quantisation.quantisation}, and cannot be trained whole;"
+            " leave it out, or name it in --skip_quant too"
+        )

@@ -23,6 +23,7 @@ from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
 from jllm.train.options.parallelism import ParallelismOptions
+from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.steps import StepsOptions
 from jllm.train.records.sinks.names import services_of
@@ -40,6 +41,7 @@ class TrainConfig(
     ObjectiveOptions,
     StepsOptions,
     ParallelismOptions,
+    QuantisationOptions,
     AdaptersOptions,
     ModelOptions,
     DataOptions,
@@ -54,6 +56,7 @@ class TrainConfig(
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
         check_adapters(self)
+        check_quantisation(self)
         check_objective(self)
         check_optimizer(self)
         _check_adapters_in_run(self)
@@ -172,6 +175,11 @@ class TrainConfig(
         return self.lora_dtype or ("fp16" if self.precision == "fp16" else "fp32")
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether a run reads the weights of `--model`: a checkpoint of adapters has none of them."""
+        return not self.init and (self.from_ckpt is None or self.has_adapters)
+
+    @property
     def resolved_log_dir(self) -> Path | None:
         """`--log_dir`, or `log` inside `--checkpoint` or `--output_dir`, or None where there is no place."""
         if self.log_dir is not None:
@@ -189,6 +197,13 @@ def _check_adapters_in_run(config: TrainConfig) -> None:
     """Raises:
     UserError: options that say nothing of a frozen model, or types that do not go together.
     """
+    if config.load_in is not None and not config.has_adapters:
+        raise UserError(
+            f"--{config.load_in}: a quantised model is not trained itself, adapters beside it are; give --lora_dim,"
+            " --lora or --control_adapter_rank too, or drop it"
+        )
+    if config.load_in is not None and config.init:
+        raise UserError(f"--{config.load_in} quantises the weights of --model, and --init has none; drop one")
     if not config.has_adapters:
         return
     for name in ("target_modules", "layers_to_transform"):
