@@ -76,4 +76,5 @@ def described(record: dict[str, Any] | None) -> str:
     if record is None:
         return "not quantised"
     without = f", without {record['skip_quant']}" if record["skip_quant"] else ""
-    return f"in {record['how']}{without}"
+    stored = ", as its folder has it," if record["is_stored"] else ""
+    return f"in {record['how']}{without}{stored}"

@@ -118,21 +118,20 @@ def test_equals_peft_on_a_quantised_model(ranks: Callable[[int], Ranks], tmp_pat
         quantise_experts(adapted, quantised)
     more = steps_options(tmp_path, optimizer, processes=world_size, stages=pipe) | {"model": model}
     options = options_of(tmp_path, more, **({} if is_stored else quantised))
+    options["checkpoint_grad_interval"] = int("experts" in case)
     found = ranks(world_size).run(train_and_look, options)
     assert [refused for refused, _, _ in found] == [None] * world_size
     assert all(before == after != "" for _, before, after in found)
     losses, _ = train_model(adapted, batches_in_order(data, steps=STEPS, global_batch=8, seed=7), options=more)
     own = [record["loss"] for record in records(tmp_path / "out/log")]
-    print(case, np.abs(np.array(own) / losses - 1).max())
-    np.testing.assert_allclose(own, losses, rtol=1e-5)
+    np.testing.assert_allclose(own, losses, rtol=2e-6)
     adapted.save_pretrained(tmp_path / "expected")
     expected, left = adapter_in(tmp_path / "expected"), adapter_in(tmp_path / "out")
     assert expected.keys() == left.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(
-            tensor, expected[name], atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            tensor, expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
-    print(case, max(float((tensor - expected[name]).abs().max()) for name, tensor in left.items()))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **loading)
     if "experts" in case:
         quantise_experts(base, quantised)
@@ -163,15 +162,11 @@ def test_going_on(ranks: Callable[[int], Ranks], folder: Path) -> None:
     assert ranks(2).run(train_rank, lora_options(folder, "again", **again)) == [None, None]
     whole = adapter_in(folder / "whole")
     assert all((tensor == whole[name]).all() for name, tensor in adapter_in(folder / "again").items())
-    how = "in 4 bits (nf4, scales quantised too)"
-    for other, now in (
-        ({"load_in_4bit": False}, "not quantised now"),
-        ({"load_in_4bit": False, "load_in_8bit": True}, "in 8 bits now"),
-        ({"skip_quant": "down_proj"}, f"{how}, without down_proj now"),
-    ):
-        refused = ranks(2).run(train_rank, lora_options(folder, "again", **again | other))
-        message = f"the model was {how} in the checkpoint's run and is {now}; give"
-        assert all(str(line).startswith(message) for line in refused), refused
+    refused = ranks(2).run(train_rank, lora_options(folder, "again", **again | {"load_in_4bit": False}))
+    message = (
+        "the model was in 4 bits (nf4, scales quantised too) in the checkpoint's run and is not quantised now; give"
+    )
+    assert all(str(line).startswith(message) for line in refused), refused
 
 
 def test_adapters_of_a_checkpoint_beside_the_model(ranks: Callable[[int], Ranks], folder: Path) -> None:

@@ -71,6 +71,9 @@ class StageQuantizer(HfQuantizer):
         eight = ["weight", "SCB", "weight_format"]
         self.serialized_names = {"weight": four if self.plan.quantisation.bits == 4 else eight}
 
+    def __deepcopy__(self, memo: Any) -> "StageQuantizer":
+        return self  # transformers copies what it calls for each weight, and this one keeps account of them all
+
     @property
     def quantized_element_size(self) -> float:
         return self.plan.quantisation.bytes_of_a_parameter
