@@ -7,7 +7,7 @@ reads one.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,16 +98,21 @@ def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path, *, user: str = "the trainer", allowed: Collection[str] = ()) -> LoraConfig:
     """The configuration of an adapter.
 
+    Args:
+        folder: of it.
+        user: who reads it, for messages.
+        allowed: settings that this user has, though the trainer has not.
+
     Raises:
-        UserError: there is none, or one of another kind, or with settings that the trainer does not have.
+        UserError: there is none, or one of another kind, or with settings that the user does not have.
     """
     fields = read_fields(folder)
     for name, off in _UNSUPPORTED.items():
-        if fields.get(name, off) not in (off, None, [], {}):
-            raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which the trainer does not have")
+        if name not in allowed and fields.get(name, off) not in (off, None, [], {}):
+            raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which {user} does not have")
     known = LoraConfig.__dataclass_fields__
     try:
         return LoraConfig(**{name: value for name, value in fields.items() if name in known and name != "peft_type"})
@@ -120,13 +125,10 @@ def load_adapter(
 ) -> None:
     """Take the values of an adapter that has been checked into a stage that has its layers.
 
-    Names of older layouts (an expert each) are brought into the present one by peft, on the whole model.
-
     Raises:
         UserError: values that are not finite, or a copy of the base's own weights that differs from the base.
     """
-    whole = bare_model(origin, family, dtype=torch.float32)
-    tensors = convert_peft_adapter_state_dict_for_transformers(whole, config, _read(folder), ADAPTER)
+    tensors = read_tensors_of(folder, config, bare_model(origin, family, dtype=torch.float32))
     with torch.no_grad():
         for name, parameter in _attached(model).items():
             if not torch.isfinite(tensors[name]).all():
@@ -144,16 +146,21 @@ def load_adapter(
 
 
 def check_adapter(folder: Path, plan: LoraPlan, *, origin: PretrainedConfig, family: type[PreTrainedModel]) -> None:
-    """See to it that an adapter has the tensors of its plan, and no others.
+    """See to it that an adapter has the tensors of its plan, and no others but biases where its configuration says so.
 
     Raises:
         UserError: one is missing, has another shape, or has no place in the model.
     """
     whole = bare_model(origin, family, dtype=torch.float32)
-    stored = convert_peft_adapter_state_dict_for_transformers(whole, plan.config, _read(folder), ADAPTER)
+    stored = read_tensors_of(folder, plan.config, whole)
     with_layers = bare_model(origin, family, dtype=torch.float32)
     attach_lora(with_layers, plan, seed=0, dtype=torch.float32)
     needed = {name: list(tensor.shape) for name, tensor in adapter_tensors(with_layers).items()}
+    if plan.config.bias != "none":
+        biases = {
+            PREFIX + name: list(value.shape) for name, value in whole.named_parameters() if name.endswith(".bias")
+        }
+        needed |= {name: biases[base] for name in stored if (base := name_in_base(name)) in biases}
     # Beside an adapter on the embedding or the head peft stores the base's own tensor.
     for name in sorted(needed.keys() | {name for name in stored if not _is_of_base(name)}):
         shape = list(stored[name].shape) if name in stored else None
@@ -164,6 +171,19 @@ def check_adapter(folder: Path, plan: LoraPlan, *, origin: PretrainedConfig, fam
                 f"--lora {folder}: {name} is {'missing' if shape is None else shape}, --model needs {needed[name]};"
                 " give an adapter of this model"
             )
+
+
+def read_tensors_of(folder: Path, config: LoraConfig, whole: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by the names that peft stores them under now.
+
+    Names of older layouts (an expert each) are brought into the present one by peft, on the whole model without memory.
+    """
+    return convert_peft_adapter_state_dict_for_transformers(whole, config, _read(folder), ADAPTER)
+
+
+def name_in_base(name: str) -> str:
+    """The name of what an adapter stores of the base itself, a bias or a matrix, without what is put around it."""
+    return name.replace(".base_layer.", ".")
 
 
 def _is_of_base(name: str) -> bool:

@@ -41,7 +41,11 @@ TEMPLATE_NAME, TEMPLATES_NAME = "chat_template.jinja", "additional_chat_template
 SHARD_BYTES = 4 * 2**30
 STAGE_METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a file of weights."""
-_STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
+
+
+def stage_file_name(stage: int, part: int) -> str:
+    """What a file of weights is called until `write_index` knows how many there are; they stay in this order."""
+    return f"model-stage-{stage:05d}-{part:05d}.safetensors"
 
 
 def stage_files(
@@ -66,8 +70,7 @@ def stage_files(
     is_alibi = isinstance(model, AlibiLlamaForCausalLM)
     published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
     for part, names in enumerate(_parts(published, shard_bytes)):
-        file_name = _STAGE_FILE.format(stage=span.index, part=part)
-        yield file_name, {name: _as_stored(published[name], dtype) for name in names}
+        yield stage_file_name(span.index, part), {name: _as_stored(published[name], dtype) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,13 +208,8 @@ def write_companions(
     is_alibi = isinstance(model.config, AlibiLlamaConfig)
     is_converted = source is not None and layout_of(read_raw_config(Path(source))) is not None and not is_alibi
     if source is not None:
-        for path in sorted(Path(source).iterdir()):
-            # An older checkpoint that became a native one needs none of the code it came with.
-            is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
-            if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
-                shutil.copyfile(path, folder / path.name)
-        if (named := Path(source) / TEMPLATES_NAME).is_dir():
-            shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
+        # An older checkpoint that became a native one needs none of the code it came with.
+        copy_companions(source, folder, without=("modeling_", "configuration_") if is_converted else ())
     if chat_template is not None and not (source is not None and has_template(Path(source))):
         (folder / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     if isinstance(model.config, AlibiLlamaConfig):
@@ -225,6 +223,22 @@ def write_companions(
     config.save_pretrained(folder)
     if model.generation_config is not None and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
+
+
+def copy_companions(source: str | Path, folder: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy the small files of a model folder, and its named chat templates, but config.json and weights.
+
+    Args:
+        source: the model folder.
+        folder: that is there.
+        without: files whose names begin so.
+    """
+    for path in sorted(Path(source).iterdir()):
+        is_left_out = path.name == "config.json" or path.name.startswith(without) or _is_weight_file(path.name)
+        if path.is_file() and not is_left_out:
+            shutil.copyfile(path, folder / path.name)
+    if (named := Path(source) / TEMPLATES_NAME).is_dir():
+        shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
 
 
 def has_template(source: Path) -> bool:

@@ -3,12 +3,9 @@
 Cost: importing those that the run needs anyway.
 """
 
-import contextlib
-import importlib
-import io
 from collections.abc import Iterator
 
-from jllm.errors import UserError
+from jllm.machine import require_package
 from jllm.train.config import TrainConfig
 
 OF_OPTIMIZERS = {"adamw_8bit": "bitsandbytes", "adamw_kahan": "optimi", "schedule_free": "schedulefree"}
@@ -16,19 +13,13 @@ OF_OPTIMIZERS = {"adamw_8bit": "bitsandbytes", "adamw_kahan": "optimi", "schedul
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Import what the options need. Some packages greet with what their own parts miss, which nobody sees.
+    """Import what the options need.
 
     Raises:
         UserError: one is not installed, or cannot be imported.
     """
     for option, package, extra in _needed(config):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"{option} needs {package} ({error}); install it with: pip install 'jllm[{extra}]'"
-            ) from None
+        require_package(package, option, extra)
 
 
 def _needed(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
