@@ -16,6 +16,7 @@ COMMANDS = {
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
     "merge": ("jllm.commands.merge:main", "add a LoRA adapter to the weights of its model"),
+    "cat2hf": ("jllm.commands.cat2hf:main", "a checkpoint of the trainer as one Hugging Face folder"),
     "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
     "train": (
         "jllm.commands.train_pipe:main",

@@ -3,8 +3,9 @@
 Needs peft, which `jllm.train.checks.packages` has imported where adapters are asked for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,7 +14,7 @@ from jllm.models.weights.saving import ExportedFolder
 from jllm.train.config import TrainConfig
 
 if TYPE_CHECKING:  # peft is not there in every installation
-    from jllm.models.adapters.lora_plan import LoraPlan
+    from jllm.models.adapters.lora_plan import LoraChoice, LoraPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -69,7 +70,7 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
     """
     if not config.has_lora:
         return None
-    from jllm.models.adapters.lora_plan import LoraChoice, plan_lora, targets_of
+    from jllm.models.adapters.lora_plan import plan_lora, targets_of
     from jllm.models.adapters.peft_folder import check_adapter, read_adapter_config
 
     if config.lora is not None:
@@ -77,17 +78,24 @@ def find_adapters(config: TrainConfig, origin: PretrainedConfig, family: type[Pr
         plan = targets_of(stored, origin, family)
         check_adapter(config.lora, plan, origin=origin, family=family)
         return Adapters(config=config, plan=plan, origin=origin, family=family)
-    assert config.lora_dim is not None
-    choice = LoraChoice(
-        rank=config.lora_dim,
-        alpha=config.lora_alpha if config.lora_alpha is not None else config.lora_dim,
-        dropout=config.lora_dropout,
-        targets=config.lora_target_modules,
-        layers=config.lora_layers,
-        init=config.lora_init,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        saved=config.modules_to_save,
-        base=str(config.model),
-    )
+    choice = chosen_adapters(vars(config))
     return Adapters(config=config, plan=plan_lora(origin, family, choice), origin=origin, family=family)
+
+
+def chosen_adapters(options: Mapping[str, Any]) -> "LoraChoice":
+    """What options say of new adapters: those of a run, or those that a checkpoint keeps of its run."""
+    from jllm.models.adapters.lora_plan import LoraChoice
+
+    rank, alpha = options["lora_dim"], options["lora_alpha"]
+    return LoraChoice(
+        rank=rank,
+        alpha=rank if alpha is None else alpha,
+        dropout=options["lora_dropout"],
+        targets=options["lora_target_modules"],
+        layers=options["lora_layers"],
+        init=options["lora_init"],
+        use_rslora=options["use_rslora"],
+        use_dora=options["use_dora"],
+        saved=options["modules_to_save"],
+        base=str(options["model"]),
+    )

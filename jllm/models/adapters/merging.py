@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
 
 from jllm.errors import UserError
 from jllm.models.adapters.low_rank import AdapterChanges, LowRank, read_changes
 from jllm.models.weights.dequantised import plain_configuration, plain_tensors
 from jllm.models.weights.rewritten import config_of, places_of, raw_config, set_everywhere, written_folder
+from jllm.models.weights.saving import conversion_groups, published_tensors
 from jllm.models.weights.source import bare_model, causal_class
 from jllm.models.weights.streamed_file import (
     TORCH_TYPES,
@@ -117,11 +116,7 @@ class _Merger:
         self.untied: tuple[str, ...] = ()
         self._tied = dict(model.all_tied_weights_keys)
         self._stored_as = {place: name for name, (place, _) in self._places.items()}
-        reverse = [entry.reverse_transform() for entry in get_model_conversion_mapping(model, add_legacy=False)[::-1]]
-        self._converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
-        self._groups: dict[str, list[str]] = {}
-        for name in model.state_dict():
-            self._groups.setdefault(apply_converters(name, self._converters)[0], []).append(name)
+        self._groups = {name: tuple(group) for group in conversion_groups(model).values() for name in group}
         self._pieces = functools.lru_cache(maxsize=2)(self._converted)
 
     def streamed(self, tensor: StoredTensor) -> Iterator[StreamedTensor]:
@@ -171,7 +166,7 @@ class _Merger:
 
     def _of_group(self, tensor: StoredTensor, place: str) -> StreamedTensor:
         """One that the model has in another layout, together with others."""
-        group = next(group for group in self._groups.values() if place in group)
+        group = self._groups[place]
         touched = [name for name in group if self._touches(name)]
         if not touched:
             return passed_on(tensor)
@@ -179,7 +174,7 @@ class _Merger:
             change = self._changes.low_rank.get(name)
             if change is None or change.magnitude is not None:
                 raise UserError(f"{name} is published in another layout ({tensor.name}), where only sums can be merged")
-        shapes = self._piece_shapes(tuple(group))
+        shapes = self._piece_shapes(group)
         if shapes.get(tensor.name) != tensor.shape:
             # Something of the same place that the conversion has no part for, such as a bias of its own.
             raise UserError(f"{tensor.name}: the change of {touched[0]} has no part of the shape {list(tensor.shape)}")
@@ -187,13 +182,13 @@ class _Merger:
         self.changed.add(tensor.name)
 
         def rows(start: int, stop: int) -> Tensor:
-            return tensor.rows(start, stop).float() + self._pieces(tuple(group))[tensor.name][start:stop]
+            return tensor.rows(start, stop).float() + self._pieces(group)[tensor.name][start:stop]
 
         return computed(tensor.name, _type_of(tensor), tensor.shape, rows)
 
     def _piece_shapes(self, group: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         known = self._model.state_dict()
-        found = revert_weight_conversion(self._model, {name: known[name] for name in group})
+        found = published_tensors(self._model, {name: known[name] for name in group})
         return {self._published(name): tuple(piece.shape) for name, piece in found.items()}
 
     def _converted(self, group: tuple[str, ...]) -> dict[str, Tensor]:
@@ -204,7 +199,7 @@ class _Merger:
             change = self._changes.low_rank.get(name)
             shape = known[name].shape
             changes[name] = torch.zeros(shape) if change is None else self._scale * change.rows(0, shape[0])
-        found = revert_weight_conversion(self._model, changes)
+        found = published_tensors(self._model, changes)
         return {self._published(name): piece for name, piece in found.items()}
 
     def _published(self, name: str) -> str:

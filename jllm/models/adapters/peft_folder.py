@@ -7,9 +7,10 @@ reads one.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -90,12 +91,18 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in _attached(model).items()}
 
 
-def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    return {
-        PREFIX + plain_name(name).replace(".modules_to_save.", "."): parameter
+def stored_parameters(model: PreTrainedModel) -> list[tuple[str, str, torch.nn.Parameter]]:
+    """What is attached to a stage: the name in peft's file, that in checkpoints, and the parameter."""
+    attached = [
+        (plain_name(name), parameter)
         for name, parameter in model.named_parameters()
         if is_adapter(name) or ".modules_to_save." in name
-    }
+    ]
+    return [(PREFIX + name.replace(".modules_to_save.", "."), name, parameter) for name, parameter in attached]
+
+
+def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    return {published: parameter for published, _, parameter in stored_parameters(model)}
 
 
 def read_adapter_config(folder: Path, *, user: str = "the trainer", allowed: Collection[str] = ()) -> LoraConfig:
@@ -109,7 +116,13 @@ def read_adapter_config(folder: Path, *, user: str = "the trainer", allowed: Col
     Raises:
         UserError: there is none, or one of another kind, or with settings that the user does not have.
     """
-    fields = read_fields(folder)
+    return adapter_config(read_fields(folder), folder, user=user, allowed=allowed)
+
+
+def adapter_config(
+    fields: Mapping[str, Any], folder: Path, *, user: str = "the trainer", allowed: Collection[str] = ()
+) -> LoraConfig:
+    """The same of what the file in `folder` says, or said."""
     for name, off in _UNSUPPORTED.items():
         if name not in allowed and fields.get(name, off) not in (off, None, [], {}):
             raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which {user} does not have")

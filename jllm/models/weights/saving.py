@@ -9,6 +9,7 @@ not.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,8 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    revert_weight_conversion,
-)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
 
 from jllm import atomic
 from jllm.errors import UserError
@@ -63,14 +63,33 @@ def stage_files(
     the last stage is left out: the published file has the embedding only.
     """
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    for duplicate, _ in structure_of(model).tied:
-        tensors.pop(duplicate, None)
-    for ignored in model._keys_to_ignore_on_save or ():
-        tensors.pop(ignored, None)
-    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
-    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
-    for part, names in enumerate(_parts(published, shard_bytes)):
+    for left_out in (*(duplicate for duplicate, _ in structure_of(model).tied), *(model._keys_to_ignore_on_save or ())):
+        tensors.pop(left_out, None)
+    published = published_tensors(model, tensors)
+    for part, names in enumerate(parts_of(published, shard_bytes)):
         yield stage_file_name(span.index, part), {name: _as_stored(published[name], dtype) for name in names}
+
+
+def published_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model, by its own names, as its family publishes them: names, and what is packed or split."""
+    if isinstance(model, AlibiLlamaForCausalLM):
+        return to_published(tensors)
+    published: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return published
+
+
+def conversion_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The model's tensors in groups, by some name of each: what `published_tensors` needs together, and no more."""
+    reverse = [entry.reverse_transform() for entry in get_model_conversion_mapping(model, add_legacy=False)[::-1]]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        if isinstance(model, AlibiLlamaForCausalLM):
+            group = re.sub(r"\.[qkv]_proj\.", ".W_pack.", name)
+        else:
+            group, _ = apply_converters(name, converters)
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +271,7 @@ def has_template(source: Path) -> bool:
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
-def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+def parts_of(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
     """Names in order, in groups of at most `shard_bytes` (a larger tensor is a group of its own)."""
     group: list[str] = []
     size = 0

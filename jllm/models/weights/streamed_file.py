@@ -148,6 +148,14 @@ def computed(
     return StreamedTensor(name=name, dtype=DTYPE_NAMES[dtype], shape=shape, nbytes=nbytes, blocks=blocks)
 
 
+def made_whole(name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> StreamedTensor:
+    """A tensor that is made in one piece, in its type, when its turn comes."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return StreamedTensor(
+        name=name, dtype=DTYPE_NAMES[dtype], shape=shape, nbytes=nbytes, blocks=lambda: iter([tensor_bytes(make())])
+    )
+
+
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
     """Ranges along the first axis, each of at most `BLOCK_BYTES`, or one entry."""
     step = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))

@@ -60,6 +60,11 @@ class AdaptersOptions:
         return self.lora_dim is not None or self.lora is not None
 
 
+def precision_of_adapters(lora_dtype: str | None, precision: str) -> str:
+    """`--lora_dtype`, or what the precision of the model allows."""
+    return lora_dtype or ("fp16" if precision == "fp16" else "fp32")
+
+
 def check_adapters(options: AdaptersOptions) -> None:
     """Raises:
     UserError: options of adapters without adapters, or such as exclude each other.
