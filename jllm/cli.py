@@ -17,6 +17,10 @@ COMMANDS = {
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
     "merge": ("jllm.commands.merge:main", "add a LoRA adapter to the weights of its model"),
     "cat2hf": ("jllm.commands.cat2hf:main", "a checkpoint of the trainer as one Hugging Face folder"),
+    "extend_tokenizer": (
+        "jllm.commands.extend_tokenizer:main",
+        "add tokens to a tokenizer, and rows for them to its model",
+    ),
     "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
     "train": (
         "jllm.commands.train_pipe:main",

@@ -113,7 +113,7 @@ def test_the_command_and_what_it_refuses(ranks: Callable[[int], Ranks], tmp_path
         to_folder(tmp_path / "ckpt", tmp_path / "no")
     [damaged] = (tmp_path / "ckpt").glob("step-*/rank-00001.safetensors")
     content = bytearray(damaged.read_bytes())
-    content[-3] ^= 1
+    content[len(content) // 3 :: 50] = b"\x55" * len(content[len(content) // 3 :: 50])
     damaged.write_bytes(content)
     refused = cat2hf("-C", "ckpt", "-H", "no", "-m", "moved")
     assert refused.returncode == 2
