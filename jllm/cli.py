@@ -15,6 +15,7 @@ COMMANDS = {
     "plot": ("jllm.commands.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
+    "adapter": ("jllm.commands.adapter:main", "what an adapter does to each module; adapters for llama.cpp"),
     "merge": ("jllm.commands.merge:main", "add a LoRA adapter to the weights of its model"),
     "cat2hf": ("jllm.commands.cat2hf:main", "a checkpoint of the trainer as one Hugging Face folder"),
     "extend_tokenizer": (

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields
+from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields, read_weights
 from jllm.models.adapters.lora import attach_lora, is_adapter
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
 from jllm.models.pipeline.carving import plain_name
@@ -191,7 +189,7 @@ def read_tensors_of(folder: Path, config: LoraConfig, whole: PreTrainedModel) ->
 
     Names of older layouts (an expert each) are brought into the present one by peft, on the whole model without memory.
     """
-    return convert_peft_adapter_state_dict_for_transformers(whole, config, _read(folder), ADAPTER)
+    return convert_peft_adapter_state_dict_for_transformers(whole, config, read_weights(folder), ADAPTER)
 
 
 def name_in_base(name: str) -> str:
@@ -201,13 +199,3 @@ def name_in_base(name: str) -> str:
 
 def _is_of_base(name: str) -> bool:
     return ".base_layer." in name and not is_adapter(name)
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"--lora {folder}: there is no {WEIGHTS_NAME}; give a folder that peft wrote as safetensors")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"--lora {folder}: {WEIGHTS_NAME} cannot be read ({error}); copy it again") from None

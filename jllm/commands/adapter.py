@@ -1,0 +1,56 @@
+"""`jllm adapter`: what an adapter does, and adapters for other programs."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from jllm.errors import UserError, say
+from jllm.options import Group, command, option
+
+COMMANDS = {
+    "info": ("jllm.commands.adapter:info", "norms, effective rank and orthogonality of each module: a table, a page"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterInfoConfig:
+    """Options of `adapter info`."""
+
+    folder: Path = option(dataclasses.MISSING, help="peft folder of an adapter", positional=True)
+    output: Path | None = option(None, "-o", help="write a page with pictures to this .html file too")
+    json: bool = option(False, help="print the figures as JSON")
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "adapter_config.json").is_file():
+            missing = "has no adapter_config.json" if self.folder.is_dir() else "does not exist"
+            raise UserError(f"{self.folder}: {missing}; give a folder that peft or the trainer wrote")
+        if self.output is not None and self.output.suffix.lower() != ".html":
+            raise UserError(f'--output {self.output}: its name must end in ".html"')
+
+
+@command(AdapterInfoConfig, name="info")
+def info(config: AdapterInfoConfig) -> None:
+    """Show what the adapter in FOLDER does to each module: the Frobenius and the spectral norm of the change, its
+    effective rank, how parallel the rows of A and the columns of B are (0: orthogonal), and its share of the whole.
+    The model is not needed."""
+    import json
+
+    from jllm import atomic
+    from jllm.models.adapters.analysis import analyse
+    from jllm.train.records.adapter_page import adapter_page, as_json, table
+
+    facts = analyse(config.folder)
+    if config.output is not None:
+        atomic.write_text(config.output, adapter_page(str(config.folder), facts))
+    if config.json:
+        say(json.dumps(as_json(facts)))
+        return
+    say(*table(facts), sep="\n")
+    if config.output is not None:
+        say(f"wrote {config.output}")
+
+
+@click.group(cls=Group, lazy=COMMANDS, help="What an adapter does, and adapters for other programs.")
+def main() -> None:
+    pass
