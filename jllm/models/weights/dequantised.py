@@ -26,8 +26,10 @@ STATE = ".quant_state.bitsandbytes__"
 SETTINGS = "quantization_config"
 
 
-def plain_configuration(raw: dict[str, Any], folder: Path) -> tuple[bool, dict[str, Any]]:
+def plain_configuration(raw: dict[str, Any], folder: Path, *, with_weights: bool = True) -> tuple[bool, dict[str, Any]]:
     """Whether a model is in 4 or 8 bits of bitsandbytes, and its configuration as that of a plain one.
+
+    `with_weights` also looks at the files of one whose configuration says nothing.
 
     Raises:
         UserError: it is quantised in another way.
@@ -36,7 +38,7 @@ def plain_configuration(raw: dict[str, Any], folder: Path) -> tuple[bool, dict[s
     if isinstance(settings, dict) and "bitsandbytes" in str(settings.get("quant_method")):
         plain = {name: value for name, value in raw.items() if name not in (SETTINGS, "torch_dtype")}
         return True, {**plain, "dtype": "bfloat16"}
-    if SETTINGS not in raw:  # else the configuration itself is refused where it is read
+    if with_weights and SETTINGS not in raw:  # else the configuration itself is refused where it is read
         check_plain_weights(folder)
     return False, raw
 
