@@ -5,7 +5,7 @@ the weight. Where llama.cpp keeps the rows of q and k in another order (Llama an
 a rotation beside each other, not half a head apart), B's rows are put into it too. There is one alpha for the whole
 file; ranks and scalings that differ are put into B.
 
-Guarantees: the families below were compared with peft in llama.cpp itself (`tests/models/adapters/test_gguf_export.py`),
+Guarantees: each family below was compared with peft in llama.cpp itself (tests/models/adapters/test_gguf_export.py);
 others are refused by name, and so is what llama.cpp has no place for. The file is there completely or not at all.
 Cost: the adapter in host memory; the model's configuration, no weight of it.
 """

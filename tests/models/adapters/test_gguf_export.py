@@ -15,8 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install .[adapters]")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install .[adapters]")
 
+import gguf
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
