@@ -5,7 +5,7 @@ LoRA needs peft, which `jllm.train.checks.packages` has imported where it is ask
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from jllm.models.weights.source import bare_model
 from jllm.train.config import TrainConfig
 
 if TYPE_CHECKING:  # peft is not there in every installation
-    from jllm.models.adapters.lora_plan import LoraPlan
+    from jllm.models.adapters.lora_plan import LoraChoice, LoraPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Tell = Callable[[Mapping[str, Tensor]], None]
@@ -160,7 +160,7 @@ def _find_lora(
     family: type[PreTrainedModel],
     quantisation: QuantisationPlan | None,
 ) -> LoraOfRun:
-    from jllm.models.adapters.lora_plan import LoraChoice, plan_lora, targets_of
+    from jllm.models.adapters.lora_plan import plan_lora, targets_of
     from jllm.models.adapters.peft_folder import check_adapter, read_adapter_config
 
     if config.lora is not None:
@@ -169,19 +169,7 @@ def _find_lora(
         check_adapter(config.lora, plan, origin=origin, family=family)
         _check_quantised(plan, quantisation, option=f"--lora {config.lora}")
         return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
-    assert config.lora_dim is not None
-    choice = LoraChoice(
-        rank=config.lora_dim,
-        alpha=config.lora_alpha if config.lora_alpha is not None else config.lora_dim,
-        dropout=config.lora_dropout,
-        targets=config.lora_target_modules,
-        layers=config.lora_layers,
-        init=config.lora_init,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        saved=config.modules_to_save,
-        base=str(config.model),
-    )
+    choice = chosen_adapters(vars(config))
     plan = plan_lora(origin, family, choice)
     _check_quantised(plan, quantisation, option="--lora_target_modules")
     return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
@@ -203,3 +191,22 @@ def _check_quantised(plan: "LoraPlan", quantisation: QuantisationPlan | None, *,
             f"--modules_to_save: {grouped(trained)} is in {quantisation.quantisation}, and cannot be trained whole;"
             " leave it out, or name it in --skip_quant too"
         )
+
+
+def chosen_adapters(options: Mapping[str, Any]) -> "LoraChoice":
+    """What options say of new adapters: those of a run, or those that a checkpoint keeps of its run."""
+    from jllm.models.adapters.lora_plan import LoraChoice
+
+    rank, alpha = options["lora_dim"], options["lora_alpha"]
+    return LoraChoice(
+        rank=rank,
+        alpha=rank if alpha is None else alpha,
+        dropout=options["lora_dropout"],
+        targets=options["lora_target_modules"],
+        layers=options["lora_layers"],
+        init=options["lora_init"],
+        use_rslora=options["use_rslora"],
+        use_dora=options["use_dora"],
+        saved=options["modules_to_save"],
+        base=str(options["model"]),
+    )

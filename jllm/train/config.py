@@ -13,7 +13,7 @@ from jllm.machine import parse_duration
 from jllm.options import check_ranges
 from jllm.ranges import named_number
 from jllm.train.limits import MOST_WEIGHT
-from jllm.train.options.adapters import AdaptersOptions, check_adapters
+from jllm.train.options.adapters import AdaptersOptions, check_adapters, precision_of_adapters
 from jllm.train.options.call import CallOptions
 from jllm.train.options.checkpoints import CheckpointsOptions
 from jllm.train.options.data import DataOptions
@@ -172,7 +172,7 @@ class TrainConfig(
     @property
     def adapter_precision(self) -> str:
         """`--lora_dtype`, or what the precision of the model allows."""
-        return self.lora_dtype or ("fp16" if self.precision == "fp16" else "fp32")
+        return precision_of_adapters(self.lora_dtype, self.precision)
 
     @property
     def reads_weights(self) -> bool:

@@ -106,6 +106,11 @@ _OF_ANY = ("lora_dtype", "only_ckpt_lora")
 """Options of both kinds of adapters."""
 
 
+def precision_of_adapters(lora_dtype: str | None, precision: str) -> str:
+    """`--lora_dtype`, or what the precision of the model allows."""
+    return lora_dtype or ("fp16" if precision == "fp16" else "fp32")
+
+
 def check_adapters(options: AdaptersOptions) -> None:
     """Raises:
     UserError: options of adapters without adapters, or such as exclude each other.
