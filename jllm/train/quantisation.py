@@ -17,7 +17,7 @@ def read_model_config(config: TrainConfig) -> PretrainedConfig:
         UserError: as `jllm.models.weights.source.read_config`.
     """
     assert config.model is not None
-    return read_config(config.model, trust_remote_code=config.trust_remote_code, quantised=config.has_lora)
+    return read_config(config.model, trust_remote_code=config.trust_remote_code, quantised=config.has_adapters)
 
 
 def chosen_quantisation(config: TrainConfig) -> Quantisation | None:
@@ -27,7 +27,7 @@ def chosen_quantisation(config: TrainConfig) -> Quantisation | None:
         UserError: the folder is quantised already, in another way than the options ask for, or not read at all.
     """
     assert config.model is not None
-    stored = stored_quantisation(config.model) if config.has_lora else None
+    stored = stored_quantisation(config.model) if config.has_adapters else None
     if stored is not None and config.init:
         raise UserError(
             f"--init makes random weights, and {config.model} has its own in {stored}; drop it, or give the folder of"

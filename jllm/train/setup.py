@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
+from jllm.models.embedding_noise import attach_noise
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
@@ -26,6 +27,7 @@ from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
 from jllm.train.config import TrainConfig
+from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
@@ -51,7 +53,7 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
         config.model,
         trust_remote_code=config.trust_remote_code,
         with_weights=config.reads_weights,
-        quantised=config.has_lora,
+        quantised=config.has_adapters,
     )
 
 
@@ -286,12 +288,13 @@ def build_stage(
             dropout=config.dropout,
             quantisation=family.quantisation,
         )
-    if family.adapters is not None:
-        family.adapters.attach(model)
+    tell = family.adapters.attach(model) if family.adapters is not None else None
     checkpointing, routers = attach(model, span, config)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
-    stage = PipelineStage(model, span, objective, is_frozen=family.adapters is not None)
+    stage = PipelineStage(
+        model, span, objective, read=planes_of(config), is_frozen=family.adapters is not None, tell=tell
+    )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
@@ -307,7 +310,7 @@ def build_stage(
 def attach(
     model: PreTrainedModel, span: StageSpan, config: TrainConfig
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
-    """Give a loaded stage what the options ask of its model: recomputation, balanced routers.
+    """Give a loaded stage what the options ask of its model: recomputation, noise, balanced routers.
 
     Which parameters train is decided after that, over all that is there then.
 
@@ -323,6 +326,8 @@ def attach(
             attention_only=config.checkpoint_grad_attention,
             offload=config.checkpoint_grad_offload,
         )
+    if config.neftune_alpha is not None:
+        attach_noise(model, span, config.neftune_alpha)
     routers = None
     if config.router_aux_loss_coef is not None:
         routers = attach_router_balance(model, span, config.router_aux_loss_coef)
@@ -335,7 +340,7 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,
-        attached_only=config.has_lora,
+        attached_only=config.has_adapters,
     )
 
 

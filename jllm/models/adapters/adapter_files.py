@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from jllm.errors import UserError, of_file_system
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -26,3 +30,18 @@ def read_fields(folder: Path) -> dict[str, Any]:
         kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
         raise UserError(f"--lora {folder}: an adapter of type {kind!r}; only LORA is trained on")
     return fields
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, by the names in its file.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"--lora {folder}: there is no {WEIGHTS_NAME}; give a folder that peft wrote as safetensors")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"--lora {folder}: {WEIGHTS_NAME} cannot be read ({error}); copy it again") from None

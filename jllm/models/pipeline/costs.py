@@ -166,7 +166,7 @@ def estimate_costs(
     checkpoint_offload: bool = False,
     state: StateBytes | None = None,
     selection: ParameterChoice | None = None,
-    attach: Callable[[PreTrainedModel], None] | None = None,
+    attach: Callable[[PreTrainedModel], object] | None = None,
     quantised: Collection[str] = (),
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
