@@ -36,7 +36,7 @@ def llama(options: argparse.Namespace) -> Any:
         num_attention_heads=options.hidden // 128,
         num_key_value_heads=max(options.hidden // 512, 1),
         head_dim=128,
-        rope_theta=500_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         dtype="bfloat16",
@@ -63,7 +63,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
         layer[f"{name}.weight"] = packed.cpu()
         layer |= {f"{name}.weight.{key}": value.cpu() for key, value in state.as_dict(packed=True).items()}
     folder.mkdir()
-    places = {}
+    places: dict[str, str] = {}
     for index in range(options.layers):
         tensors = {f"model.layers.{index}.{name}": tensor for name, tensor in layer.items()}
         save_file(tensors, folder / f"layer-{index:03d}.safetensors", {"format": "pt"})

@@ -138,7 +138,8 @@ def main() -> int:
         subprocess.run([sys.executable, __file__, "--make", small, *least], check=True, stderr=subprocess.DEVNULL)
         for kind in (BF16, STORED):
             for who in ("jllm", "transformers"):
-                command = [sys.executable, __file__, "--load", folder / kind, "--small", small / kind, "--who", who]
+                places = ["--load", str(folder / kind), "--small", str(small / kind)]
+                command = [sys.executable, __file__, *places, "--who", who]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
                 found[f"{who} {kind}"] = json.loads(done.stdout.splitlines()[-1])
     worst = max(found[f"jllm {kind}"]["ratio"] for kind in (BF16, STORED))

@@ -135,7 +135,7 @@ class StageQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name in self.plan.experts:
-            parent, _, leaf = name.rpartition(".")
+            parent, leaf = name.rpartition(".")[::2]
             module = _submodule(model, parent, any_kind=True)
             packed: Any = getattr(module, leaf, None)
             if module is not None and (state := getattr(packed, "quant_state", None)) is not None:

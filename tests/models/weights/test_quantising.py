@@ -54,7 +54,7 @@ def test_4_bits_row_by_row(
     if double:
         assert torch.equal(state.state2.absmax, wanted.state2.absmax)
         assert torch.equal(state.offset, wanted.offset)
-    if shape[-1] % 2 == 0 and not transposed:
+    if shape[-1] % 2 == 0 and not transposed and len(packed) > 1:
         assert torch.equal(dequantize_4bit(packed, state), dequantize_4bit(expected, wanted))
 
 
