@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
 
+from tests.distributed.adapted import LINEAR, SGD, adapter_in, peft_adapter, save_model
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, targets_of, train_model
 from tests.distributed.runs import options_of, records, train_rank
-from tests.distributed.test_lora import LINEAR, SGD, adapter_in, peft_adapter, save_model
 from tests.fixtures import random_rows, write_rows
 
 STEPS = 12
