@@ -125,6 +125,6 @@ def test_dora_beside_8_bits() -> None:
     model = causal_class(origin)
     plan = plan_quantisation(origin, model, Quantisation(bits=8), folder=Path("none"))
     given = config(lora_dim=4, load_in_8bit=True, use_dora=True)
-    with pytest.raises(UserError, match="^--use_dora beside a model in 8 bits: peft has no DoRA"):
+    with pytest.raises(UserError, match=r"^--use_dora beside a model in 8 bits: peft has no DoRA"):
         find_adapters(given, origin, model, plan)
     assert find_adapters(config(lora_dim=4, load_in_8bit=True), origin, model, plan) is not None

@@ -196,18 +196,25 @@ def _quantised(what: str, *, is_known: bool = False) -> UserError:
 def check_plain_weights(folder: str | Path, *, quantised: bool = False) -> None:
     """Refuse a folder without weights, and one whose files hold quantised weights, whatever its configuration says.
 
-    `quantised`: those of bitsandbytes will do.
+    `quantised`: the configuration says that they are by bitsandbytes, and so they have to be.
 
     Raises:
         UserError: as said.
     """
-    for path in weight_files(folder):
+    files, has_scales = weight_files(folder), False
+    for path in files:
         for name, entry in read_header(path).items():
             if quantised and _OF_BITSANDBYTES.fullmatch(name):
+                has_scales = True
                 continue
             bytes_ = entry["dtype"] == "U8" and _BLOCKS.fullmatch(name)
             if bytes_ or _FEW_BITS.fullmatch(entry["dtype"]) or _PACKED.fullmatch(name):
                 raise _quantised(f"{path} holds {name} ({entry['dtype']})")
+    if quantised and files and not has_scales:
+        raise UserError(
+            f"{Path(folder) / 'config.json'} says quantization_config: bitsandbytes, and no file holds scales of"
+            " quantised weights; remove quantization_config there, or download the model again"
+        )
 
 
 def weight_of_quantised(name: str) -> str:

@@ -21,7 +21,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.loading import load_stage
 from jllm.models.weights.quantisation import Quantisation, plan_quantisation, stored_quantisation
 from jllm.models.weights.quantising import held_bytes
-from jllm.models.weights.source import causal_class, read_config
+from jllm.models.weights.source import causal_class, model_info, read_config
 from tests.models.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,6 +191,14 @@ def test_damaged_folders(tmp_path: Path, plain: Path, how: str, change: Any, mes
     with pytest.raises(UserError, match=message) as refused:
         stages(folder, FORMATS[how], names_unused=False)
     assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_that_is_of_other_weights(tmp_path: Path, plain: Path) -> None:
+    """Seen in the headers, so that a dry run refuses it too."""
+    whole(plain, FORMATS["nf4"]).save_pretrained(tmp_path)
+    shutil.copyfile(plain / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no file holds scales of quantised weights; remove quantization_config"):
+        model_info(tmp_path, quantised=True)
 
 
 @pytest.mark.parametrize("how", FORMATS)
