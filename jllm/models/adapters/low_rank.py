@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
+from jllm.models.adapters.adapter_folder import PREFIX
 from jllm.models.adapters.lora import attach_lora, is_adapter
 from jllm.models.adapters.lora_plan import ADAPTER, targets_of
-from jllm.models.adapters.peft_folder import PREFIX, check_adapter, name_in_base, read_adapter_config, read_tensors_of
+from jllm.models.adapters.peft_folder import check_adapter, name_in_base, read_adapter_config, read_tensors_of
 from jllm.models.pipeline.carving import plain_name
 from jllm.models.weights.finite import check_finite
 from jllm.models.weights.source import bare_model

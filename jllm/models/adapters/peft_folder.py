@@ -6,9 +6,7 @@ Cost: the adapters of the whole model in host memory, once, on the process that 
 reads one.
 """
 
-import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,13 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields, read_weights
+from jllm.models.adapters.adapter_files import CONFIG_NAME, read_fields, read_weights
+from jllm.models.adapters.adapter_folder import PREFIX, AdapterFolder
 from jllm.models.adapters.lora import attach_lora, is_adapter
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
 from jllm.models.pipeline.carving import plain_name
-from jllm.models.pipeline.span import StageSpan
-from jllm.models.weights.saving import STAGE_METADATA
 from jllm.models.weights.source import bare_model
-from jllm.models.weights.tensor_file import joined_file
 
-PREFIX = "base_model.model."
-"""What peft puts before the names of the model."""
-_PART = "adapter-stage-{stage:05d}.safetensors"
 _UNSUPPORTED = {
     "bias": "none",
     "layer_replication": None,
@@ -45,43 +38,11 @@ _UNSUPPORTED = {
 """Settings of an adapter that the trainer does not have → the value that turns them off."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterFolder:
-    """The folder that a run with adapters leaves, and its checkpoints of adapters alone.
-
-    Attributes:
-        config: what is stored beside the adapters.
-    """
-
-    config: LoraConfig
-    marker: str = CONFIG_NAME
-    replaces: str = "adapter_model*"
-
-    def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """This stage's adapters under their published names, in host memory."""
-        yield _PART.format(stage=span.index), {name: tensor.cpu() for name, tensor in adapter_tensors(model).items()}
-
-    def size(self, model: PreTrainedModel) -> int:
-        """Bytes of this stage's adapters."""
-        return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
-
-    def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
-        """What is no tensor: the configuration."""
-        fields = self.config.to_dict()
-        named = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
-        text = json.dumps(named | {"inference_mode": True}, indent=2, sort_keys=True, default=str)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-    def has_weights(self, folder: Path) -> bool:
-        """Whether the adapters are there."""
-        return (folder / WEIGHTS_NAME).is_file()
-
-    def complete(self, folder: Path) -> None:
-        """Put the parts of all stages into one file."""
-        parts = sorted(folder.glob("adapter-stage-*.safetensors"))
-        joined_file(parts, STAGE_METADATA).write(folder / WEIGHTS_NAME)
-        for path in parts:
-            path.unlink()
+def lora_folder(config: LoraConfig) -> AdapterFolder:
+    """What a run with LoRA adapters leaves: `config` and the adapters."""
+    fields = config.to_dict()
+    named = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    return AdapterFolder(fields=named | {"inference_mode": True}, tensors=adapter_tensors)
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -13,11 +13,8 @@ from typing import Any
 import torch
 
 from jllm.errors import UserError
-from jllm.models.adapters.adapter_files import read_fields
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.digest import weights_digest
 from jllm.models.weights.saving import ExportedFolder
-from jllm.models.weights.source import read_config
 from jllm.train.checkpoint.folders import (
     INDEX_NAME,
     find_checkpoint,
@@ -26,6 +23,7 @@ from jllm.train.checkpoint.folders import (
     step_of_folder,
 )
 from jllm.train.checkpoint.format import WEIGHT, RunState
+from jllm.train.checkpoint.frozen_parts import check_same_frozen_parts, frozen_parts
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.state import TrainingState, region_of
 from jllm.train.checkpoint.verify import verify
@@ -39,6 +37,7 @@ from jllm.train.checkpoint.weights_alone import (
 from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.data.batching import NEWEST_RULE, RULES
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.quantisation import read_model_config
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
@@ -77,6 +76,13 @@ BINDING_OPTIONS = (
     "loraplus_lr_ratio",
     "modules_to_save",
     "lora_dtype",
+    "lora_weight_decay",
+    "lora_max_norm",
+    "control_adapter_rank",
+    "control_adapter_gamma",
+    "control_adapter_layers",
+    "control_weight_decay",
+    "neftune_alpha",
     "router_aux_loss_coef",
     "skip_train_steps",
 )
@@ -85,8 +91,6 @@ BINDING_OPTIONS = (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 """What a run had whose version did not know an option yet."""
 
-BASE, ADAPTER_CONFIG = "base", "adapter_config"
-"""What a run with adapters is told from another by, beside its options."""
 BATCHING_RULE = "batching_rule"
 TOTAL_STEPS = "total_steps"
 
@@ -195,13 +199,7 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
             f"--train_data has changed since the checkpoint (fingerprint {saved.fingerprint[:12]} then,"
             f" {now.fingerprint[:12]} now); train on the same data, or give --force_resume"
         )
-    if saved.config.get(BASE) != now.config.get(BASE):
-        raise UserError(
-            "--model has other weights than the model that the checkpoint's adapters were trained on; give that model,"
-            " or --force_resume"
-        )
-    if saved.config.get(ADAPTER_CONFIG) != now.config.get(ADAPTER_CONFIG):
-        raise UserError("--lora was another adapter in the checkpoint's run; give that one, or --force_resume")
+    check_same_frozen_parts(saved.config, now.config)
     for name in BINDING_OPTIONS:
         given = now.config.get(name)
         then = saved.config.get(name, _DEFAULTS.get(name))
@@ -255,23 +253,15 @@ def batching_rule(candidates: Sequence[Path], agreement: Agreement) -> int:
 def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int, *, rule: int = NEWEST_RULE) -> dict[str, Any]:
     """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
     assert config.model is not None
-    family = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    family = read_model_config(config)
     return {
         **resolved_options(config),
         "global_batch": shape.global_batch,
         TOTAL_STEPS: total_steps,
         BATCHING_RULE: rule,
         ARCHITECTURE: architecture_of(family),
-        **(_frozen_parts(config) if config.has_lora else {}),
+        **(frozen_parts(config) if config.has_adapters else {}),
     }
-
-
-def _frozen_parts(config: TrainConfig) -> dict[str, Any]:
-    """What a run with adapters goes on from and does not store: the model, and what `--lora` says of the adapters."""
-    assert config.model is not None
-    base = f"random weights of --seed {config.seed}" if config.init else weights_digest(config.model)
-    given = None if config.lora is None else read_fields(config.lora)
-    return {BASE: base, ADAPTER_CONFIG: given}
 
 
 def _rates_depend_on_length(config: dict[str, Any]) -> bool:
@@ -340,7 +330,7 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
     assert config.model is not None
     reader = CheckpointReader(find_checkpoint(config.from_ckpt, config.tag, option="--from_ckpt"))
     if not config.force_resume:
-        family = read_config(config.model, trust_remote_code=config.trust_remote_code)
+        family = read_model_config(config)
         check_architecture(reader.state, architecture_of(family), "--from_ckpt")
     load_weights(stage, reader, agreement)
     return reader.state

@@ -204,7 +204,7 @@ def _write_adapter(
     from jllm.models.adapters.adapter_files import WEIGHTS_NAME
     from jllm.models.adapters.lora import attach_lora
     from jllm.models.adapters.lora_plan import plan_lora, targets_of
-    from jllm.models.adapters.peft_folder import AdapterFolder, adapter_config, stored_parameters
+    from jllm.models.adapters.peft_folder import adapter_config, lora_folder, stored_parameters
 
     options = reader.state.config
     if options.get("lora") is not None:
@@ -230,4 +230,4 @@ def _write_adapter(
 
     with atomic.new_folder(target) as folder:
         write_streamed(folder / WEIGHTS_NAME, list(streamed()), STAGE_METADATA)
-        AdapterFolder(config=plan.config).write_companions(model, folder, chat_template=None)
+        lora_folder(plan.config).write_companions(model, folder, chat_template=None)
