@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RANK = 16
-MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MAPS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MAPS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 
 
 def make(folder: str, layers: int, width: int) -> None:
@@ -49,7 +51,7 @@ def make(folder: str, layers: int, width: int) -> None:
     write_companions(model, base, dtype=torch.bfloat16)
     write_index(base)
     tensors: dict[str, Any] = {}
-    keys = config.num_key_value_heads * 64
+    keys = max(1, width // 256) * 64
     rows = {"k_proj": keys, "v_proj": keys, "gate_proj": 4 * width, "up_proj": 4 * width}
     for layer in range(layers):
         for name in MAPS:

@@ -17,19 +17,19 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from demo import RUN, Demo, print_table  # beside this script
-from demo_text import MODULES
+from typing import Any
 
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.options import command, option
 
+RUN = Path("demo-run")
 FOLDER = RUN / "lora"
 STEPS = 30
 MOST_STEPS = 60
@@ -65,6 +65,9 @@ class DemoLoraConfig:
 @command(DemoLoraConfig, name="demo_lora")
 def main(config: DemoLoraConfig) -> None:
     """Train LoRA adapters for a real 135M model in two pipeline stages, merge them, and check the result."""
+    from demo import Demo  # beside this script, as the next
+    from demo_text import MODULES
+
     given = config.data.resolve() if config.data is not None else None
     os.chdir(Path(__file__).resolve().parent.parent)
     demo = Demo()
@@ -106,13 +109,19 @@ def train_command(steps: int, held_out: Path) -> str:
     """The trainer's command line."""
     return " ".join(
         (
-            f"deepspeed --quiet --num_gpus 2 --module jllm.train_pipe --model {RUN}/model",
+            f"deepspeed --quiet --num_gpus 2 --master_port {free_port()} --module jllm.train_pipe --model {RUN}/model",
             f"--train_data {FOLDER}/data --eval_data {held_out} --seq_len {SEQUENCE}",
             f"--pipe_parallel_size 2 --per_device_train_batch_size 1 --gradient_accumulation_steps {ROWS_PER_STEP}",
             f"--lora_dim 16 --lora_alpha 32 --max_steps {steps} --learning_rate 2e-3 --precision fp32",
             f"--log_dir {FOLDER}/log --output_dir {FOLDER}/adapter",
         )
     )
+
+
+def free_port() -> int:
+    """One that no other run of this machine meets at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def questions(modules: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -156,7 +165,7 @@ def first_question(path: Path) -> str:
         return str(json.loads(file.readline())["question"])
 
 
-def report(demo: Demo, merged_loss: float) -> int:
+def report(demo: Any, merged_loss: float) -> int:
     """Print the table; gives the exit code."""
     records = [json.loads(line) for line in (FOLDER / "log" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
@@ -164,6 +173,8 @@ def report(demo: Demo, merged_loss: float) -> int:
     before, after = evaluations[0]["eval_loss"], evaluations[-1]["eval_loss"]
     size = (FOLDER / "adapter/adapter_model.safetensors").stat().st_size
     whole = (FOLDER / "merged/model.safetensors").stat().st_size
+    from demo import print_table
+
     print_table(
         "jllm demo-lora",
         (

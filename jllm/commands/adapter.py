@@ -5,11 +5,13 @@ from pathlib import Path
 
 import click
 
+from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
 from jllm.machine import require_package
 from jllm.options import Group, command, option
 
 COMMANDS = {
+    "control_to_lora": ("jllm.commands.adapter:control_to_lora", "a LoRA adapter near to control adapters, measured"),
     "to_gguf": ("jllm.commands.adapter:to_gguf", "a GGUF file that llama.cpp loads over its file of the model"),
     "info": ("jllm.commands.adapter:info", "norms, effective rank and orthogonality of each module: a table, a page"),
 }
@@ -77,6 +79,36 @@ def to_gguf(config: AdapterToGgufConfig) -> None:
 
     done = gguf_export.to_gguf(config.folder, config.model, config.output, dtype=config.dtype)
     say(f"wrote {config.output}: {done.modules} modules of a {done.architecture} model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlToLoraConfig:
+    """Options of `adapter control_to_lora`."""
+
+    folder: Path = option(dataclasses.MISSING, help="folder of control adapters", positional=True)
+    model: Path = option(dataclasses.MISSING, "-m", help="Hugging Face folder of their model, in fp32, bf16 or fp16")
+    output: Path = option(dataclasses.MISSING, "-o", help="where the peft folder is written")
+    control_class: str = option("+1", help="which class the LoRA is to be", choices=("+1", "-1"))
+
+    def __post_init__(self) -> None:
+        _check_adapter_folder(self.folder)
+        check_new_folder(self.output, "--output")
+
+
+@command(ControlToLoraConfig, name="control_to_lora")
+def control_to_lora(config: ControlToLoraConfig) -> None:
+    """Make a LoRA adapter of the control adapters in FOLDER, for one class, and measure on the model how far the two
+    are apart. It is the same where attention and the feed-forward network read the same input (Cohere); elsewhere it
+    is as near as two ways of making one come."""
+    require_package("peft", "jllm adapter control_to_lora", "adapters")
+    from jllm.models.adapters import control_to_lora as made
+
+    done = made.control_to_lora(config.folder, config.model, config.output, control_class=int(config.control_class))
+    say(
+        f"logits differ by {done.error:.3g} (root mean square) from those with the control adapters, which moved them"
+        f" by {done.moved:.3g}"
+    )
+    say(f"wrote {config.output}: LoRA on {' and '.join(done.targets)}")
 
 
 def _check_adapter_folder(folder: Path) -> None:

@@ -140,18 +140,38 @@ def find_adapters(
 
 
 def _find_control(config: TrainConfig, origin: PretrainedConfig, family: type[PreTrainedModel]) -> ControlOfRun:
-    assert config.control_adapter_rank is not None
+    place = place_of_control(vars(config), origin, family)
+    return ControlOfRun(config=config, rank=place.rank, prefix=place.prefix, layers=place.layers, width=place.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlPlace:
+    """Where control adapters go; the fields are those of `ControlOfRun`."""
+
+    rank: int
+    prefix: str
+    layers: frozenset[int]
+    width: int
+
+
+def place_of_control(
+    options: Mapping[str, Any], origin: PretrainedConfig, family: type[PreTrainedModel]
+) -> ControlPlace:
+    """What options, of a run or those that a checkpoint keeps of its run, say of control adapters.
+
+    Raises:
+        UserError: there are no such layers, or the rank is too large.
+    """
     structure = whole_structure(bare_model(origin, family, dtype=torch.float32))
     layers = list(range(structure.num_layers))
-    if config.control_adapter_layers is not None:
-        given = config.control_adapter_layers
+    if (given := options["control_adapter_layers"]) is not None:
         layers = parse_layers(given, structure.num_layers, option="--control_adapter_layers")
-    rank, width = config.control_adapter_rank, origin.get_text_config(decoder=True).hidden_size
+    rank, width = options["control_adapter_rank"], origin.get_text_config(decoder=True).hidden_size
     if rank > width:
         raise UserError(
             f"--control_adapter_rank {rank}: the model's hidden states have {width} dimensions; give at most {width}"
         )
-    return ControlOfRun(config=config, rank=rank, prefix=structure.layers, layers=frozenset(layers), width=width)
+    return ControlPlace(rank=rank, prefix=structure.layers, layers=frozenset(layers), width=width)
 
 
 def _find_lora(

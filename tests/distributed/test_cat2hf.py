@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[adapters]")
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from jllm.errors import UserError
 from jllm.train.checkpoint.to_folder import to_folder
@@ -26,13 +29,16 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "an expert each": ("mixtral", {"precision": "bf16"}, 2),
     "averages": ("llama tied", {"precision": "fp32", "optimizer": "schedule_free"}, 2),
     "averages of masters": ("llama", {"precision": "bf16", "optimizer": "schedule_free"}, 2),
-    "adapters": ("llama tied", {"precision": "bf16", "lora_dim": 4, "use_dora": True, "lora_layers": "1:2"}, 2),
+    "adapters and a head": (
+        "llama tied", {"precision": "fp32", "lora_dim": 4, "use_dora": True, "lora_layers": "1:2",
+                       "modules_to_save": "lm_head"}, 2,
+    ),
     "adapters in bf16": (
         "qwen3_moe", {"precision": "bf16", "lora_dim": 2, "lora_dtype": "bf16",
                       "lora_target_modules": "all-linear,experts"}, 2,
     ),
-    "adapters and a head": ("llama tied", {"precision": "fp32", "lora_dim": 4, "modules_to_save": "lm_head"}, 2),
-    "from an adapter": ("llama", {"precision": "fp32", "lora": "adapter"}, 2),
+    "from an adapter, beside 4 bits": ("llama", {"precision": "fp32", "lora": "adapter"}, 2),
+    "control adapters": ("llama", {"precision": "bf16", "control_adapter_rank": 3, "control_adapter_layers": "1:3"}, 2),
 }  # fmt: skip
 
 
@@ -42,10 +48,16 @@ def trained(ranks: Callable[[int], Ranks], folder: Path, case: str) -> dict[str,
     name, _, tied = family.partition(" ")
     save_model(folder / "model", name, tied=bool(tied) if name == "llama" else None)
     (folder / "model/tokenizer_config.json").write_text("{}")
-    write_rows(folder / "data", random_rows(20, vocabulary=96), files=2)
+    rows = random_rows(20, vocabulary=96)
+    for row in rows if "control_adapter_rank" in settings else ():
+        row["control_class"] = [1] * len(row["input_ids"])
+    write_rows(folder / "data", rows, files=2)
     if "lora" in settings:
         save_adapter(folder / "model", folder / "adapter", target_modules=["q_proj", "v_proj"], modules_to_save=None)
         settings = {**settings, "lora": folder / "adapter"}
+        how = BitsAndBytesConfig(load_in_4bit=True)
+        whole = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=how, dtype=torch.float32)
+        whole.save_pretrained(folder / "model")
     more = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "max_steps": 2, "partition_method": "uniform"}
     if settings.get("optimizer") == "schedule_free":
         more["lr_scheduler_type"] = "constant"
@@ -66,8 +78,6 @@ def test_equals_the_trainers_export(ranks: Callable[[int], Ranks], tmp_path: Pat
     expected = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == expected
     if "adapter" not in case:
-        from transformers import AutoModelForCausalLM
-
         _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "made", output_loading_info=True)
         assert not any(report[each] for each in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from jllm.errors import UserError
 from jllm.models.adapters.adapter_files import read_fields, read_weights
+from jllm.models.adapters.adapter_folder import PREFIX
+from jllm.models.adapters.control import DIRECTIONS, STRENGTHS
 from jllm.models.weights.finite import check_finite
 
-PREFIX = "base_model.model."
 _FIRST = {".lora_A.weight": (".lora_B.weight", False), ".lora_embedding_A": (".lora_embedding_B", True)}
 """How the name of a first matrix ends → that of the second one, and whether it is an embedding's."""
 
@@ -96,7 +97,7 @@ def analyse(folder: Path) -> AdapterFacts:
     Raises:
         UserError: there is none, of a kind that is known; or something in it does not fit together.
     """
-    fields = read_fields(folder)
+    fields = read_fields(folder, kinds=tuple(_KINDS), option="")
     return _KINDS[fields["peft_type"]](folder, fields, read_weights(folder))
 
 
@@ -117,22 +118,66 @@ def _analyse_lora(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Te
         module = path.removeprefix(PREFIX)
         facts = _facts_of(folder, module, first.float(), second.float(), _setting(fields, module))
         found.append(dataclasses.replace(facts, name=f"{module} (ids)" if is_embedding else module))
+    return _together(
+        folder,
+        str(fields["peft_type"]),
+        found,
+        tensors,
+        whole=tuple(sorted(name.removeprefix(PREFIX) for name in tensors.keys() - used)),
+        notes=("with magnitudes of DoRA, which are not in these figures",) if fields.get("use_dora") else (),
+    )
+
+
+def _together(
+    folder: Path,
+    kind: str,
+    found: list[ModuleFacts],
+    tensors: dict[str, Tensor],
+    *,
+    whole: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> AdapterFacts:
+    """The modules in order, with their shares."""
     if not found:
         raise UserError(f"{folder}: no adapter of any module in it; give an adapter that is whole")
     squares = sum(each.frobenius**2 for each in found)
     modules = [dataclasses.replace(each, share=each.frobenius**2 / squares if squares else 0.0) for each in found]
-    notes = ["with magnitudes of DoRA, which are not in these figures"] if fields.get("use_dora") else []
     return AdapterFacts(
-        kind=str(fields["peft_type"]),
+        kind=kind,
         modules=tuple(sorted(modules, key=lambda each: (each.layer is None, each.layer or 0))),
-        whole=tuple(sorted(name.removeprefix(PREFIX) for name in tensors.keys() - used)),
+        whole=whole,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         frobenius=math.sqrt(squares),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
-_KINDS = {"LORA": _analyse_lora}
+def _analyse_control(folder: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterFacts:
+    """Of each layer the factor's change, Q diag(l) Qᵀ for class +1: B = Q diag(l), A = Qᵀ."""
+    check_finite(tensors.items(), folder)
+    found, rank = [], int(fields.get("r", 0))
+    for name, directions in tensors.items():
+        if not name.endswith(f".{DIRECTIONS}"):
+            continue
+        layer = name.removesuffix(f".{DIRECTIONS}")
+        strengths = tensors.get(f"{layer}.{STRENGTHS}")
+        if strengths is None or strengths.shape != directions.shape[1:]:
+            raise UserError(f"{folder}: {name} has no {STRENGTHS} beside it that fits; give an adapter that is whole")
+        q = directions.double()
+        setting = _Setting(rank=rank, scaling=1.0)
+        changed = q * torch.expm1(strengths.double())
+        found.append(_facts_of(folder, f"{layer.removeprefix(PREFIX)}.control", q.mT, changed, setting))
+    return _together(
+        folder,
+        str(fields["peft_type"]),
+        found,
+        tensors,
+        whole=(),
+        notes=("of class +1: what a layer adds is multiplied by 1 + ΔW; A is Qᵀ, so 0 is orthogonal",),
+    )
+
+
+_KINDS = {"LORA": _analyse_lora, "CONTROL": _analyse_control}
 """Kind of an adapter → what looks at it."""
 
 

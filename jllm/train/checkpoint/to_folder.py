@@ -9,7 +9,7 @@ Cost: one tensor at a time, and of tensors that are published in another layout 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.machine import require_disk, require_package
-from jllm.models.weights.dequantised import SETTINGS, plain_configuration, whole
-from jllm.models.weights.rewritten import config_of, places_of, raw_config
+from jllm.models.adapters.adapter_files import WEIGHTS_NAME
+from jllm.models.adapters.adapter_folder import PREFIX, AdapterFolder
+from jllm.models.adapters.control import attach_control
+from jllm.models.adapters.control_folder import control_folder
+from jllm.models.weights.dequantised import whole
+from jllm.models.weights.rewritten import places_of
 from jllm.models.weights.saving import (
     SHARD_BYTES,
     STAGE_METADATA,
@@ -35,7 +39,7 @@ from jllm.models.weights.saving import (
 )
 from jllm.models.weights.source import bare_model, causal_class, model_info, read_config
 from jllm.models.weights.streamed_file import StreamedTensor, made_whole, stored_tensors, write_streamed
-from jllm.train.adapters import DTYPES, chosen_adapters
+from jllm.train.adapters import DTYPES, chosen_adapters, place_of_control
 from jllm.train.checkpoint.folders import find_checkpoint
 from jllm.train.checkpoint.format import WEIGHT
 from jllm.train.checkpoint.reader import CheckpointReader
@@ -88,12 +92,15 @@ def to_folder(
     reader = CheckpointReader(find_checkpoint(checkpoint, tag, option=OPTION))
     options = reader.state.config
     source = _source(model, options, reader.folder)
-    config = _config(source, trust_remote_code=trust_remote_code)
+    has_control = options.get("control_adapter_rank") is not None
+    has_adapters = has_control or options.get("lora_dim") is not None or options.get("lora") is not None
+    config = read_config(source, trust_remote_code=trust_remote_code, quantised=has_adapters)
     check_architecture(reader.state, architecture_of(config), OPTION, way_out="")
     family = causal_class(config, folder=source, trust_remote_code=trust_remote_code)
-    has_adapters = options.get("lora_dim") is not None or options.get("lora") is not None
-    if has_adapters:
-        _write_adapter(reader, source, target, config, family)
+    if has_control:
+        _write_control(reader, source, target, config, family)
+    elif has_adapters:
+        _write_lora(reader, source, target, config, family)
     else:
         dtype = model_info(source, trust_remote_code=trust_remote_code, with_weights=False).dtype
         contents = _WholeModel(reader, source, bare_model(config, family, dtype=DTYPES[options["precision"]]), dtype)
@@ -113,16 +120,6 @@ def _source(given: Path | None, options: dict[str, Any], checkpoint: Path) -> Pa
     if not (named / "config.json").is_file():
         raise UserError(f"{checkpoint} is of the model {named}, which is not there; give its folder with --model")
     return named
-
-
-def _config(source: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model, also where its weights are in 4 or 8 bits, as beside adapters they may be."""
-    raw = atomic.read_object(source / "config.json", "download it again") or {}
-    if SETTINGS in raw:
-        is_quantised, plain = plain_configuration(raw_config(source), source)
-        if is_quantised:
-            return config_of(plain)
-    return read_config(source, trust_remote_code=trust_remote_code)
 
 
 def _check_complete(reader: CheckpointReader, shapes: dict[str, tuple[int, ...]], *, has_adapters: bool) -> None:
@@ -196,12 +193,11 @@ class _WholeModel:
         raise UserError(f"{self._source} has no {name}, which the checkpoint does not hold; give the run's --model")
 
 
-def _write_adapter(
+def _write_lora(
     reader: CheckpointReader, source: Path, target: Path, config: PretrainedConfig, family: type[PreTrainedModel]
 ) -> None:
-    """Write the peft folder of a checkpoint of adapters."""
+    """Write the peft folder of a checkpoint of LoRA adapters."""
     require_package("peft", f"{reader.folder}, which is of adapters,", "adapters")
-    from jllm.models.adapters.adapter_files import WEIGHTS_NAME
     from jllm.models.adapters.lora import attach_lora
     from jllm.models.adapters.lora_plan import plan_lora, targets_of
     from jllm.models.adapters.peft_folder import adapter_config, lora_folder, stored_parameters
@@ -211,23 +207,50 @@ def _write_adapter(
         plan = targets_of(adapter_config(options["adapter_config"], Path(options["lora"])), config, family)
     else:
         plan = plan_lora(config, family, chosen_adapters({**options, "model": source}))
-    dtype = DTYPES[precision_of_adapters(options["lora_dtype"], options["precision"])]
     model = bare_model(config, family, dtype=DTYPES[options["precision"]])
-    attach_lora(model, plan, seed=0, dtype=dtype)
-    parameters = stored_parameters(model)
+    attach_lora(model, plan, seed=0, dtype=DTYPES[precision_of_adapters(options["lora_dtype"], options["precision"])])
+    _write_adapter(reader, target, stored_parameters(model), lora_folder(plan.config), model)
+
+
+def _write_control(
+    reader: CheckpointReader, source: Path, target: Path, config: PretrainedConfig, family: type[PreTrainedModel]
+) -> None:
+    """Write the folder of a checkpoint of control adapters."""
+    options = reader.state.config
+    place = place_of_control(options, config, family)
+    model = bare_model(config, family, dtype=DTYPES[options["precision"]])
+    dtype = DTYPES[precision_of_adapters(options["lora_dtype"], options["precision"])]
+    attach_control(
+        model, rank=place.rank, prefix=place.prefix, layers=place.layers, width=place.width, seed=0, dtype=dtype
+    )
+    kind = control_folder(rank=place.rank, layers=place.layers, base=str(source))
+    parameters = dict(model.named_parameters())
+    stored = [(name, own, parameters[own]) for name in kind.tensors(model) if (own := name.removeprefix(PREFIX))]
+    _write_adapter(reader, target, stored, kind, model)
+
+
+def _write_adapter(
+    reader: CheckpointReader,
+    target: Path,
+    parameters: Sequence[tuple[str, str, Tensor]],
+    kind: AdapterFolder,
+    model: PreTrainedModel,
+) -> None:
+    """Write a folder of adapters.
+
+    Args:
+        reader: of the checkpoint.
+        target: the folder.
+        parameters: their names in the folder and in checkpoints, in the order of the file, and tensors like them.
+        kind: of the folder.
+        model: without memory, with the adapters.
+    """
     _check_complete(reader, {own: tuple(value.shape) for _, own, value in parameters}, has_adapters=True)
 
-    def streamed() -> Iterator[StreamedTensor]:
-        for published, own, parameter in parameters:
-            shape, stored = tuple(parameter.shape), parameter.dtype
-            region = Region.of(shape)
-            yield made_whole(
-                published,
-                stored,
-                shape,
-                lambda own=own, region=region, stored=stored: weight_alone(reader, own, region, stored).to(stored),  # type: ignore[misc]
-            )
+    def streamed(published: str, own: str, like: Tensor) -> StreamedTensor:
+        shape, dtype = tuple(like.shape), like.dtype
+        return made_whole(published, dtype, shape, lambda: weight_alone(reader, own, Region.of(shape), dtype).to(dtype))
 
     with atomic.new_folder(target) as folder:
-        write_streamed(folder / WEIGHTS_NAME, list(streamed()), STAGE_METADATA)
-        lora_folder(plan.config).write_companions(model, folder, chat_template=None)
+        write_streamed(folder / WEIGHTS_NAME, [streamed(*each) for each in parameters], STAGE_METADATA)
+        kind.write_companions(model, folder, chat_template=None)

@@ -111,6 +111,21 @@ def test_of_every_kind_of_module(tmp_path: Path) -> None:
     assert facts.parameters == sum(tensor.numel() for tensor in load_file(tmp_path / "adapter" / WEIGHTS_NAME).values())
 
 
+def test_control_adapters(tmp_path: Path) -> None:
+    """Against the matrix that multiplies what a layer adds."""
+    torch.manual_seed(1)
+    directions, strengths = torch.linalg.qr(torch.randn(9, 4)).Q.contiguous(), torch.randn(4)
+    folder = write(tmp_path / "x", {}, peft_type="CONTROL")
+    layer = "base_model.model.model.layers.7"
+    save_file({f"{layer}.control_Q": directions, f"{layer}.control_S": strengths}, folder / WEIGHTS_NAME)
+    facts = analyse(folder)
+    [found] = facts.modules
+    assert (facts.kind, found.name, found.layer) == ("CONTROL", "model.layers.7.control", 7)
+    close(found, (directions @ torch.diag(torch.expm1(strengths)) @ directions.T).numpy().astype(float))
+    assert found.parallel_a == pytest.approx(0, abs=1e-5)
+    assert found.spectral == pytest.approx(float(torch.expm1(strengths).abs().max()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("pairs", "fields", "message"),
     [
