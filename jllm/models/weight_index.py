@@ -3,11 +3,11 @@
 Cost: one JSON file.
 """
 
-import json
 from pathlib import Path
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 
 
 def files_in_index(index: Path) -> list[Path]:
@@ -17,7 +17,7 @@ def files_in_index(index: Path) -> list[Path]:
         UserError: it is no index, a name leads elsewhere, or a file is missing.
     """
     try:
-        found = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        found = set(notation.read_json(index)["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise UserError(f"{index} is not a weight index ({reason}); download it again") from None

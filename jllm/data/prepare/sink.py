@@ -12,7 +12,6 @@ Cost: one flush to disk for each file; memory for a few chunks.
 
 import contextlib
 import dataclasses
-import json
 import os
 import queue
 import threading
@@ -30,6 +29,7 @@ from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Documents, Packer
 from jllm.data.prepare.chunk_cache import ChunkCache, Place
 from jllm.errors import UserError
+from jllm.guards import notation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Sink:
     def _restore(self) -> None:
         """Take up what a killed run left."""
         try:
-            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+            state = notation.read_json(self._state_path)
         except FileNotFoundError:
             return
         self._at_begin = None

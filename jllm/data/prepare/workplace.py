@@ -25,6 +25,7 @@ from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from jllm.data.dataset.shards import CODECS, list_shards
 from jllm.data.sources.identity import is_same, is_same_since
 from jllm.errors import UserError
+from jllm.guards import notation
 
 WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
 _UNREADABLE = "unreadable source"
@@ -200,7 +201,7 @@ class Workplace:
         number = int(noted)
         if is_same(sources[number], before[number]):
             return before
-        states = [json.loads(path.read_text(encoding="utf-8")) for path in self.work.glob("state-*.json")]
+        states = [notation.read_json(path) for path in self.work.glob("state-*.json")]
         if any((state["checkpoint"]["source"], state["checkpoint"]["block"]) > (number, 0) for state in states):
             self.clean()
         else:

@@ -11,7 +11,6 @@ Cost: 1-4 bytes of memory a row, and where tokens are counted, one more reading 
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.token_counts import real_lengths
 from jllm.errors import UserError, did_you_mean
+from jllm.guards import notation
 from jllm.machine import parse_count
 
 BY = ("rate", "rows", "tokens")
@@ -160,10 +160,10 @@ def _refuse_twice(option: str, names: Sequence[str]) -> None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = notation.loads_toml(notation.read_text(path))
     except OSError as error:
         raise UserError(f"--mix {path}: {error.strerror}; give a TOML file, or set=weight") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--mix {path}: not valid TOML: {error}") from None
     known = ("by", "total", "sets", "sources")
     for key in document:

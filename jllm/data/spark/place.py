@@ -23,6 +23,7 @@ from jllm.data.spark import claim
 from jllm.data.spark.files import HadoopFiles, is_link, is_local, joined, local_path
 from jllm.data.spark.footers import settle
 from jllm.errors import UserError
+from jllm.guards import notation
 
 RUN, CLAIM, PENDING, SUCCESS = "run.json", "claim", "manifest.json", "_SUCCESS"
 _OF_SPARK = re.compile(r"part-(\d+)-.*-c(\d+)\.")
@@ -115,7 +116,7 @@ class JobPlace:
         """What a killed job recorded with `begin`; None where it is not all of these."""
         path = joined(self.work, RUN)
         with contextlib.suppress(ValueError):  # what was damaged says nothing
-            value = json.loads(self.files.read(path)) if self.files.exists(path) else None
+            value = notation.loads(self.files.read(path)) if self.files.exists(path) else None
             return value if isinstance(value, dict) and set(keys) <= value.keys() else None
         return None
 
@@ -129,7 +130,7 @@ class JobPlace:
         if not self.files.exists(path):
             return None
         try:
-            value = json.loads(self.files.read(path))
+            value = notation.loads(self.files.read(path))
             if not isinstance(value, dict):
                 raise ValueError(f"a JSON {type(value).__name__} and no object")
         except ValueError as error:
@@ -208,7 +209,7 @@ class JobPlace:
 
     def move(self, final: Manifest) -> None:
         """Give the files of `pending` their names, those that have them not yet, and then write the manifest."""
-        moves = json.loads(self.files.read(joined(self.work, "moves.json")))
+        moves = notation.loads(self.files.read(joined(self.work, "moves.json")))
         for entry in final.files:
             source, target = joined(moves["staged"], moves["names"][entry.path]), joined(self.folder, entry.path)
             if self.files.exists(source):

@@ -26,6 +26,7 @@ from jllm import children
 from jllm.data.tokenizer import cache, fast_json
 from jllm.data.tokenizer.broken_files import broken_file
 from jllm.errors import UserError
+from jllm.guards import notation
 
 if TYPE_CHECKING:
     from jllm.data.dataset import manifest
@@ -282,7 +283,7 @@ def base_name(name: str) -> str:
 
 def serve() -> None:
     """The child: print the facts about the tokenizer named on the command line, as JSON."""
-    request = json.loads(sys.argv[1])
+    request = notation.loads(sys.argv[1])
     if not request["trust_remote_code"]:
         # A module that is None counts as not installed: the tokenizers need none of torch, and importing it takes 2-4
         # s.

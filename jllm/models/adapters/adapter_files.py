@@ -1,10 +1,10 @@
 """The files of a peft folder, and what its configuration says; peft itself is not needed for that."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError, of_file_system
+from jllm.guards import notation
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -17,7 +17,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: Any = notation.read_json(path)
     except OSError as error:
         raise of_file_system(error) or UserError(f"--lora {folder}: {error}") from None
     except (ValueError, RecursionError) as error:

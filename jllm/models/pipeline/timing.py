@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.guards import caches
+from jllm.guards import caches, notation
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.families import check_split
 from jllm.models.pipeline.bundle import POSITION_IDS
@@ -158,7 +158,7 @@ def _read_times(path: Path, num_layers: int, about: str) -> dict[str, Any] | Non
     if content is None:
         return None
     try:
-        times: dict[str, Any] = json.loads(content)
+        times: dict[str, Any] = notation.loads(content)
         numbers = [*times["layers"], times["embedding"], times["head"]]
         is_sound = len(times["layers"]) == num_layers and all(math.isfinite(n) and n >= 0 for n in numbers)
         return times if is_sound and all(times["layers"]) and times["about"] == about else None

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.models.dropout import restore_dropout
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
@@ -232,7 +233,7 @@ def has_template(source: Path) -> bool:
     if any((source / name).exists() for name in (TEMPLATE_NAME, TEMPLATES_NAME, "chat_template.json")):
         return True
     try:
-        settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = notation.read_json(source / "tokenizer_config.json")
     except (OSError, ValueError):
         return False
     return isinstance(settings, dict) and bool(settings.get("chat_template"))

@@ -9,7 +9,6 @@ run is not copied twice.
 
 import dataclasses
 import functools
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
 from jllm.train.checkpoint.format import (
     CHECKSUM,
@@ -66,7 +66,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+            self._index = notation.read_json(folder / INDEX_NAME)
         except (OSError, ValueError) as error:
             raise self._damage(INDEX_NAME, f"cannot be read ({error})") from None
         if not isinstance(self._index, dict):

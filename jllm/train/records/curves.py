@@ -11,7 +11,6 @@ of each stretch, so spikes stay.
 
 import dataclasses
 import datetime
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.train.records.metrics_file import EVENT, METRICS_NAME, is_evaluation, is_event
 from jllm.train.records.timeline import Timeline, timeline_of
 from jllm.train.records.trace import TRACE_NAME, read_trace
@@ -183,10 +183,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = notation.loads(line)
             if not isinstance(record["step"], int):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: not a record with a step; give a run's {METRICS_NAME}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
+from jllm.guards import notation
 
 METRICS_NAME = "metrics.jsonl"
 EVENT = "event"
@@ -76,8 +77,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = notation.loads(line)
+            except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int) and line.endswith("\n"):
                 yield line, record

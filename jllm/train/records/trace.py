@@ -11,6 +11,7 @@ from typing import Any
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 
 TRACE_NAME = "trace-step-{step}.json"
 FORMAT = 1
@@ -90,7 +91,7 @@ def read_trace(path: Path) -> Trace:
         UserError: it is no such file.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = notation.read_json(path)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
         processes = tuple(
