@@ -13,7 +13,7 @@ MOST_LINES, MOST_FILES = 450, 16
 
 GROUND = (
     *("jllm", "jllm.atomic", "jllm.children", "jllm.errors", "jllm.machine", "jllm.options", "jllm.ranges"),
-    *("jllm.guards", "jllm.guards.caches", "jllm.guards.notation", "jllm.guards.tensors"),
+    *("jllm.guards", "jllm.guards.caches", "jllm.guards.notation", "jllm.guards.tensors", "jllm.guards.typed"),
 )
 """What everything may import, and what imports nothing of ours but itself."""
 ARROWS = {

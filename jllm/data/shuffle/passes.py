@@ -24,6 +24,7 @@ from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle.survey import survey
 from jllm.guards import notation
+from jllm.guards.typed import MALFORMED, check_fields
 from jllm.machine import require_disk
 
 CODEC = "zstd"
@@ -248,7 +249,12 @@ class Passes:
         """The entry of a block that an earlier run finished."""
         try:
             entry = FileEntry(**notation.read_json(self._entry_path(block)))
+            check_fields(entry)
         except FileNotFoundError:
+            return None
+        except MALFORMED:  # it is made again
+            return None
+        if entry.path != self._path(block).relative_to(self.folder).as_posix():
             return None
         return entry if self._path(block).is_file() and self._path(block).stat().st_size == entry.bytes else None
 

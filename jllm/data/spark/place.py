@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from jllm import atomic
 from jllm.data.dataset.files import file_name
 from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest
 from jllm.data.spark import claim
@@ -24,6 +25,7 @@ from jllm.data.spark.files import HadoopFiles, is_link, is_local, joined, local_
 from jllm.data.spark.footers import settle
 from jllm.errors import UserError
 from jllm.guards import notation
+from jllm.guards.typed import MALFORMED
 
 RUN, CLAIM, PENDING, SUCCESS = "run.json", "claim", "manifest.json", "_SUCCESS"
 _OF_SPARK = re.compile(r"part-(\d+)-.*-c(\d+)\.")
@@ -207,11 +209,29 @@ class JobPlace:
         self.move(final)
         return final
 
+    def _moves(self, final: Manifest) -> tuple[str, dict[str, str]]:
+        """Where the files lie, and under which names.
+
+        Raises:
+            UserError: they lie elsewhere than in the work folder, or not all have a name.
+        """
+        path = joined(self.work, "moves.json")
+        try:
+            moves = notation.loads(self.files.read(path))
+            staged, names = moves["staged"], {entry.path: moves["names"][entry.path] for entry in final.files}
+            within = staged.removeprefix(self.work.rstrip("/") + "/")
+            problems = [atomic.plain_name(name) for name in (*names.values(), within)]
+            if within == staged or (problem := next(filter(None, problems), None)):
+                raise ValueError(problem if within != staged else f"{staged!r} lies elsewhere")
+        except MALFORMED as error:
+            raise UserError(f"{path}: not what a job left there ({error}); start over with --clean") from None
+        return staged, names
+
     def move(self, final: Manifest) -> None:
         """Give the files of `pending` their names, those that have them not yet, and then write the manifest."""
-        moves = notation.loads(self.files.read(joined(self.work, "moves.json")))
+        staged, names = self._moves(final)
         for entry in final.files:
-            source, target = joined(moves["staged"], moves["names"][entry.path]), joined(self.folder, entry.path)
+            source, target = joined(staged, names[entry.path]), joined(self.folder, entry.path)
             if self.files.exists(source):
                 self.files.remove(target)  # half a copy, where a rename is one
                 self.files.rename(source, target)

@@ -9,6 +9,7 @@ run is not copied twice.
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.guards import notation
+from jllm.guards.typed import MALFORMED, check_fields
 from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
 from jllm.train.checkpoint.format import (
     CHECKSUM,
@@ -79,8 +81,37 @@ class CheckpointReader:
         if self._index.get("format") not in READABLE_VERSIONS:
             given, known = self._index.get("format"), " and ".join(map(str, READABLE_VERSIONS))
             raise UserError(f"{folder}: checkpoint format {given!r}; this version reads {known}")
+        try:
+            self._check_index()
+        except MALFORMED as error:
+            raise self._damage(INDEX_NAME, f"is not what a run writes ({type(error).__name__}: {error})") from None
         self._files: dict[str, Any] = {}
         self._checked: set[tuple[str, str]] = set()
+
+    def _check_index(self) -> None:
+        """Raises:
+        TypeError, ValueError and the like: something in the index is not what it must be.
+        """
+        check_fields(self.state)
+        check_fields(self.state.cursor)
+        for tensor, entry in self._index["tensors"].items():
+            shape = entry["shape"]
+            if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or math.prod(shape) >= 1 << 60:
+                raise ValueError(f"{tensor} has the shape {shape!r:.60}")
+            for part in entry["parts"]:
+                if not isinstance(part["file"], str) or not isinstance(part.get("key", tensor), str):
+                    raise TypeError(f"a part of {tensor} has no name")
+                region = Region.from_json(shape, part)
+                bounds = (*region.offset, *region.extent, region.start, region.stop)
+                if not all(type(each) is int and each >= 0 for each in bounds) or region.start > region.stop:
+                    raise ValueError(f"a part of {tensor} lies nowhere")
+                places = zip(region.offset, region.extent, shape, strict=True)
+                inside = all(offset + extent <= size for offset, extent, size in places)
+                if not inside or region.stop > math.prod(region.extent):
+                    raise ValueError(f"a part of {tensor} lies outside of it")
+        for name, sums in self._index.get("files", {}).items():
+            if not isinstance(sums, dict):
+                raise TypeError(f"{name} has no checksums")
 
     @property
     def state(self) -> RunState:
