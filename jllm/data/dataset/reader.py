@@ -23,6 +23,7 @@ from jllm.data.dataset.further import FurtherColumns, further_of
 from jllm.data.dataset.list_codec import DamagedError, read_list
 from jllm.data.dataset.training_marks import ATTENTION_MASK, check_labels, refuse_other_marks
 from jllm.errors import UserError
+from jllm.guards.typed import MALFORMED
 
 STREAM_BUFFER = 1 << 20
 _PLAIN_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}
@@ -60,9 +61,9 @@ class ShardReader:
                 pre_buffer=False,
                 buffer_size=STREAM_BUFFER if streaming else 0,
             )
-        except (pa.ArrowException, OSError) as error:
+            self._names: list[str] = self._file.schema_arrow.names
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
-        self._names: list[str] = self._file.schema_arrow.names
         if INPUT_IDS not in self._names:
             found = ", ".join(self._names[:8])
             raise UserError(f"{path}: not a token-id shard: no column {INPUT_IDS} (columns: {found})")
@@ -217,7 +218,7 @@ class ShardReader:
     def _damage_named(self, group: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, DamagedError, OSError) as error:
+        except (pa.ArrowException, DamagedError, OSError, MemoryError, *MALFORMED) as error:
             raise UserError(f"{self.path}: row group {group} is damaged: {error}") from None
 
     def _in_contract(

@@ -109,6 +109,9 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
         document = _read_file(Path(name))
     _refuse_twice("--mix", [pair.rpartition("=")[0] for pair in pairs if "=" in pair])
     _refuse_twice("--max_tokens", [text.rpartition("=")[0] for text in max_tokens])
+    for key in ("sets", "sources"):
+        if not isinstance(document.get(key, {}), dict):
+            raise UserError(f"--mix: {key} is no table; write [{key}] and under it name = weight")
     sets = {name: _share(name, value) for name, value in document.get("sets", {}).items()}
     sources = {name: _number(name, value) for name, value in document.get("sources", {}).items()}
     for pair in pairs:
@@ -192,11 +195,12 @@ def _share(name: str, value: Any) -> SetShare:
 
 def _number(name: str, value: Any) -> float:
     try:
-        if isinstance(value, bool):
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"--mix {name}={value}: the weight must be a number") from None
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"--mix {name}={str(value)[:60]}: the weight must be a number") from None
 
 
 def make_recipes(mix: Mix, sets: Sequence[DataSet]) -> dict[str, Recipe]:

@@ -160,7 +160,8 @@ def reading_errors() -> tuple[type[Exception], ...]:
     """What damaged or missing files raise; zstandard's error once that module is in use."""
     module = sys.modules.get("zstandard")
     known = (OSError, EOFError, lzma.LZMAError, zlib.error)
-    return (*known, module.ZstdError) if module else known
+    arrow = sys.modules.get("pyarrow")
+    return (*known, *((module.ZstdError,) if module else ()), *((arrow.ArrowException,) if arrow else ()))
 
 
 _ESTIMATED_FROM = 4 << 20

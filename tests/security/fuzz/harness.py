@@ -1,8 +1,8 @@
 """Runs of a target: a changed file, the real reader, and what may come of it.
 
-Success and `UserError` are allowed. Another exception is a finding, and so are a run above `MOST_SECONDS` and memory that
-grows by more than `MOST_BYTES`; a forked child, whose memory is limited, does the runs. A run depends on seed, target and
-number alone: what the report prints repeats it.
+Success and `UserError` are allowed. Another exception is a finding, and so are a run above `MOST_SECONDS` and memory
+that grows by more than `MOST_BYTES`; a forked child, whose memory is limited, does the runs. A run depends on seed,
+target and number alone: what the report prints repeats it.
 """
 
 import contextlib

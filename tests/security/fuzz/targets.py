@@ -73,7 +73,8 @@ METRICS = [
     {"step": 5, "event": "spike"},
 ]  # fmt: skip
 TRACE = {"format": 1, "step": 3, "clock_error": 0.0, "processes": [
-    {"stage": 0, "pipeline": 0, "spans": [{"kind": "forward", "start": 0.0, "end": 1.0, "micro_batch": 0}]}]}  # fmt: skip
+    {"stage": 0, "pipeline": 0, "spans": [
+        {"kind": "forward", "start": 0.0, "end": 1.0, "micro_batch": 0}]}]}  # fmt: skip
 TOML = b'max_steps = 5\nlr = 1e-4\ntrain_data = ["a", "b"]\nsave_steps = 2\n[x]\ny = [1, {z = 2}]\n'
 MIX = b'by = "rows"\ntotal = 10\n[sets]\na = 1.0\nb = {weight = 2}\n[[sources]]\nname = "c"\n'
 VALUES_OF_TOML = (
