@@ -30,6 +30,7 @@ from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, to_published
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.kept import KeptDtypes
 from jllm.models.weights.source import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -50,6 +51,7 @@ def stage_files(
     span: StageSpan,
     *,
     dtype: torch.dtype | None = None,
+    source: Path | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -57,7 +59,8 @@ def stage_files(
 
     File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
     tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
-    the last stage is left out: the published file has the embedding only.
+    the last stage is left out: the published file has the embedding only. `dtype` is that of all which neither the
+    published files in `source` nor the family keep in another (`jllm.models.weights.kept`).
     """
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     for duplicate, _ in structure_of(model).tied:
@@ -66,9 +69,10 @@ def stage_files(
         tensors.pop(ignored, None)
     is_alibi = isinstance(model, AlibiLlamaForCausalLM)
     published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
+    kept = KeptDtypes(model, dtype, source)
     for part, names in enumerate(_parts(published, shard_bytes)):
         file_name = _STAGE_FILE.format(stage=span.index, part=part)
-        yield file_name, {name: _as_stored(published[name], dtype) for name in names}
+        yield file_name, {name: _as_stored(published[name], kept.of(name, published[name])) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class ModelFolder:
 
     Attributes:
         source: what of it is no weight is copied.
-        dtype: of the weights.
+        dtype: of the weights, but for those that are published or kept in another.
     """
 
     source: Path
@@ -87,7 +91,7 @@ class ModelFolder:
 
     def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """This stage's tensors, one file at a time."""
-        return stage_files(model, span, dtype=self.dtype)
+        return stage_files(model, span, dtype=self.dtype, source=self.source)
 
     def size(self, model: PreTrainedModel) -> int:
         """Bytes of this stage's tensors, about."""
@@ -144,6 +148,7 @@ def save_stage(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    source: Path | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
@@ -151,7 +156,7 @@ def save_stage(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    files = stage_files(model, span, dtype=dtype, state_dict=state_dict, shard_bytes=shard_bytes)
+    files = stage_files(model, span, dtype=dtype, source=source, state_dict=state_dict, shard_bytes=shard_bytes)
     for file_name, tensors in files:
         tensor_file(tensors, STAGE_METADATA, copy=False).write(folder / file_name)
         weight_map.update(dict.fromkeys(tensors, file_name))
@@ -254,11 +259,8 @@ def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[
         yield group
 
 
-def _as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.cpu().contiguous()
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to(dtype).cpu().contiguous()
 
 
 def _is_weight_file(name: str) -> bool:

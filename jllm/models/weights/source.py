@@ -32,7 +32,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # The names that safetensors headers use.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The floating dtypes of weights, as safetensors calls them."""
 
 
 _OF_A_CONFIG = (
@@ -253,7 +254,7 @@ def stored_dtypes(folder: str | Path) -> dict[torch.dtype, int]:
     held: dict[torch.dtype, int] = {}
     for path in weight_files(folder):
         for entry in read_header(path).values():
-            if (dtype := _DTYPES.get(entry["dtype"])) is not None:
+            if (dtype := FLOATING.get(entry["dtype"])) is not None:
                 start, end = entry["data_offsets"]
                 held[dtype] = held.get(dtype, 0) + end - start
     return held
