@@ -54,7 +54,7 @@ def check_raw_config(raw: dict[str, Any], path: Path) -> None:
         elif isinstance(value, int | float):
             most = MOST_LAYERS if _OF_LAYERS.search(name) else LARGEST_SIZE if _OF_SIZES.search(name) else None
             if most is not None and value > most:
-                shown = f"{value:,}" if value < 1e18 else f"a number of {len(f'{value:.0f}')} digits"
+                shown = f"{value:,}" if value < 1e18 else "far more"
                 raise UserError(f"{path}: {name} is {shown}; at most {most:,} is built")
 
 

@@ -115,7 +115,10 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
     """
     size = chunk.total_compressed_size
     data = memoryview(file.read_at(size, chunk.data_page_offset))
-    _check_counts(data, chunk.num_values)
+    try:
+        _check_counts(data, chunk.num_values)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
     codec = pa.Codec("lz4_raw" if chunk.compression == "LZ4" else chunk.compression.lower())
     # Arrow's memory pool keeps freed blocks; numpy's go back to the system and are faulted in anew each time.
     kind = np.dtype(np.float32 if chunk.physical_type == "FLOAT" else np.int32)

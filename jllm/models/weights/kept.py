@@ -8,10 +8,12 @@ Cost: the headers of the published files, once.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from jllm.errors import UserError
 from jllm.models.weights.source import FLOATING, read_header, weight_files
@@ -32,8 +34,17 @@ class KeptDtypes:
         kept = {*(model._keep_in_fp32_modules_strict or ())}
         if dtype == torch.float16:
             kept |= {*(model._keep_in_fp32_modules or ())}
-        # As transformers looks for them: a part of the name, between dots.
+        # As transformers looks for them: a part of the name in the model, between dots.
         self._fp32 = re.compile("|".join(rf"(?:^|\.){each}(?:$|\.)" for each in sorted(kept))) if kept else None
+        self._model = model
+        self._names: frozenset[str] = frozenset()
+
+    def look_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Learn which of these tensors, by their names in the model, the family keeps, and how those are published."""
+        if self._fp32 is None or self._dtype not in (torch.float16, torch.bfloat16):
+            return
+        kept = {name: tensor for name, tensor in tensors.items() if self._fp32.search(name)}
+        self._names = frozenset(revert_weight_conversion(self._model, kept)) if kept else frozenset()
 
     def of(self, name: str, tensor: torch.Tensor) -> torch.dtype:
         """The dtype in which a tensor is saved."""
@@ -41,8 +52,7 @@ class KeptDtypes:
             return tensor.dtype
         if name in self._published:
             return self._published[name]
-        is_half = self._dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if is_half and self._fp32 is not None and self._fp32.search(name) else self._dtype
+        return torch.float32 if name in self._names else self._dtype
 
 
 def _floating(source: Path) -> dict[str, torch.dtype]:

@@ -67,9 +67,10 @@ def stage_files(
         tensors.pop(duplicate, None)
     for ignored in model._keys_to_ignore_on_save or ():
         tensors.pop(ignored, None)
+    kept = KeptDtypes(model, dtype, source)
+    kept.look_at(tensors)
     is_alibi = isinstance(model, AlibiLlamaForCausalLM)
     published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
-    kept = KeptDtypes(model, dtype, source)
     for part, names in enumerate(_parts(published, shard_bytes)):
         file_name = _STAGE_FILE.format(stage=span.index, part=part)
         yield file_name, {name: _as_stored(published[name], kept.of(name, published[name])) for name in names}

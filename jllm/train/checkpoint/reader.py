@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jllm import atomic
@@ -208,8 +208,11 @@ class CheckpointReader:
         begin = stored.place + first
         file = self._open(stored.file)
         self._check_tensor(stored.file, stored.key)
-        flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
-        return flat.as_strided(box.extent, steps)
+        try:
+            flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
+            return flat.as_strided(box.extent, steps)
+        except (SafetensorError, RuntimeError, *MALFORMED) as error:
+            raise self._damage(stored.file, f"does not hold what the index says of {stored.key} ({error})") from None
 
     def _named_files(self) -> set[Any]:
         """All that the index says of where something lies; what has another shape names nothing."""
@@ -271,7 +274,10 @@ class CheckpointReader:
         expected = self._index.get("files", {}).get(name)
         if expected is None or (name, key) in self._checked:
             return
-        content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
+        try:
+            content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
+        except SafetensorError as error:
+            raise self._damage(name, f"does not hold what the index says of {key} ({error})") from None
         if zlib.crc32(content.data) != expected["tensors"].get(key):
             raise self._damage(name, f"is damaged: {key} is not what its checksum says")
         self._checked.add((name, key))
