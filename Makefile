@@ -8,13 +8,16 @@ export JLLM_ASSETS ?= $(HOME)/.cache/jllm-assets
 # DeepSpeed finds its launcher, and ninja to compile with, on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup assets demo test test-families templates fuzz lint bench clean
+.PHONY: help setup assets demo demo-lora test test-families templates fuzz lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.stamp-demo ## the main job on real text with a real model, in demo-run/ (a few minutes on 2 cores)
 	$(BIN)/python tools/demo.py
+
+demo-lora: .venv/.stamp-dev ## LoRA on questions and answers (DATA=FILE for others), merged, in demo-run/lora (some minutes)
+	$(BIN)/python tools/demo_lora.py $(if $(DATA),--data $(DATA))
 
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -29,7 +29,7 @@ TRAIN = [
 ]
 SPARK = ["pandas>=2.2", "pyspark>=4.0"]
 DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
-ADAPTERS = ["accelerate>=1", "bitsandbytes>=0.50", "peft>=0.21"]  # LoRA, and models in 4 and 8 bits
+ADAPTERS = ["accelerate>=1", "bitsandbytes>=0.50", "gguf>=0.17", "peft>=0.21"]  # LoRA, and models in 4 and 8 bits
 OPTIMIZERS = ["bitsandbytes>=0.50", "schedulefree>=1.4", "torch-optimi>=0.3"]  # of --optimizer
 GPU = [*ADAPTERS, *OPTIMIZERS, "liger-kernel>=0.6"]
 PLOT = ["matplotlib>=3.8"]  # PNGs of `jllm plot`

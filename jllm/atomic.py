@@ -10,6 +10,7 @@ Cost: one fsync of the file and one of its folder for each file written.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -124,6 +125,66 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # as of a disk that is full
             error.filename = str(path)
         raise
+
+
+def check_new_folder(folder: Path, option: str) -> None:
+    """Raises:
+    UserError: `option` names a place where something is already.
+    """
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise UserError(f"{option} {folder}: is not empty; give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; when the block ends well it becomes `folder`, otherwise it is removed.
+
+    What a killed command left in it goes first. Only one command at a time fills it.
+
+    Raises:
+        UserError: another command is at it.
+        OSError: `folder` is there and not empty.
+    """
+    temporary = temporary_name(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if temporary.is_symlink():
+        temporary.unlink()
+    temporary.mkdir(exist_ok=True)
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _lock_folder(descriptor, folder)
+        try:
+            for path in temporary.iterdir():
+                remove_tree(path)
+            yield temporary
+            for place, _, files in walk(temporary):
+                for name in files:
+                    sync_file(place / name)
+                sync_file(place)
+            os.replace(temporary, folder)
+            sync_file(folder.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_tree(temporary)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock_folder(descriptor: int, folder: Path) -> None:
+    """Raises:
+    UserError: another command holds the folder, or finished it just now.
+    """
+    is_free = True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_free = False
+    except OSError:  # a file system without locks
+        pass
+    temporary = temporary_name(folder)
+    if not is_free or not temporary.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+        raise UserError(f"{folder}: another command is writing it; wait for that one, or give another folder")
 
 
 def write_text(path: Path, text: str) -> None:

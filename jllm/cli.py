@@ -15,6 +15,13 @@ COMMANDS = {
     "plot": ("jllm.commands.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
+    "adapter": ("jllm.commands.adapter:main", "what an adapter does to each module; adapters for llama.cpp"),
+    "merge": ("jllm.commands.merge:main", "add a LoRA adapter to the weights of its model"),
+    "cat2hf": ("jllm.commands.cat2hf:main", "a checkpoint of the trainer as one Hugging Face folder"),
+    "extend_tokenizer": (
+        "jllm.commands.extend_tokenizer:main",
+        "add tokens to a tokenizer, and rows for them to its model",
+    ),
     "convert": ("jllm.commands.convert:main", "older checkpoints (Qwen-1, InternLM2, Baichuan) to a native class"),
     "train": (
         "jllm.commands.train_pipe:main",

@@ -1,10 +1,12 @@
-"""What the machine lets this process use: cores, memory, disk; and sizes as people write them.
+"""What the machine lets this process use: cores, memory, disk, packages; and sizes as people write them.
 
 Limits of the container (control groups) count as well as those of the machine.
 """
 
 import contextlib
 import gc
+import importlib
+import io
 import os
 import re
 import shutil
@@ -147,6 +149,21 @@ def require_disk(folder: Path, needed: int, purpose: str) -> None:
             f"{folder}: {purpose} needs about {megabytes(needed)} of disk and {megabytes(free)} are free;"
             " free some, or write elsewhere"
         )
+
+
+def require_package(package: str, needed_by: str, extra: str) -> None:
+    """Import a package that not every installation has. Some greet with what their own parts miss, which nobody sees.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported; `extra` of ours brings it.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"{needed_by} needs {package} ({error}); install it with: pip install 'jllm[{extra}]'"
+        ) from None
 
 
 def megabytes(size: int) -> str:

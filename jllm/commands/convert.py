@@ -6,6 +6,7 @@ The trainer accepts such a folder directly; converting is for other tools. Cost:
 import dataclasses
 from pathlib import Path
 
+from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
 from jllm.options import command, option
 
@@ -22,8 +23,7 @@ class ConvertConfig:
         if not (self.model / "config.json").is_file():
             missing = "has no config.json" if self.model.is_dir() else "does not exist"
             raise UserError(f"--model {self.model}: {missing}; give a Hugging Face model folder")
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise UserError(f"--output {self.output}: is not empty; give a new folder")
+        check_new_folder(self.output, "--output")
 
 
 @command(ConvertConfig, name="convert")

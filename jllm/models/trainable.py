@@ -193,3 +193,13 @@ def patterns_of(option: str, text: str | None) -> list[re.Pattern[str]]:
         except re.error as error:
             raise UserError(f"{option} {piece.strip()!r} is not a regular expression ({error}); correct it") from None
     return compiled
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a dotted name is one of these modules, or lies in one."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def grouped(names: Collection[str]) -> str:
+    """Names for people, with the numbers of layers left out: `model.layers.*.mlp.experts.down_proj`."""
+    return ", ".join(sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names}))

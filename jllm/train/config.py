@@ -13,7 +13,7 @@ from jllm.machine import parse_duration
 from jllm.options import check_ranges
 from jllm.ranges import named_number
 from jllm.train.limits import MOST_WEIGHT
-from jllm.train.options.adapters import AdaptersOptions, check_adapters
+from jllm.train.options.adapters import AdaptersOptions, check_adapters, precision_of_adapters
 from jllm.train.options.call import CallOptions
 from jllm.train.options.checkpoints import CheckpointsOptions
 from jllm.train.options.data import DataOptions
@@ -23,6 +23,7 @@ from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
 from jllm.train.options.parallelism import ParallelismOptions
+from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.steps import StepsOptions
 from jllm.train.records.sinks.names import services_of
@@ -40,6 +41,7 @@ class TrainConfig(
     ObjectiveOptions,
     StepsOptions,
     ParallelismOptions,
+    QuantisationOptions,
     AdaptersOptions,
     ModelOptions,
     DataOptions,
@@ -54,6 +56,7 @@ class TrainConfig(
             raise UserError("--train_data is missing; give a folder of shards, made by: python -m jllm.raw2ids")
         weighted_folders(self)
         check_adapters(self)
+        check_quantisation(self)
         check_objective(self)
         check_optimizer(self)
         _check_adapters_in_run(self)
@@ -159,7 +162,7 @@ class TrainConfig(
     @property
     def trained_precision(self) -> str:
         """The type of what trains: that of the adapters, or `--precision`. bf16 and fp16 have fp32 masters."""
-        return self.adapter_precision if self.has_lora else self.precision
+        return self.adapter_precision if self.has_adapters else self.precision
 
     @property
     def engine_precision(self) -> str:
@@ -169,7 +172,12 @@ class TrainConfig(
     @property
     def adapter_precision(self) -> str:
         """`--lora_dtype`, or what the precision of the model allows."""
-        return self.lora_dtype or ("fp16" if self.precision == "fp16" else "fp32")
+        return precision_of_adapters(self.lora_dtype, self.precision)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a run reads the weights of `--model`: a checkpoint of adapters has none of them."""
+        return not self.init and (self.from_ckpt is None or self.has_adapters)
 
     @property
     def resolved_log_dir(self) -> Path | None:
@@ -189,13 +197,20 @@ def _check_adapters_in_run(config: TrainConfig) -> None:
     """Raises:
     UserError: options that say nothing of a frozen model, or types that do not go together.
     """
-    if not config.has_lora:
+    if config.load_in is not None and not config.has_adapters:
+        raise UserError(
+            f"--{config.load_in}: a quantised model is not trained itself, adapters beside it are; give --lora_dim,"
+            " --lora or --control_adapter_rank too, or drop it"
+        )
+    if config.load_in is not None and config.init:
+        raise UserError(f"--{config.load_in} quantises the weights of --model, and --init has none; drop one")
+    if not config.has_adapters:
         return
     for name in ("target_modules", "layers_to_transform"):
         if getattr(config, name) is not None:
             raise UserError(
                 f"--{name} chooses among the model's own parameters, which are frozen with adapters; give"
-                f" --{'lora_layers' if name == 'layers_to_transform' else 'lora_target_modules'}"
+                f" --{_INSTEAD[config.has_control, name]}"
             )
     if config.only_ckpt_model:
         raise UserError("--only_ckpt_model writes the model, which adapters leave as it is; give --only_ckpt_lora")
@@ -211,11 +226,48 @@ def _check_adapters_in_run(config: TrainConfig) -> None:
         )
     if config.precision == "fp16" and config.lora_dtype == "fp32":
         raise UserError("--lora_dtype fp32 with --precision fp16, whose loss is scaled with fp16 adapters; drop it")
+    _check_what_follows_steps(config)
     if config.modules_to_save is not None and config.adapter_precision != config.precision:
         raise UserError(
             f"--modules_to_save are trained in the model's type, {config.precision}; give --lora_dtype"
             f" {config.precision} too, which keeps fp32 masters"
         )
+
+
+_INSTEAD = {
+    (False, "target_modules"): "lora_target_modules",
+    (False, "layers_to_transform"): "lora_layers",
+    (True, "target_modules"): "control_adapter_layers",
+    (True, "layers_to_transform"): "control_adapter_layers",
+}
+"""With control adapters or without, the option for the model's own parameters → that for adapters."""
+
+
+def _check_what_follows_steps(config: TrainConfig) -> None:
+    """Raises:
+    UserError: what changes adapters after a step needs fp32 ones, and an optimizer that has no second point.
+    """
+    if config.has_control and config.weight_decay:
+        raise UserError(
+            f"--weight_decay {config.weight_decay:g} with --control_adapter_rank, whose directions keep their length;"
+            " give --control_weight_decay, for its strengths"
+        )
+    asked = [
+        name
+        for name in ("lora_weight_decay", "lora_max_norm", "control_adapter_rank")
+        if getattr(config, name) not in (None, 0)
+    ]
+    for name in asked:
+        if config.adapter_precision != "fp32":
+            raise UserError(
+                f"--{name} changes adapters after each step, which needs fp32 ones, and these are"
+                f" {config.adapter_precision}; give --lora_dtype fp32 and --precision bf16 or fp32"
+            )
+        if config.optimizer == "schedule_free":
+            raise UserError(
+                f"--{name} with --optimizer schedule_free, which evaluates an average that it would not reach; give"
+                " another optimizer"
+            )
 
 
 def _check_folders(config: TrainConfig) -> None:

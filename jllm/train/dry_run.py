@@ -52,7 +52,7 @@ from jllm.train.config import (
     resolved_options,
     weighted_folders,
 )
-from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data
+from jllm.train.data.open import TEXT_SUFFIXES, Data, epoch_steps, open_training_data, planes_of
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision
@@ -303,10 +303,16 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
             dtype=DTYPES[config.precision],
             attn_implementation=family.attention,
         )
-    if family.adapters is not None:
-        family.adapters.attach(model)
+    tell = family.adapters.attach(model) if family.adapters is not None else None
     setup.attach(model, span, config)
     select_trainable(model, span, setup.chosen_parameters(config))
-    stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), is_frozen=family.adapters is not None)
+    stage = PipelineStage(
+        model,
+        span,
+        ObjectiveInUse(CrossEntropy()),
+        read=planes_of(config),
+        is_frozen=family.adapters is not None,
+        tell=tell,
+    )
     parameter_groups(stage, config, attached_parameters(model, span))
     return stage

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
+from jllm.models.embedding_noise import attach_noise
 from jllm.models.families import check_block_mask, check_split
 from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
@@ -20,16 +21,19 @@ from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.saving import ExportedFolder, ModelFolder
-from jllm.models.weights.source import ModelInfo, causal_class, model_info, read_config
+from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
 from jllm.train.config import TrainConfig
+from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
+from jllm.train.quantisation import find_quantisation, read_model_config
 from jllm.train.shape import RunShape
 
 ASSUMED_LENGTH = 2048
@@ -44,11 +48,12 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
     """
     assert config.model is not None
     if config.block_mask:
-        check_block_mask(read_config(config.model, trust_remote_code=config.trust_remote_code))
+        check_block_mask(read_model_config(config))
     return model_info(
         config.model,
         trust_remote_code=config.trust_remote_code,
-        with_weights=not config.init and config.from_ckpt is None,
+        with_weights=config.reads_weights,
+        quantised=config.has_adapters,
     )
 
 
@@ -61,12 +66,14 @@ class FamilyInUse:
         model_class: the family's own class.
         attention: the attention implementation that it gets.
         adapters: what is trained in its place; None where it trains itself.
+        quantisation: what of it is held in 4 or 8 bits; None where nothing is.
     """
 
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     attention: str
     adapters: Adapters | None
+    quantisation: QuantisationPlan | None
 
 
 def find_family(config: TrainConfig) -> FamilyInUse:
@@ -76,7 +83,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         UserError: there is no such family, or it does not work with what the options ask for.
     """
     assert config.model is not None
-    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = read_model_config(config)
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     trained = copy.deepcopy(model_config)
     set_dropout(trained, config.dropout)
@@ -87,8 +94,15 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         wanted=config.attn_implementation,
         dropout=getattr(trained.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
     )
-    adapters = find_adapters(config, model_config, model_class)
-    return FamilyInUse(config=model_config, model_class=model_class, attention=attention, adapters=adapters)
+    quantisation = find_quantisation(config, model_config, model_class)
+    adapters = find_adapters(config, model_config, model_class, quantisation)
+    return FamilyInUse(
+        config=model_config,
+        model_class=model_class,
+        attention=attention,
+        adapters=adapters,
+        quantisation=quantisation,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +152,7 @@ def plan_stages(
     rows = shape.micro_batch
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
-    dtype = DTYPES[config.precision]
+    dtype, quantisation = DTYPES[config.precision], family.quantisation
     costs = estimate_costs(
         family.config,
         sequence_length=length,
@@ -155,9 +169,11 @@ def plan_stages(
                 sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
             ),
             frozen=dtype.itemsize,
+            quantised=quantisation.quantisation.bytes_of_a_parameter if quantisation is not None else 0.0,
         ),
         selection=chosen_parameters(config),
         attach=family.adapters.attach if family.adapters is not None else None,
+        quantised=quantisation.parameters if quantisation is not None else (),
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
     )
@@ -194,6 +210,7 @@ def plan_stages(
     limit = _device_memory()
     parameters = costs.parameters(0, len(costs.layers))
     notes = family.adapters.said() if family.adapters is not None else []
+    notes += quantisation.said() if quantisation is not None else []
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
@@ -248,7 +265,7 @@ def build_stage(
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
-    if config.init or config.from_ckpt is not None:
+    if not config.reads_weights:
         model = init_stage(
             family.config,
             span,
@@ -269,13 +286,15 @@ def build_stage(
             trust_remote_code=config.trust_remote_code,
             names_unused=agreement.place.is_first,
             dropout=config.dropout,
+            quantisation=family.quantisation,
         )
-    if family.adapters is not None:
-        family.adapters.attach(model)
+    tell = family.adapters.attach(model) if family.adapters is not None else None
     checkpointing, routers = attach(model, span, config)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
-    stage = PipelineStage(model, span, objective, is_frozen=family.adapters is not None)
+    stage = PipelineStage(
+        model, span, objective, read=planes_of(config), is_frozen=family.adapters is not None, tell=tell
+    )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
@@ -291,7 +310,7 @@ def build_stage(
 def attach(
     model: PreTrainedModel, span: StageSpan, config: TrainConfig
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
-    """Give a loaded stage what the options ask of its model: recomputation, balanced routers.
+    """Give a loaded stage what the options ask of its model: recomputation, noise, balanced routers.
 
     Which parameters train is decided after that, over all that is there then.
 
@@ -307,6 +326,8 @@ def attach(
             attention_only=config.checkpoint_grad_attention,
             offload=config.checkpoint_grad_offload,
         )
+    if config.neftune_alpha is not None:
+        attach_noise(model, span, config.neftune_alpha)
     routers = None
     if config.router_aux_loss_coef is not None:
         routers = attach_router_balance(model, span, config.router_aux_loss_coef)
@@ -319,7 +340,7 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         target_modules=config.target_modules,
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,
-        attached_only=config.has_lora,
+        attached_only=config.has_adapters,
     )
 
 

@@ -50,6 +50,7 @@ from jllm.train.lifecycle.requests import Request, Requests
 from jllm.train.lifecycle.run_folders import check_folders_are_free, check_model_folders, locked, run_id
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse, step_scale
+from jllm.train.optim.after_step import follow_updates, record_of_adapters
 from jllm.train.optim.optimizers import build_optimizer
 from jllm.train.optim.schedules import learning_rate, set_learning_rate, warmup_steps
 from jllm.train.records.config_record import record_options
@@ -122,6 +123,7 @@ class TrainingRun:
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
         optimizer = build_optimizer(self.stage, config, attached=self.built.attached)
+        self.after_step = follow_updates(config, self.stage.model, optimizer)
         self.engine = build_engine(self.stage, optimizer, config, shape)
         self.state = TrainingState(self.engine, self.stage, config.optimizer)
         self.step, self.cursor = 0, Cursor()
@@ -247,11 +249,9 @@ class TrainingRun:
         return code
 
     def _introduce(self) -> None:
-        shape, facts = self.shape, self.data.facts
-        world = shape.mesh.world_size
-        total, trained = self.plan.parameters.total, self.plan.parameters.trained
-        facts_of_run = {"processes": world, "total_steps": self.total_steps}
-        counts = {"parameters": total, "trained_parameters": trained}
+        shape, facts, parameters = self.shape, self.data.facts, self.plan.parameters
+        facts_of_run = {"processes": shape.mesh.world_size, "total_steps": self.total_steps}
+        counts = {"parameters": parameters.total, "trained_parameters": parameters.trained}
         self.recorder.event("start", None, run=self.id, version=__version__, **facts_of_run, **counts)
         for line in (self.plan.table, *self.plan.notes, *self.plan.warnings, *filling_lines(self.config, self.epochs)):
             self.recorder.say(line)
@@ -349,7 +349,8 @@ class TrainingRun:
             world_size=self.shape.mesh.world_size,
         )
         consumed = {"consumed_tokens": self.consumed_tokens, "consumed_rows": self.consumed_rows}
-        self.recorder.train(record | self._router_balance() | consumed)
+        adapters = record_of_adapters(self.after_step, self.agreement, step=self.step)
+        self.recorder.train(record | self._router_balance() | adapters | consumed)
         if loss is not None and norm is not None:  # after the record, which is the last one where the guard stops
             # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
             warning = self.nan_guard.check(self.step, loss, norm if self.config.precision != "fp16" else 0.0)

@@ -9,15 +9,22 @@ import pytest
 
 pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
 
+from tests.distributed.adapted import (
+    ADAMW,
+    LINEAR,
+    SGD,
+    STEPS,
+    adapter_in,
+    lora_options,
+    peft_adapter,
+    save_model,
+    steps_options,
+)
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_model
 from tests.distributed.runs import options_of, records, train_rank
 from tests.fixtures import random_rows, write_rows
 
-STEPS = 20
-SGD = {"optimizer": "sgd", "learning_rate": 0.2}
-ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "adam_eps": 1e-4}
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "tied, 2 stages": ("llama tied", {"target_modules": LINEAR}, SGD, 2, 2),
     "2 x 2": ("llama", {"target_modules": LINEAR}, ADAMW, 4, 2),
@@ -39,42 +46,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
 }  # fmt: skip
 
 
-def save_model(folder: Path, family: str) -> Path:
-    """A tiny model of a family, with random weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tests.models.tiny import tiny_config
-
-    name, _, tied = family.partition(" ")
-    torch.manual_seed(3)
-    config = tiny_config(name, tied=bool(tied)) if name == "llama" else tiny_config(name)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def peft_adapter(model: Path, folder: Path, settings: dict[str, Any]) -> Any:
-    """An adapter on the whole model, in memory and written by peft, whose second matrices are not 0."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings})).train()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "lora_embedding_A" in name:
-                parameter.normal_(std=0.05)
-    adapted.save_pretrained(folder)
-    return adapted
-
-
-def adapter_in(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(folder / "adapter_model.safetensors"))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_equals_peft(ranks: Callable[[int], Ranks], tmp_path: Path, case: str) -> None:
     """Losses, gradient norms, and every number of the adapter after 20 steps; peft loads the folder that is left."""
@@ -86,19 +57,7 @@ def test_equals_peft(ranks: Callable[[int], Ranks], tmp_path: Path, case: str) -
     model = save_model(tmp_path / "model", family)
     data = write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True, packed=True), files=3)
     adapted = peft_adapter(model, tmp_path / "adapter", settings)
-    more = {
-        **optimizer,
-        "lora": tmp_path / "adapter",
-        "gradient_clipping": 0.7,
-        "seed": 7,
-        "pipe_parallel_size": pipe,
-        "gradient_accumulation_steps": 4 // (world_size // pipe),
-        "per_device_train_batch_size": 2,
-        "max_steps": STEPS,
-        "lr_scheduler_type": "constant",
-        "output_dir": tmp_path / "out",
-        "partition_method": "uniform",
-    }
+    more = steps_options(tmp_path, optimizer, processes=world_size, stages=pipe)
     assert ranks(world_size).run(train_rank, options_of(tmp_path, **more)) == [None] * world_size
     batches = batches_in_order(data, steps=STEPS, global_batch=8, seed=7)
     losses, norms = train_model(adapted, batches, options=more)
@@ -124,22 +83,6 @@ def folder(tmp_path: Path) -> Path:
     save_model(tmp_path / "model", "llama tied")
     write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True), files=3)
     return tmp_path
-
-
-def lora_options(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    """A run of six steps with adapters, its folders below `name`."""
-    settings = {
-        "lora_dim": 4,
-        "learning_rate": 1e-2,
-        "adam_eps": 1e-4,
-        "lr_scheduler_type": "constant",
-        "gradient_accumulation_steps": 4,
-        "max_steps": 6,
-        "partition_method": "uniform",
-        "output_dir": folder / name,
-        "checkpoint": folder / f"{name}-ckpt",
-    }
-    return options_of(folder, settings, **more)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

@@ -17,6 +17,7 @@ import click
 
 from jllm.cli import COMMANDS
 from jllm.errors import UserError
+from jllm.options import Group
 from tests.pages.blocks import ROOT
 
 OF_OTHERS = ("spark-submit", "deepspeed", "pip install")
@@ -85,7 +86,7 @@ def command_of(words: Sequence[str]) -> tuple[click.Command, list[str]] | None:
     if words[0] == "jllm" and len(words) > 1 and not words[1].startswith("-"):
         assert words[1] in COMMANDS, f"jllm has no command {words[1]}"
         module, _, attribute = COMMANDS[words[1]][0].partition(":")
-        return getattr(importlib.import_module(module), attribute), list(words[2:])
+        return _within(getattr(importlib.import_module(module), attribute), list(words[2:]))
     flag = {"python": "-m", "deepspeed": "--module"}.get(words[0])
     if flag in words[:-1]:
         at = words.index(flag) + 1
@@ -99,6 +100,15 @@ def command_of(words: Sequence[str]) -> tuple[click.Command, list[str]] | None:
             script = _command_of_script(ROOT / word)
             return (script, list(words[at + 1 :])) if script is not None else None
     return None
+
+
+def _within(command: click.Command, words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command of a group that words call, or the group itself where they name none of it."""
+    if isinstance(command, Group) and words and not words[0].startswith("-"):
+        assert words[0] in command.lazy, f"{command.name} has no command {words[0]}"
+        module, _, attribute = command.lazy[words[0]][0].partition(":")
+        return getattr(importlib.import_module(module), attribute), words[1:]
+    return command, words
 
 
 def flags_of(command: click.Command) -> set[str]:
@@ -166,6 +176,7 @@ def check_accepted(command: str) -> None:
     found = command_of(words)
     if found is None:
         return
+    assert not isinstance(found[0], click.Group), f"a group, not a command of it: {command}"
     try:
         context = found[0].make_context(words[0], list(found[1]))
         inspect.getclosurevars(found[0].callback).nonlocals["config_type"](**context.params)

@@ -71,6 +71,23 @@ def test_unpacked_documents_and_bad_lines(spark: Any, tokenizer: Path, tmp_path:
     assert verify(open_data_set(tmp_path / "spark")) == []
 
 
+def test_control_classes(spark: Any, tokenizer: Path, tmp_path: Path) -> None:
+    from spark_jobs.raw2ids import SparkRaw2IdsConfig, run
+
+    (tmp_path / "in").mkdir()
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"in/{name}.jsonl", [{"text": f"{name} {text}"} for text in documents()[:60]])
+    classes = ("one*=-1", "*=random")
+    given = str(tmp_path / "in")
+    common = {"input": (given,), "tokenizer": str(tokenizer), "type": "pretrain", "max_len": 64}
+    manifest = run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark"), control_class=classes))
+    options = [word for each in classes for word in ("--control_class", each)]
+    arguments = ["-i", given, "--tokenizer", str(tokenizer), "-t", "pretrain", "--max_len", "64", *options]
+    expected = local(tmp_path / "local", *arguments)
+    assert bags(tmp_path / "spark") == bags(expected)
+    assert manifest.further.types == open_data_set(expected).manifest.further.types == {"control_class": "list<int32>"}
+
+
 def test_packed_rows_of_each_partition(spark: Any, tokenizer: Path, tmp_path: Path) -> None:
     """Records that Spark reads from Parquet, packed; each partition equals the local functions on its records."""
     from spark_jobs.raw2ids import SparkRaw2IdsConfig, run

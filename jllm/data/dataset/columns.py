@@ -76,6 +76,8 @@ class Column:
         return self.is_list and self.element != TEXT
 
 
+CONTROL_CLASS = Column(name="control_class")
+"""The further column that control adapters know: of each token 1, -1, or 0, where they are off."""
 SOURCE_TAG = Column(name="source", element=TEXT, is_list=False)
 """The further column that mixing knows: the tag of a row's source. Null and empty both mean that it has none."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jllm.data.dataset.columns import Column
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
 from jllm.data.packing.conversations import padded_rows
 from jllm.data.packing.packers import Documents
@@ -72,6 +73,7 @@ class BestFitPacker:
     """
 
     whole = True
+    further: tuple[Column, ...] = ()
 
     def __init__(
         self,

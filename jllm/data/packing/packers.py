@@ -22,7 +22,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from jllm.data.dataset.columns import Column
 from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
 
 
@@ -50,13 +52,14 @@ class Documents:
     """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
 
     `labels` are the ids, or -100 where a token is not trained on; None where all are. `stored` says where the same ids
-    and labels lie on disk.
+    and labels lie on disk. `classes` are control classes, one a document; None where nobody asked for them.
     """
 
     ids: Int32
     offsets: Int64
     labels: Int32 | None = None
     stored: Stored | None = None
+    classes: NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,6 +76,7 @@ class Documents:
             offsets=self.offsets[start : end + 1] - low,
             labels=None if self.labels is None else self.labels[low:high],
             stored=self.stored and self.stored.take(slice(start, end)),
+            classes=None if self.classes is None else self.classes[start:end],
         )
 
     def take(self, chosen: Int64) -> "Documents":
@@ -84,6 +88,7 @@ class Documents:
             offsets=offsets,
             labels=None if self.labels is None else self.labels[index],
             stored=self.stored and self.stored.take(chosen),
+            classes=None if self.classes is None else self.classes[chosen],
         )
 
 
@@ -99,11 +104,13 @@ def spans(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
 class Packer(Protocol):
     """Turns documents into rows; one packer for each split.
 
-    `whole` packers give no row before `finish`, and need all documents of the split for it.
+    `columns` are those of the contract that its rows have, `further` the others. `whole` packers give no row before
+    `finish`, and need all documents of the split for it.
     """
 
     whole: bool
     columns: tuple[str, ...]
+    further: tuple[Column, ...]
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
         """The rows that these documents complete."""
@@ -124,6 +131,7 @@ class WithoutRest:
     """A packer that makes all rows of a document when it is fed: nothing is left for later."""
 
     whole = False
+    further: tuple[Column, ...] = ()
 
     def finish(self) -> Iterator[pa.RecordBatch]:
         return iter(())
@@ -146,6 +154,7 @@ class StackPacker:
     """
 
     whole = False
+    further: tuple[Column, ...] = ()
 
     def __init__(
         self, length: int, *, labels: bool = False, prefix: tuple[int, ...] = (), drop_tail: bool = False

@@ -1,8 +1,8 @@
 """Encoded chunks on disk, from when they are encoded until no sink may need them again: what a killed run need not
 encode anew.
 
-A file is a head in JSON and arrays as they lie in memory: ids, offsets, and labels, as bits where they need not be read
-from the file again. It is mapped, not read.
+A file is a head in JSON and arrays as they lie in memory: ids, offsets, labels, as bits where they need not be read
+from the file again, and control classes. It is mapped, not read.
 
 Guarantees: a file is there whole or not at all; one that is torn, because it is not flushed to disk, is not taken.
 Cost: writing and a sum over the arrays; 2 or 4 bytes a token on disk.
@@ -86,7 +86,10 @@ def write(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) 
     arrays: list[NDArray[Any]] = [documents.ids.astype(narrow, copy=False), documents.offsets]
     if documents.labels is not None:
         arrays.append(documents.labels if wide else np.packbits(documents.labels != IGNORE_INDEX))
+    if documents.classes is not None:
+        arrays.append(documents.classes)
     head = {
+        "labels": documents.labels is not None,
         "bad": [dataclasses.astuple(record) for record in encoded.bad],
         "counts": encoded.counts,
         "end": encoded.end,
@@ -131,17 +134,19 @@ def read(path: Path, *, check: bool = True) -> Encoded | None:
     ids = arrays[0].astype(np.int32, copy=False)
     labels = None
     offsets = np.array(arrays[1])
+    has_labels = bool(head["labels"])
+    classes = arrays[3 if has_labels else 2] if len(arrays) > 2 + has_labels else None
     stored: Stored | None = None
-    if arrays[0].dtype == np.int32 and (len(arrays) == 2 or arrays[2].dtype == np.int32):
-        labels_at = places[2] if len(arrays) == 3 else None
+    if arrays[0].dtype == np.int32 and (not has_labels or arrays[2].dtype == np.int32):
+        labels_at = places[2] if has_labels else None
         stored = Stored(path=str(path), ids=places[0], labels=labels_at, starts=offsets[:-1])
-    if len(arrays) == 3 and arrays[2].dtype == np.int32:
+    if has_labels and arrays[2].dtype == np.int32:
         labels = arrays[2]
-    elif len(arrays) == 3:
+    elif has_labels:
         trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     return Encoded(
-        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored),
+        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored, classes=classes),
         bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
         counts=head["counts"],
         end=head["end"],

@@ -90,6 +90,14 @@ class Raw2IdsConfig:
     filter: bool = option(False, help="ft: drop rows with at most one trained token")
     date: str | None = option(None, help="ft: date for templates that show one  [default: today]", metavar="2026-01-31")
 
+    control_class: tuple[str, ...] = option(
+        (),
+        group="Control adapters",
+        help="class of the documents of files whose name fits a glob: +1, -1, 0 (adapters are off) or random (+1 or -1"
+        " by the document); for all input or none; may be repeated, the first that fits counts",
+        metavar="GLOB=CLASS",
+    )
+
     num: int = option(
         1 << 23, "-n", group="Files", help="documents or conversations in a split (one sub-folder)", metavar="N"
     )

@@ -22,6 +22,7 @@ from jllm.data.dataset.token_counts import count_trained
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.prepare.control_classes import with_classes
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
 from jllm.data.prepare.totals import describe
@@ -98,7 +99,7 @@ def dry_run(config: Raw2IdsConfig) -> None:
     given = pretokenized.recognised(config, sources)
     formats = recipes.formats_of(config, given.sources) if given.chat else ()
     facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-    encoder = _encoder(config, facts, given, formats, told)
+    encoder = with_classes(config.control_class, given.sources, _encoder(config, facts, given, formats, told))
     sample = _sample(config, given, encoder)
     documents = [encoded.documents for _, encoded in sample.encoded if len(encoded.documents)]
     bad = [(source.name, record) for source, encoded in sample.encoded for record in encoded.bad]
@@ -112,6 +113,12 @@ def dry_run(config: Raw2IdsConfig) -> None:
     special = _special_tokens(facts, documents)
     shown = ", ".join(f"{printable(name)} x {n:,}" for name, n in special.items()) or "none"
     told.tell("special_tokens", special, f"special tokens: {shown}")
+    if config.control_class:
+        of_documents = np.concatenate([each.classes for each in documents if each.classes is not None])
+        by_class = {name: int((of_documents == kind).sum()) for name, kind in (("+1", 1), ("-1", -1), ("0", 0))}
+        told.tell(
+            "control_classes", by_class, f"control classes: {', '.join(f'{k} x {n:,}' for k, n in by_class.items())}"
+        )
     packer = recipes.packer_of(config, facts, labels=given.labels)
     fed = [packer.feed(each) for each in documents]
     batches = [batch for batch in (*fed, *packer.finish()) if batch is not None and batch.num_rows]
@@ -127,7 +134,9 @@ def dry_run(config: Raw2IdsConfig) -> None:
     told.tell("sample", {"documents": count, "tokens": tokens, "trained": trained, "rows": made}, line)
     with (
         tempfile.TemporaryDirectory() as folder,
-        ShardWriter(Path(folder, "sample.parquet"), columns=packer.columns, codec=config.compress) as writer,
+        ShardWriter(
+            Path(folder, "sample.parquet"), columns=packer.columns, further=packer.further, codec=config.compress
+        ) as writer,
     ):
         for batch in batches:
             writer.write(batch)

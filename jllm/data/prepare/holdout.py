@@ -53,8 +53,12 @@ class Holdout:
 
 def held_out(documents: Documents, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which of the documents are held out: about `fraction` of all different ones."""
-    keys = _mixed(_keys(documents) ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
-    return keys < np.uint64(int(fraction * 2.0**64))
+    return document_hashes(documents, seed) < np.uint64(int(fraction * 2.0**64))
+
+
+def document_hashes(documents: Documents, seed: int) -> UInt64:
+    """[N] a number for each document that looks random, by its ids and the seed alone."""
+    return _mixed(_keys(documents) ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
 
 
 def _keys(documents: Documents) -> UInt64:

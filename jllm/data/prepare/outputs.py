@@ -128,7 +128,8 @@ def recorded_options(config: Raw2IdsConfig) -> dict[str, Any]:
     """The options that decide what is made, as plain data."""
     values = dataclasses.asdict(config)
     absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
-    return {key: value for key, value in values.items() if key not in absent}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if key not in absent}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

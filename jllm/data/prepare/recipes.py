@@ -19,6 +19,7 @@ from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.formats import QUESTION_ANSWER, commonest_format
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.packing.best_fit import BestFitPacker
+from jllm.data.packing.classes import ClassPacker
 from jllm.data.packing.conversations import ConversationPacker, split_long
 from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -141,8 +142,16 @@ def packer_of(
     config: Raw2IdsConfig, facts: TokenizerFacts, sequence_prefix: tuple[int, ...] = (), *, labels: bool = False
 ) -> Packer:
     """A new packer, for one split; `labels` where documents have some."""
-    labels = labels or config.mask_tokens
     pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
+    packer = _plain_packer(config, sequence_prefix, pad_id=pad_id, labels=labels)
+    if not config.control_class:
+        return packer
+    classes = _plain_packer(config, (0,) * len(sequence_prefix), pad_id=0, labels=labels)
+    return ClassPacker(packer, classes, labels=config.type == "ft")
+
+
+def _plain_packer(config: Raw2IdsConfig, sequence_prefix: tuple[int, ...], *, pad_id: int, labels: bool) -> Packer:
+    labels = labels or config.mask_tokens
     pad_to = config.max_len if config.pad else config.pad_to_multiple_of
     chat = config.type == "ft"
     if config.packing == "best_fit":

@@ -24,6 +24,7 @@ from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.prepare.control_classes import classes_of, columns_of, with_classes
 from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
 from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
@@ -63,6 +64,8 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     progress = Progress(quiet=config.quiet)
     recipes.field_map(config)  # whose mistakes need no input, and no tokenizer
     sources = resolve(config.input, kind=config.input_format, passed_over=NAMES_OF_OUR_FOLDERS)
+    if config.control_class:
+        classes_of(config.control_class, sources)
     output = config.output or beside(config, sources)
     cores = usable_cores(config.cores)
     use_cores(cores)
@@ -236,6 +239,7 @@ class _Preparation:
         if self.given.some:
             encoder = pretokenized.ids_encoder(config, self.facts, self.given, encoder)
         assert encoder is not None
+        encoder = with_classes(config.control_class, self.sources, encoder)
         try:
             entries, totals = self._convert(encoder, prefix)
         finally:
@@ -341,6 +345,7 @@ class _Preparation:
                 for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
+            further=columns_of(self.config.control_class),
             chat_template=plan.template if plan is not None else None,
             extra=extra,
         )

@@ -288,6 +288,7 @@ class Sink:
                         writer = ShardWriter(
                             self.plan.work / final.name,
                             columns=self._packer.columns,
+                            further=self._packer.further,
                             codec=self.plan.codec,
                             pool=self._pool,
                         )

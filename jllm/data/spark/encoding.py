@@ -20,6 +20,7 @@ from jllm.data.dataset.columns import Int64
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
+from jllm.data.prepare.control_classes import with_classes
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.restart import Attempt
 from jllm.data.sources import json_lines
@@ -170,6 +171,7 @@ class EncodingJob:
         encoder, prefix, findings.engine = _opened_encoder(config, self.attempt, facts, self.chat)
         packer = recipes.packer_of(config, facts, prefix)
         given: GivenSources = self.given.value
+        encoder = with_classes(config.control_class, given.sources, encoder)
         parts = (part for batch in batches for part in given.chunks(batch))
         for index, part in enumerate(parts):
             documents = _encoded(encoder, part.as_chunk(index), findings, given.largest_record)

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from jllm.errors import UserError
 from jllm.models.pipeline.structure import Structure, find_routers, whole_structure
-from jllm.models.trainable import check_matches, matches, parse_layers, patterns_of
+from jllm.models.trainable import check_matches, grouped, is_inside, matches, parse_layers, patterns_of
 from jllm.models.weights.source import bare_model
 
 ALL_LINEAR = "all-linear"
@@ -99,7 +99,7 @@ def plan_lora(config: PretrainedConfig, family: type[PreTrainedModel], choice: L
         else:
             check_matches("--lora_target_modules", pattern, candidates.matrices)
             wanted |= {name for name in candidates.all if matches(pattern, candidates.all[name])}
-    wanted = {name for name in wanted if within(name) and not _is_inside(name, saved)}
+    wanted = {name for name in wanted if within(name) and not is_inside(name, saved)}
     modules, parameters = wanted - candidates.parameters, wanted & candidates.parameters
     lost = {name for name in modules if not _peft_addresses(model, name)}
     modules -= lost
@@ -122,7 +122,7 @@ def plan_lora(config: PretrainedConfig, family: type[PreTrainedModel], choice: L
         fan_in_fan_out=any(isinstance(candidates.owners[name], Conv1D) for name in modules),
     )
     _name_targets(stored, model, structure, modules, parameters)
-    left_out = [f"{_grouped(lost)}: peft cannot have an adapter there in this family"] if lost else []
+    left_out = [f"{grouped(lost)}: peft cannot have an adapter there in this family"] if lost else []
     left_out += candidates.unnamed(wanted, choice.targets, within)
     plan = LoraPlan(
         config=stored,
@@ -176,7 +176,7 @@ class _Candidates:
         """Its name → that of a parameter in it, for patterns."""
         self._packed: set[str] = set()
         for name, module in self.owners.items():
-            in_router = _is_inside(name, routers)
+            in_router = is_inside(name, routers)
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and not in_router:
                 self.all[name] = f"{name}.weight"
                 if not isinstance(module, nn.Embedding) and module is not head:
@@ -197,7 +197,7 @@ class _Candidates:
         left = {name for name in self._packed.difference(wanted) if within(name)}
         if ALL_LINEAR not in targets or not left:
             return []
-        return [f"{_grouped(left)}: packed experts, which --lora_target_modules all-linear,experts adds"]
+        return [f"{grouped(left)}: packed experts, which --lora_target_modules all-linear,experts adds"]
 
 
 def _bare(config: PretrainedConfig, family: type[PreTrainedModel]) -> PreTrainedModel:
@@ -213,10 +213,6 @@ def _within(layers: str | None, structure: Structure) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefixes)
 
 
-def _is_inside(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
-
-
 def _saved_modules(model: PreTrainedModel, given: str | None) -> set[str]:
     """The outermost modules with parameters that `--modules_to_save` names."""
     found: set[str] = set()
@@ -228,7 +224,7 @@ def _saved_modules(model: PreTrainedModel, given: str | None) -> set[str]:
             for name, module in model.named_modules()
             if name and any(True for _ in module.parameters()) and _names(pattern, name)
         }
-    return {name for name in found if not _is_inside(name.rpartition(".")[0], found)}
+    return {name for name in found if not is_inside(name.rpartition(".")[0], found)}
 
 
 def _names(pattern: re.Pattern[str], module: str) -> bool:
@@ -288,8 +284,3 @@ def _short_names(modules: Collection[str], names: Sequence[str]) -> list[str]:
     short = {name.rpartition(".")[2] for name in modules}
     matched = {name for name in names if name.rpartition(".")[2] in short}
     return sorted(short) if matched == set(modules) else sorted(modules)
-
-
-def _grouped(names: Collection[str]) -> str:
-    """Names with the numbers of layers left out: `model.layers.*.mlp.experts.down_proj`."""
-    return ", ".join(sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names}))

@@ -6,31 +6,23 @@ Cost: the adapters of the whole model in host memory, once, on the process that 
 reads one.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields
+from jllm.models.adapters.adapter_files import CONFIG_NAME, read_fields, read_weights
+from jllm.models.adapters.adapter_folder import PREFIX, AdapterFolder
 from jllm.models.adapters.lora import attach_lora, is_adapter
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
 from jllm.models.pipeline.carving import plain_name
-from jllm.models.pipeline.span import StageSpan
-from jllm.models.weights.saving import STAGE_METADATA
 from jllm.models.weights.source import bare_model
-from jllm.models.weights.tensor_file import joined_file
 
-PREFIX = "base_model.model."
-"""What peft puts before the names of the model."""
-_PART = "adapter-stage-{stage:05d}.safetensors"
 _UNSUPPORTED = {
     "bias": "none",
     "layer_replication": None,
@@ -46,43 +38,11 @@ _UNSUPPORTED = {
 """Settings of an adapter that the trainer does not have → the value that turns them off."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterFolder:
-    """The folder that a run with adapters leaves, and its checkpoints of adapters alone.
-
-    Attributes:
-        config: what is stored beside the adapters.
-    """
-
-    config: LoraConfig
-    marker: str = CONFIG_NAME
-    replaces: str = "adapter_model*"
-
-    def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """This stage's adapters under their published names, in host memory."""
-        yield _PART.format(stage=span.index), {name: tensor.cpu() for name, tensor in adapter_tensors(model).items()}
-
-    def size(self, model: PreTrainedModel) -> int:
-        """Bytes of this stage's adapters."""
-        return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
-
-    def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
-        """What is no tensor: the configuration."""
-        fields = self.config.to_dict()
-        named = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
-        text = json.dumps(named | {"inference_mode": True}, indent=2, sort_keys=True, default=str)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-    def has_weights(self, folder: Path) -> bool:
-        """Whether the adapters are there."""
-        return (folder / WEIGHTS_NAME).is_file()
-
-    def complete(self, folder: Path) -> None:
-        """Put the parts of all stages into one file."""
-        parts = sorted(folder.glob("adapter-stage-*.safetensors"))
-        joined_file(parts, STAGE_METADATA).write(folder / WEIGHTS_NAME)
-        for path in parts:
-            path.unlink()
+def lora_folder(config: LoraConfig) -> AdapterFolder:
+    """What a run with LoRA adapters leaves: `config` and the adapters."""
+    fields = config.to_dict()
+    named = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    return AdapterFolder(fields=named | {"inference_mode": True}, tensors=adapter_tensors)
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -90,24 +50,41 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in _attached(model).items()}
 
 
-def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    return {
-        PREFIX + plain_name(name).replace(".modules_to_save.", "."): parameter
+def stored_parameters(model: PreTrainedModel) -> list[tuple[str, str, torch.nn.Parameter]]:
+    """What is attached to a stage: the name in peft's file, that in checkpoints, and the parameter."""
+    attached = [
+        (plain_name(name), parameter)
         for name, parameter in model.named_parameters()
         if is_adapter(name) or ".modules_to_save." in name
-    }
+    ]
+    return [(PREFIX + name.replace(".modules_to_save.", "."), name, parameter) for name, parameter in attached]
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
+def _attached(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    return {published: parameter for published, _, parameter in stored_parameters(model)}
+
+
+def read_adapter_config(folder: Path, *, user: str = "the trainer", allowed: Collection[str] = ()) -> LoraConfig:
     """The configuration of an adapter.
 
+    Args:
+        folder: of it.
+        user: who reads it, for messages.
+        allowed: settings that this user has, though the trainer has not.
+
     Raises:
-        UserError: there is none, or one of another kind, or with settings that the trainer does not have.
+        UserError: there is none, or one of another kind, or with settings that the user does not have.
     """
-    fields = read_fields(folder)
+    return adapter_config(read_fields(folder), folder, user=user, allowed=allowed)
+
+
+def adapter_config(
+    fields: Mapping[str, Any], folder: Path, *, user: str = "the trainer", allowed: Collection[str] = ()
+) -> LoraConfig:
+    """The same of what the file in `folder` says, or said."""
     for name, off in _UNSUPPORTED.items():
-        if fields.get(name, off) not in (off, None, [], {}):
-            raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which the trainer does not have")
+        if name not in allowed and fields.get(name, off) not in (off, None, [], {}):
+            raise UserError(f"--lora {folder}: its {name} is {fields[name]!r}, which {user} does not have")
     known = LoraConfig.__dataclass_fields__
     try:
         return LoraConfig(**{name: value for name, value in fields.items() if name in known and name != "peft_type"})
@@ -120,13 +97,10 @@ def load_adapter(
 ) -> None:
     """Take the values of an adapter that has been checked into a stage that has its layers.
 
-    Names of older layouts (an expert each) are brought into the present one by peft, on the whole model.
-
     Raises:
         UserError: values that are not finite, or a copy of the base's own weights that differs from the base.
     """
-    whole = bare_model(origin, family, dtype=torch.float32)
-    tensors = convert_peft_adapter_state_dict_for_transformers(whole, config, _read(folder), ADAPTER)
+    tensors = read_tensors_of(folder, config, bare_model(origin, family, dtype=torch.float32))
     with torch.no_grad():
         for name, parameter in _attached(model).items():
             if not torch.isfinite(tensors[name]).all():
@@ -144,16 +118,21 @@ def load_adapter(
 
 
 def check_adapter(folder: Path, plan: LoraPlan, *, origin: PretrainedConfig, family: type[PreTrainedModel]) -> None:
-    """See to it that an adapter has the tensors of its plan, and no others.
+    """See to it that an adapter has the tensors of its plan, and no others but biases where its configuration says so.
 
     Raises:
         UserError: one is missing, has another shape, or has no place in the model.
     """
     whole = bare_model(origin, family, dtype=torch.float32)
-    stored = convert_peft_adapter_state_dict_for_transformers(whole, plan.config, _read(folder), ADAPTER)
+    stored = read_tensors_of(folder, plan.config, whole)
     with_layers = bare_model(origin, family, dtype=torch.float32)
     attach_lora(with_layers, plan, seed=0, dtype=torch.float32)
     needed = {name: list(tensor.shape) for name, tensor in adapter_tensors(with_layers).items()}
+    if plan.config.bias != "none":
+        biases = {
+            PREFIX + name: list(value.shape) for name, value in whole.named_parameters() if name.endswith(".bias")
+        }
+        needed |= {name: biases[base] for name in stored if (base := name_in_base(name)) in biases}
     # Beside an adapter on the embedding or the head peft stores the base's own tensor.
     for name in sorted(needed.keys() | {name for name in stored if not _is_of_base(name)}):
         shape = list(stored[name].shape) if name in stored else None
@@ -166,15 +145,18 @@ def check_adapter(folder: Path, plan: LoraPlan, *, origin: PretrainedConfig, fam
             )
 
 
+def read_tensors_of(folder: Path, config: LoraConfig, whole: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by the names that peft stores them under now.
+
+    Names of older layouts (an expert each) are brought into the present one by peft, on the whole model without memory.
+    """
+    return convert_peft_adapter_state_dict_for_transformers(whole, config, read_weights(folder), ADAPTER)
+
+
+def name_in_base(name: str) -> str:
+    """The name of what an adapter stores of the base itself, a bias or a matrix, without what is put around it."""
+    return name.replace(".base_layer.", ".")
+
+
 def _is_of_base(name: str) -> bool:
     return ".base_layer." in name and not is_adapter(name)
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"--lora {folder}: there is no {WEIGHTS_NAME}; give a folder that peft wrote as safetensors")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"--lora {folder}: {WEIGHTS_NAME} cannot be read ({error}); copy it again") from None

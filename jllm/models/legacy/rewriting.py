@@ -41,20 +41,15 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, dtype: torch.d
             f"{str(source)!r} uses ALiBi, and transformers has no Llama with it to convert to; give it to the trainer "
             "as it is, which writes it back in its published layout"
         )
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{str(target)!r} is not empty; give a new folder")
+    atomic.check_new_folder(target, "--output")
     weight_files(source, advice="download them")
     dtype = dtype or model_info(source).dtype
     layers = count_layers(config)
     boundaries = [*range(0, layers, LAYERS_AT_A_TIME), layers]
-    temporary = atomic.temporary_name(target)
-    atomic.remove_tree(temporary, missing_ok=True)
-    for span in spans_of(boundaries):
-        model = load_stage(source, span, dtype=dtype)
-        save_stage(model, span, temporary, dtype=dtype)
-    write_companions(model, temporary, dtype=dtype, source=source)
-    write_index(temporary)
-    for path in temporary.iterdir():
-        atomic.sync_file(path)
-    temporary.replace(target)
+    with atomic.new_folder(target) as temporary:
+        for span in spans_of(boundaries):
+            model = load_stage(source, span, dtype=dtype)
+            save_stage(model, span, temporary, dtype=dtype)
+        write_companions(model, temporary, dtype=dtype, source=source)
+        write_index(temporary)
     return type(model).__name__

@@ -19,6 +19,8 @@ POSITION_IDS = "position_ids"
 """Each token's place in its row, or in its document where documents are kept apart."""
 INPUT_IDS = "input_ids"
 """The token itself; only where layers look at it."""
+CONTROL_CLASS = "control_class"
+"""The class of the token that follows each token, 0 where that is not trained on; only with control adapters."""
 
 READ = (LABELS, POSITION_IDS)
 """The planes of a micro-batch as it is read, beside its input ids."""

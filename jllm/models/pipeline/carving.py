@@ -21,6 +21,8 @@ from jllm.models.pipeline.structure import Structure, find_structure, whole_stru
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 """What adapters put between a module and its parameters."""
+_PARAMETRISED = re.compile(r"\.parametrizations\.(\w+)\.original$")
+"""What becomes of the name of a parameter of packed experts that is quantised."""
 
 
 def stage_class(family: type[PreTrainedModel], span: StageSpan) -> type[PreTrainedModel]:
@@ -108,9 +110,10 @@ def published_names(model: PreTrainedModel, span: StageSpan) -> dict[str, str]:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter among attached adapters: as without them, and for theirs as peft stores it."""
+    """The name of a parameter among attached adapters, or quantised: as without, and for adapters as peft stores it."""
     if any(part.startswith("lora_") for part in name.split(".")):
         return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name.replace(".default", ""))
+    name = _PARAMETRISED.sub(r".\1", name)
     return _WRAPPERS.sub("", name).replace(".modules_to_save.default.", ".modules_to_save.")
 
 

@@ -33,6 +33,8 @@ class StateBytes:
 
     trained: float
     frozen: float
+    quantised: float = 0.0
+    """Of one that is frozen in few bits, with its share of the scales."""
 
 
 def state_bytes(
@@ -64,16 +66,21 @@ def state_bytes(
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """How many parameters, and how many of them train."""
+    """How many parameters, how many of them train, and how many of the others are quantised."""
 
     total: int
     trained: int
+    quantised: int = 0
 
     def __add__(self, other: "Parameters") -> "Parameters":
-        return Parameters(total=self.total + other.total, trained=self.trained + other.trained)
+        return Parameters(
+            total=self.total + other.total,
+            trained=self.trained + other.trained,
+            quantised=self.quantised + other.quantised,
+        )
 
     def __sub__(self, other: "Parameters") -> "Parameters":
-        return Parameters(total=self.total - other.total, trained=self.trained - other.trained)
+        return self + Parameters(total=-other.total, trained=-other.trained, quantised=-other.quantised)
 
 
 NO_PARAMETERS = Parameters(total=0, trained=0)
@@ -142,7 +149,9 @@ class Costs:
         kept = sum(layer.activation_bytes for layer in self.layers[first:end])
         kept += self.embedding_activation_bytes if first == 0 else self.boundary_bytes
         parameters = self.parameters(first, end)
-        total = self.state.trained * parameters.trained + self.state.frozen * (parameters.total - parameters.trained)
+        frozen = parameters.total - parameters.trained - parameters.quantised
+        total = self.state.trained * parameters.trained + self.state.frozen * frozen
+        total += self.state.quantised * parameters.quantised
         total += in_flight * kept + self.transient_bytes
         return total + (self.head_activation_bytes if end == len(self.layers) else 0.0)
 
@@ -157,7 +166,8 @@ def estimate_costs(
     checkpoint_offload: bool = False,
     state: StateBytes | None = None,
     selection: ParameterChoice | None = None,
-    attach: Callable[[PreTrainedModel], None] | None = None,
+    attach: Callable[[PreTrainedModel], object] | None = None,
+    quantised: Collection[str] = (),
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
 ) -> Costs:
@@ -173,6 +183,7 @@ def estimate_costs(
         state: bytes per parameter; None for `state_bytes(dtype)`.
         selection: which parameters train; None for all.
         attach: gives the model without memory what is trained beside it.
+        quantised: names of the parameters that are held in few bits.
         family: the model's class; None for the one that transformers has for `config`.
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
@@ -192,8 +203,9 @@ def estimate_costs(
     # Layers that differ in shape have configurations of their own (Gemma 4).
     by_layer = structure.layers and getattr(text, "is_heterogeneous", False)
     configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
+    few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
     full = [
-        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize)
+        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize) + dtype.itemsize * _unpacked(layer, few_bits)
         for layer, own in zip(layers, configs, strict=True)
     ]
     kept = full
@@ -219,6 +231,7 @@ def estimate_costs(
         return Parameters(
             total=sum(each.numel() for each in known),
             trained=sum(each.numel() for each in known if id(each) in trained),
+            quantised=sum(each.numel() for each in known if id(each) in few_bits),
         )
 
     before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
@@ -337,3 +350,8 @@ def _activation_bytes_per_token(layer: nn.Module, config: PretrainedConfig, item
         elif parameter.dim() == 3 and is_routed:
             elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2])
     return float(itemsize * elements) + 2.0 * int(config.hidden_size) * (4 + itemsize)
+
+
+def _unpacked(layer: nn.Module, few_bits: Collection[int]) -> int:
+    """Weights of packed experts that are held in few bits: a forward pass keeps them in whole for the backward pass."""
+    return sum(each.numel() for each in layer.parameters() if id(each) in few_bits and each.ndim == 3)

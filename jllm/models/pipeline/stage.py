@@ -49,6 +49,7 @@ class PipelineStage(nn.Module):
             works. Elsewhere the whole forward runs and the objective is given logits.
         read: the names of the planes that the first stage is given.
         is_frozen: whether the model itself stays as it was loaded, on all stages; what is attached to it may train.
+        tell: called with the planes of a micro-batch before its forward pass, for what is attached to layers.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class PipelineStage(nn.Module):
         head_apart: bool | None = None,
         read: tuple[str, ...] = READ,
         is_frozen: bool = False,
+        tell: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.span = span
         self.objective = objective
         self.is_frozen = is_frozen
+        self._tell = tell
         if head_apart is None:
             head_apart = has_head_apart(type(model))
         self._runs_whole = span.is_last and not head_apart
@@ -85,6 +88,8 @@ class PipelineStage(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """What a bundle is sent as (on the first stage with input ids for hidden states) → the same, or the loss."""
         bundle = Bundle.received(inputs, self.receives)
+        if self._tell is not None:
+            self._tell(bundle.planes)
         positions = bundle.planes[POSITION_IDS]
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes

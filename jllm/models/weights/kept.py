@@ -46,6 +46,11 @@ class KeptDtypes:
         kept = {name: tensor for name, tensor in tensors.items() if self._fp32.search(name)}
         self._names = frozenset(revert_weight_conversion(self._model, kept)) if kept else frozenset()
 
+    def in_memory(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the model itself has a tensor in, by its own name, where it is loaded as `dtype`."""
+        is_kept = self._fp32 is not None and dtype in (torch.float16, torch.bfloat16) and self._fp32.search(name)
+        return torch.float32 if is_kept else dtype
+
     def of(self, name: str, tensor: torch.Tensor) -> torch.dtype:
         """The dtype in which a tensor is saved."""
         if self._dtype is None or not tensor.is_floating_point():

@@ -34,6 +34,8 @@ from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentM
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.finite import check_finite
 from jllm.models.weights.initial import initialise
+from jllm.models.weights.mapped import owned
+from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.source import (
     causal_class,
     check_plain_weights,
@@ -42,6 +44,7 @@ from jllm.models.weights.source import (
     read_header,
     stored_dtypes,
     weight_files,
+    weight_of_quantised,
 )
 
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
@@ -57,19 +60,22 @@ def load_stage(
     trust_remote_code: bool = False,
     names_unused: bool = True,
     dropout: float | None = None,
+    quantisation: QuantisationPlan | None = None,
 ) -> PreTrainedModel:
     """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
 
     With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
-    `dropout` overrides the configuration's (`jllm.models.dropout.set_dropout`).
+    `dropout` overrides the configuration's (`jllm.models.dropout.set_dropout`). `quantisation` is what is held in 4 or
+    8 bits; products are then computed in `dtype`.
 
     Raises:
         UserError: the folder holds no model, one that cannot be split this way, not all of its weights, or some that
             are not finite.
     """
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    is_stored = quantisation is not None and quantisation.quantisation.is_stored
+    config = read_config(folder, trust_remote_code=trust_remote_code, quantised=is_stored)
     published = set_dropout(config, dropout)
-    check_plain_weights(folder)
+    check_plain_weights(folder, quantised=is_stored)
     _check_span(config, span)
     family = causal_class(config, folder=folder, trust_remote_code=trust_remote_code)
     reader: Any = stage_class(family, span)
@@ -91,6 +97,7 @@ def load_stage(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, in one line
+                **_quantiser(quantisation, dtype),
                 **({} if device.type == "cpu" else {"device_map": {"": device}}),
             )
     except SafetensorError as error:
@@ -100,7 +107,9 @@ def load_stage(
             f"{len(missing)} tensors of {family.__name__} are missing in {str(folder)!r} ({missing[0]}); "
             "give the folder of the whole model, as it was published"
         )
-    if mismatched := sorted(report["mismatched_keys"]):
+    quantiser = getattr(model, "hf_quantizer", None)
+    misfits = quantiser.misfits if quantiser is not None else []
+    if mismatched := sorted([*report["mismatched_keys"], *misfits]):
         name, stored, wanted = mismatched[0]
         raise UserError(
             f"{len(mismatched)} tensors in {str(folder)!r} do not fit its config.json: {name} is {list(stored)}, "
@@ -111,8 +120,10 @@ def load_stage(
     if span.is_first and names_unused:
         _name_unused(model, report["unexpected_keys"], folder)
     seal(model, span)
+    if quantiser is not None:
+        quantiser.check(model, folder)
     if device.type == "cpu" and layout is None:
-        _own_memory(model, stored_dtypes(folder))
+        _own_memory(model, stored_dtypes(folder), has_quantised=quantiser is not None)
     check_finite(model.named_parameters(), folder)
     override_in_modules(model, dropout, published)
     model.train()
@@ -186,7 +197,12 @@ def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: st
     """
     stored, prefix = structure_of(model).stored, model.base_model_prefix + "."
     # A base model's file has names without the prefix, which are only found where their place is.
-    unused = {name for name in unexpected if not stored & {name, prefix + name, name.removeprefix(prefix)}}
+    of_weights = {name: weight_of_quantised(name) for name in unexpected}
+    unused = {
+        name
+        for name, weight in of_weights.items()
+        if not stored & {weight, prefix + weight, weight.removeprefix(prefix)}
+    }
     if unused:
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -202,15 +218,27 @@ def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: st
         )
 
 
-def _own_memory(model: PreTrainedModel, stored: Collection[torch.dtype]) -> None:
+def _quantiser(plan: QuantisationPlan | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers needs to be told to quantise as planned."""
+    if plan is None:
+        return {}
+    # Imported here: bitsandbytes is not there in every installation.
+    from jllm.models.weights.quantised_loading import StageQuantizationConfig
+
+    return {"quantization_config": StageQuantizationConfig(plan, dtype)}
+
+
+def _own_memory(model: PreTrainedModel, stored: Collection[torch.dtype], *, has_quantised: bool) -> None:
     """Copy weights out of the mapped files, one at a time.
 
     On CPU, tensors whose dtype is one of the `stored` ones may still be the file: overwriting it (an export into the
-    same folder) would change them or kill the process. Others were copied when they were converted.
+    same folder) would change them or kill the process. Others were copied when they were converted, and so were
+    quantised ones.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    own = (each for each in model.parameters() if each.is_floating_point() or not has_quantised)
+    for tensor in (*own, *model.buffers()):
         if tensor.dtype in stored or not tensor.is_floating_point() or not stored:
-            tensor.data = tensor.data.clone()
+            tensor.data = owned(tensor.data)
 
 
 def _check_span(config: PretrainedConfig, span: StageSpan) -> None:

@@ -9,6 +9,7 @@ not.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,8 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    revert_weight_conversion,
-)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
 
 from jllm import atomic
 from jllm.errors import UserError
@@ -43,7 +43,11 @@ TEMPLATE_NAME, TEMPLATES_NAME = "chat_template.jinja", "additional_chat_template
 SHARD_BYTES = 4 * 2**30
 STAGE_METADATA = {"format": "pt"}
 """What transformers wants to see in the header of a file of weights."""
-_STAGE_FILE = "model-stage-{stage:05d}-{part:05d}.safetensors"
+
+
+def stage_file_name(stage: int, part: int) -> str:
+    """What a file of weights is called until `write_index` knows how many there are; they stay in this order."""
+    return f"model-stage-{stage:05d}-{part:05d}.safetensors"
 
 
 def stage_files(
@@ -63,17 +67,36 @@ def stage_files(
     published files in `source` nor the family keep in another (`jllm.models.weights.kept`).
     """
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    for duplicate, _ in structure_of(model).tied:
-        tensors.pop(duplicate, None)
-    for ignored in model._keys_to_ignore_on_save or ():
-        tensors.pop(ignored, None)
+    for left_out in (*(duplicate for duplicate, _ in structure_of(model).tied), *(model._keys_to_ignore_on_save or ())):
+        tensors.pop(left_out, None)
     kept = KeptDtypes(model, dtype, source)
     kept.look_at(tensors)
-    is_alibi = isinstance(model, AlibiLlamaForCausalLM)
-    published = to_published(tensors) if is_alibi else revert_weight_conversion(model, tensors)
-    for part, names in enumerate(_parts(published, shard_bytes)):
-        file_name = _STAGE_FILE.format(stage=span.index, part=part)
+    published = published_tensors(model, tensors)
+    for part, names in enumerate(parts_of(published, shard_bytes)):
+        file_name = stage_file_name(span.index, part)
         yield file_name, {name: _as_stored(published[name], kept.of(name, published[name])) for name in names}
+
+
+def published_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model, by its own names, as its family publishes them: names, and what is packed or split."""
+    if isinstance(model, AlibiLlamaForCausalLM):
+        return to_published(tensors)
+    published: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return published
+
+
+def conversion_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The model's tensors in groups, by some name of each: what `published_tensors` needs together, and no more."""
+    reverse = [entry.reverse_transform() for entry in get_model_conversion_mapping(model, add_legacy=False)[::-1]]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        if isinstance(model, AlibiLlamaForCausalLM):
+            group = re.sub(r"\.[qkv]_proj\.", ".W_pack.", name)
+        else:
+            group, _ = apply_converters(name, converters)
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +235,8 @@ def write_companions(
     is_alibi = isinstance(model.config, AlibiLlamaConfig)
     is_converted = source is not None and layout_of(read_raw_config(Path(source))) is not None and not is_alibi
     if source is not None:
-        for path in sorted(Path(source).iterdir()):
-            # An older checkpoint that became a native one needs none of the code it came with.
-            is_code = is_converted and path.name.startswith(("modeling_", "configuration_"))
-            if path.is_file() and path.name != "config.json" and not is_code and not _is_weight_file(path.name):
-                shutil.copyfile(path, folder / path.name)
-        if (named := Path(source) / TEMPLATES_NAME).is_dir():
-            shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
+        # An older checkpoint that became a native one needs none of the code it came with.
+        copy_companions(source, folder, without=("modeling_", "configuration_") if is_converted else ())
     if chat_template is not None and not (source is not None and has_template(Path(source))):
         (folder / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
     if isinstance(model.config, AlibiLlamaConfig):
@@ -234,6 +252,22 @@ def write_companions(
         model.generation_config.save_pretrained(folder)
 
 
+def copy_companions(source: str | Path, folder: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy the small files of a model folder, and its named chat templates, but config.json and weights.
+
+    Args:
+        source: the model folder.
+        folder: that is there.
+        without: files whose names begin so.
+    """
+    for path in sorted(Path(source).iterdir()):
+        is_left_out = path.name == "config.json" or path.name.startswith(without) or _is_weight_file(path.name)
+        if path.is_file() and not is_left_out:
+            shutil.copyfile(path, folder / path.name)
+    if (named := Path(source) / TEMPLATES_NAME).is_dir():
+        shutil.copytree(named, folder / TEMPLATES_NAME, dirs_exist_ok=True)
+
+
 def has_template(source: Path) -> bool:
     """Whether a model folder has a chat template, in any of the places where transformers looks for one."""
     if any((source / name).exists() for name in (TEMPLATE_NAME, TEMPLATES_NAME, "chat_template.json")):
@@ -245,7 +279,7 @@ def has_template(source: Path) -> bool:
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
-def _parts(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+def parts_of(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
     """Names in order, in groups of at most `shard_bytes` (a larger tensor is a group of its own)."""
     group: list[str] = []
     size = 0

@@ -49,6 +49,10 @@ _PACKED = re.compile(
     r"|nested_absmax|nested_quant_map|quant_state\..*))|.*_scale_inv"
 )
 """Names of tensors that hold quantised weights, or say how to read them."""
+_OF_BITSANDBYTES = re.compile(
+    r"(.*\.)?(SCB|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
+)
+"""Those among them that bitsandbytes writes."""
 _BLOCKS = re.compile(r".*_(blocks|scales)")
 """The same of mxfp4, where they are bytes."""
 _FEW_BITS = re.compile(r"F[468](_.*)?")
@@ -80,11 +84,14 @@ class ModelInfo:
         return min(known, default=None)
 
 
-def read_config(folder: str | Path, *, trust_remote_code: bool | None = False) -> PretrainedConfig:
+def read_config(
+    folder: str | Path, *, trust_remote_code: bool | None = False, quantised: bool = False
+) -> PretrainedConfig:
     """The configuration of a model folder; that of an older published layout in terms of the class it is read into.
 
     Args:
         trust_remote_code: whether code of the folder may be run; None: it may not, and nobody can allow it.
+        quantised: whether weights quantised with bitsandbytes will do. The configuration is that of the model alone.
 
     Raises:
         UserError: no such folder, no sound config.json, a type that needs the code in the folder and may not run it, an
@@ -109,7 +116,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool | None = False) -
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
     check_raw_config(raw, path)
-    _check_config_plain(raw, path)
+    _check_config_plain(raw, path, may_be_quantised=quantised)
     if not trust_remote_code:
         check_no_fetched_code(raw, path)
     config: PretrainedConfig
@@ -136,6 +143,8 @@ def read_config(folder: str | Path, *, trust_remote_code: bool | None = False) -
             )
     except _OF_A_CONFIG as error:
         raise _unreadable(path, model_type, error) from None
+    if getattr(config, "quantization_config", None):
+        del config.quantization_config
     check_config(config, path)
     return config
 
@@ -148,7 +157,26 @@ def _unreadable(path: Path, model_type: str, error: Exception) -> UserError:
     )
 
 
-def _check_config_plain(raw: dict[str, Any], path: Path) -> None:
+def bitsandbytes_of(folder: str | Path) -> dict[str, Any] | None:
+    """What `config.json` says of weights that bitsandbytes has quantised; None where it does not, or cannot be read."""
+    try:
+        raw: Any = notation.read_json(Path(folder) / "config.json")
+    except (OSError, ValueError, RecursionError):  # said where the configuration is read
+        return None
+    found = raw.get("quantization_config") if isinstance(raw, dict) else None
+    return found if _says_bitsandbytes(found) else None
+
+
+def _says_bitsandbytes(found: Any) -> bool:
+    """Whether a `quantization_config` is one of bitsandbytes, with weights in 4 or 8 bits."""
+    if not isinstance(found, dict) or found.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return False
+    four, eight = bool(found.get("load_in_4bit")), bool(found.get("load_in_8bit"))
+    kind = found.get("bnb_4bit_quant_type", "fp4")
+    return four != eight and not found.get("llm_int8_has_fp16_weight") and (eight or kind in ("nf4", "fp4"))
+
+
+def _check_config_plain(raw: dict[str, Any], path: Path, *, may_be_quantised: bool) -> None:
     """Raises:
     UserError: the configuration, or that of a part of the model, says that the weights are quantised.
     """
@@ -156,31 +184,52 @@ def _check_config_plain(raw: dict[str, Any], path: Path) -> None:
         return  # which says it in its own words
     for key in ("quantization_config", "compression_config"):
         if found := raw.get(key):
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            raise _quantised(f"{path} says {key}: {method or key.removesuffix('_config')}")
+            is_known = key == "quantization_config" and _says_bitsandbytes(found)
+            if not (is_known and may_be_quantised):
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                raise _quantised(f"{path} says {key}: {method or key.removesuffix('_config')}", is_known=is_known)
     for part in raw.values():
         if isinstance(part, dict):
-            _check_config_plain(part, path)
+            _check_config_plain(part, path, may_be_quantised=False)
 
 
-def _quantised(what: str) -> UserError:
+def _quantised(what: str, *, is_known: bool = False) -> UserError:
+    adapters = ", or --lora_dim, to train adapters beside them as they are" if is_known else ""
     return UserError(
         f"{what}; quantised weights cannot be trained on, nor exported as they were: give the folder of the model in"
-        " bf16, fp16 or fp32"
+        f" bf16, fp16 or fp32{adapters}"
     )
 
 
-def check_plain_weights(folder: str | Path) -> None:
+def check_plain_weights(folder: str | Path, *, quantised: bool = False) -> None:
     """Refuse a folder without weights, and one whose files hold quantised weights, whatever its configuration says.
+
+    `quantised`: the configuration says that they are by bitsandbytes, and so they have to be.
 
     Raises:
         UserError: as said.
     """
-    for path in weight_files(folder):
+    files, has_scales = weight_files(folder), False
+    for path in files:
         for name, entry in read_header(path).items():
+            if quantised and _OF_BITSANDBYTES.fullmatch(name):
+                has_scales = True
+                continue
             bytes_ = entry["dtype"] == "U8" and _BLOCKS.fullmatch(name)
             if bytes_ or _FEW_BITS.fullmatch(entry["dtype"]) or _PACKED.fullmatch(name):
                 raise _quantised(f"{path} holds {name} ({entry['dtype']})")
+    if quantised and files and not has_scales:
+        raise UserError(
+            f"{Path(folder) / 'config.json'} says quantization_config: bitsandbytes, and no file holds scales of"
+            " quantised weights; remove quantization_config there, or download the model again"
+        )
+
+
+def weight_of_quantised(name: str) -> str:
+    """The weight that a stored tensor belongs to, where it says how to read one that bitsandbytes has quantised."""
+    if _OF_BITSANDBYTES.fullmatch(name) is None:
+        return name
+    return re.sub(r"(^|\.)(SCB|weight_format|weight\..*)$", r"\1weight", name)
 
 
 def causal_class(
@@ -266,12 +315,17 @@ def stored_dtype(folder: str | Path) -> torch.dtype | None:
     return max(held, key=lambda dtype: held[dtype]) if held else None
 
 
-def model_info(folder: str | Path, *, trust_remote_code: bool = False, with_weights: bool = True) -> ModelInfo:
-    """Sizes and dtype of a model folder. `with_weights=False` is for --init, where only the configuration counts."""
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+def model_info(
+    folder: str | Path, *, trust_remote_code: bool = False, with_weights: bool = True, quantised: bool = False
+) -> ModelInfo:
+    """Sizes and dtype of a model folder. `with_weights=False` is for --init, where only the configuration counts.
+
+    `quantised`: as in `read_config`.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code, quantised=quantised)
     text = config.get_text_config(decoder=True)
     if with_weights:
-        check_plain_weights(folder)
+        check_plain_weights(folder, quantised=quantised and bitsandbytes_of(folder) is not None)
     dtype = stored_dtype(folder) if with_weights else None
     if dtype is None:
         declared = getattr(config, "dtype", None) or getattr(text, "dtype", None)

@@ -19,7 +19,7 @@ from torch import Tensor
 from jllm import atomic
 from jllm.guards import notation
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -33,6 +33,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""The names that safetensors headers use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,13 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, c
     for name, tensor in tensors.items():
         host = tensor.detach().to("cpu", copy=copy).contiguous()
         end = position + host.numel() * host.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[host.dtype], "shape": list(host.shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": DTYPE_NAMES[host.dtype], "shape": list(host.shape), "data_offsets": [position, end]}
         flat = host.reshape(-1)
         if flat.stride() != (1,):  # one element of a view counts as contiguous whatever its stride
             flat = flat.clone(memory_format=torch.contiguous_format)
         buffers[name] = flat.view(torch.uint8).numpy()
         position = end
-    return TensorFile(header=_encoded(header), buffers=buffers)
+    return TensorFile(header=encoded_header(header), buffers=buffers)
 
 
 def joined_file(parts: Sequence[Path], metadata: Mapping[str, str]) -> TensorFile:
@@ -108,10 +109,11 @@ def joined_file(parts: Sequence[Path], metadata: Mapping[str, str]) -> TensorFil
             header[name] = {**entry, "data_offsets": [position, position + last - first]}
             buffers[name] = held[start + first : start + last]
             position += last - first
-    return TensorFile(header=_encoded(header), buffers=buffers)
+    return TensorFile(header=encoded_header(header), buffers=buffers)
 
 
-def _encoded(header: Mapping[str, Any]) -> bytes:
+def encoded_header(header: Mapping[str, Any]) -> bytes:
+    """A safetensors header as it begins a file: its length, and the JSON, padded."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its data
     return len(text).to_bytes(8, "little") + text

@@ -29,7 +29,7 @@ def marker_of(config: TrainConfig) -> str:
     """What makes a checkpoint of this run complete."""
     if config.only_exports is None:
         return INDEX_NAME
-    return ADAPTER_MARKER if config.has_lora else MODEL_MARKER
+    return ADAPTER_MARKER if config.has_adapters else MODEL_MARKER
 
 
 def folder_of_step(root: Path, step: int) -> Path:

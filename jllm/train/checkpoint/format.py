@@ -37,6 +37,8 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 PIECES = "pieces"
 """The name, in a file's metadata, of the table of its pieces."""
+WEIGHT, MASTER = "weight", "master"
+"""Kinds of pieces that every optimizer has; the others are its own state."""
 RNG_PREFIX = "rng/"
 CHECKSUM = "checksum"
 """The index's own, in the index."""

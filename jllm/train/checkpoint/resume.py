@@ -6,20 +6,15 @@ the checkpoint may be left over: what is then loaded is the whole model of the c
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from jllm.errors import UserError
-from jllm.models.adapters.adapter_files import read_fields
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.digest import weights_digest
 from jllm.models.weights.saving import ExportedFolder
-from jllm.models.weights.source import read_config
 from jllm.train.checkpoint.folders import (
     INDEX_NAME,
     find_checkpoint,
@@ -27,14 +22,22 @@ from jllm.train.checkpoint.folders import (
     list_checkpoints,
     step_of_folder,
 )
-from jllm.train.checkpoint.format import RunState
+from jllm.train.checkpoint.format import WEIGHT, RunState
+from jllm.train.checkpoint.frozen_parts import check_same_frozen_parts, frozen_parts
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
-from jllm.train.checkpoint.state import MASTER, WEIGHT, TrainingState, region_of
+from jllm.train.checkpoint.state import TrainingState, region_of
 from jllm.train.checkpoint.verify import verify
+from jllm.train.checkpoint.weights_alone import (
+    ARCHITECTURE,
+    architecture_of,
+    check_architecture,
+    misfit,
+    weight_alone,
+)
 from jllm.train.config import TrainConfig, resolved_options
 from jllm.train.data.batching import NEWEST_RULE, RULES
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.optim.averaged import average
+from jllm.train.quantisation import read_model_config
 from jllm.train.shape import RunShape
 
 BINDING_OPTIONS = (
@@ -73,6 +76,13 @@ BINDING_OPTIONS = (
     "loraplus_lr_ratio",
     "modules_to_save",
     "lora_dtype",
+    "lora_weight_decay",
+    "lora_max_norm",
+    "control_adapter_rank",
+    "control_adapter_gamma",
+    "control_adapter_layers",
+    "control_weight_decay",
+    "neftune_alpha",
     "router_aux_loss_coef",
     "skip_train_steps",
 )
@@ -81,39 +91,8 @@ BINDING_OPTIONS = (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 """What a run had whose version did not know an option yet."""
 
-BASE, ADAPTER_CONFIG = "base", "adapter_config"
-"""What a run with adapters is told from another by, beside its options."""
-Z = "z"
-"""The state that schedule-free optimizers average."""
-ARCHITECTURE = "architecture"
 BATCHING_RULE = "batching_rule"
 TOTAL_STEPS = "total_steps"
-
-NO_ARCHITECTURE = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_encoder_decoder",
-        "label2id",
-        "name_or_path",
-        "output_attentions",
-        "output_hidden_states",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "use_cache",
-    }
-)
-"""What a model's configuration says that changes nothing of what its weights compute; nor does what begins with _."""
-
-_VERSION = "transformers_version"
 
 
 def find_resume_points(config: TrainConfig, agreement: Agreement) -> list[Path]:
@@ -214,19 +193,13 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
     """
     if forced:
         return
-    _check_architecture(saved, now.config[ARCHITECTURE], "--resume_ckpt")
+    check_architecture(saved, now.config[ARCHITECTURE], "--resume_ckpt")
     if saved.fingerprint != now.fingerprint:
         raise UserError(
             f"--train_data has changed since the checkpoint (fingerprint {saved.fingerprint[:12]} then,"
             f" {now.fingerprint[:12]} now); train on the same data, or give --force_resume"
         )
-    if saved.config.get(BASE) != now.config.get(BASE):
-        raise UserError(
-            "--model has other weights than the model that the checkpoint's adapters were trained on; give that model,"
-            " or --force_resume"
-        )
-    if saved.config.get(ADAPTER_CONFIG) != now.config.get(ADAPTER_CONFIG):
-        raise UserError("--lora was another adapter in the checkpoint's run; give that one, or --force_resume")
+    check_same_frozen_parts(saved.config, now.config)
     for name in BINDING_OPTIONS:
         given = now.config.get(name)
         then = saved.config.get(name, _DEFAULTS.get(name))
@@ -280,23 +253,15 @@ def batching_rule(candidates: Sequence[Path], agreement: Agreement) -> int:
 def record_of_run(config: TrainConfig, shape: RunShape, total_steps: int, *, rule: int = NEWEST_RULE) -> dict[str, Any]:
     """What a checkpoint keeps of the run that it is of: its options, and what `check_same_run` asks of them."""
     assert config.model is not None
-    family = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    family = read_model_config(config)
     return {
         **resolved_options(config),
         "global_batch": shape.global_batch,
         TOTAL_STEPS: total_steps,
         BATCHING_RULE: rule,
         ARCHITECTURE: architecture_of(family),
-        **(_frozen_parts(config) if config.has_lora else {}),
+        **(frozen_parts(config) if config.has_adapters else {}),
     }
-
-
-def _frozen_parts(config: TrainConfig) -> dict[str, Any]:
-    """What a run with adapters goes on from and does not store: the model, and what `--lora` says of the adapters."""
-    assert config.model is not None
-    base = f"random weights of --seed {config.seed}" if config.init else weights_digest(config.model)
-    given = None if config.lora is None else read_fields(config.lora)
-    return {BASE: base, ADAPTER_CONFIG: given}
 
 
 def _rates_depend_on_length(config: dict[str, Any]) -> bool:
@@ -306,46 +271,6 @@ def _rates_depend_on_length(config: dict[str, Any]) -> bool:
     return bool(config["lr_scheduler_type"] != "constant_with_warmup" or 0 < config["num_warmup_steps"] < 1)
 
 
-def architecture_of(config: PretrainedConfig) -> dict[str, Any]:
-    """What decides what a model computes, as JSON values: its configuration without dtypes, paths and the like."""
-    kept: dict[str, Any] = json.loads(json.dumps(_without(config.to_dict(), NO_ARCHITECTURE), default=str))
-    return kept
-
-
-def _without(value: Any, left_out: frozenset[str]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kept = {str(key): item for key, item in value.items() if key not in left_out and not str(key).startswith("_")}
-    return {key: _without(item, left_out) for key, item in kept.items()}
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        key: item
-        for part, inside in value.items()
-        for key, item in _flat(inside, f"{name}.{part}" if name else part).items()
-    }
-
-
-def _check_architecture(saved: RunState, now: dict[str, Any], option: str) -> None:
-    """Raises:
-    UserError: the checkpoint is of another architecture than `--model`.
-    """
-    then = _flat(saved.config.get(ARCHITECTURE, {}))
-    given = _flat(now)
-    # Another version of transformers may know more, or fewer, settings of the same model.
-    names = then.keys() | given.keys() if then.get(_VERSION) == given.get(_VERSION) else then.keys() & given.keys()
-    for name in sorted(names - {_VERSION}):
-        if then.get(name) != given.get(name):
-            raise UserError(
-                f"--model has {name} {given.get(name)}, that of {option} had {then.get(name)}; give the same model, or"
-                " --force_resume where the shapes of all weights agree"
-            )
-
-
 def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agreement) -> None:
     """See to it that the checkpoint has the weights of this model, all of them and no others; every process calls it.
 
@@ -353,13 +278,8 @@ def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agr
         UserError: on every process: a shape differs, a weight is missing, or one has no place.
     """
     parameters = stage.stored_parameters()
-    mistake = None
-    for name, parameter in parameters.items():
-        shape, needed = reader.shape(WEIGHT, name), tuple(parameter.shape)
-        if shape != needed:
-            found = "missing" if shape is None else list(shape)
-            mistake = f"{name} is {found}; --model{' with its adapters' * stage.is_frozen} needs {list(needed)}"
-            break
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    mistake = misfit(reader, shapes, has_adapters=stage.is_frozen)
     told = agreement.gather(set(parameters) if agreement.place.is_writer else set())
     left_over = reader.names(WEIGHT).difference(*told)  # a node's own folder may have less than the others
     if mistake is None and left_over:
@@ -410,8 +330,8 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
     assert config.model is not None
     reader = CheckpointReader(find_checkpoint(config.from_ckpt, config.tag, option="--from_ckpt"))
     if not config.force_resume:
-        family = read_config(config.model, trust_remote_code=config.trust_remote_code)
-        _check_architecture(reader.state, architecture_of(family), "--from_ckpt")
+        family = read_model_config(config)
+        check_architecture(reader.state, architecture_of(family), "--from_ckpt")
     load_weights(stage, reader, agreement)
     return reader.state
 
@@ -427,14 +347,7 @@ def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agre
     check_weights(reader, stage, agreement)
     with torch.no_grad():
         for name, parameter in stage.stored_parameters().items():
-            point = reader.read(Z, name, region_of(parameter))
-            is_exact = (parameter.dtype == torch.float32 or point is not None) and reader.shape(MASTER, name)
-            kind = MASTER if is_exact else WEIGHT
-            values = reader.read(kind, name, region_of(parameter))
-            assert values is not None
-            if point is not None:
-                values = average(values, point, float(reader.state.config["adam_beta1"]))
-            parameter.copy_(values.view(parameter.shape))
+            parameter.copy_(weight_alone(reader, name, region_of(parameter), parameter.dtype).view(parameter.shape))
 
 
 def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:

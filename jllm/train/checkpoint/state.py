@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.train.checkpoint.format import Piece
+from jllm.train.checkpoint.format import MASTER, WEIGHT, Piece
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.regions import Region
 from jllm.train.distributed.deepspeed_engine import TrainingEngine
 from jllm.train.optim.averaged import averaged
 from jllm.train.optim.optimizers import KINDS, NAMES, make_state, number_of, set_number
 
-WEIGHT = "weight"
-MASTER = "master"
 STEP = "step"
 
 

@@ -7,6 +7,7 @@ Cost: none but for a set whose manifest does not count trained tokens: that one 
 
 from collections.abc import Sequence
 
+from jllm.data.dataset.columns import CONTROL_CLASS
 from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.token_counts import count_trained
@@ -34,6 +35,13 @@ def check_data_sets(
     for each, data_set in zip(given, sets, strict=True):
         check_ids(data_set, model.vocab_size)
         _check_length(data_set, config, model)
+        if config.has_control and CONTROL_CLASS not in data_set.manifest.further.carried:
+            found = data_set.manifest.further.types.get(CONTROL_CLASS.name)
+            raise UserError(
+                f"--control_adapter_rank: {data_set.folder} has "
+                + (f"no column {CONTROL_CLASS.name}" if found is None else f"{CONTROL_CLASS.name} of type {found}")
+                + "; make its classes with raw2ids --control_class"
+            )
         if data_set.manifest.rows == 0:
             raise UserError(f"{data_set.folder}: the data set has no rows; make it again from input that is not empty")
         if data_set.manifest.rows * each.weight < 1:
@@ -59,6 +67,15 @@ def warnings_about_rows(sets: Sequence[DataSet], model: ModelInfo) -> list[str]:
                 " (max_position_embeddings): beyond them it starts from nothing"
             )
     return found
+
+
+def warnings_about_columns(sets: Sequence[DataSet], config: TrainConfig) -> list[str]:
+    """Columns with a meaning of which a run makes no use, one line each."""
+    return [
+        f"{data_set.folder} has control classes, which only --control_adapter_rank looks at"
+        for data_set in sets
+        if CONTROL_CLASS in data_set.manifest.further.carried and not config.has_control
+    ]
 
 
 def check_ids(data_set: DataSet, vocab_size: int) -> None:

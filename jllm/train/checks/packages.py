@@ -3,12 +3,10 @@
 Cost: importing those that the run needs anyway.
 """
 
-import contextlib
-import importlib
-import io
 from collections.abc import Iterator
 
-from jllm.errors import UserError
+from jllm.machine import require_package
+from jllm.models.weights.quantisation import stored_quantisation
 from jllm.train.config import TrainConfig
 
 OF_OPTIMIZERS = {"adamw_8bit": "bitsandbytes", "adamw_kahan": "optimi", "schedule_free": "schedulefree"}
@@ -16,23 +14,21 @@ OF_OPTIMIZERS = {"adamw_8bit": "bitsandbytes", "adamw_kahan": "optimi", "schedul
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Import what the options need. Some packages greet with what their own parts miss, which nobody sees.
+    """Import what the options need.
 
     Raises:
         UserError: one is not installed, or cannot be imported.
     """
     for option, package, extra in _needed(config):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"{option} needs {package} ({error}); install it with: pip install 'jllm[{extra}]'"
-            ) from None
+        require_package(package, option, extra)
 
 
 def _needed(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.has_lora:
         yield "--lora" if config.lora is not None else "--lora_dim", "peft", "adapters"
+    if config.load_in is not None:
+        yield f"--{config.load_in}", "bitsandbytes", "adapters"
+    elif config.has_adapters and config.model is not None and stored_quantisation(config.model) is not None:
+        yield f"--model {config.model}, which is quantised,", "bitsandbytes", "adapters"
     if config.optimizer in OF_OPTIMIZERS:
         yield f"--optimizer {config.optimizer}", OF_OPTIMIZERS[config.optimizer], "optimizers"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from jllm.models.dropout import described, set_dropout
 from jllm.models.weights.finite import check_stored_weights
-from jllm.models.weights.source import read_config
 from jllm.train.checks.folders import check_folders
 from jllm.train.checks.packages import check_packages
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.deepspeed_settings import deepspeed_settings
+from jllm.train.quantisation import read_model_config
 from jllm.train.shape import RunShape
 
 
@@ -28,7 +28,7 @@ def check_start(config: TrainConfig, shape: RunShape) -> list[str]:
     check_packages(config)
     deepspeed_settings(config, shape)
     assert config.model is not None
-    model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = read_model_config(config)
     said = described(model_config, config.dropout)
     set_dropout(model_config, config.dropout)
     return [said] if said is not None else []
@@ -40,7 +40,7 @@ def check_weights_if_asked(config: TrainConfig) -> list[str]:
     Raises:
         UserError: some are not finite, or a file cannot be read.
     """
-    if not config.check_weights or config.init or config.from_ckpt is not None:
+    if not config.check_weights or not config.reads_weights:
         return []
     model = config.model
     assert isinstance(model, Path)

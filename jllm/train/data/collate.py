@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX, Int64
-from jllm.models.pipeline.bundle import LABELS, POSITION_IDS, READ, Bundle, Planes
+from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, POSITION_IDS, READ, Bundle, Planes
 from jllm.train.data.rows import Row
 
 
@@ -24,7 +24,8 @@ class MicroBatch:
 
     Attributes:
         input_ids: [B, S] int64.
-        planes: `READ`, each [B, S] int64: labels (shifted, `IGNORE_INDEX` where not trained on), and position ids.
+        planes: each [B, S] int64: labels (shifted, `IGNORE_INDEX` where not trained on), position ids, and what else
+            was asked for: control classes (shifted as labels are, 0 where not trained on).
     """
 
     input_ids: Tensor
@@ -36,15 +37,17 @@ class MicroBatch:
         return Bundle(self.input_ids, self.planes).sent
 
 
-def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_mask: bool) -> list[MicroBatch]:
+def collate(
+    rows: Sequence[Row | None], length: int, *, micro_batch: int, block_mask: bool, planes: tuple[str, ...] = READ
+) -> list[MicroBatch]:
     """Rows → micro-batches of inputs [micro_batch, length]; None is a filling row, fully masked.
 
     All micro-batches of a step are made at once, so that the cost of numpy's calls is paid once for a step.
     """
     shape = (len(rows) // micro_batch, micro_batch, length)
     input_ids = np.empty(shape, dtype=np.int64)
-    stacked = np.empty((shape[0], len(READ), *shape[1:]), dtype=np.int64)
-    labels, position_ids = (stacked[:, READ.index(name)] for name in (LABELS, POSITION_IDS))
+    stacked = np.empty((shape[0], len(planes), *shape[1:]), dtype=np.int64)
+    labels, position_ids = (stacked[:, planes.index(name)] for name in (LABELS, POSITION_IDS))
     for place, row in enumerate(rows):
         number, within = divmod(place, micro_batch)
         inputs = trained = 0
@@ -58,6 +61,8 @@ def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_
     later = starts > 0
     batch_of, place_of = np.divmod(row_of[later], micro_batch)
     labels[batch_of, place_of, starts[later] - 1] = IGNORE_INDEX
+    if CONTROL_CLASS in planes:
+        _fill_classes(stacked[:, planes.index(CONTROL_CLASS)], rows, labels)
     positions = np.arange(input_ids.size).reshape(shape)
     if block_mask:
         # Each position less the start of its document; padding continues the last document.
@@ -66,9 +71,19 @@ def collate(rows: Sequence[Row | None], length: int, *, micro_batch: int, block_
     else:
         position_ids[:] = positions[0, 0]
     return [
-        MicroBatch(input_ids=torch.from_numpy(ids), planes=Planes(READ, torch.from_numpy(planes)))
-        for ids, planes in zip(input_ids, stacked, strict=True)
+        MicroBatch(input_ids=torch.from_numpy(ids), planes=Planes(planes, torch.from_numpy(numbers)))
+        for ids, numbers in zip(input_ids, stacked, strict=True)
     ]
+
+
+def _fill_classes(classes: Int64, rows: Sequence[Row | None], labels: Int64) -> None:
+    """Control classes [M, B, S] beside the labels: of the token that follows, 0 where that is no target."""
+    classes[:] = 0
+    for place, row in enumerate(rows):
+        if row is not None and row.classes is not None:
+            number, within = divmod(place, classes.shape[1])
+            classes[number, within, : max(len(row.classes) - 1, 0)] = row.classes[1:]
+    classes[labels == IGNORE_INDEX] = 0
 
 
 def _document_starts(rows: Sequence[Row | None], length: int) -> tuple[Int64, Int64]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
-from jllm.models.pipeline.bundle import LABELS
+from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, READ
 from jllm.train.data.batching import LENGTH_MULTIPLE, MicroBatchRows, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.order import EpochOrder
@@ -125,6 +125,7 @@ class BatchShare:
         vocab_size: ids must be below.
         budget: makes micro-batches by tokens instead of by rows.
         longest: inputs of the longest row there is, which the first step is padded to; None: it is not.
+        planes: what is made of the rows, by name.
     """
 
     micro_batch: int
@@ -137,6 +138,7 @@ class BatchShare:
     budget: TokenBudget | None = None
     longest: int | None = None
     positions: int | None = None
+    planes: tuple[str, ...] = READ
 
     @property
     def most(self) -> int | None:
@@ -207,6 +209,8 @@ class BatchShare:
         rows = batch.rows if isinstance(batch, Grouped) else batch
         needed = max((len(row.ids) for row in rows), default=2) - 1
         self._check_lengths(rows, needed)
+        if CONTROL_CLASS in self.planes:
+            _check_classes(rows)
         largest = self.longest if start == Cursor() else None
         if self.budget is None:
             size = self.micro_batch * self.accumulation
@@ -214,7 +218,9 @@ class BatchShare:
             filled: list[Row | None] = [rows[place] for place in mine]
             filled += [None] * (size - len(filled))
             length = padded_length(max(needed, largest or 0), self.most)
-            micro_batches = collate(filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask)
+            micro_batches = collate(
+                filled, length, micro_batch=self.micro_batch, block_mask=self.block_mask, planes=self.planes
+            )
             places: Sequence[int] = mine
         else:
             if isinstance(batch, Grouped):
@@ -266,7 +272,7 @@ class BatchShare:
             lengths = [length, *(each for each in longer if length < each <= budget // len(rows))]
             length = max(lengths, key=lambda each: (0 if is_longest else budget // each * each, each))
             rows = rows + [None] * (budget // length - len(rows))
-        return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask)[0]
+        return collate(rows, length, micro_batch=len(rows), block_mask=self.block_mask, planes=self.planes)[0]
 
     def _check_lengths(self, rows: Sequence[Row], needed: int) -> None:
         most = self.most if self.most is not None else needed
@@ -302,6 +308,20 @@ class BatchShare:
                     " make the shards with the model's tokenizer",
                     place,
                 )
+
+
+def _check_classes(rows: Sequence[Row]) -> None:
+    for place, row in enumerate(rows):
+        if row.classes is None or len(row.classes) != len(row.ids):
+            found = "no control classes" if row.classes is None else f"{len(row.classes)} control classes"
+            raise RowError(
+                f"a row of {len(row.ids)} tokens has {found}; each token has one: make the shards with raw2ids"
+                " --control_class",
+                place,
+            )
+        if len(row.classes) and (row.classes.min() < -1 or row.classes.max() > 1):
+            wrong = int(row.classes[np.abs(row.classes) > 1][0])
+            raise RowError(f"control class {wrong} in the data; classes are 1, -1 and 0", place)
 
 
 def train_steps(

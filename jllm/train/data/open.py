@@ -16,8 +16,9 @@ from jllm import children
 from jllm.data.dataset.manifest import one_template, open_data_set
 from jllm.data.dataset.shards import Int32
 from jllm.errors import EXIT_CODE, UserError, say
+from jllm.models.pipeline.bundle import CONTROL_CLASS, READ
 from jllm.models.weights.source import ModelInfo
-from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_rows
+from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_columns, warnings_about_rows
 from jllm.train.checks.tokenizers import check_tokenizer
 from jllm.train.config import TrainConfig, WeightedFolder, weighted_folders
 from jllm.train.data.batching import NEWEST_RULE, EpochSteps, Parts, TokenBudget
@@ -78,6 +79,11 @@ def warnings_of(*data: Data) -> list[str]:
     return list(dict.fromkeys(line for each in data for line in each.facts.warnings))
 
 
+def planes_of(config: TrainConfig) -> tuple[str, ...]:
+    """What the first stage is given of every micro-batch beside its input ids."""
+    return (*READ, CONTROL_CLASS) if config.has_control else READ
+
+
 def share_of(
     config: TrainConfig,
     shape: RunShape,
@@ -107,6 +113,7 @@ def share_of(
         block_mask=config.block_mask,
         vocab_size=model.vocab_size,
         budget=budget,
+        planes=planes_of(config),
     )
 
 
@@ -151,8 +158,9 @@ def open_sets(
     warnings = [line for data_set in sets for line in check_tokenizer(data_set, config)]
     if model is not None:
         check_data_sets(given, sets, config, model)
-        warnings += warnings_about_rows(sets, model)
-    index = ShardIndex(*sets, weights=[each.weight for each in given])
+        warnings += [*warnings_about_rows(sets, model), *warnings_about_columns(sets, config)]
+    further = [name for name in planes_of(config) if name not in READ]
+    index = ShardIndex(*sets, weights=[each.weight for each in given], further=further)
     if index.num_rows == 0:
         raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
     longest = [data_set.manifest.longest_row for data_set in sets]

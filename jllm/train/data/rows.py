@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.dataset.columns import COLUMNS, to_array
+from jllm.data.dataset.columns import COLUMNS, CONTROL_CLASS, to_array
 from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.shards import (
     CU_SEQLENS,
@@ -42,11 +42,13 @@ _FIRST_WINDOW_THREADS = 4
 
 @dataclasses.dataclass(slots=True)  # not frozen, which would make it three times slower to make
 class Row:
-    """One row as it is on disk: ids, labels (None: all trained), document boundaries (None: one document)."""
+    """One row as it is on disk: ids, labels (None: all trained), document boundaries (None: one document), control
+    classes (None: not asked for)."""
 
     ids: Int32
     labels: Int32 | None
     boundaries: Int32 | None
+    classes: Int32 | None = None
 
     @property
     def real_length(self) -> int:
@@ -69,7 +71,12 @@ def joined(rows: Sequence[Row]) -> Row:
         if row.boundaries is not None and row.real_length < size:
             labels[start + row.real_length : start + size] = IGNORE_INDEX
         start += size
-    return Row(ids=ids, labels=labels, boundaries=np.concatenate(boundaries).astype(np.int32))
+    return Row(
+        ids=ids,
+        labels=labels,
+        boundaries=np.concatenate(boundaries).astype(np.int32),
+        classes=None if rows[0].classes is None else np.concatenate([row.classes for row in rows]),  # type: ignore[misc]
+    )
 
 
 class ShardIndex:
@@ -80,6 +87,7 @@ class ShardIndex:
     Args:
         data_sets: in the order that `--no_shuf` reads them in.
         weights: how often an epoch has the rows of each set; None: once.
+        further: columns that are read beside those of the contract.
 
     Attributes:
         rows: [E] rows that an epoch takes of each entry.
@@ -87,7 +95,10 @@ class ShardIndex:
         fingerprint: of the sets and their weights; a single set of weight 1 has its own.
     """
 
-    def __init__(self, *data_sets: DataSet, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, *data_sets: DataSet, weights: Sequence[float] | None = None, further: Sequence[str] = ()
+    ) -> None:
+        self._names = (*COLUMNS, *further)
         weights = weights or [1.0] * len(data_sets)
         self._paths = [path for data_set in data_sets for path in data_set.paths]
         fingerprints = [data_set.manifest.fingerprint for data_set in data_sets]
@@ -162,7 +173,7 @@ class ShardIndex:
     def _read_entry(self, order: EpochOrder, entry: int, columns: Sequence[str] | None) -> pa.RecordBatch:
         file, group, piece = self._locations[entry].tolist()
         if piece == _WHOLE:
-            reader = ShardReader(self._paths[file], columns=COLUMNS)
+            reader = ShardReader(self._paths[file], columns=self._names)
             batch = reader.read_group(group, columns)
             reader.close()
         else:
@@ -176,7 +187,7 @@ class ShardIndex:
         if self._open is not None and self._open[0] == (file, group, piece):
             batches = self._open[1]
         else:
-            batches = ShardReader(self._paths[file], columns=COLUMNS).batches(group)
+            batches = ShardReader(self._paths[file], columns=self._names).batches(group)
             for _ in range(piece):
                 next(batches)
         batch = next(batches)
@@ -223,7 +234,7 @@ class Window:
         self._columns = [
             tuple(
                 from_list_array(batch.column(name)) if name in batch.schema.names else None
-                for name in (INPUT_IDS, LABELS, CU_SEQLENS)
+                for name in (INPUT_IDS, LABELS, CU_SEQLENS, CONTROL_CLASS.name)
             )
             for batch in batches
         ]
@@ -235,9 +246,9 @@ class Window:
             batches = np.searchsorted(self._starts, some, side="right") - 1
             within = some - self._starts[batches]
             for batch, index in zip(batches.tolist(), within.tolist(), strict=True):
-                ids, labels, boundaries = (_list_at(column, index) for column in self._columns[batch])
+                ids, labels, boundaries, classes = (_list_at(column, index) for column in self._columns[batch])
                 assert ids is not None
-                yield Row(ids=ids, labels=labels, boundaries=boundaries)
+                yield Row(ids=ids, labels=labels, boundaries=boundaries, classes=classes)
 
 
 def _list_at(column: tuple[Int32, Int64] | None, index: int) -> Int32 | None:

@@ -29,6 +29,7 @@ from jllm.train.options.optimizer import module_rates
 from jllm.train.shape import RunShape
 
 LIBRARIES = ("torch", "deepspeed", "transformers")
+OF_QUANTISED = ("bitsandbytes",)
 ENVIRONMENT = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUDNN_DETERMINISTIC"),
     *("NCCL_ALGO", "NCCL_PROTO", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "DNNL_DEFAULT_FPMATH_MODE"),
@@ -65,12 +66,12 @@ def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
     facts |= {
         "jllm": f"{jllm.__version__} (code {_code()})",
         "Python": platform.python_version(),
-        "the library": {name: _version(name) for name in LIBRARIES},
+        "the library": {name: _version(name) for name in (*LIBRARIES, *(OF_QUANTISED if config.load_in else ()))},
         "the device": _device(),
         "the environment variable": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "config.json": _read_json(config.model / "config.json"),
     }
-    if has_several_nodes() and not config.init and config.from_ckpt is None:
+    if has_several_nodes() and config.reads_weights:
         facts["weights (hash) of"] = weights_digest(config.model)
     if config.lora is not None:
         facts |= _adapter(config.lora)

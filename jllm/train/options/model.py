@@ -30,6 +30,12 @@ class ModelOptions:
         help="dropout instead of that of the model's configuration, where that has one above 0; 0: none"
         " [default: what the configuration says]",
     )
+    neftune_alpha: float | None = option(
+        None,
+        most=10**6,
+        above_least=True,
+        help="noise on embeddings while training (NEFTune): uniform, up to this over the root of row length x width",
+    )
     force_tokenizer: bool = option(
         False, help="train although the data was made with another tokenizer than the model's"
     )

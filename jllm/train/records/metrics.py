@@ -4,11 +4,14 @@
 `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (of the step, over the whole world), `trained_tokens`,
 `tokens_per_second`, `mfu` (null where the device's peak is not known), `memory_mib` (peak of each stage, the largest
 over its pipelines), `data_wait` (share of the step's time in which the reader was waited for), `seconds`,
-`consumed_tokens` and `consumed_rows`; a step of `--skip_train_steps` has no loss. Evaluation records have `step` (0:
-before training), `name` (of the set), `eval_loss`, `eval_tokens`, `perplexity`, `accuracy`, `seconds` and more of
-`jllm.train.evaluate`. Events have `event`, what happened, and `step`, the last one that was made. A resumed run goes on
-in the same file, after the records of steps it is about to repeat are dropped; events stay. A step that ends the run
-because its loss or gradient is not finite is recorded too; NaN and infinity are text.
+`consumed_tokens` and `consumed_rows`; with adapters also `_avg`, `_min` and `_max` over all of them of what
+`jllm.train.optim.after_step` tells: `lora_norm` (Frobenius, of alpha / r x BA), `lora_decay` (what the decay took of
+the norm of BA in this step), `control_lambda` (the largest change along a direction), `control_skew` (how far
+directions are from orthonormal), `control_decay`; a step of `--skip_train_steps` has no loss. Evaluation records have
+`step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`, `perplexity`, `accuracy`, `seconds` and
+more of `jllm.train.evaluate`. Events have `event`, what happened, and `step`, the last one that was made. A resumed
+run goes on in the same file, after the records of steps it is about to repeat are dropped; events stay. A step that
+ends the run because its loss or gradient is not finite is recorded too; NaN and infinity are text.
 
 Only the first process records; on the others every method does nothing. No sink ends a run: a full disk is waited for,
 and a service that is away is passed over.
@@ -27,6 +30,13 @@ from jllm.train.records.sinks.reporter import CLOSE_SECONDS, HURRY_SECONDS, Repo
 from jllm.train.records.sinks.tensorboard import Board
 
 WARNING = "warning: "
+_OF_ADAPTERS = {
+    "lora_norm_avg": "norm of BA",
+    "lora_decay_avg": "its decay",
+    "control_lambda_max": "largest lambda",
+    "control_skew_max": "skew",
+}
+"""What of adapters the console says → how."""
 ESTIMATE_STEPS = 5
 """After so many steps the run says how long it takes; the first one, in which things are set up, does not count."""
 
@@ -136,6 +146,7 @@ class Recorder:
             f"epoch {record['epoch']:.2f}",
             f"lr {record['lr']:.3g}",
             "" if skipped else f"grad norm {record['grad_norm']:.3f}",
+            *(f"{label} {record[key]:.3g}" for key, label in _OF_ADAPTERS.items() if key in record),
             f"{record['tokens_per_second']:,.0f} tokens/s",
             f"MFU {100 * record['mfu']:.1f}%" if record["mfu"] is not None else "",
             f"data wait {100 * record['data_wait']:.1f}%",

@@ -1,5 +1,6 @@
 """Encoded chunks on disk: they come back as they were, torn ones do not, and what no sink needs is removed."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -16,20 +17,24 @@ from jllm.data.sources.records import BadRecord
 EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 
 
-def encoded_of(rows: list[list[int]], labels: bool, bad: int = 0) -> Encoded:
+def encoded_of(rows: list[list[int]], labels: bool, bad: int = 0, *, classes: bool = False) -> Encoded:
     ids = np.array([index for row in rows for index in row], dtype=np.int32)
     offsets = np.r_[0, np.cumsum([len(row) for row in rows])].astype(np.int64)
     documents = Documents(ids=ids, offsets=offsets, labels=np.where(ids % 3, ids, -100).astype(np.int32))
     if not labels:
         documents = Documents(ids=ids, offsets=offsets)
+    if classes:
+        documents = dataclasses.replace(documents, classes=(np.arange(len(rows)) % 3 - 1).astype(np.int8))
     records = [BadRecord(kind="bad JSON", line=number, detail="é") for number in range(bad)]
     return Encoded(documents=documents, bad=records, counts={"records": len(rows) + bad}, end=7, end_line=8)
 
 
 def same(one: Encoded, other: Encoded) -> bool:
     labels = [each.documents.labels for each in (one, other)]
+    classes = [each.documents.classes for each in (one, other)]
     return (
-        np.array_equal(one.documents.ids, other.documents.ids)
+        np.array_equal(*(each if each is not None else [-9] for each in classes))
+        and np.array_equal(one.documents.ids, other.documents.ids)
         and np.array_equal(one.documents.offsets, other.documents.offsets)
         and (labels[0] is None) == (labels[1] is None)
         and (labels[0] is None or np.array_equal(*labels))
@@ -44,14 +49,15 @@ def same(one: Encoded, other: Encoded) -> bool:
     wide=st.booleans(),
     vocab_size=st.sampled_from([1 << 16, 200_000]),
     bad=st.integers(0, 2),
+    classes=st.booleans(),
     torn=st.floats(0, 1, exclude_max=True),
 )
 def test_there_and_back_or_torn(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], labels: bool, wide: bool, vocab_size: int,
-    bad: int, torn: float,
+    bad: int, classes: bool, torn: float,
 ) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("cache") / "block-00000-0000000"
-    encoded = encoded_of(rows, labels, bad)
+    encoded = encoded_of(rows, labels, bad, classes=classes)
     write(path, encoded, vocab_size, wide=wide)
     found = read(path)
     assert found is not None

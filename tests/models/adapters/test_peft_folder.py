@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from jllm.errors import UserError
+from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from jllm.models.adapters.lora import attach_lora
 from jllm.models.adapters.lora_plan import targets_of
-from jllm.models.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME, check_adapter, load_adapter, read_adapter_config
+from jllm.models.adapters.peft_folder import check_adapter, load_adapter, read_adapter_config
 from jllm.models.pipeline.span import spans_of
 from jllm.models.weights.loading import load_stage
 from jllm.models.weights.source import causal_class, read_config

@@ -1,6 +1,7 @@
 """What stages cost: parameters and state that train, and a head whose logits are taken in chunks."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from jllm.models.pipeline.partition import (
 )
 from jllm.models.pipeline.span import spans_of
 from jllm.models.trainable import ParameterChoice, select_trainable
+from jllm.models.weights.quantisation import Quantisation, plan_quantisation
 from jllm.models.weights.source import causal_class
 from tests.models.pipeline.by_hand import all_of, config_of
 from tests.models.tiny import VOCAB, tiny_config
@@ -99,3 +101,27 @@ def test_parameters_are_those_of_the_stages(family: str, boundaries: list[int], 
         selected = select_trainable(model, span, selection)
         found = costs.parameters(span.first_layer, span.end_layer)
         assert found == Parameters(total=selected.total, trained=selected.trainable)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_memory_of_what_is_held_in_few_bits(family: str) -> None:
+    """All parameters are counted as parameters, whatever their bytes; experts are unpacked for the backward pass."""
+    config, how = tiny_config(family), Quantisation(bits=4)
+    plan = plan_quantisation(config, causal_class(config), how, folder=Path("none"))
+    with torch.device("meta"):
+        model = causal_class(config)(copy.deepcopy(config))
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name in plan.parameters}
+    assert wanted.keys() == plan.parameters
+    held = sum(parameter.numel() for parameter in wanted.values())
+    state = StateBytes(trained=100.0, frozen=2.0, quantised=how.bytes_of_a_parameter)
+    # As adapters leave it: of the model itself nothing trains.
+    given = {"state": state, "sequence_length": 4, "selection": ParameterChoice(attached_only=True)}
+    plain, quantised = estimate_costs(config, **given), estimate_costs(config, quantised=plan.parameters, **given)
+    assert quantised.parameters(0, 4).total == plain.parameters(0, 4).total
+    assert quantised.parameters(0, 4).quantised == held
+    assert quantised.parameters(0, 2) + quantised.parameters(2, 4) == quantised.parameters(0, 4) + Parameters(
+        total=quantised.tied_parameters.total, trained=0
+    )
+    unpacked = 2 * sum(parameter.numel() for parameter in wanted.values() if parameter.ndim == 3)
+    spared = plain.memory(0, 4, in_flight=1) - quantised.memory(0, 4, in_flight=1)
+    assert spared == pytest.approx((2.0 - how.bytes_of_a_parameter) * held - unpacked)

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from jllm.errors import UserError
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.weights import loading
-from jllm.models.weights.source import model_info, read_config
+from jllm.models.weights.source import model_info, read_config, weight_of_quantised
 
 WHOLE = StageSpan(index=0, count=1, first_layer=0, end_layer=4)
 
@@ -106,6 +106,40 @@ def test_every_quantised_source_is_refused_by_name(folder: Path, tmp_path: Path,
             model_info(copy, with_weights=False)
     (copy / "config.json").write_text(json.dumps({**config, key: None}))
     assert model_info(copy).num_layers == 4
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_only_what_bitsandbytes_has_quantised_will_do(folder: Path, tmp_path: Path, name: str, key: str) -> None:
+    """And that of the whole model only, where adapters are trained beside it; elsewhere the line names them."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    is_known = name == "older bitsandbytes" and key == "quantization_config"
+    (copy / "config.json").write_text(json.dumps({**config, "text_config": {key: QUANTISED[name]}}))
+    with pytest.raises(UserError, match="quantised weights"):
+        read_config(copy, quantised=True)
+    (copy / "config.json").write_text(json.dumps({**config, key: QUANTISED[name]}))
+    assert ("or --lora_dim, to train adapters" in refused(copy)) == is_known
+    if is_known:
+        assert not hasattr(read_config(copy, quantised=True), "quantization_config")
+        return
+    with pytest.raises(UserError, match="quantised weights"):
+        read_config(copy, quantised=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("a.up_proj.weight.absmax", "a.up_proj.weight"),
+        ("a.up_proj.weight.quant_state.bitsandbytes__nf4", "a.up_proj.weight"),
+        ("a.up_proj.SCB", "a.up_proj.weight"),
+        ("a.up_proj.weight_format", "a.up_proj.weight"),
+        ("a.up_proj.weight", "a.up_proj.weight"),
+        ("a.weight.other.bias", "a.weight.other.bias"),
+    ],
+)
+def test_weights_that_tensors_belong_to(name: str, weight: str) -> None:
+    assert weight_of_quantised(name) == weight
 
 
 @pytest.mark.parametrize(

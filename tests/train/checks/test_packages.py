@@ -1,5 +1,6 @@
 """An option whose package is not there is refused by name, in a dry run too."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from jllm.train.options.optimizer import OPTIMIZERS
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"lora_dim": 4}, "peft", "adapters"),
     ({"lora": Path("adapter")}, "peft", "adapters"),
+    ({"lora_dim": 4, "load_in_4bit": True}, "bitsandbytes", "adapters"),
+    ({"lora_dim": 4, "load_in_8bit": True}, "bitsandbytes", "adapters"),
     *(
         ({"optimizer": name, "lr_scheduler_type": "constant"}, package, "optimizers")
         for name, package in OF_OPTIMIZERS.items()
@@ -34,3 +37,10 @@ def test_others_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, package, None)
     for optimizer in set(OPTIMIZERS) - set(OF_OPTIMIZERS):
         check_packages(TrainConfig(model=Path("model"), train_data=("data",), optimizer=optimizer))
+
+
+def test_a_quantised_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(UserError, match=r"^--model .* is quantised, needs bitsandbytes"):
+        check_packages(TrainConfig(model=tmp_path, train_data=("data",), lora_dim=4))

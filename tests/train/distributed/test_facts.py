@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jllm.models.adapters.peft_folder import WEIGHTS_NAME
+from jllm.models.adapters.adapter_files import WEIGHTS_NAME
 from jllm.parallel.meeting import Facts, differences
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.facts import facts_of

@@ -1,0 +1,62 @@
+"""What adapters were trained beside: the same model, held in the same way, or the run is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jllm.errors import UserError
+from jllm.train.checkpoint.frozen_parts import check_same_frozen_parts, frozen_parts
+from jllm.train.config import TrainConfig
+from tests.models.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(folder)
+    return folder
+
+
+def parts(model: Path, **more: Any) -> dict[str, Any]:
+    return frozen_parts(TrainConfig(**{"model": model, "train_data": ("d",), "lora_dim": 4, **more}))
+
+
+def test_the_same(model: Path) -> None:
+    check_same_frozen_parts(parts(model), parts(model))
+    check_same_frozen_parts(parts(model, load_in_4bit=True), parts(model, load_in_4bit=True))
+    without = {name: value for name, value in parts(model).items() if name != "quantisation"}
+    check_same_frozen_parts(without, parts(model))  # a checkpoint of a version that quantised nothing
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({}, {"load_in_8bit": True}, "was not quantised in the checkpoint's run and is in 8 bits now"),
+        ({"load_in_4bit": True}, {}, r"was in 4 bits \(nf4, scales quantised too\) in .* is not quantised now"),
+        (
+            {"load_in_4bit": True},
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            r"was .* and is in 4 bits \(fp4",
+        ),
+        (
+            {"load_in_4bit": True, "skip_quant": "q_proj"},
+            {"load_in_4bit": True},
+            r"was in 4 bits .*\), without q_proj in the checkpoint's run",
+        ),
+    ],
+)
+def test_held_in_another_way(model: Path, then: dict[str, Any], now: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"the model {message}"):
+        check_same_frozen_parts(parts(model, **then), parts(model, **now))
+
+
+def test_another_model(model: Path, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.01)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--model has other weights"):
+        check_same_frozen_parts(parts(model), parts(tmp_path))
