@@ -36,6 +36,8 @@ from tests.models.tiny import tiny_config
 LIMIT = 1e-5
 # Of gradients between two kernels, which round differently; what is wrong is above 0.1.
 KERNEL_LIMIT = 1e-4
+# Of a model whose export is compared in bf16 too: some have parts beside the decoder that are never small.
+MOST_PARAMETERS = 20_000_000
 # What a mask may hold beside causality and documents, switched on and narrower than a row of `packed_batch`, where the
 # family's configuration has it: tiny models must not look right because nothing of it is reached.
 NARROW: dict[str, Any] = {
@@ -129,7 +131,8 @@ def compare_export(whole: PreTrainedModel, stages: list[PipelineStage], source: 
     with torch.no_grad():
         before, after = (plain.eval()(input_ids=ids).logits for plain in (whole, load_whole(target)))
     difference = Difference(logits=(before - after).abs().max().item(), where="logits of the exported folder")
-    return difference if not difference.is_equal else compare_half(stages, source, target.with_name("half"))
+    is_small = sum(weight.numel() for weight in whole.parameters()) <= MOST_PARAMETERS
+    return compare_half(stages, source, target.with_name("half")) if difference.is_equal and is_small else difference
 
 
 def compare_half(stages: list[PipelineStage], source: Path, folder: Path) -> Difference:

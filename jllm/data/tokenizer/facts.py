@@ -233,11 +233,10 @@ def _known_facts(values: dict[str, Any]) -> TokenizerFacts | None:
     """Facts out of the cache; None where they are not what this version keeps: other fields, or of other types."""
     try:
         facts = _facts_of(values)
-        plain = json.loads(json.dumps(dataclasses.asdict(facts)))
+        are_texts = all(isinstance(values[key], str) for key in ("name", "path", "sha256", "vocabulary_sha256"))
+        return facts if are_texts and all(fits(values[key]) for key, fits in _FITS.items()) else None
     except (TypeError, KeyError, ValueError, RecursionError):
         return None
-    are_texts = all(isinstance(plain[key], str) for key in ("name", "path", "sha256", "vocabulary_sha256"))
-    return facts if are_texts and all(fits(plain[key]) for key, fits in _FITS.items()) else None
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {

@@ -7,7 +7,6 @@ Guarantees: the values are those that bitsandbytes computes with, before they ar
 Cost: the scales of one weight, and the rows that are asked for in fp32.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.machine import require_package
 from jllm.models.weights.source import check_plain_weights
 from jllm.models.weights.streamed_file import StoredTensor, row_blocks, tensor_bytes
@@ -88,7 +88,7 @@ class FourBits:
         require_package("bitsandbytes", f"{folder}, which is in 4 bits,", "adapters")
         text = next(each for name, each in parts.items() if name.startswith(STATE))
         try:
-            facts = json.loads(bytes(whole(text).tolist()))
+            facts = notation.loads(bytes(whole(text).tolist()))
         except ValueError as error:
             raise UserError(f"{folder}: {text.name} is no JSON ({error}); download the weights again") from None
         needed = [".absmax", ".quant_map", *([".nested_absmax", ".nested_quant_map"] * ("nested_offset" in facts))]
