@@ -8,6 +8,7 @@ Cost: one block of `BLOCK_BYTES` at a time; of pickled files, which are mapped, 
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jllm import atomic
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.weights.source import pickled_files, read_header, weight_files
 from jllm.models.weights.tensor_file import DTYPE_NAMES, encoded_header
 
@@ -183,6 +184,17 @@ def write_streamed(path: Path, tensors: Sequence[StreamedTensor], metadata: Mapp
             for block in tensor.blocks():
                 file.write(block)
             assert file.tell() - begin == tensor.nbytes, tensor.name
+
+
+def write_files(
+    folder: Path, files: Sequence[tuple[str, Sequence[StreamedTensor]]], metadata: Mapping[str, str]
+) -> None:
+    """Write the files of a model, by name; where they are several, each is said on standard error when it begins."""
+    size = sum(tensor.nbytes for _, tensors in files for tensor in tensors)
+    for number, (name, tensors) in enumerate(files, start=1):
+        if len(files) > 1:
+            say(f"writing file {number} of {len(files)}, {size / 1e9:,.2f} GB in all", file=sys.stderr)
+        write_streamed(folder / name, tensors, metadata)
 
 
 def stored_tensors(folder: Path) -> list[list[StoredTensor]]:
