@@ -1,13 +1,14 @@
 # Every target does the set-up it needs, once, in .venv; constraints.txt pins the versions.
 # Another interpreter: make PYTHON=/path/to/python3.12 demo
 
+FUZZ_SECONDS ?= 600
 PYTHON ?= $(shell sh -c 'command -v python3.11 || command -v python3')
 BIN := .venv/bin
 export JLLM_ASSETS ?= $(HOME)/.cache/jllm-assets
 # DeepSpeed finds its launcher, and ninja to compile with, on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup assets demo demo-lora test test-families templates lint bench clean
+.PHONY: help setup assets demo demo-lora test test-families templates fuzz lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,9 @@ test-families: .venv/.stamp-dev ## every causal model type of transformers in st
 
 templates: .venv/.stamp-dev fetch-assets ## all tokenizers at hand with all built-in templates, and docs/templates.md (a minute)
 	$(BIN)/python tools/walk_templates.py
+
+fuzz: .venv/.stamp-dev ## every reader against changed files, for FUZZ_SECONDS (ten minutes); FUZZ_ARGS="--seed 1" for the same again
+	$(BIN)/python -m tests.security.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: .venv/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .

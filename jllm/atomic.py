@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError
+from jllm.guards import notation
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -209,7 +210,7 @@ def read_object(path: Path, advice: str) -> dict[str, Any] | None:
         UserError: it does, or cannot be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = notation.read_json(path)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import os
 import sys
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +37,7 @@ import click
 
 from jllm import __version__
 from jllm.errors import EXIT_CODE, UserError, did_you_mean, of_file_system, printable, report, say
+from jllm.guards import notation
 from jllm.ranges import LEAST_INT, MOST_INT, ValueRange
 
 Config = TypeVar("Config")
@@ -410,10 +410,10 @@ def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
         UserError: the file cannot be read, a key is unknown or given twice, or a value has the wrong type.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = notation.loads_toml(notation.read_text(path))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
     hints = typing.get_type_hints(config_type)
     known = [field.name for field in dataclasses.fields(config_type) if not field.metadata["option"].hidden]

@@ -331,7 +331,12 @@ class SparkPreparation:
 
     def _given(self, group: SourceGroup) -> Any:
         numbers = {} if self.config.format_of_spark else paths_of(self.files, self.sources)
-        given = GivenSources(sources=tuple(self.sources), numbers=numbers, reading=group.reading)
+        given = GivenSources(
+            sources=tuple(self.sources),
+            numbers=numbers,
+            reading=group.reading,
+            largest_record=self.config.largest_record,
+        )
         return self.spark.sparkContext.broadcast(given)
 
     def _chat_arguments(self, groups: Sequence[SourceGroup], given: Sequence[Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import jllm.data.shuffle.data_set
 import jllm.data.shuffle.repartition
 import jllm.train.trainer  # noqa: F401
 from jllm.errors import UserError
-from jllm.train.distributed import launch
+from jllm.train.distributed import operators
 
 torch.set_num_threads(1)
 with contextlib.suppress(UserError):  # the ranks will say it themselves
-    launch._compile_cpu_operator()
+    operators.compile_for_cpu()
 gc.freeze()  # the collector of a rank need not look at any of this

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The folder that the package is imported from."""
 SAFE_PATH, SEARCH_PATH = "PYTHONSAFEPATH", "PYTHONPATH"
+PLACES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TORCH_EXTENSIONS_DIR", "HF_HOME")
+"""Variables that name a folder for what libraries keep. Taken for a path, an empty one is the working folder, and so is
+what a relative one of XDG leads to; the XDG specification has both count as unset."""
 
 
 def python(*arguments: str) -> list[str]:
@@ -32,6 +35,8 @@ def python(*arguments: str) -> list[str]:
 def environment(given: "Mapping[str, str] | None" = None) -> dict[str, str]:
     """The environment of a child interpreter: as it is given (this process's), without a way to the working folder."""
     found = dict(os.environ if given is None else given)
+    for name in _misleading(found):
+        del found[name]
     named = [os.path.abspath(entry) for entry in found.get(SEARCH_PATH, "").split(os.pathsep) if entry]
     if ROOT not in named and not _is_installed(ROOT):
         named.insert(0, ROOT)
@@ -47,6 +52,8 @@ def seal() -> None:
     """Make this process one that runs no code of the working folder, nor will its children; for our own programs."""
     _leave_working_folder()
     sealed = environment()
+    for name in _misleading(os.environ):
+        del os.environ[name]
     for name in (SAFE_PATH, SEARCH_PATH):
         if name in sealed:
             os.environ[name] = sealed[name]
@@ -74,6 +81,12 @@ class Sealed:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _misleading(variables: "Mapping[str, str]") -> list[str]:
+    """Those of `PLACES` that lead to the working folder."""
+    given = [name for name in PLACES if name in variables]
+    return [name for name in given if not (variables[name] and (os.path.isabs(variables[name]) or name[:3] != "XDG"))]
 
 
 def is_our_program() -> bool:

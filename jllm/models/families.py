@@ -9,12 +9,12 @@ transformers, tiny and random, whole and in stages, and compares. Nothing in it 
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.models.pipeline.span import StageSpan
 
 if TYPE_CHECKING:  # `jllm models` only reads a file, and should not wait for transformers
@@ -100,7 +100,7 @@ class Family:
 
 def catalogue() -> tuple[str, list[Family]]:
     """The version of transformers that was walked, and every causal model type with its result."""
-    stored = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    stored = notation.read_json(CATALOGUE)
     return stored["transformers"], [Family(**entry) for entry in stored["families"]]
 
 

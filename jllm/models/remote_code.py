@@ -7,11 +7,11 @@ Cost: none to speak of; transformers is imported only to ask what it knows.
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError
+from jllm.guards import notation
 
 _FETCHED_WITHOUT = {
     "flash_attention_2": "flash_attn",
@@ -68,7 +68,7 @@ def check_no_remote_code(folder: Path) -> None:
         if not path.is_file():
             continue
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = notation.read_json(path)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
         if not isinstance(raw, dict):

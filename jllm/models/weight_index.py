@@ -3,11 +3,12 @@
 Cost: one JSON file.
 """
 
-import json
 from pathlib import Path
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED
 
 
 def files_in_index(index: Path) -> list[Path]:
@@ -17,15 +18,22 @@ def files_in_index(index: Path) -> list[Path]:
         UserError: it is no index, a name leads elsewhere, or a file is missing.
     """
     try:
-        found = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        found = set(notation.read_json(index)["weight_map"].values())
+    except MALFORMED as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise UserError(f"{index} is not a weight index ({reason}); download it again") from None
     if problem := next(filter(None, map(atomic.plain_name, found)), None):
         raise UserError(f"{index} is not a weight index ({problem}); download it again")
     names = sorted(found)
-    if absent := [name for name in names if not (index.parent / name).is_file()]:
+    if absent := [name for name in names if not _is_file(index.parent / name)]:
         raise UserError(
             f"{index} names {len(names)} files, of which {len(absent)} are missing ({absent[0]}); download them"
         )
     return [index.parent / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # as of a name that is too long
+        return False

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jllm.errors import UserError, printable, say
+from jllm.guards import notation
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -285,7 +286,7 @@ class Meeting:
         self._store.set(self._key(name), json.dumps(value))
 
     def _get(self, name: str) -> Any:
-        return json.loads(self._store.get(self._key(name)))
+        return notation.loads(self._store.get(self._key(name)))
 
 
 _meetings: list[Meeting | None] = []

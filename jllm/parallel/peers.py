@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jllm.errors import printable, say
+from jllm.guards import notation
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 6.0
@@ -60,7 +61,7 @@ class _Line:
             return None
         *lines, self._rest = (self._rest + read).split(b"\n")
         try:
-            found = [json.loads(line) for line in lines]
+            found = [notation.loads(line) for line in lines]
         except ValueError:  # whoever it is speaks another language
             return None
         return found if all(isinstance(each, dict) for each in found) and len(self._rest) < 1 << 16 else None

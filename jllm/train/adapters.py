@@ -197,10 +197,16 @@ def _find_lora(
 
 def _check_quantised(plan: "LoraPlan", quantisation: QuantisationPlan | None, *, option: str) -> None:
     """Raises:
-    UserError: packed experts in 4 bits that would get an adapter, or what would be trained whole in few bits.
+    UserError: packed experts in 4 bits that would get an adapter, what would be trained whole in few bits, or DoRA on
+        weights in 8 bits.
     """
     if quantisation is None:
         return
+    if plan.config.use_dora and quantisation.quantisation.bits == 8 and quantisation.modules.intersection(plan.modules):
+        asked = "--use_dora" if option == "--lora_target_modules" else f"{option}, which has DoRA,"
+        raise UserError(
+            f"{asked} beside a model in 8 bits: peft has no DoRA on weights in 8 bits; give --load_in_4bit, or drop it"
+        )
     if quantised := quantisation.experts.intersection(plan.parameters):
         raise UserError(
             f"{option} names packed experts ({grouped(quantised)}), which have no adapter in 4 bits; leave them out, or"

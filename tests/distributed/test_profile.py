@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jllm.guards import caches
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import options_of, records, train_rank
 from tests.fixtures import random_rows, tiny_llama, write_rows
@@ -68,10 +69,10 @@ def test_one_process_measures_and_all_split_alike(ranks: Callable[[int], Ranks],
     assert first[0] == 0
     assert first[-1] == 4
     [stored] = cache.iterdir()
-    times = json.loads(stored.read_text())
+    times = json.loads(caches.read(stored) or b"")
     for costly, boundaries in ((0, [0, 1, 4]), (3, [0, 3, 4])):
         layers = [100.0 if index == costly else 1.0 for index in range(4)]
-        stored.write_text(json.dumps({**times, "layers": layers, "embedding": 0.0, "head": 0.0}))
+        caches.write(stored, json.dumps({**times, "layers": layers, "embedding": 0.0, "head": 0.0}).encode())
         assert ranks(2).run(plan_rank, options_of(folder, PROFILED), cache) == [boundaries] * 2
     stored.write_text("{")
     first, second = ranks(2).run(plan_rank, options_of(folder, PROFILED), cache)
@@ -100,8 +101,10 @@ def test_dry_run_shows_the_measured_split(
     with_cache(tmp_path, lambda: dry_run(config))
     assert "time measured" in capsys.readouterr().out
     [stored] = tmp_path.iterdir()
-    times = json.loads(stored.read_text())
-    stored.write_text(json.dumps({**times, "layers": [1.0, 1.0, 1.0, 100.0], "embedding": 0.0, "head": 0.0}))
+    times = json.loads(caches.read(stored) or b"")
+    caches.write(
+        stored, json.dumps({**times, "layers": [1.0, 1.0, 1.0, 100.0], "embedding": 0.0, "head": 0.0}).encode()
+    )
     with_cache(tmp_path, lambda: dry_run(config))
     assert "0-2 (3)" in capsys.readouterr().out
 

@@ -117,3 +117,14 @@ def test_what_is_quantised_is_not_trained_whole() -> None:
         adapters("llama", modules_to_save="down_proj", **more)
     assert adapters("llama", skipped="down_proj", modules_to_save="down_proj", **more)[0] is not None
     assert adapters("llama", modules_to_save="lm_head", **more)[0] is not None
+
+
+def test_dora_beside_8_bits() -> None:
+    """peft's forward pass fails there."""
+    origin = tiny_config("llama")
+    model = causal_class(origin)
+    plan = plan_quantisation(origin, model, Quantisation(bits=8), folder=Path("none"))
+    given = config(lora_dim=4, load_in_8bit=True, use_dora=True)
+    with pytest.raises(UserError, match=r"^--use_dora beside a model in 8 bits: peft has no DoRA"):
+        find_adapters(given, origin, model, plan)
+    assert find_adapters(config(lora_dim=4, load_in_8bit=True), origin, model, plan) is not None

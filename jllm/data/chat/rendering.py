@@ -224,7 +224,7 @@ class Renderer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> str:
         template = self.template
-        template.environment.limit.begin()
+        template.environment.limit.begin((messages, tools))
         try:
             text: str = template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=False, **self.plan.special_tokens

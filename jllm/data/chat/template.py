@@ -3,27 +3,22 @@
 `{% generation %}` leaves marks in the text; everything else is what transformers' own environment does.
 
 Guarantees: a template cannot reach anything outside of the sandbox, and ends: a rendering that needs more than
-`SECONDS` of processor time is stopped, in whatever thread it runs. Products and powers, which take their time outside
-of loops, have a largest size instead. Time that others need does not count, so that results do not depend on them.
+`template_bounds.SECONDS` of processor time is stopped, in whatever thread it runs, and so is one that makes something
+too large (`template_bounds.Limit`). Time that others need does not count, so that results do not depend on them.
 Cost: some ms to compile; a short call for each turn of a loop. Attributes of dicts, texts and loops, which templates
 ask for all the time, do not go through the sandbox's checks.
 """
 
 import datetime
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 from jllm.data.chat.marks import CLOSE, OPEN
+from jllm.data.chat.template_bounds import LARGEST_INDENT, LONGEST_SUM, Limit
 from jllm.errors import UserError
 
-SECONDS = 10.0
-"""Processor time for one rendering: some ten thousand times what an ordinary conversation needs."""
-LARGEST_PRODUCT = 10_000_000
-"""Letters or items that `*` makes of fewer, and bits of a number that `*` or `**` makes."""
-_TURNS_BETWEEN_LOOKS = 256
-_TURN = "jllm: a turn of a loop"
+_TURN, _KEPT = "jllm: a turn of a loop", "jllm: a sum that is kept"
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SAFE_OF_TEXT = frozenset(
     ("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower", "upper", "title")
@@ -33,57 +28,31 @@ _SAFE_OF_LOOPS = frozenset(
 )
 
 
-class Limit:
-    """Stops a rendering that does not end.
+def _look_at_sums(source: Any) -> None:
+    """Have the program look at every sum that is not written out at once, and at parts of one that has many parts."""
+    from jinja2 import nodes
 
-    `turn` is called by the program of the template for each turn of a loop and each call of a macro; `begin` before
-    it runs. Both in the same thread.
-    """
+    def looked_at(parent: Any, value: Any) -> Any:
+        if not isinstance(value, nodes.Add):
+            return value
+        if isinstance(parent, nodes.Add):
+            parts = 1 + getattr(parent, "parts", 0)
+            value.parts = parts  # type: ignore[attr-defined]
+            if parts % LONGEST_SUM:
+                return value
+        elif isinstance(parent, nodes.Output):
+            return value
+        return nodes.Call(nodes.Const(_KEPT), [value], [], None, None).set_lineno(value.lineno)
 
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self.seconds = seconds
-        self._until = 0.0
-        self._turns = 0
-
-    def begin(self) -> None:
-        self._turns = 0
-
-    def turn(self) -> None:
-        """Raises:
-        TimeoutError: the time is over.
-        """
-        self._turns += 1
-        if self._turns % _TURNS_BETWEEN_LOOKS:
-            return
-        now = time.thread_time()
-        if self._turns == _TURNS_BETWEEN_LOOKS:
-            self._until = now + self.seconds
-        elif now > self._until:
-            raise TimeoutError(f"the template ran for more than {self.seconds:g} s on one conversation")
-
-
-def _bounded(operator: str, left: Any, right: Any) -> Any:
-    """A product or power of a size that is made at once.
-
-    Raises:
-        OverflowError: it would be larger.
-    """
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        if operator == "**":
-            size = left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
-            if size <= LARGEST_PRODUCT:
-                return left**right
-        elif not (isinstance(left, int) and isinstance(right, int)) or (
-            left.bit_length() + right.bit_length() <= LARGEST_PRODUCT
-        ):
-            return left * right
-    elif operator == "**":
-        return left**right  # which only numbers have
-    else:
-        many, times = (right, left) if isinstance(left, int) else (left, right)
-        if not hasattr(many, "__len__") or not isinstance(times, int) or len(many) * times <= LARGEST_PRODUCT:
-            return left * right
-    raise OverflowError(f"the template makes something too large with {operator}")
+    pending = [source]
+    while pending:
+        parent = pending.pop()
+        pending += parent.iter_child_nodes()
+        for name, value in list(parent.iter_fields()):
+            if isinstance(value, list):
+                value[:] = [looked_at(parent, each) for each in value]
+            elif isinstance(value, nodes.Node):
+                setattr(parent, name, looked_at(parent, value))
 
 
 def compile_template(source: str, date: datetime.date, *, named: str = "--chat_template") -> Any:
@@ -101,6 +70,7 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
     import jinja2.ext
     import jinja2.runtime
     import jinja2.sandbox
+    import jinja2.utils
     from jinja2 import nodes
 
     class Generation(jinja2.ext.Extension):
@@ -122,10 +92,28 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
+        for space in (indent, *(separators or ())):
+            if (space if isinstance(space, int) else len(space or "")) > LARGEST_INDENT:
+                raise OverflowError("the template makes something too large with tojson")
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class CodeGenerator(jinja2.compiler.CodeGenerator):
-        """Writes the program, with a call at the begin of each turn."""
+        """Writes the program, with a call at the begin of each turn and around what may grow."""
+
+        def visit_Call(self, node: Any, frame: Any, **more: Any) -> None:  # type: ignore[override]  # noqa: N802
+            if isinstance(node.node, nodes.Const) and node.node.value is _KEPT:
+                self.write("environment.limit.kept(")
+                self.visit(node.args[0], frame)
+                self.write(")")
+            else:
+                super().visit_Call(node, frame, **more)
+
+        def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802
+            self.write("environment.limit.joined((")
+            for each in node.nodes:
+                self.visit(each, frame)
+                self.write(", ")
+            self.write("))")
 
         def visit_ExprStmt(self, node: Any, frame: Any) -> None:  # noqa: N802 - jinja2's own convention
             if isinstance(node.node, nodes.Const) and node.node.value is _TURN:
@@ -137,17 +125,27 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
         """The sandbox, with short cuts for what templates do all the time and what is always safe."""
 
         code_generator_class = CodeGenerator
-        intercepted_binops = frozenset(("*", "**"))
+        intercepted_binops = frozenset(("*", "**", "%"))
         limit: Limit
         turn: Callable[[], None]
 
         def _generate(self, source: Any, *arguments: Any, **named: Any) -> str:
             for repeated in source.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
                 repeated.body.insert(0, nodes.ExprStmt(nodes.Const(_TURN)).set_lineno(repeated.lineno))
+            _look_at_sums(source)
             return super()._generate(source, *arguments, **named)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return _bounded(operator, left, right)
+            return self.limit.operation(operator, left, right)
+
+        def call(self, context: Any, called: Any, /, *arguments: Any, **named: Any) -> Any:
+            self.limit.called(called, arguments, named)
+            return super().call(context, called, *arguments, **named)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(value.__self__, str):
+                self.limit.require_format(value.__self__)
+            return super().wrap_str_format(value)
 
         def getattr(self, obj: Any, attribute: str) -> Any:
             kind = type(obj)
@@ -162,11 +160,16 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.limit = Limit()
     environment.turn = environment.limit.turn
+    environment.concat = environment.limit.concat  # type: ignore[method-assign]
+    environment.filters.update(environment.limit.filters(dict(environment.filters)))
+    environment.globals["lipsum"] = environment.limit.lipsum(jinja2.utils.generate_lorem_ipsum)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: date.strftime(pattern)
     try:
-        return environment.from_string(source)
+        template = environment.from_string(source)
+        environment.limit.begin()
+        return template
     except Exception as error:  # the compiler runs what it can of the program, and that fails in every way
         reason = " ".join(f"{error}".split()) or type(error).__name__
         raise UserError(f"{named}: not a valid template: {reason[:300]}") from None

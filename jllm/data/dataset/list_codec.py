@@ -115,6 +115,10 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
     """
     size = chunk.total_compressed_size
     data = memoryview(file.read_at(size, chunk.data_page_offset))
+    try:
+        _check_counts(data, chunk.num_values)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
     codec = pa.Codec("lz4_raw" if chunk.compression == "LZ4" else chunk.compression.lower())
     # Arrow's memory pool keeps freed blocks; numpy's go back to the system and are faulted in anew each time.
     kind = np.dtype(np.float32 if chunk.physical_type == "FLOAT" else np.int32)
@@ -144,6 +148,18 @@ def read_list(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> pa.ListArra
         raise DamagedError(f"{entries} entries where the footer says {chunk.num_values}")
     offsets = np.concatenate([*starts, [taken]])
     return to_list_array(values[:taken], offsets)
+
+
+def _check_counts(data: memoryview, entries: int) -> None:
+    """That the pages say what the footer says, before memory is taken for it; an entry has a bit in its page."""
+    position = counted = 0
+    while position < len(data):
+        _, plain, position, _, count = _read_header(data, position)
+        if count > 8 * plain:
+            raise DamagedError(f"a page of {plain:,} bytes says that it has {count:,} entries")
+        counted += count
+    if counted != entries:
+        raise DamagedError(f"{counted} entries where the footer says {entries}")
 
 
 def _read_header(data: memoryview, position: int) -> tuple[int, int, int, int, int]:

@@ -13,8 +13,6 @@ reads for each file; it finds files that are missing, added, or changed in size 
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +25,7 @@ from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardStatistics
 from jllm.errors import UserError
+from jllm.guards.typed import MALFORMED, check_fields
 
 MANIFEST_NAME = "_manifest.json"
 FORMAT_VERSION = 1
@@ -167,11 +166,11 @@ class Manifest:
         TypeError: what was read is not what it must be; ValueError: a file lies outside the folder.
         """
         for entry in self.files:
-            _check_fields(entry)
+            check_fields(entry)
             if problem := atomic.plain_name(entry.path):
                 raise ValueError(f"path {problem}")
         if self.tokenizer is not None:
-            _check_fields(self.tokenizer)
+            check_fields(self.tokenizer)
             lists = [*(self.tokenizer.probe_ids or {}).values(), [*(self.tokenizer.added_tokens or {}).values()]]
             if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in lists):
                 raise TypeError("probe_ids are no lists of ids, or added_tokens no ids")
@@ -203,25 +202,13 @@ class Manifest:
             )
             manifest._check_types()
             fingerprint = value["fingerprint"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise UserError(
                 f"{path}: not a jllm manifest ({error}); make it again with: jllm manifest --force FOLDER"
             ) from None
         if manifest.fingerprint != fingerprint:
             raise UserError(f"{path}: the fingerprint does not match the files it lists; the manifest was edited")
         return manifest
-
-
-def _check_fields(value: Any) -> None:
-    """Raises:
-    TypeError: a field of a dataclass is not of its type, or counts are below 0.
-    """
-    for field in dataclasses.fields(value):
-        found: Any = getattr(value, field.name)
-        members = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
-        allowed: Any = tuple(typing.get_origin(member) or member for member in members)
-        if not isinstance(found, allowed) or isinstance(found, bool) or (isinstance(found, int) and found < 0):
-            raise TypeError(f"{field.name} is {found!r:.40}")
 
 
 def entry_of_written(path: Path, folder: Path, statistics: ShardStatistics) -> FileEntry:

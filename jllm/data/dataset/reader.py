@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from jllm.data.dataset import files, foreign
 from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, LABELS, Column, ordered, schema
 from jllm.data.dataset.files import CONTRACT_KEY, CREATED_BY, SPARK_SCHEMA_KEY
+from jllm.data.dataset.footer import check_footer
 from jllm.data.dataset.further import FurtherColumns, further_of
 from jllm.data.dataset.list_codec import DamagedError, read_list
 from jllm.data.dataset.training_marks import ATTENTION_MASK, check_labels, refuse_other_marks
 from jllm.errors import UserError
+from jllm.guards.typed import MALFORMED
 
 STREAM_BUFFER = 1 << 20
 _PLAIN_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}
@@ -60,9 +62,10 @@ class ShardReader:
                 pre_buffer=False,
                 buffer_size=STREAM_BUFFER if streaming else 0,
             )
-        except (pa.ArrowException, OSError) as error:
+            self._names: list[str] = self._file.schema_arrow.names
+            created_by = self._file.metadata.created_by
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
-        self._names: list[str] = self._file.schema_arrow.names
         if INPUT_IDS not in self._names:
             found = ", ".join(self._names[:8])
             raise UserError(f"{path}: not a token-id shard: no column {INPUT_IDS} (columns: {found})")
@@ -72,9 +75,10 @@ class ShardReader:
         refuse_other_marks(self._file.schema_arrow, path, padded=self._is_padded())
         self.further: FurtherColumns = further_of(self._file.schema_arrow)
         self._default = columns
+        self._is_checked = False
         metadata = self._file.metadata.metadata or {}
         self._ours = CONTRACT_KEY.encode() in metadata or CONTRACT_KEY.encode() in metadata.get(SPARK_SCHEMA_KEY, b"")
-        self._own_layout = self._ours and self._file.metadata.created_by.startswith(CREATED_BY)
+        self._own_layout = self._ours and created_by.startswith(CREATED_BY)
 
     @property
     def metadata(self) -> pq.FileMetaData:
@@ -131,6 +135,10 @@ class ShardReader:
     def text_size(self, name: str) -> int:
         """At most how many bytes the texts of a column are: by the footer, or where the column is encoded in fewer
         bytes than it takes, by reading it."""
+        try:
+            self._check_footer()
+        except ValueError as error:
+            raise UserError(f"{self.path}: is damaged: {error}") from None
         chunks = list(self._chunks(name))
         if all(_PLAIN_ENCODINGS.issuperset(chunk.encodings) for chunk in chunks):
             return sum(chunk.total_uncompressed_size for chunk in chunks)
@@ -164,9 +172,16 @@ class ShardReader:
 
     def _read_list(self, group: int, column: Column) -> pa.ListArray:
         """A column of lists of numbers of a file that our own writer made, where each column has one chunk."""
-        chunk = self.metadata.row_group(group).column(self._names.index(column.name))
         with self._damage_named(group):
+            self._check_footer()
+            chunk = self.metadata.row_group(group).column(self._names.index(column.name))
             return read_list(self._source, chunk)
+
+    def _check_footer(self) -> None:
+        """Once, and only where pyarrow is asked for what it would end the process about."""
+        if not self._is_checked:
+            check_footer(self._source)
+            self._is_checked = True
 
     def _needed(self, wanted: Sequence[Column]) -> list[str]:
         """The names to read; boundaries of unknown coordinates are understood beside the rows that they divide."""
@@ -217,7 +232,7 @@ class ShardReader:
     def _damage_named(self, group: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, DamagedError, OSError) as error:
+        except (pa.ArrowException, DamagedError, OSError, MemoryError, *MALFORMED) as error:
             raise UserError(f"{self.path}: row group {group} is damaged: {error}") from None
 
     def _in_contract(

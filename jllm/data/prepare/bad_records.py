@@ -16,6 +16,7 @@ from jllm.data.prepare.workplace import BAD_RECORDS
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
+from jllm.guards import notation
 
 
 class BadRecordLog:
@@ -56,7 +57,7 @@ class BadRecordLog:
         found = []
         for text in self._path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(text))
+                found.append(notation.loads(text))
             except ValueError:  # the last one of a run that was killed: its chunk is taken again
                 break
         return found

@@ -23,6 +23,7 @@ from jllm.data.dataset.columns import IGNORE_INDEX
 from jllm.data.packing.packers import Documents, Stored
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.records import BadRecord
+from jllm.guards import notation
 
 Place = tuple[int, int]
 """A chunk: number of its source, and its number there."""
@@ -118,7 +119,7 @@ def read(path: Path, *, check: bool = True) -> Encoded | None:
         return None
     size = int.from_bytes(whole[8:16].tobytes(), "little")
     try:
-        head: dict[str, Any] = json.loads(whole[16 : 16 + size].tobytes())
+        head: dict[str, Any] = notation.loads(whole[16 : 16 + size].tobytes())
     except ValueError:
         return None
     arrays, places, at = [], [], 16 + size

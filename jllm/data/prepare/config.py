@@ -5,6 +5,7 @@ import datetime
 from pathlib import Path
 
 from jllm.errors import UserError
+from jllm.machine import parse_memory
 from jllm.options import option
 from jllm.ranges import LEAST_INT
 
@@ -121,6 +122,9 @@ class Raw2IdsConfig:
         " least 10 are bad",
         choices=("auto", "skip", "stop"),
     )
+    max_record: str = option(
+        "128M", help="largest record, decompressed, in bytes: 64M, 1G; a larger one ends the run", metavar="SIZE"
+    )
     bad_records: Path | None = option(
         None, help="write all bad records there, as JSON lines with file, line, kind and reason", metavar="FILE"
     )
@@ -141,6 +145,8 @@ class Raw2IdsConfig:
         for name in ("num", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.largest_record < 1:
+            raise UserError(f"--max_record {self.max_record}: give at least 1")
         if self.max_len < 2:
             raise UserError(f"--max_len {self.max_len}: give at least 2: a row of one token trains nothing")
         if self.max_len > MOST_LEN:
@@ -191,6 +197,11 @@ class Raw2IdsConfig:
             raise UserError(f"--format {self.format}: only for -t ft; --input_format says what a file is")
         if self.format not in ("auto", "fields") and self.field_map:
             raise UserError(f"--format {self.format}: not together with --field_map, which is the format fields")
+
+    @property
+    def largest_record(self) -> int:
+        """Bytes of `--max_record`."""
+        return parse_memory("--max_record", self.max_record)
 
     def _check_date(self, given: str) -> None:
         try:

@@ -30,6 +30,7 @@ from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks
 from jllm.data.sources.inputs import Source
+from jllm.data.sources.records import LARGEST_RECORD
 from jllm.errors import UserError
 
 IN_FLIGHT_BYTES, IN_FLIGHT_CHUNKS = 48 << 20, 24
@@ -60,6 +61,7 @@ class Conversion:
         holdout: which documents go to which sink.
         stop_at_first_bad: `--on_error stop`.
         max_tokens: stop before the document that would take the data set beyond this many tokens.
+        largest_record: bytes of the largest record that is read.
         log: is told of every bad record.
     """
 
@@ -71,6 +73,7 @@ class Conversion:
     holdout: Holdout
     stop_at_first_bad: bool = False
     max_tokens: int | None = None
+    largest_record: int = LARGEST_RECORD
     log: BadRecordLog | None = None
 
 
@@ -199,7 +202,8 @@ def _saved_and_read(run: Conversion, point: ResumePoint, number: int) -> Iterato
         index, start, line = index + 1, saved.end, saved.end_line
     source, columns = run.sources[number], run.columns[number]
     try:
-        for chunk in read_chunks(source, number, start=start, line=line, index=index, columns=columns):
+        begun = {"start": start, "line": line, "index": index}
+        for chunk in read_chunks(source, number, **begun, columns=columns, most=run.largest_record):
             yield run.cache.load((number, chunk.index)) or chunk
     except UserError as error:
         again = "" if source.once else "; run the same command again when it is mended"

@@ -180,7 +180,7 @@ def _sample(config: Raw2IdsConfig, given: pretokenized.Input, encoder: ChunkEnco
             columns = pretokenized.READ
         elif not given.chat:
             columns = (config.text_field.split(".")[0],)
-        for chunk in read_chunks(source, number, columns=columns):
+        for chunk in read_chunks(source, number, columns=columns, most=config.largest_record):
             left = RECORDS - sample.records
             if left <= 0:
                 sample.whole = False

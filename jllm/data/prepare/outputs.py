@@ -18,7 +18,7 @@ from jllm.errors import UserError
 
 NOT_IN_THE_MANIFEST = (
     "input", "output", "eval_output", "tokenizer", "cores", "threads", "clean", "on_error", "engine", "debug", "quiet",
-    "bad_records", "dry_run", "json",
+    "bad_records", "max_record", "dry_run", "json",
 )  # fmt: skip
 """Options that do not decide what is made, or that the manifest records in another place."""
 

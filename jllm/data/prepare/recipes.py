@@ -208,15 +208,15 @@ def formats_of(config: Raw2IdsConfig, sources: list[Source]) -> tuple[str, ...]:
     if asked is not None:
         return (asked,) * len(sources)
     return tuple(
-        source.kind if source.kind == "ids" else _format_of_source(source, number)
+        source.kind if source.kind == "ids" else _format_of_source(source, number, config.largest_record)
         for number, source in enumerate(sources)
     )
 
 
-def _format_of_source(source: Source, number: int) -> str:
+def _format_of_source(source: Source, number: int, most: int) -> str:
     if source.once:
         raise UserError(f"-i {source.path}: it is read once only; say with --format what its records look like")
-    first = next(read_chunks(source, number), None)
+    first = next(read_chunks(source, number, most=most), None)
     if first is None:
         return "messages"  # of no record
     records = parse_chunk(first, source.kind)

@@ -372,6 +372,7 @@ class _Preparation:
             holdout=Holdout(fraction=config.eval_fraction, seed=config.seed),
             stop_at_first_bad=config.on_error == "stop",
             max_tokens=config.max_tokens,
+            largest_record=config.largest_record,
             log=self.log,
         )
         sinks: list[Sink] = []

@@ -12,7 +12,6 @@ Cost: one flush to disk for each file; memory for a few chunks.
 
 import contextlib
 import dataclasses
-import json
 import os
 import queue
 import threading
@@ -30,6 +29,8 @@ from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Documents, Packer
 from jllm.data.prepare.chunk_cache import ChunkCache, Place
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,21 +146,45 @@ class Sink:
     def _restore(self) -> None:
         """Take up what a killed run left."""
         try:
-            state = json.loads(self._state_path.read_text(encoding="utf-8"))
+            state = notation.read_json(self._state_path)
         except FileNotFoundError:
             return
-        self._at_begin = None
-        self._remember_begin(state)
-        self.entries = [FileEntry(**entry) for entry in state["files"]]
-        self.resume = ResumePoint.from_json(state["checkpoint"])
-        self._resume_document = state["document"]
-        self._split = SplitState(**state["split"])
-        if self._split.packer:
-            self._packer.restore(self._split.packer)
+        except ValueError as error:
+            raise self._no_state(error) from None
+        try:
+            self._at_begin = None
+            self._remember_begin(state)
+            self.entries = [FileEntry(**entry) for entry in state["files"]]
+            self.resume = ResumePoint.from_json(state["checkpoint"])
+            self._resume_document = state["document"]
+            self._split = SplitState(**state["split"])
+            self._check_state()
+            if self._split.packer:
+                self._packer.restore(self._split.packer)
+        except MALFORMED as error:
+            raise self._no_state(error) from None
         folder = f"{self._split.name}/"
         finished = sum(entry.rows for entry in self.entries if entry.path.startswith(folder))
         self._skip_rows = finished - self._split.rows if self._split.name else 0
         self.rows_total = sum(entry.rows for entry in self.entries) - self._skip_rows
+
+    def _no_state(self, error: Exception) -> UserError:
+        return UserError(f"{self._state_path}: not what a run left there ({error}); start over with -C")
+
+    def _check_state(self) -> None:
+        """Raises:
+        TypeError, ValueError: what was read is not what was written, or a name leads out of the data set.
+        """
+        for value in (*self.entries, self.resume, self._split):
+            check_fields(value)
+        if type(self._resume_document) is not int or self._resume_document < 0:
+            raise TypeError(f"document is {self._resume_document!r:.40}")
+        names = [entry.path for entry in self.entries] + [self._split.name] * bool(self._split.name)
+        if problem := next(filter(None, map(atomic.plain_name, names)), None):
+            raise ValueError(problem)
+        stems = self._split.stems.items()
+        if not all(type(count) is int and count >= 0 and atomic.plain_name(stem) is None for stem, count in stems):
+            raise ValueError("stems are no counts of splits")
 
     # Feeding.
 

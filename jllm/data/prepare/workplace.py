@@ -25,6 +25,8 @@ from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from jllm.data.dataset.shards import CODECS, list_shards
 from jllm.data.sources.identity import is_same, is_same_since
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED
 
 WORK_NAME, BAD_RECORDS = ".raw2ids", "bad records"
 _UNREADABLE = "unreadable source"
@@ -197,11 +199,19 @@ class Workplace:
         noted = self.noted(_UNREADABLE)
         if noted is None or [item["name"] for item in sources] != [item["name"] for item in before]:
             return before
+        if not noted.isdecimal() or len(noted) > 9 or int(noted) >= len(sources):
+            self.clean()
+            return sources
         number = int(noted)
         if is_same(sources[number], before[number]):
             return before
-        states = [json.loads(path.read_text(encoding="utf-8")) for path in self.work.glob("state-*.json")]
-        if any((state["checkpoint"]["source"], state["checkpoint"]["block"]) > (number, 0) for state in states):
+        paths = list(self.work.glob("state-*.json"))
+        try:
+            points = [notation.read_json(path)["checkpoint"] for path in paths]
+            goes_beyond = any((point["source"], point["block"]) > (number, 0) for point in points)
+        except MALFORMED:
+            goes_beyond = True
+        if goes_beyond:
             self.clean()
         else:
             for path in self.work.glob(f"block-{number:05d}-*"):

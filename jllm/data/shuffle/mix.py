@@ -11,7 +11,6 @@ Cost: 1-4 bytes of memory a row, and where tokens are counted, one more reading 
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.token_counts import real_lengths
 from jllm.errors import UserError, did_you_mean
+from jllm.guards import notation
 from jllm.machine import parse_count
 
 BY = ("rate", "rows", "tokens")
@@ -109,6 +109,9 @@ def read_mix(pairs: Sequence[str], *, by: str | None, total: str | None, max_tok
         document = _read_file(Path(name))
     _refuse_twice("--mix", [pair.rpartition("=")[0] for pair in pairs if "=" in pair])
     _refuse_twice("--max_tokens", [text.rpartition("=")[0] for text in max_tokens])
+    for key in ("sets", "sources"):
+        if not isinstance(document.get(key, {}), dict):
+            raise UserError(f"--mix: {key} is no table; write [{key}] and under it name = weight")
     sets = {name: _share(name, value) for name, value in document.get("sets", {}).items()}
     sources = {name: _number(name, value) for name, value in document.get("sources", {}).items()}
     for pair in pairs:
@@ -160,10 +163,10 @@ def _refuse_twice(option: str, names: Sequence[str]) -> None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = notation.loads_toml(notation.read_text(path))
     except OSError as error:
         raise UserError(f"--mix {path}: {error.strerror}; give a TOML file, or set=weight") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--mix {path}: not valid TOML: {error}") from None
     known = ("by", "total", "sets", "sources")
     for key in document:
@@ -192,11 +195,12 @@ def _share(name: str, value: Any) -> SetShare:
 
 def _number(name: str, value: Any) -> float:
     try:
-        if isinstance(value, bool):
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"--mix {name}={value}: the weight must be a number") from None
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"--mix {name}={str(value)[:60]}: the weight must be a number") from None
 
 
 def make_recipes(mix: Mix, sets: Sequence[DataSet]) -> dict[str, Recipe]:

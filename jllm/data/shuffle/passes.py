@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import queue
 import shutil
 import threading
@@ -24,6 +23,8 @@ from jllm.data.shuffle.layout import ShuffleLayout, Unit, block_edges, destinati
 from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle.survey import survey
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED, check_fields
 from jllm.machine import require_disk
 
 CODEC = "zstd"
@@ -247,8 +248,13 @@ class Passes:
     def _read_entry(self, block: int) -> FileEntry | None:
         """The entry of a block that an earlier run finished."""
         try:
-            entry = FileEntry(**json.loads(self._entry_path(block).read_text(encoding="utf-8")))
+            entry = FileEntry(**notation.read_json(self._entry_path(block)))
+            check_fields(entry)
         except FileNotFoundError:
+            return None
+        except MALFORMED:  # it is made again
+            return None
+        if entry.path != self._path(block).relative_to(self.folder).as_posix():
             return None
         return entry if self._path(block).is_file() and self._path(block).stat().st_size == entry.bytes else None
 

@@ -4,7 +4,8 @@ A record may have any size, a chunk can be parsed and encoded on any thread, and
 Text and JSON lines are cut here, at places that `text.py` and `json_lines.py` find; JSON lists and Parquet files cut
 themselves (`json_list.py`, `parquet.py`).
 
-Guarantees: the chunks of a source are a function of its content alone.
+Guarantees: the chunks of a source are a function of its content alone. A record of more than `most` bytes is refused
+before it is held as a whole.
 Cost: one pass over the bytes; memory for one chunk, or one record where that is larger.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jllm.data.sources import first_bytes, json_lines, json_list, parquet, text
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import STDIN, Source, safe, without_password
+from jllm.data.sources.records import LARGEST_RECORD, RefusedRecordError, too_large
 from jllm.data.sources.streams import open_source, read_exactly, reading_errors, skip
 from jllm.errors import UserError
 
@@ -23,10 +25,21 @@ _LAST_BOUNDARY: dict[str, Callable[[bytes, int, int], int]] = {
     "text": text.last_boundary,
     "jsonl": json_lines.last_boundary,
 }
+_RECORD_BEYOND: dict[str, Callable[[bytes, int], int | None]] = {
+    "text": text.record_beyond,
+    "jsonl": json_lines.record_beyond,
+}
 
 
 def read_chunks(
-    source: Source, number: int, *, start: int = 0, line: int = 1, index: int = 0, columns: Sequence[str] | None = None
+    source: Source,
+    number: int,
+    *,
+    start: int = 0,
+    line: int = 1,
+    index: int = 0,
+    columns: Sequence[str] | None = None,
+    most: int = LARGEST_RECORD,
 ) -> Iterator[Chunk]:
     """The chunks of a source, from where an earlier chunk ended (`Chunk.end`, `Chunk.end_line`).
 
@@ -34,20 +47,24 @@ def read_chunks(
         number: the source's index, put into the chunks.
         start, line, index: where to start: byte (row), its line, and the number of the first chunk.
         columns: Parquet columns to read; None reads all.
+        most: bytes of the largest record, decompressed (`--max_record`).
 
     Raises:
-        UserError: the source cannot be read: it is damaged, cut short, or not what its name says.
+        UserError: the source cannot be read: it is damaged, cut short, or not what its name says; or holds a larger
+            record.
     """
     try:
         if source.kind in ("parquet", "ids"):
             yield from parquet.chunks(source, number, start, index, columns, CHUNK_BYTES)
         else:
-            yield from _byte_chunks(source, number, start, line, index)
+            yield from _byte_chunks(source, number, start, line, index, most)
+    except RefusedRecordError as error:
+        raise error.of(without_password(source.path)) from None
     except reading_errors() as error:
         raise UserError(f"-i {without_password(source.path)}: cannot be read: {safe(error)}") from None
 
 
-def _byte_chunks(source: Source, number: int, start: int, line: int, index: int) -> Iterator[Chunk]:
+def _byte_chunks(source: Source, number: int, start: int, line: int, index: int, most: int) -> Iterator[Chunk]:
     stream = open_source(source)
     kind = source.kind
     is_plain = source.compression is None and source.is_local and not source.once
@@ -69,11 +86,11 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
             if form != "lines":
                 goes_on = start > 0 and _byte_before(source, start) == b","
                 yield from json_list.chunks(
-                    stream, held, number, position, line, index, CHUNK_BYTES, form=form, goes_on=goes_on
+                    stream, held, number, position, line, index, CHUNK_BYTES, most=most, form=form, goes_on=goes_on
                 )
                 return
             kind = "jsonl"  # under the name of .json
-        last_boundary = _LAST_BOUNDARY[kind]
+        last_boundary, record_beyond = _LAST_BOUNDARY[kind], _RECORD_BEYOND[kind]
         searched, window = 0, CHUNK_BYTES
         while True:
             # Where no record ends in the window, it is doubled: the work stays in proportion to the record, and where a
@@ -86,13 +103,17 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int)
             if cut:
                 data, held, searched, window = held[:cut], held[cut:], 0, CHUNK_BYTES
                 position += cut
+                if len(data) > most and (lines := record_beyond(data, most)) is not None:
+                    raise too_large(most, line + lines)
                 end_line = line + json_lines.count_lines(data)
                 yield Chunk(
                     source=number, index=index, line=line, data=data, end=position, end_line=end_line, file=file
                 )
                 index, line = index + 1, end_line
-            else:
-                searched, window = window, 2 * window
+            elif window > most:
+                raise too_large(most, line)
+            else:  # never more than it takes to see that a record is too large
+                searched, window = window, 2 * window if 2 * window < most else max(window, most) + 1
             if at_end:
                 return
     finally:

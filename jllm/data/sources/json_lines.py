@@ -15,6 +15,13 @@ def last_boundary(data: bytes, searched: int, window: int) -> int:
     return data.rfind(b"\n", searched, window) + 1
 
 
+def record_beyond(data: bytes, most: int) -> int | None:
+    """How many lines stand before the first one of more than `most` bytes; None where there is none."""
+    ends = np.append(np.flatnonzero(_is_newline(data)), len(data))
+    over = np.flatnonzero(np.diff(ends, prepend=-1) - 1 > most)
+    return int(over[0]) if len(over) else None
+
+
 def parse(data: bytes, line: int) -> Records:
     """The values of the lines, of which the first has the number `line`."""
     rows = _lines(data)

@@ -11,7 +11,7 @@ from typing import IO
 
 from jllm.data.sources import json_values
 from jllm.data.sources.chunk import Chunk
-from jllm.data.sources.records import Records
+from jllm.data.sources.records import LARGEST_RECORD, Records, too_large
 
 # Runs of plain characters are taken whole and never given back (`*+`): 6 times faster than character by character.
 _TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[\]{},]', re.DOTALL)
@@ -41,6 +41,7 @@ def chunks(
     index: int,
     size: int,
     *,
+    most: int = LARGEST_RECORD,
     form: str = "list",
     goes_on: bool = False,
 ) -> Iterator[Chunk]:
@@ -52,11 +53,13 @@ def chunks(
         number, index: of the source, and of the first chunk in it.
         position, line: where reading starts: 0 and 1, or the end of an earlier chunk.
         size: bytes in a chunk, about.
+        most: bytes of the largest element.
         form: what `layout` says: "list" or "objects".
         goes_on: the earlier chunk was not the last one of its list.
 
     Raises:
         EOFError: a list does not close.
+        RefusedRecordError: an element is larger.
     """
     is_list = form == "list"
     depth = 1 if is_list and not (line == 1 and position <= 3) else 0
@@ -69,6 +72,8 @@ def chunks(
             element = held[begin : end if kind == "object" else end - 1]
             begin = end
             outside = kind == "close" or not is_list
+            if len(element) > most:
+                raise too_large(most, line + len(elements))
             if element.strip():
                 elements.append(_TOO_MUCH if kind == "open" else element)
                 taken += len(element)
@@ -77,7 +82,9 @@ def chunks(
                 index, line, elements, taken = index + 1, line + len(elements), [], 0
         depth, at = scan.depth, scan.at
         position, held, at, begin = position + begin, held[begin:], at - begin, 0
-        piece = stream.read(max(size, len(held)))
+        if len(held) > most:
+            raise too_large(most, line + len(elements))
+        piece = stream.read(max(size, min(len(held), most // 8, most + 1 - len(held))))
         if not piece:
             break
         if is_list and outside and depth == 0 and held:  # of what follows a list, it matters that there is something

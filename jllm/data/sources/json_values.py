@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jllm.data.sources.records import BadRecord, Records
+from jllm.guards import notation
 
 
 def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int]) -> Records:
@@ -43,7 +44,7 @@ def _tolerant(row: bytes, number: int, message: str, bad: list[BadRecord]) -> An
         bad.append(BadRecord(kind="not UTF-8", line=number, detail=f"byte {error.start}: {error.reason}"))
         return None
     try:
-        value = json.loads(text)
+        value = notation.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         bad.append(BadRecord(kind="not UTF-8", line=number, detail="half of a surrogate pair"))

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import Source
-from jllm.data.sources.records import Records
+from jllm.data.sources.records import BadRecord, Records
 from jllm.errors import UserError
 
 
@@ -29,7 +29,7 @@ def open_parquet(source: Source) -> Any:
         handle = fsspec.open(source.path, "rb").open()
     try:
         return pq.ParquetFile(handle, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"-i {source.name}: cannot be read as Parquet: {error}") from None
 
 
@@ -84,7 +84,18 @@ def parse(rows: Any, line: int) -> Records:
     """
     import pyarrow as pa
 
-    values = rows.to_pylist(maps_as_pydicts="lossy")
+    try:
+        values = rows.to_pylist(maps_as_pydicts="lossy")
+    except UnicodeDecodeError as error:
+        if rows.num_rows > 1:
+            parts = [parse(rows.slice(at, 1), line + at) for at in range(rows.num_rows)]
+            return Records(
+                values=[value for part in parts for value in part.values],
+                lines=[number for part in parts for number in part.lines],
+                bad=[bad for part in parts for bad in part.bad],
+            )
+        bad = BadRecord(kind="not UTF-8", line=line, detail=f"byte {error.start} of a text: {error.reason}")
+        return Records(values=[], lines=[], bad=[bad])
     nested = [field.name for field in rows.schema if _has_objects(field.type, pa.types)]
     for value in values if nested else ():
         for name in nested:

@@ -34,6 +34,20 @@ class RefusedRecordError(UserError):
         super().__init__(f"{before} {f'line {line}' if name is None else f'{name}:{line}'} {after}")
         self.before, self.line, self.after = before, line, after
 
+    def of(self, name: str) -> "RefusedRecordError":
+        """The same of a source of this name."""
+        return RefusedRecordError(self.before, self.line, self.after, name=name)
+
+
+LARGEST_RECORD = 128 << 20
+"""Bytes of the largest record, decompressed, where nothing else is asked for. Reading one takes some times its size."""
+
+
+def too_large(most: int, line: int, *, name: str | None = None) -> RefusedRecordError:
+    """What is said of a record that is larger than `--max_record` allows, which is `most` bytes."""
+    after = f"has more than {most:,} bytes; raise --max_record, or leave the record out"
+    return RefusedRecordError("--max_record: the one at", line, after, name=name)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Records:

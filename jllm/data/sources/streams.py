@@ -1,7 +1,7 @@
 """The bytes of a source, decompressed.
 
 Guarantees: a file that was cut short or is damaged raises one of `reading_errors`; it is never taken for a shorter one.
-Cost: memory for a buffer.
+Memory for a buffer, however much the file becomes: at most some MB are decompressed at once.
 """
 
 import bz2
@@ -47,7 +47,7 @@ def _decompressed(raw: Any, compression: str | None) -> IO[bytes]:
     if compression == "bz2":
         return bz2.BZ2File(raw)
     if compression == "xz":
-        return lzma.LZMAFile(raw)
+        return io.BufferedReader(_XzFile(raw))  # type: ignore[return-value]
     if compression == "zstd":
         return io.BufferedReader(_ZstdFile(raw))  # type: ignore[return-value]
     return raw  # type: ignore[no-any-return]
@@ -66,6 +66,56 @@ def expansion(source: Source) -> float | None:
         raw.close()
 
 
+_FED_AT_ONCE = 512
+"""Bytes given to zstd at once, which may become 16 MiB: 4 of them are a block of 128 KiB. More are no faster."""
+_XZ_MEMORY = 512 << 20
+"""What an xz file may need: 65 MiB is what the highest level of xz makes files of."""
+
+
+class _XzFile(io.RawIOBase):
+    """Decompresses streams one after another, in memory that is bounded, whatever the file says it needs."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._stream = self._begun()
+        self._data = b""
+
+    @staticmethod
+    def _begun() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                self._data = self._stream.unused_data.lstrip(b"\0")
+                while not self._data:  # zeros between streams
+                    more = self._next()
+                    if not more:
+                        return 0
+                    self._data = more.lstrip(b"\0")
+                self._stream = self._begun()
+            elif self._stream.needs_input and not self._data:
+                self._data = self._next()
+                if not self._data:
+                    raise EOFError("the file ends inside an xz stream")
+            found = self._stream.decompress(self._data, max_length=len(buffer))
+            self._data = b""
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+    def _next(self) -> bytes:
+        data: bytes = self._raw.read(1 << 16)
+        return data
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
 class _ZstdFile(io.RawIOBase):
     """Decompresses frames one after another, and unlike zstandard's own reader notices a file that was cut short."""
 
@@ -76,6 +126,7 @@ class _ZstdFile(io.RawIOBase):
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new()
         self._fed = False
+        self._read = memoryview(b"")
         self._held = memoryview(b"")
 
     def readable(self) -> bool:
@@ -83,16 +134,18 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._held:
-            data = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._fed = self._new(), False
-            data = data or self._raw.read(1 << 17)
-            if not data:
+            if not self._read:
+                self._read = memoryview(self._raw.read(1 << 17))
+            if not self._read:
                 if self._fed:
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             self._fed = True
-            self._held = memoryview(self._frame.decompress(data))
+            fed = self._read[:_FED_AT_ONCE]
+            self._held = memoryview(self._frame.decompress(fed))
+            self._read = self._read[len(fed) - (len(self._frame.unused_data) if self._frame.eof else 0) :]
         size = min(len(buffer), len(self._held))
         buffer[:size] = self._held[:size]
         self._held = self._held[size:]
@@ -107,7 +160,8 @@ def reading_errors() -> tuple[type[Exception], ...]:
     """What damaged or missing files raise; zstandard's error once that module is in use."""
     module = sys.modules.get("zstandard")
     known = (OSError, EOFError, lzma.LZMAError, zlib.error)
-    return (*known, module.ZstdError) if module else known
+    arrow = sys.modules.get("pyarrow")
+    return (*known, *((module.ZstdError,) if module else ()), *((arrow.ArrowException,) if arrow else ()))
 
 
 _ESTIMATED_FROM = 4 << 20

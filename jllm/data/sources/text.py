@@ -10,21 +10,42 @@ from jllm.data.sources.records import BadRecord, Records
 
 _BLANK = b" \t\r\f\v"
 _BETWEEN_DOCUMENTS = re.compile(r"\n(?:[^\S\n]*\n)+")
+_BETWEEN_BYTES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
+_LEADING_BYTES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
+_LINES_LOOKED_AT = 4096
 _LEADING_BLANK = re.compile(r"(?:[^\S\n]*\n)+")
 
 
 def last_boundary(data: bytes, searched: int, window: int) -> int:
     """The end of the last blank line in `data[:window]`; 0 where there is none, or none behind `searched`."""
-    end = window
-    while True:
+    end, first = window, max(0, searched - 4096)
+    for _ in range(_LINES_LOOKED_AT):
         # The line that ends here, at `newline`, is blank when there is only white space back to the newline before it.
-        newline = data.rfind(b"\n", max(0, searched - 4096), end)
+        newline = data.rfind(b"\n", first, end)
         if newline < 0:
             return 0
         before = data.rfind(b"\n", 0, newline)
         if not data[before + 1 : newline].strip(_BLANK):
             return newline + 1
         end = newline
+    # Millions of lines without a blank one: from here on all of them at once.
+    leading = _LEADING_BYTES.match(data, 0, end)
+    found = leading.end() if leading else 0
+    for found_between in _BETWEEN_BYTES.finditer(data, max(0, data.rfind(b"\n", 0, first)), end):
+        found = found_between.end()
+    return found if found > first else 0
+
+
+def record_beyond(data: bytes, most: int) -> int | None:
+    """How many lines stand before the first document of more than `most` bytes; None where there is none."""
+    leading = _LEADING_BYTES.match(data)
+    start = leading.end() if leading else 0
+    between = [(found.start(), found.end()) for found in _BETWEEN_BYTES.finditer(data, start)]
+    for begin, end in [*between, (len(data) - data.endswith(b"\n"), 0)]:
+        if begin - start > most:
+            return data.count(b"\n", 0, start)
+        start = end
+    return None
 
 
 def parse(data: bytes, line: int) -> Records:

@@ -26,6 +26,7 @@ from typing import Any
 
 from jllm.data.spark.files import HadoopFiles
 from jllm.errors import UserError
+from jllm.guards import notation
 
 BEAT, STALE = 10.0, 45.0
 SETTLE = 0.3
@@ -128,7 +129,7 @@ def _wait_for_the_dead(files: HadoopFiles, path: str, shown: str) -> None:
 def _read(files: HadoopFiles, path: str) -> dict[str, Any] | None:
     """The claim; None where there is none that can be read."""
     try:
-        value = json.loads(files.read(path)) if files.exists(path) else None
+        value = notation.loads(files.read(path)) if files.exists(path) else None
     except (UserError, ValueError):  # it is being replaced at this moment, or was cut short
         return None
     return value if isinstance(value, dict) else None

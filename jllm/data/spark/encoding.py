@@ -23,11 +23,12 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import with_classes
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.restart import Attempt
+from jllm.data.sources import json_lines
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.parsing import parse_chunk
-from jllm.data.sources.records import RefusedRecordError
+from jllm.data.sources.records import LARGEST_RECORD, RefusedRecordError, too_large
 from jllm.data.spark.files import bare
 from jllm.data.spark.findings import Findings, Place
 from jllm.data.spark.sources import FILE, LINES, NUMBER, START, VALUE, WHOLE
@@ -48,11 +49,13 @@ class GivenSources:
         sources: all of them.
         numbers: of each by its bare path; empty where Spark names no files.
         reading: how the task's group is read.
+        largest_record: bytes of the largest record.
     """
 
     sources: tuple[Source, ...]
     numbers: Mapping[str, int]
     reading: str
+    largest_record: int = LARGEST_RECORD
 
     def number_of(self, path: str) -> int:
         """The number of a source by the path that Spark gives."""
@@ -92,7 +95,7 @@ class GivenSources:
             path.write_bytes(content)
             here = dataclasses.replace(source, path=str(path), size=len(content))
             try:
-                for chunk in read_chunks(here, number):
+                for chunk in read_chunks(here, number, most=self.largest_record):
                     yield Part(chunk=chunk, kind=source.kind, starts=None, numbers=None)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), source.path)) from None
@@ -171,7 +174,7 @@ class EncodingJob:
         encoder = with_classes(config.control_class, given.sources, encoder)
         parts = (part for batch in batches for part in given.chunks(batch))
         for index, part in enumerate(parts):
-            documents = _encoded(encoder, part.as_chunk(index), findings)
+            documents = _encoded(encoder, part.as_chunk(index), findings, given.largest_record)
             rows = packer.feed(documents) if documents is not None else None
             if rows is not None:
                 yield rows
@@ -181,9 +184,13 @@ class EncodingJob:
         self.findings.add({(self.given.value.reading, context.partitionId()): findings})
 
 
-def _encoded(encoder: ChunkEncoder, part: Part, findings: Findings) -> Documents | None:
+def _encoded(encoder: ChunkEncoder, part: Part, findings: Findings, most: int) -> Documents | None:
     part.tell(findings)
+    data = part.chunk.data
     try:
+        lines = data if part.starts is not None and isinstance(data, bytes) else b""
+        if len(lines) > most and (line := json_lines.record_beyond(lines, most)) is not None:
+            raise too_large(most, line)
         encoded: Encoded = encoder(part.chunk, part.kind)
     except RefusedRecordError as error:
         findings.found_refused(part.place(error.line), error)

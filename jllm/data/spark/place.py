@@ -17,12 +17,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from jllm import atomic
 from jllm.data.dataset.files import file_name
 from jllm.data.dataset.manifest import MANIFEST_NAME, Manifest
 from jllm.data.spark import claim
 from jllm.data.spark.files import HadoopFiles, is_link, is_local, joined, local_path
 from jllm.data.spark.footers import settle
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED
 
 RUN, CLAIM, PENDING, SUCCESS = "run.json", "claim", "manifest.json", "_SUCCESS"
 _OF_SPARK = re.compile(r"part-(\d+)-.*-c(\d+)\.")
@@ -115,7 +118,7 @@ class JobPlace:
         """What a killed job recorded with `begin`; None where it is not all of these."""
         path = joined(self.work, RUN)
         with contextlib.suppress(ValueError):  # what was damaged says nothing
-            value = json.loads(self.files.read(path)) if self.files.exists(path) else None
+            value = notation.loads(self.files.read(path)) if self.files.exists(path) else None
             return value if isinstance(value, dict) and set(keys) <= value.keys() else None
         return None
 
@@ -129,7 +132,7 @@ class JobPlace:
         if not self.files.exists(path):
             return None
         try:
-            value = json.loads(self.files.read(path))
+            value = notation.loads(self.files.read(path))
             if not isinstance(value, dict):
                 raise ValueError(f"a JSON {type(value).__name__} and no object")
         except ValueError as error:
@@ -206,11 +209,29 @@ class JobPlace:
         self.move(final)
         return final
 
+    def _moves(self, final: Manifest) -> tuple[str, dict[str, str]]:
+        """Where the files lie, and under which names.
+
+        Raises:
+            UserError: they lie elsewhere than in the work folder, or not all have a name.
+        """
+        path = joined(self.work, "moves.json")
+        try:
+            moves = notation.loads(self.files.read(path))
+            staged, names = moves["staged"], {entry.path: moves["names"][entry.path] for entry in final.files}
+            within = staged.removeprefix(self.work.rstrip("/") + "/")
+            problems = [atomic.plain_name(name) for name in (*names.values(), within)]
+            if within == staged or (problem := next(filter(None, problems), None)):
+                raise ValueError(problem if within != staged else f"{staged!r} lies elsewhere")
+        except MALFORMED as error:
+            raise UserError(f"{path}: not what a job left there ({error}); start over with --clean") from None
+        return staged, names
+
     def move(self, final: Manifest) -> None:
         """Give the files of `pending` their names, those that have them not yet, and then write the manifest."""
-        moves = json.loads(self.files.read(joined(self.work, "moves.json")))
+        staged, names = self._moves(final)
         for entry in final.files:
-            source, target = joined(moves["staged"], moves["names"][entry.path]), joined(self.folder, entry.path)
+            source, target = joined(staged, names[entry.path]), joined(self.folder, entry.path)
             if self.files.exists(source):
                 self.files.remove(target)  # half a copy, where a rename is one
                 self.files.rename(source, target)

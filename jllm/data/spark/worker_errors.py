@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jllm.guards import notation
+
 
 class CarriedError(Exception):
     """An exception on its way from a worker to the driver."""
@@ -54,7 +56,7 @@ class WorkerErrors:
         for text in texts_of(error):
             found = re.search(rf"{self._mark} (\[.*?\]) {self._mark}", text)
             if found:
-                number, message = json.loads(found[1])
+                number, message = notation.loads(found[1])
                 carried: Exception = self.kinds[number](message)
                 return carried
         return None

@@ -3,9 +3,10 @@
 Cost: the folder's files are read once more, after loading failed.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from jllm.guards import notation
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Where a tokenizer's folder keeps its named chat templates, beside the default one."""
@@ -28,7 +29,7 @@ def broken_file(folder: Path) -> str | None:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-            value = json.loads(text) if path.suffix == ".json" else None
+            value = notation.loads(text) if path.suffix == ".json" else None
         except UnicodeDecodeError as error:
             return f"{path}: no UTF-8 at byte {error.start}"
         except ValueError as error:

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from jllm import children
 from jllm.data.tokenizer import cache, fast_json
 from jllm.data.tokenizer.broken_files import broken_file
 from jllm.errors import UserError
+from jllm.guards import notation
 
 if TYPE_CHECKING:
     from jllm.data.dataset import manifest
@@ -163,8 +164,9 @@ class TokenizerLoading:
             except OSError as error:
                 raise UserError(f"--tokenizer {name}: {error.filename}: {error.strerror}") from None
             kept = cache.read(self._entry) if self._entry is not None else None
-            if kept is not None:
-                _loaded[self._key] = dataclasses.replace(_facts_of(kept), name=base_name(name), path=name)
+            known = _known_facts(kept) if kept is not None else None
+            if known is not None:
+                _loaded[self._key] = dataclasses.replace(known, name=base_name(name), path=name)
                 return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
@@ -227,6 +229,34 @@ def _facts_of(values: dict[str, Any]) -> TokenizerFacts:
     return TokenizerFacts(**values)
 
 
+def _known_facts(values: dict[str, Any]) -> TokenizerFacts | None:
+    """Facts out of the cache; None where they are not what this version keeps: other fields, or of other types."""
+    try:
+        facts = _facts_of(values)
+        plain = json.loads(json.dumps(dataclasses.asdict(facts)))
+    except (TypeError, KeyError, ValueError, RecursionError):
+        return None
+    are_texts = all(isinstance(plain[key], str) for key in ("name", "path", "sha256", "vocabulary_sha256"))
+    return facts if are_texts and all(fits(plain[key]) for key, fits in _FITS.items()) else None
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "backend": lambda value: value is None or isinstance(value, str),
+    "pre_tokenizer": lambda value: value is None or isinstance(value, dict),
+    "vocab_size": lambda value: type(value) is int and value >= 0,
+    "special_tokens": lambda value: isinstance(value, dict),
+    "chat_template": lambda value: value is None or isinstance(value, str),
+    "chat_templates": lambda value: isinstance(value, dict),
+    "added": lambda value: all(isinstance(token, dict) for token in value),
+    **{key: lambda value: value is None or type(value) is int for key in ("eos_id", "pad_id")},
+    **{key: lambda value: all(type(each) is int for each in value) for key in ("prefix", "suffix")},
+    **{
+        key: lambda value: all(type(each) is int for ids in value for each in ids)
+        for key in ("probe_ids", "probe_special_ids")
+    },
+}
+
+
 _loaded: dict[Any, TokenizerFacts] = {}
 """What this process has loaded, by the state of the folder."""
 
@@ -253,7 +283,7 @@ def base_name(name: str) -> str:
 
 def serve() -> None:
     """The child: print the facts about the tokenizer named on the command line, as JSON."""
-    request = json.loads(sys.argv[1])
+    request = notation.loads(sys.argv[1])
     if not request["trust_remote_code"]:
         # A module that is None counts as not installed: the tokenizers need none of torch, and importing it takes 2-4
         # s.

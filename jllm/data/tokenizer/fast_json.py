@@ -6,6 +6,8 @@ Cost: a fraction of the standard library's time.
 import json
 from typing import Any
 
+from jllm.guards import notation
+
 
 def loads(text: str | bytes) -> Any:
     """As `json.loads`.
@@ -18,7 +20,7 @@ def loads(text: str | bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:  # also lone surrogates, which the standard library reads
-        return json.loads(text)
+        return notation.loads(text)
 
 
 def dumps(value: Any) -> str:

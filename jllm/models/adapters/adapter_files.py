@@ -1,6 +1,5 @@
 """The files of a peft folder, and what its configuration says; peft itself is not needed for that."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jllm.errors import UserError, of_file_system
+from jllm.guards import notation
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,7 +27,7 @@ def read_fields(folder: Path, *, kinds: Collection[str] = ("LORA",), option: str
     """
     path = folder / CONFIG_NAME
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: Any = notation.read_json(path)
     except OSError as error:
         raise of_file_system(error) or UserError(f"{option}{folder}: {error}") from None
     except (ValueError, RecursionError) as error:

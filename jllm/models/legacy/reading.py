@@ -4,7 +4,6 @@ Packed tensors are split as they are read, so a stage holds its own weights and 
 mapped, safetensors or pickled alike (`weights_only`: nothing in a pickle is run).
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +15,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.tensors import read_header
 from jllm.models.legacy.layouts import PublishedLayout
 from jllm.models.weight_index import files_in_index
 
@@ -68,6 +69,7 @@ def _check_complete(folder: Path) -> None:
 def _files(folder: Path) -> Iterator[tuple[Any, list[str]]]:
     safe = sorted(folder.glob("*.safetensors"))
     for path in safe:
+        read_header(path)
         with safe_open(path, framework="pt") as file:
             yield file, list(file.keys())
     if safe:
@@ -85,7 +87,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it is; empty where there is none."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = notation.read_json(path)
     except (OSError, ValueError):
         return {}
     return raw if isinstance(raw, dict) else {}

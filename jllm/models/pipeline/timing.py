@@ -5,7 +5,8 @@ and backward, on one device with random weights and input. Attention masks and r
 though a stage makes them once. Micro-batches are full and hold one document a row.
 
 The seconds are kept in a cache file whose name is a hash of everything that they depend on, so a second run with the
-same model, shapes, dtype, device and versions reads them. A cache file that cannot be read is measured anew.
+same model, shapes, dtype, device and versions reads them. One that cannot be read or believed is measured anew
+(`jllm.guards.caches`).
 
 Costs: one layer of each kind in memory at a time, some dozen passes each; seconds. One process must measure and tell
 the others: two processes may measure differently, and all must cut the model alike.
@@ -15,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm import atomic
+from jllm.guards import caches, notation
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
 from jllm.models.families import check_split
 from jllm.models.pipeline.bundle import POSITION_IDS
@@ -44,9 +44,9 @@ _FORMAT = 3
 _WARM_UP, _REPEATS = 2, 5
 
 
-def default_cache() -> Path:
-    """Where measured times are kept: `jllm/layer-times` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jllm" / "layer-times"
+def default_cache() -> Path | None:
+    """Where measured times are kept: `jllm/layer-times` in the user's cache folder; None where the user has none."""
+    return caches.place("layer-times")
 
 
 def measure_costs(
@@ -92,8 +92,8 @@ def measure_costs(
     }
     described = json.dumps(about, sort_keys=True, default=str)
     digest = hashlib.sha256(described.encode()).hexdigest()
-    stored = cache / f"{digest[:32]}.json" if cache is not None else None
-    times = _read_times(stored, len(costs.layers)) if stored is not None else None
+    stored = cache / f"{digest[:32]}{caches.SUFFIX}" if cache is not None else None
+    times = _read_times(stored, len(costs.layers), described) if stored is not None else None
     if times is None:
         batch = (micro_batch_size, sequence_length)
         # What layers hand on, learned from the first stage: some families hand on more than one stream.
@@ -127,9 +127,7 @@ def measure_costs(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         if stored is not None:
-            # A cache that cannot be written costs the seconds again next time, and nothing else.
-            with contextlib.suppress(OSError):
-                atomic.write_json(stored, {**times, "about": json.loads(described)})
+            caches.write(stored, json.dumps({**times, "about": described}).encode())
     return with_timings(costs, layers=times["layers"], embedding=times["embedding"], head=times["head"])
 
 
@@ -154,15 +152,18 @@ def _measure(costs: Costs, seconds: Callable[[StageSpan], float]) -> dict[str, A
     }
 
 
-def _read_times(path: Path, num_layers: int) -> dict[str, Any] | None:
-    """What `measure_costs` stored; None where there is nothing, or nothing sound."""
+def _read_times(path: Path, num_layers: int, about: str) -> dict[str, Any] | None:
+    """What `measure_costs` stored about this; None where there is nothing, or nothing sound."""
+    content = caches.read(path)
+    if content is None:
+        return None
     try:
-        times = json.loads(path.read_text(encoding="utf-8"))
+        times: dict[str, Any] = notation.loads(content)
         numbers = [*times["layers"], times["embedding"], times["head"]]
         is_sound = len(times["layers"]) == num_layers and all(math.isfinite(n) and n >= 0 for n in numbers)
-    except (OSError, ValueError, KeyError, TypeError):
+        return times if is_sound and all(times["layers"]) and times["about"] == about else None
+    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return None
-    return times if is_sound and all(times["layers"]) else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jllm.models.weights.quantisation import BLOCK, BLOCKS, Quantisation
 
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 16
 """Weights that are quantised at a time on CPU."""
 
 

@@ -23,12 +23,14 @@ from transformers.core_model_loading import WeightConverter, apply_converters, r
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.models.dropout import restore_dropout
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of, published_config
 from jllm.models.legacy.reading import read_raw_config, to_published
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.kept import KeptDtypes
 from jllm.models.weights.source import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -53,6 +55,7 @@ def stage_files(
     span: StageSpan,
     *,
     dtype: torch.dtype | None = None,
+    source: Path | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -60,14 +63,18 @@ def stage_files(
 
     File names are unique per stage, and become the final ones in `write_index`. `state_dict` replaces the model's own
     tensors (names as in the model): a checkpoint that is exported without a model in memory. A tied head's copy on
-    the last stage is left out: the published file has the embedding only.
+    the last stage is left out: the published file has the embedding only. `dtype` is that of all which neither the
+    published files in `source` nor the family keep in another (`jllm.models.weights.kept`).
     """
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     for left_out in (*(duplicate for duplicate, _ in structure_of(model).tied), *(model._keys_to_ignore_on_save or ())):
         tensors.pop(left_out, None)
+    kept = KeptDtypes(model, dtype, source)
+    kept.look_at(tensors)
     published = published_tensors(model, tensors)
     for part, names in enumerate(parts_of(published, shard_bytes)):
-        yield stage_file_name(span.index, part), {name: _as_stored(published[name], dtype) for name in names}
+        file_name = stage_file_name(span.index, part)
+        yield file_name, {name: _as_stored(published[name], kept.of(name, published[name])) for name in names}
 
 
 def published_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,7 +105,7 @@ class ModelFolder:
 
     Attributes:
         source: what of it is no weight is copied.
-        dtype: of the weights.
+        dtype: of the weights, but for those that are published or kept in another.
     """
 
     source: Path
@@ -108,7 +115,7 @@ class ModelFolder:
 
     def stage_files(self, model: PreTrainedModel, span: StageSpan) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """This stage's tensors, one file at a time."""
-        return stage_files(model, span, dtype=self.dtype)
+        return stage_files(model, span, dtype=self.dtype, source=self.source)
 
     def size(self, model: PreTrainedModel) -> int:
         """Bytes of this stage's tensors, about."""
@@ -165,6 +172,7 @@ def save_stage(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    source: Path | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
@@ -172,7 +180,7 @@ def save_stage(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    files = stage_files(model, span, dtype=dtype, state_dict=state_dict, shard_bytes=shard_bytes)
+    files = stage_files(model, span, dtype=dtype, source=source, state_dict=state_dict, shard_bytes=shard_bytes)
     for file_name, tensors in files:
         tensor_file(tensors, STAGE_METADATA, copy=False).write(folder / file_name)
         weight_map.update(dict.fromkeys(tensors, file_name))
@@ -265,7 +273,7 @@ def has_template(source: Path) -> bool:
     if any((source / name).exists() for name in (TEMPLATE_NAME, TEMPLATES_NAME, "chat_template.json")):
         return True
     try:
-        settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = notation.read_json(source / "tokenizer_config.json")
     except (OSError, ValueError):
         return False
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
@@ -286,11 +294,8 @@ def parts_of(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[lis
         yield group
 
 
-def _as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.cpu().contiguous()
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to(dtype).cpu().contiguous()
 
 
 def _is_weight_file(name: str) -> bool:

@@ -4,7 +4,6 @@ Reads `config.json` and the headers of the safetensors files (a few KiB each). E
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from jllm.errors import UserError, did_you_mean
-from jllm.models.config_checks import check_config
+from jllm.guards import notation, tensors
+from jllm.models.config_checks import check_config, check_raw_config
 from jllm.models.legacy.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.pipeline.structure import count_layers
@@ -32,7 +32,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # The names that safetensors headers use.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The floating dtypes of weights, as safetensors calls them."""
 
 
 _OF_A_CONFIG = (
@@ -40,6 +41,7 @@ _OF_A_CONFIG = (
     *(RecursionError, StrictDataclassError),
 )
 """What reading a configuration raises where a field of it is not what it should be."""
+ADAPTER_NAME = "adapter_config.json"
 _BY_LENGTH = {"dynamic", "longrope"}
 
 _PACKED = re.compile(
@@ -100,14 +102,20 @@ def read_config(
     if not folder.is_dir():
         raise UserError(f"model folder {str(folder)!r} does not exist; give a Hugging Face folder with a config.json")
     if not path.is_file():
+        if (folder / ADAPTER_NAME).is_file():
+            raise UserError(
+                f"model folder {str(folder)!r} holds an adapter ({ADAPTER_NAME}) and no model; give the folder of the"
+                " model that it was trained on, and the adapter with --lora"
+            )
         raise UserError(f"model folder {str(folder)!r} has no config.json; give a Hugging Face model folder")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = notation.read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise UserError(f"{path} has no model_type; give the config.json that was published with the model")
+    check_raw_config(raw, path)
     _check_config_plain(raw, path, may_be_quantised=quantised)
     if not trust_remote_code:
         check_no_fetched_code(raw, path)
@@ -152,7 +160,7 @@ def _unreadable(path: Path, model_type: str, error: Exception) -> UserError:
 def bitsandbytes_of(folder: str | Path) -> dict[str, Any] | None:
     """What `config.json` says of weights that bitsandbytes has quantised; None where it does not, or cannot be read."""
     try:
-        raw: Any = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        raw: Any = notation.read_json(Path(folder) / "config.json")
     except (OSError, ValueError, RecursionError):  # said where the configuration is read
         return None
     found = raw.get("quantization_config") if isinstance(raw, dict) else None
@@ -196,18 +204,25 @@ def _quantised(what: str, *, is_known: bool = False) -> UserError:
 def check_plain_weights(folder: str | Path, *, quantised: bool = False) -> None:
     """Refuse a folder without weights, and one whose files hold quantised weights, whatever its configuration says.
 
-    `quantised`: those of bitsandbytes will do.
+    `quantised`: the configuration says that they are by bitsandbytes, and so they have to be.
 
     Raises:
         UserError: as said.
     """
-    for path in weight_files(folder):
+    files, has_scales = weight_files(folder), False
+    for path in files:
         for name, entry in read_header(path).items():
             if quantised and _OF_BITSANDBYTES.fullmatch(name):
+                has_scales = True
                 continue
             bytes_ = entry["dtype"] == "U8" and _BLOCKS.fullmatch(name)
             if bytes_ or _FEW_BITS.fullmatch(entry["dtype"]) or _PACKED.fullmatch(name):
                 raise _quantised(f"{path} holds {name} ({entry['dtype']})")
+    if quantised and files and not has_scales:
+        raise UserError(
+            f"{Path(folder) / 'config.json'} says quantization_config: bitsandbytes, and no file holds scales of"
+            " quantised weights; remove quantization_config there, or download the model again"
+        )
 
 
 def weight_of_quantised(name: str) -> str:
@@ -272,24 +287,15 @@ def pickled_files(folder: str | Path) -> list[Path]:
 
 def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
     """Name → dtype, shape and offsets (`data_offsets`, in bytes) of each tensor in a safetensors file."""
-    header = _whole_header(path)
-    header.pop("__metadata__", None)
+    header = tensors.read_header(path)
+    header.pop(tensors.METADATA, None)
     return header
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The free-form metadata of a safetensors file."""
-    return _whole_header(path).get("__metadata__", {})
-
-
-def _whole_header(path: str | Path) -> dict[str, dict[str, Any]]:
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
-        except (ValueError, MemoryError, OverflowError) as error:
-            raise UserError(f"{path} is not a safetensors file ({error}); download it again") from None
-    return header
+    found: dict[str, str] = tensors.read_header(path).get(tensors.METADATA, {})
+    return found
 
 
 def stored_dtypes(folder: str | Path) -> dict[torch.dtype, int]:
@@ -297,7 +303,7 @@ def stored_dtypes(folder: str | Path) -> dict[torch.dtype, int]:
     held: dict[torch.dtype, int] = {}
     for path in weight_files(folder):
         for entry in read_header(path).values():
-            if (dtype := _DTYPES.get(entry["dtype"])) is not None:
+            if (dtype := FLOATING.get(entry["dtype"])) is not None:
                 start, end = entry["data_offsets"]
                 held[dtype] = held.get(dtype, 0) + end - start
     return held

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jllm import atomic
+from jllm.guards import notation
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -100,7 +101,7 @@ def joined_file(parts: Sequence[Path], metadata: Mapping[str, str]) -> TensorFil
     for path in parts:
         held = np.fromfile(path, dtype=np.uint8)
         start = 8 + int.from_bytes(held[:8].tobytes(), "little")
-        for name, entry in json.loads(held[8:start].tobytes()).items():
+        for name, entry in notation.loads(held[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
             assert name not in header, f"{name} written by two stages"

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from jllm import atomic
+from jllm.guards import notation
 from jllm.models.weights.source import read_metadata
 from jllm.models.weights.tensor_file import TensorFile, tensor_file
 from jllm.train.checkpoint.folders import INDEX_NAME, publish, rank_file_name, receipt_path, temporary_folder
@@ -137,8 +138,8 @@ def commit(folder: Path, state: RunState, ranks: Sequence[int]) -> None:
     files: dict[str, dict[str, Any]] = {}
     for rank in ranks:
         name = rank_file_name(rank)
-        files[name] = json.loads(receipt_path(folder, rank).read_text(encoding="utf-8"))
-        for key, piece in json.loads(read_metadata(temporary / name)[PIECES]).items():
+        files[name] = notation.loads(receipt_path(folder, rank).read_text(encoding="utf-8"))
+        for key, piece in notation.loads(read_metadata(temporary / name)[PIECES]).items():
             entry = tensors.setdefault(piece["tensor"], {"shape": piece["shape"], "parts": []})
             region = Region.from_json(piece["shape"], piece).to_json()
             if all({field: part[field] for field in region} != region for part in entry["parts"]):

@@ -9,18 +9,20 @@ run is not copied twice.
 
 import dataclasses
 import functools
-import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED, check_fields
 from jllm.train.checkpoint.folders import INDEX_NAME, rank_file_name
 from jllm.train.checkpoint.format import (
     CHECKSUM,
@@ -66,7 +68,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+            self._index = notation.read_json(folder / INDEX_NAME)
         except (OSError, ValueError) as error:
             raise self._damage(INDEX_NAME, f"cannot be read ({error})") from None
         if not isinstance(self._index, dict):
@@ -79,8 +81,37 @@ class CheckpointReader:
         if self._index.get("format") not in READABLE_VERSIONS:
             given, known = self._index.get("format"), " and ".join(map(str, READABLE_VERSIONS))
             raise UserError(f"{folder}: checkpoint format {given!r}; this version reads {known}")
+        try:
+            self._check_index()
+        except MALFORMED as error:
+            raise self._damage(INDEX_NAME, f"is not what a run writes ({type(error).__name__}: {error})") from None
         self._files: dict[str, Any] = {}
         self._checked: set[tuple[str, str]] = set()
+
+    def _check_index(self) -> None:
+        """Raises:
+        TypeError, ValueError and the like: something in the index is not what it must be.
+        """
+        check_fields(self.state)
+        check_fields(self.state.cursor)
+        for tensor, entry in self._index["tensors"].items():
+            shape = entry["shape"]
+            if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or math.prod(shape) >= 1 << 60:
+                raise ValueError(f"{tensor} has the shape {shape!r:.60}")
+            for part in entry["parts"]:
+                if not isinstance(part["file"], str) or not isinstance(part.get("key", tensor), str):
+                    raise TypeError(f"a part of {tensor} has no name")
+                region = Region.from_json(shape, part)
+                bounds = (*region.offset, *region.extent, region.start, region.stop)
+                if not all(type(each) is int and each >= 0 for each in bounds) or region.start > region.stop:
+                    raise ValueError(f"a part of {tensor} lies nowhere")
+                places = zip(region.offset, region.extent, shape, strict=True)
+                inside = all(offset + extent <= size for offset, extent, size in places)
+                if not inside or region.stop > math.prod(region.extent):
+                    raise ValueError(f"a part of {tensor} lies outside of it")
+        for name, sums in self._index.get("files", {}).items():
+            if not isinstance(sums, dict) or not isinstance(sums["tensors"], dict):
+                raise TypeError(f"{name} has no checksums")
 
     @property
     def state(self) -> RunState:
@@ -177,8 +208,11 @@ class CheckpointReader:
         begin = stored.place + first
         file = self._open(stored.file)
         self._check_tensor(stored.file, stored.key)
-        flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
-        return flat.as_strided(box.extent, steps)
+        try:
+            flat: Tensor = file.get_slice(stored.key)[begin : begin + count]
+            return flat.as_strided(box.extent, steps)
+        except (SafetensorError, RuntimeError, *MALFORMED) as error:
+            raise self._damage(stored.file, f"does not hold what the index says of {stored.key} ({error})") from None
 
     def _named_files(self) -> set[Any]:
         """All that the index says of where something lies; what has another shape names nothing."""
@@ -240,8 +274,11 @@ class CheckpointReader:
         expected = self._index.get("files", {}).get(name)
         if expected is None or (name, key) in self._checked:
             return
-        content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
-        if zlib.crc32(content.data) != expected["tensors"][key]:
+        try:
+            content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
+        except SafetensorError as error:
+            raise self._damage(name, f"does not hold what the index says of {key} ({error})") from None
+        if zlib.crc32(content.data) != expected["tensors"].get(key):
             raise self._damage(name, f"is damaged: {key} is not what its checksum says")
         self._checked.add((name, key))
 

@@ -9,7 +9,6 @@ Guarantees: a checkpoint that could not be written leaves nothing behind once it
 Cost of the pause: the copy from the device to host memory; on CPU, a fork.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jllm import atomic
+from jllm.guards import notation
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder
 from jllm.models.weights.tensor_file import tensor_file
@@ -199,7 +199,7 @@ def retain(root: Path, *, max_num: int, best_of: int, marker: str = folders.INDE
 def ranked(found: Sequence[Path], *, marker: str = folders.INDEX_NAME) -> list[Path]:
     """Checkpoints, given oldest first, by evaluation loss, the best first, as `retain` counts them."""
     evaluated = folders.INDEX_NAME if marker == folders.INDEX_NAME else folders.EVALUATION_NAME
-    losses = [_or_worst(json.loads((path / evaluated).read_text(encoding="utf-8"))["eval_loss"]) for path in found]
+    losses = [_or_worst(notation.read_json(path / evaluated)["eval_loss"]) for path in found]
     carried = [loss in losses[:place] for place, loss in enumerate(losses)]
     # Among equals the newer one.
     order = sorted(range(len(found)), key=lambda place: (carried[place], losses[place], -place))

@@ -26,6 +26,7 @@ from jllm.models.adapters.adapter_folder import PREFIX, AdapterFolder
 from jllm.models.adapters.control import attach_control
 from jllm.models.adapters.control_folder import control_folder
 from jllm.models.weights.dequantised import whole
+from jllm.models.weights.kept import KeptDtypes
 from jllm.models.weights.rewritten import places_of
 from jllm.models.weights.saving import (
     SHARD_BYTES,
@@ -149,6 +150,8 @@ class _WholeModel:
         left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
         self._known = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
         self._weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        self._kept = KeptDtypes(model, dtype, source)
+        self._kept.look_at(self._known)
         _check_complete(reader, self._weights, has_adapters=False)
         self._groups: dict[str, tuple[str, ...]] = {}
         """Published name → the model's own ones that it is made of."""
@@ -171,7 +174,7 @@ class _WholeModel:
             kind.write_companions(self._model, folder, chat_template=self._reader.state.chat_template)
 
     def _streamed(self, name: str, like: Tensor) -> StreamedTensor:
-        dtype = self._dtype if like.is_floating_point() else like.dtype
+        dtype = self._kept.of(name, like)
         return made_whole(name, dtype, tuple(like.shape), lambda: self._pieces(self._groups[name])[name].to(dtype))
 
     def _published(self, group: tuple[str, ...]) -> dict[str, Tensor]:
@@ -180,10 +183,11 @@ class _WholeModel:
     def _value(self, name: str) -> Tensor:
         """A weight in the precision of the run; of what is none, which no checkpoint holds, the origin's."""
         like = self._known[name]
+        dtype = self._kept.in_memory(name, like.dtype)
         if name not in self._weights:
-            return self._of_origin(name).to(like.dtype)
+            return self._of_origin(name).to(dtype)
         region = Region.of(tuple(like.shape))
-        return weight_alone(self._reader, name, region, like.dtype).view(like.shape).to(like.dtype)
+        return weight_alone(self._reader, name, region, dtype).view(like.shape).to(dtype)
 
     def _of_origin(self, name: str) -> Tensor:
         stored = {tensor.name: tensor for tensors in stored_tensors(self._source) for tensor in tensors}

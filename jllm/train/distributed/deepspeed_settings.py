@@ -8,7 +8,6 @@ Guarantees: what is accepted has been read by DeepSpeed, contradicts no option, 
 have. Cost: some milliseconds.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ValidationError
 
 from jllm.errors import UserError, did_you_mean
+from jllm.guards import notation
 from jllm.train.config import TrainConfig
 from jllm.train.distributed import launch
 from jllm.train.shape import RunShape
@@ -159,7 +159,7 @@ def _read(config: TrainConfig) -> dict[str, Any]:
     path = config.ds_config
     assert path is not None
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = notation.read_json(path)
     except OSError as error:
         raise UserError(f"--ds_config {path}: {error.strerror}; give a JSON file") from None
     except (ValueError, RecursionError) as error:

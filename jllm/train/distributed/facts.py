@@ -19,6 +19,7 @@ from typing import Any
 
 import jllm
 from jllm.errors import UserError
+from jllm.guards import notation
 from jllm.models.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_fields
 from jllm.models.weights.digest import files_digest, weights_digest
 from jllm.parallel.meeting import Facts, has_several_nodes
@@ -99,7 +100,7 @@ def _options(config: TrainConfig, shape: RunShape) -> Facts:
         "skip_train_steps": sorted(skipped_steps(config)),
         "ckpt_epoch": sorted(parse_epochs(config.ckpt_epoch, "--ckpt_epoch")),
         "skip_epoch": sorted(parse_epochs(config.skip_epoch, "--skip_epoch")),
-        "ds_config": None if config.ds_config is None else json.loads(config.ds_config.read_text()),
+        "ds_config": None if config.ds_config is None else notation.loads(config.ds_config.read_text()),
     }
     facts: Facts = {}
     for field in dataclasses.fields(config):
@@ -140,7 +141,7 @@ def _device() -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = notation.read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); download it again") from None
     return {key: value for key, value in found.items() if key not in _NOT_OF_THE_MODEL}

@@ -8,13 +8,9 @@ unless the rank was sent SIGTERM too: then every process of the job was asked to
 
 import contextlib
 import datetime
-import fcntl
-import hashlib
 import io
-import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +21,7 @@ from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError, of_file_system, report, say
 from jllm.parallel import meeting, peers
+from jllm.train.distributed import operators
 from jllm.train.distributed.start import LAUNCHER, free_port, tell_mistake
 
 LAUNCHER_POLL_SECONDS = 1.0
@@ -106,7 +103,7 @@ def join(
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if get_accelerator().device_name() == "cpu":
         _share_cores()
-        _compile_cpu_operator()
+        operators.compile_for_cpu()
     _meet(facts, timeout_seconds, join_timeout)
     try:
         with quiet():
@@ -150,34 +147,6 @@ def _share_cores() -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def _compile_cpu_operator() -> None:
-    """Build, or load from the cache, the shared-memory operator that DeepSpeed's CPU backend starts with."""
-    from deepspeed.accelerator import get_accelerator
-
-    # PyTorch keeps one build for each user; two environments would each rebuild what the other has just built.
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "jllm/torch_extensions" / environment))
-    # One ninja for every way to start a run: another version does not trust the build of this one, and starts over.
-    own_programs = Path(sys.prefix) / "bin"
-    if (own_programs / "ninja").is_file():
-        os.environ["PATH"] = f"{own_programs}{os.pathsep}{os.environ.get('PATH', '')}"
-    # It warns of a compiler that is not there, at length, before the error that says so.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible():
-        return
-    try:
-        with quiet(), _building_alone(builder.name):
-            builder.load()
-    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"training on CPU compiles a DeepSpeed operator ({builder.name}), which failed: {reason[:200]};"
-            " install a C++ compiler (such as the package g++) and ninja, or set CXX to the compiler"
-        ) from None
-
-
 def _forget_buffer_name() -> None:
     """Remove the name of the shared memory (66 MiB a rank) that DeepSpeed's CPU backend has made.
 
@@ -189,22 +158,6 @@ def _forget_buffer_name() -> None:
     dist.barrier()
     where = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _building_alone(name: str) -> Iterator[None]:
-    """Hold an operator's build folder.
-
-    PyTorch marks a running build by a file and waits for ever for one that a killed build left behind. The kernel's
-    lock ends with the process that holds it, so whoever holds it knows such a file to be stale.
-    """
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(name, verbose=False))
-    with (folder / ".building").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        yield
 
 
 def run_rank(function: Callable[[], int]) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm.errors import UserError
+from jllm.guards import notation
 
 PREFIX = ".run-lock-"
 TOUCH_SECONDS = 20.0
@@ -229,7 +230,7 @@ def _clock(folder: Path) -> float:
 def _read(path: Path) -> Holder | None:
     """Who holds a lock; None where it is gone, or nobody can tell from it."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = notation.read_json(path)
         return Holder(**found)
     except (FileNotFoundError, ValueError, TypeError):
         return None

@@ -11,7 +11,6 @@ of each stretch, so spikes stay.
 
 import dataclasses
 import datetime
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 
 from jllm import atomic
 from jllm.errors import UserError
-from jllm.train.records.metrics_file import EVENT, METRICS_NAME, is_evaluation, is_event
+from jllm.guards import notation
+from jllm.train.records.metrics_file import EVENT, METRICS_NAME, is_evaluation, is_event, sound
 from jllm.train.records.timeline import Timeline, timeline_of
 from jllm.train.records.trace import TRACE_NAME, read_trace
 
@@ -177,16 +177,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         UserError: a line in the middle is not a record, or there is none at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = notation.read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a run's {METRICS_NAME}") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
+            record = sound(notation.loads(line))
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: not a record with a step; give a run's {METRICS_NAME}") from None
@@ -221,7 +219,7 @@ class _Xs:
 def _time(record: dict[str, Any]) -> float | None:
     try:
         return datetime.datetime.fromisoformat(record["time"]).timestamp()
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm import atomic
+from jllm.guards import notation
 
 METRICS_NAME = "metrics.jsonl"
 EVENT = "event"
@@ -64,6 +65,35 @@ def drop_from_step(path: Path, first_step: int, *, evaluates_first: bool) -> Non
         file.writelines(line for line, record in _records(path) if is_kept(record))
 
 
+LARGEST_NUMBER = 1e100
+MOST_OF_A_LIST = 4096
+
+
+def sound(record: Any) -> dict[str, Any]:
+    """A record as what draws it may take it: without what no run writes.
+
+    Numbers beyond `LARGEST_NUMBER`, and lists of more than `MOST_OF_A_LIST`, are left out.
+
+    Raises:
+        KeyError, TypeError: it has no step, or is no object.
+    """
+    step = record["step"]
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise TypeError(f"step {step!r:.40}")
+    if EVENT in record and not isinstance(record[EVENT], str):
+        raise TypeError(f"event {record[EVENT]!r:.40}")
+    found = {}
+    for name, value in record.items():
+        items = value if isinstance(value, list) else [value]
+        if len(items) <= MOST_OF_A_LIST and all(map(_may_be_drawn, items)):
+            found[name] = value
+    return found
+
+
+def _may_be_drawn(value: Any) -> bool:
+    return not isinstance(value, int | float) or not abs(value) > LARGEST_NUMBER or value != value
+
+
 def run_of_records(path: Path) -> str | None:
     """The id of the run that made these records; None where they do not say, or are not there."""
     if not path.is_file():
@@ -76,8 +106,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = notation.loads(line)
+            except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int) and line.endswith("\n"):
                 yield line, record

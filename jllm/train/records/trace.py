@@ -11,6 +11,8 @@ from typing import Any
 
 from jllm import atomic
 from jllm.errors import UserError
+from jllm.guards import notation
+from jllm.guards.typed import MALFORMED
 
 TRACE_NAME = "trace-step-{step}.json"
 FORMAT = 1
@@ -90,7 +92,7 @@ def read_trace(path: Path) -> Trace:
         UserError: it is no such file.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = notation.read_json(path)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
         processes = tuple(
@@ -101,10 +103,10 @@ def read_trace(path: Path) -> Trace:
             )
             for each in found["processes"]
         )
-        if not any(each.spans for each in processes):
+        if not any(span.end > 0 for each in processes for span in each.spans):
             raise ValueError("nothing in it")
         return Trace(step=int(found["step"]), clock_error=float(found["clock_error"]), processes=processes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise UserError(f"{path}: no trace ({error}); give a file that --trace_step wrote") from None
 
 

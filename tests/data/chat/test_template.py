@@ -17,7 +17,8 @@ from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.marks import CLOSE, OPEN
 from jllm.data.chat.records.conversation import BadRecordError
 from jllm.data.chat.render_workers import renderer_of
-from jllm.data.chat.template import Limit, compile_template
+from jllm.data.chat.template import compile_template
+from jllm.data.chat.template_bounds import Limit
 from jllm.data.tokenizer.checked_engine import CheckedEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
 from jllm.errors import UserError

@@ -96,7 +96,7 @@ def test_named_templates_are_those_of_transformers_and_their_changes_are_seen(
 
 def test_a_broken_entry_is_loaded_anew(folder: Path, load: Callable[[Path], tuple[TokenizerFacts, bool]]) -> None:
     first, _ = load(folder)
-    [entry] = (folder.parent / "cache/jllm/tokenizers").glob("*.json")
+    [entry] = (folder.parent / "cache/jllm/tokenizers").glob("*.jsonl")
     entry.write_bytes(entry.read_bytes()[:100])
     again, asked = load(folder)
     assert asked
@@ -107,12 +107,3 @@ def test_own_code_is_never_kept(folder: Path) -> None:
     assert cache.entry_of(folder, ()) is not None
     (folder / "tokenization_own.py").touch()
     assert cache.entry_of(folder, ()) is None
-
-
-def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "MOST_ENTRIES", 3)
-    for number in range(5):
-        cache.write(tmp_path / f"{number}.json", b"{}")
-    assert len(list(tmp_path.iterdir())) == 3
-    assert cache.read(tmp_path / "4.json") == {}
-    assert cache.read(tmp_path / "0.json") is None

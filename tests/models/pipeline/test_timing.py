@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jllm.errors import UserError
+from jllm.guards import caches
 from jllm.models.pipeline import timing
 from jllm.models.pipeline.costs import Costs, estimate_costs
 from jllm.models.pipeline.partition import partition
@@ -62,7 +63,7 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         timing.measure_costs(config, costs, **{**TIMED, **changed}, cache=tmp_path / "new")
         assert spans, f"{changed} read the times of something else"
         spans.clear()
-    kept = json.loads(stored.read_text())
+    kept = json.loads(caches.read(stored) or b"")
     for damage in (
         "{",
         "[]",
@@ -70,12 +71,13 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         json.dumps({**kept, "layers": [0.0] * 4}),
         json.dumps({**kept, "head": "slow"}),
         json.dumps({**kept, "head": float("nan")}),
+        json.dumps({**kept, "about": "something else"}),
     ):
-        stored.write_text(damage)
+        caches.write(stored, damage.encode())
         assert timing.measure_costs(config, costs, **TIMED, cache=tmp_path / "new").is_measured
         assert spans, f"{damage} was taken for times"
         spans.clear()
-        assert len(json.loads(stored.read_text())["layers"]) == 4
+        assert len(json.loads(caches.read(stored) or b"")["layers"]) == 4
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.loading import load_stage
 from jllm.models.weights.quantisation import Quantisation, plan_quantisation, stored_quantisation
 from jllm.models.weights.quantising import held_bytes
-from jllm.models.weights.source import causal_class, read_config
+from jllm.models.weights.source import causal_class, model_info, read_config
 from tests.models.tiny import tiny_config
 
+ROOT = Path(__file__).resolve().parents[3]
 FORMATS = {
     "nf4": Quantisation(bits=4),
     "fp4": Quantisation(bits=4, kind="fp4", double=False),
     "8 bits": Quantisation(bits=8),
 }
+SCRIPT = ROOT / "benchmarks/quantised_loading.py"
 
 
 def for_transformers(how: Quantisation, **more: Any) -> BitsAndBytesConfig:
@@ -189,6 +193,14 @@ def test_damaged_folders(tmp_path: Path, plain: Path, how: str, change: Any, mes
     assert "\n" not in str(refused.value)
 
 
+def test_a_configuration_that_is_of_other_weights(tmp_path: Path, plain: Path) -> None:
+    """Seen in the headers, so that a dry run refuses it too."""
+    whole(plain, FORMATS["nf4"]).save_pretrained(tmp_path)
+    shutil.copyfile(plain / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no file holds scales of quantised weights; remove quantization_config"):
+        model_info(tmp_path, quantised=True)
+
+
 @pytest.mark.parametrize("how", FORMATS)
 def test_weights_that_cannot_be_quantised(tmp_path: Path, plain: Path, how: str) -> None:
     folder = changed(plain, tmp_path / "nan", lambda t: t | {UP: torch.full_like(t[UP], float("nan"))})
@@ -218,3 +230,30 @@ def test_half_a_byte_for_a_parameter(tmp_path: Path) -> None:
         layers: Any = model.model.layers
         linear = sum(each.in_features * each.out_features for each in layers.modules() if hasattr(each, "in_features"))
         assert bytes_ < held_bytes(layers) / linear < bytes_ + 0.03
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory")
+def test_memory_of_loading(tmp_path: Path) -> None:
+    """Little more than the bytes that are then held, mapped pages of the files included.
+
+    `benchmarks/quantised_loading.py` measures the same on a model of 0.4 B parameters.
+    """
+    config = LlamaConfig(vocab_size=500, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4)
+    kinds = ("bf16", "stored")
+    for size, made in (("model", config), ("small", tiny_config("llama"))):
+        AutoModelForCausalLM.from_config(made).to(torch.bfloat16).save_pretrained(tmp_path / size / "bf16")
+        how = for_transformers(FORMATS["nf4"])
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / size / "bf16", quantization_config=how, dtype=torch.bfloat16
+        )
+        model.save_pretrained(tmp_path / size / "stored")
+    commands = [
+        [*("--load", tmp_path / "model" / kind), *("--small", tmp_path / "small" / kind), "--who", "jllm"]
+        for kind in kinds
+    ]
+    loading = [
+        subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for words in commands
+    ]
+    found = [json.loads(each.communicate(timeout=200)[0].splitlines()[-1]) for each in loading]
+    assert all(1.0 < each["ratio"] <= 1.3 for each in found), found

@@ -90,7 +90,7 @@ def _options() -> Iterator[BadStart]:
         "--attn_implementation nosuch": "nosuch",
         "--target_modules nosuch": "matches no module",
         "--layers_to_transform 7:9": "--layers_to_transform",
-        "--load_in_4bit": "give --lora_dim or --lora too",
+        "--load_in_4bit": "give --lora_dim, --lora or",
         "--load_in_8bit --lora_dim 4 --skip_quant nosuch": "--skip_quant 'nosuch' matches no module",
         "--router_aux_loss_coef 0.1": "has no routers",
         "--resume_ckpt {folder}/nothere": "no complete checkpoint",

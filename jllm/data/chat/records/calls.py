@@ -3,11 +3,11 @@
 Guarantees: arguments are values, not JSON text; a call or a tool that has no such form is refused, never passed on.
 """
 
-import json
 from typing import Any
 
 from jllm.data.chat.records.conversation import BadRecordError, shown
 from jllm.data.sources.records import json_type
+from jllm.guards import notation
 
 _ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
 _KNOWN_OF_CALLS = frozenset(("name", "id", "type", "index", "call_id", "strict", *_ARGUMENTS))
@@ -80,6 +80,6 @@ def _parsed(value: Any, mistake: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return notation.loads(value)
+    except ValueError:
         raise BadRecordError("wrong type", mistake) from None

@@ -1,0 +1,64 @@
+"""JSON and TOML of files that somebody else may have written: whatever is in them, a value or a `ValueError`.
+
+The libraries raise other things too: `RecursionError` for brackets in brackets, and for numbers of very many digits an
+error of their own. A file larger than anything of its kind is not read at all.
+
+Cost: that of the libraries.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+LARGEST_FILE = 512 << 20
+"""Bytes of a file that is read as a whole. The largest that there are, manifests of many files, have some dozen MB."""
+_TOO_DEEP = "brackets are nested too deeply"
+
+
+def loads(text: str | bytes) -> Any:
+    """As `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def read_json(path: Path, *, largest: int = LARGEST_FILE) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON in UTF-8, or is larger than it may be.
+    """
+    return loads(read_text(path, largest=largest))
+
+
+def loads_toml(text: str) -> dict[str, Any]:
+    """As `tomllib.loads`.
+
+    Raises:
+        ValueError: it is no TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def read_text(path: Path, *, largest: int = LARGEST_FILE) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8, or larger than it may be.
+    """
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return data.decode()

@@ -1,0 +1,1 @@
+"""Readers against files that were changed at random: `python -m tests.security.fuzz`."""
