@@ -131,7 +131,9 @@ def check_new_folder(folder: Path, option: str) -> None:
     """Raises:
     UserError: `option` names a place where something is already.
     """
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{option} {folder}: is there already, and is no folder; give a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{option} {folder}: is not empty; give a new folder")
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -152,18 +153,32 @@ def require_disk(folder: Path, needed: int, purpose: str) -> None:
 
 
 def require_package(package: str, needed_by: str, extra: str) -> None:
-    """Import a package that not every installation has. Some greet with what their own parts miss, which nobody sees.
+    """Import a package that not every installation has. Some greet with what their own parts miss, which nobody sees;
+    bitsandbytes would run a kernel from the hub where the package `kernels` is installed, and does without here.
 
     Raises:
         UserError: it is not installed, or cannot be imported; `extra` of ours brings it.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), _nothing_fetched():
             importlib.import_module(package)
     except ImportError as error:
         raise UserError(
             f"{needed_by} needs {package} ({error}); install it with: pip install 'jllm[{extra}]'"
         ) from None
+
+
+@contextlib.contextmanager
+def _nothing_fetched() -> Iterator[None]:
+    """Inside it the package that fetches code from the hub cannot be imported, unless it has been before."""
+    known = "kernels" in sys.modules
+    if not known:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # as Python's import system has it
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules["kernels"]
 
 
 def megabytes(size: int) -> str:

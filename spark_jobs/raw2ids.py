@@ -32,9 +32,9 @@ from jllm.data.prepare.outputs import (
     refuse_place,
     shown_input,
 )
-from jllm.data.prepare.progress import summary
+from jllm.data.prepare.reporting.progress import summary
+from jllm.data.prepare.reporting.totals import Totals, check_bad_share, nothing_left, stopped_at
 from jllm.data.prepare.restart import PROOF_ERRORS, Attempt, attempts
-from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left, stopped_at
 from jllm.data.prepare.workplace import WORK_NAME, as_finished, compare, not_as_made, not_ours, refuse_sources
 from jllm.data.sources.identity import is_same, is_same_since
 from jllm.data.sources.inputs import KINDS, Source

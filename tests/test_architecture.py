@@ -170,7 +170,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "jllm/train/lifecycle/clean.py": "tests/distributed/test_run.py",
     "jllm/train/lifecycle/run_folders.py": "tests/distributed/test_run_folders.py",
     "jllm/train/checkpoint/random_state.py": "tests/distributed/test_resume.py",
-    "jllm/train/checkpoint/to_folder.py": "tests/distributed/test_cat2hf.py",
     "jllm/train/checkpoint/weights_alone.py": "tests/train/checkpoint/test_resume.py",
     "jllm/train/checkpoint/run_saver.py": "tests/distributed/test_endings.py",
     "jllm/train/exporting.py": "tests/distributed/test_endings.py",

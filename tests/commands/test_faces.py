@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
     (tmp_path / "full/x").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,7 +54,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("merge -m empty --lora adapter -o new", "--model empty: has no config.json"),
         ("merge -m model --lora empty -o new", "--lora empty: has no adapter_config.json"),
         ("merge -m model --lora adapter -o full", "--output full: is not empty"),
-        ("merge -m model --lora adapter -o model/config.json", "--output model/config.json: is not empty"),
+        (
+            "merge -m model --lora adapter -o model/config.json",
+            "--output model/config.json: is there already, and is no folder",
+        ),
+        ("merge -m model --lora adapter -o link", "--output link: is there already, and is no folder"),
         ("merge -m model --lora adapter -o new --scale 0", "--scale 0: adds nothing"),
         ("merge -m model --lora adapter -o new --scale nan", "--scale"),
         ("merge -m model --lora adapter -o new", "an adapter of type 'LOHA'"),

@@ -185,3 +185,20 @@ def test_convert_advises_options_of_its_own(tmp_path: Path, fields: dict[str, ob
         convert_checkpoint(configured(tmp_path / "old", **fields), tmp_path / "new")
     known = {flag for parameter in convert.params for flag in parameter.opts}
     assert set(re.findall(r"--\w+", str(caught.value))) <= known
+
+
+def test_no_kernel_of_the_hub_comes_with_a_package(tmp_path: Path) -> None:
+    """Where the package `kernels` is installed, bitsandbytes would fetch one as soon as it is imported."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[adapters]")
+    (tmp_path / "kernels.py").write_text(
+        f"from pathlib import Path\ndef get_kernel(*given, **more): Path({str(tmp_path / 'fetched')!r}).touch()\n"
+    )
+    script = (
+        "from jllm.machine import require_package; import sys;"
+        " require_package('bitsandbytes', 'a test', 'adapters'); assert 'kernels' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "fetched").exists()
+    assert "Failed to load" not in done.stderr

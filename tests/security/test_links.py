@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jllm import atomic
 from jllm.commands.raw2ids import main as raw2ids
 from jllm.data.dataset.manifest import open_data_set
-from jllm.data.prepare.bad_records import BadRecordLog
+from jllm.data.prepare.reporting.bad_records import BadRecordLog
 from jllm.data.prepare.workplace import BAD_RECORDS, Workplace
 from jllm.data.shuffle.data_set import clean
 from jllm.data.shuffle.repartition import make_plan, repartition

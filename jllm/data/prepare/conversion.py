@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from jllm.data.prepare.bad_records import BadRecordLog
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import Holdout
-from jllm.data.prepare.progress import Progress
+from jllm.data.prepare.reporting.bad_records import BadRecordLog
+from jllm.data.prepare.reporting.progress import Progress
+from jllm.data.prepare.reporting.totals import Totals, stopped_at
 from jllm.data.prepare.sink import ResumePoint, Sink
-from jllm.data.prepare.totals import Totals, stopped_at
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import CHUNK_BYTES, read_chunks

@@ -25,7 +25,7 @@ from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import with_classes
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
-from jllm.data.prepare.totals import describe
+from jllm.data.prepare.reporting.totals import describe
 from jllm.data.show import show_row
 from jllm.data.sources.chunk import Chunk, first_records, size_of
 from jllm.data.sources.chunks import read_chunks

@@ -10,7 +10,7 @@ from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.dataset.manifest import MANIFEST_NAME
 from jllm.data.prepare import holdout, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
-from jllm.data.prepare.totals import named
+from jllm.data.prepare.reporting.totals import named
 from jllm.data.prepare.workplace import WORK_NAME, Workplace
 from jllm.data.sources.inputs import STDIN, Source, without_password
 from jllm.data.tokenizer.facts import TokenizerFacts, base_name

@@ -21,7 +21,6 @@ from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.prepare import pretokenized, recipes
-from jllm.data.prepare.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import classes_of, columns_of, with_classes
@@ -41,10 +40,11 @@ from jllm.data.prepare.outputs import (
     refuse_overlap,
     shown_input,
 )
-from jllm.data.prepare.progress import Progress, summary
+from jllm.data.prepare.reporting.bad_records import BadRecordLog, check_target
+from jllm.data.prepare.reporting.progress import Progress, summary
+from jllm.data.prepare.reporting.totals import Totals, check_bad_share, nothing_left
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
 from jllm.data.prepare.sink import Sink, SinkPlan
-from jllm.data.prepare.totals import Totals, check_bad_share, nothing_left
 from jllm.data.sources.identity import modified_at, record_of
 from jllm.data.sources.inputs import Source, resolve
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine

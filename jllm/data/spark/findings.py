@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jllm.data.dataset.columns import Int64
-from jllm.data.prepare.totals import MAX_EXAMPLES, Tally, Totals, describe
+from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, describe
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import BadRecord, RefusedRecordError
 from jllm.errors import UserError

@@ -22,7 +22,7 @@ from jllm.machine import require_disk
 from jllm.models.legacy.layouts import layout_of
 from jllm.models.weights.saving import STAGE_METADATA, copy_companions, stage_file_name, write_index
 from jllm.models.weights.source import read_config
-from jllm.models.weights.streamed_file import StreamedTensor, write_streamed
+from jllm.models.weights.streamed_file import StreamedTensor, write_files
 
 CONFIG_NAME = "config.json"
 
@@ -50,8 +50,8 @@ def written_folder(
     """
     require_disk(target, sum(tensor.nbytes for tensors in files for tensor in tensors), what)
     with atomic.new_folder(target) as folder:
-        for number, tensors in enumerate(files):
-            write_streamed(folder / stage_file_name(number, 0), tensors, STAGE_METADATA)
+        named = [(stage_file_name(number, 0), tensors) for number, tensors in enumerate(files)]
+        write_files(folder, named, STAGE_METADATA)
         write_index(folder)
         copy_companions(source, folder)
         if raw is None:

@@ -8,6 +8,7 @@ Cost: one block of `BLOCK_BYTES` at a time; of pickled files, which are mapped, 
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jllm import atomic
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 from jllm.models.weights.source import pickled_files, read_header, weight_files
 from jllm.models.weights.tensor_file import DTYPE_NAMES, encoded_header
 
@@ -185,6 +186,17 @@ def write_streamed(path: Path, tensors: Sequence[StreamedTensor], metadata: Mapp
             assert file.tell() - begin == tensor.nbytes, tensor.name
 
 
+def write_files(
+    folder: Path, files: Sequence[tuple[str, Sequence[StreamedTensor]]], metadata: Mapping[str, str]
+) -> None:
+    """Write the files of a model, by name; where they are several, each is said on standard error when it begins."""
+    size = sum(tensor.nbytes for _, tensors in files for tensor in tensors)
+    for number, (name, tensors) in enumerate(files, start=1):
+        if len(files) > 1:
+            say(f"writing file {number} of {len(files)}, {size / 1e9:,.2f} GB in all", file=sys.stderr)
+        write_streamed(folder / name, tensors, metadata)
+
+
 def stored_tensors(folder: Path) -> list[list[StoredTensor]]:
     """The tensors of a model folder, file by file, in the order of their bytes.
 
@@ -201,11 +213,8 @@ def _of_safetensors(path: Path) -> Iterator[StoredTensor]:
     header = read_header(path)
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-    size = path.stat().st_size
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        if start + last > size:
-            raise UserError(f"{path} ends within {name}; download it again")
         shape = tuple(entry["shape"])
         yield TensorInFile(
             path=path, name=name, dtype=entry["dtype"], shape=shape, begin=start + first, nbytes=last - first

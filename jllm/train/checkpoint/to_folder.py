@@ -39,7 +39,7 @@ from jllm.models.weights.saving import (
     write_index,
 )
 from jllm.models.weights.source import bare_model, causal_class, model_info, read_config
-from jllm.models.weights.streamed_file import StreamedTensor, made_whole, stored_tensors, write_streamed
+from jllm.models.weights.streamed_file import StreamedTensor, made_whole, stored_tensors, write_files, write_streamed
 from jllm.train.adapters import DTYPES, chosen_adapters, place_of_control
 from jllm.train.checkpoint.folders import find_checkpoint
 from jllm.train.checkpoint.format import WEIGHT
@@ -168,8 +168,8 @@ class _WholeModel:
         require_disk(target, sum(tensor.nbytes for tensors in files for tensor in tensors), "the model")
         kind = ModelFolder(source=self._source, dtype=self._dtype)
         with atomic.new_folder(target) as folder:
-            for part, tensors in enumerate(files):
-                write_streamed(folder / stage_file_name(0, part), tensors, STAGE_METADATA)
+            named = [(stage_file_name(0, part), tensors) for part, tensors in enumerate(files)]
+            write_files(folder, named, STAGE_METADATA)
             write_index(folder)
             kind.write_companions(self._model, folder, chat_template=self._reader.state.chat_template)
 

@@ -114,7 +114,7 @@ def test_stopped_at_every_block(
         return save(self, place, *arguments)
 
     monkeypatch.setattr(ChunkCache, "save", counted)
-    show = "jllm.data.prepare.progress.Progress.show"
+    show = "jllm.data.prepare.reporting.progress.Progress.show"
     stops = 0
     while True:
         fed = []

@@ -171,7 +171,7 @@ def test_stopped_at_every_block(
             if len(fed) > limit:
                 raise StopError
 
-        monkeypatch.setattr("jllm.data.prepare.progress.Progress.show", watch)
+        monkeypatch.setattr("jllm.data.prepare.reporting.progress.Progress.show", watch)
         try:
             prepare.prepare(Raw2IdsConfig(**values, output=tmp_path / "stopped" / "x"))
             break

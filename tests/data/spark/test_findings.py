@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.prepare.totals import MAX_EXAMPLES
+from jllm.data.prepare.reporting.totals import MAX_EXAMPLES
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import RefusedRecordError
 from jllm.data.spark.findings import Findings, together

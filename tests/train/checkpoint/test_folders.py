@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.errors import UserError
@@ -61,6 +61,7 @@ def test_what_a_dead_run_left_is_removed_and_nothing_else(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp", "step-00000002"]
 
 
+@settings(deadline=None)
 @given(step=st.integers(0, 10**12), zeros=st.integers(0, 12), prefix=st.sampled_from(["", "step-", "global_step"]))
 def test_a_tag_names_a_step_however_it_is_written(
     tmp_path_factory: pytest.TempPathFactory, step: int, zeros: int, prefix: str

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare.encoding import Encoded
+from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share, length_bucket
 from jllm.data.prepare.sink import ResumePoint
-from jllm.data.prepare.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share, length_bucket
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
 from tests.data.raw2ids_runs import documents, raw2ids

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
 from jllm.data.dataset.manifest import Manifest
-from jllm.data.prepare.totals import Totals, named
+from jllm.data.prepare.reporting.totals import Totals, named
 from jllm.data.sources.inputs import Source
 from jllm.errors import say
 

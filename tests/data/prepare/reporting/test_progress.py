@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jllm.data.dataset.manifest import open_data_set
-from jllm.data.prepare import progress as module
-from jllm.data.prepare.progress import MOST_FIELDS, Progress, notes
-from jllm.data.prepare.totals import Tally, Totals
+from jllm.data.prepare.reporting import progress as module
+from jllm.data.prepare.reporting.progress import MOST_FIELDS, Progress, notes
+from jllm.data.prepare.reporting.totals import Tally, Totals
 from jllm.data.sources.inputs import resolve
 from tests.data.raw2ids_runs import raw2ids
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.prepare.bad_records import BadRecordLog, check_target
+from jllm.data.prepare.reporting.bad_records import BadRecordLog, check_target
 from jllm.data.sources.inputs import resolve
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
