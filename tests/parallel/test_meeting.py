@@ -152,8 +152,8 @@ def test_a_larger_world_on_one_side_ends() -> None:
 
 def test_two_that_say_they_are_the_same(tmp_path: Path) -> None:
     port = str(free_port())
-    command = [sys.executable, "-c", PROGRAM, "1", "3", port, "8", "{}"]
-    first = subprocess.Popen([sys.executable, "-c", PROGRAM, "0", "3", port, "8", "{}"], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PROGRAM, "1", "3", port, "15", "{}"]
+    first = subprocess.Popen([sys.executable, "-c", PROGRAM, "0", "3", port, "15", "{}"], stdout=subprocess.DEVNULL)
     twins = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         said = [twin.communicate(timeout=60)[0] for twin in twins]
