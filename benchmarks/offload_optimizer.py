@@ -1,7 +1,7 @@
-"""`--offload_optimizer` on one device: memory and speed beside the same run without it, and the update beside DeepSpeed's.
+"""`--offload_optimizer` on one device: memory and speed beside a run without it, and the update beside DeepSpeed's.
 
-A Llama with random weights (1.2 B parameters by default) is trained whole in bf16 with and without the option, each in a
-process of its own. Then one AdamW update of fp32 tensors on the host is timed, as the trainer makes it (torch's fused
+A Llama with random weights (1.1 B parameters by default) is trained whole in bf16 with and without the option, each in
+a process of its own. Then one AdamW update of fp32 tensors on the host is timed, as the trainer makes it (torch's fused
 kernel) and by DeepSpeed's `DeepSpeedCPUAdam`, which compiles itself first; where it does not compile, it is left out.
 Prints one JSON line: peak memory, median tokens per second, last losses, and seconds of an update of 100 M numbers.
 """

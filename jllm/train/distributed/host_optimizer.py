@@ -6,7 +6,8 @@ host, the optimizer of the run makes its update there, and the new weights are c
 
 Guarantees: norm, clipping, checkpoints and resume are those of a run without it; one may go on from the other. Gains:
 with AdamW 12 bytes of device memory for each parameter of this rank's share. Costs: as many of host memory, the
-processor's update, and two copies a step over the bus.
+processor's update, and two copies a step over the bus. The update is torch's own kernel: `DeepSpeedCPUAdam`, which each
+machine has to compile, was no faster (`benchmarks/offload_optimizer.py`).
 """
 
 from typing import Any
