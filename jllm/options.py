@@ -209,11 +209,9 @@ class Group(_OneLineErrors, click.Group):
         super().__init__(*args, **kwargs)
         self.lazy = lazy
 
-    def main(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
-    ) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        return super().main(given or ["--help"], prog_name, **extra)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without arguments its help, which click prints as if that were a mistake in a group inside a group."""
+        return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.lazy)
@@ -351,6 +349,13 @@ def check_ranges(config: Any) -> None:
                 raise UserError(mistake)
 
 
+class _Choice(click.Choice[str]):
+    """One of some values, each shown as it is written: click puts "_" for "-" into all of them, "-1" too."""
+
+    def normalize_choice(self, choice: str, ctx: click.Context | None) -> str:
+        return choice if choice in self.choices else super().normalize_choice(choice, ctx)
+
+
 class _Int64(click.types.IntParamType):
     """Integers that all that computes with them can hold."""
 
@@ -366,7 +371,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
     scalar, repeated, _ = value_type(hint)
     required = field.default is dataclasses.MISSING
     if facts.positional:
-        kind = click.Choice(facts.choices) if facts.choices else click.Path(path_type=Path)
+        kind = _Choice(facts.choices) if facts.choices else click.Path(path_type=Path)
         return click.Argument([field.name], type=kind, nargs=-1 if repeated else 1, required=required)
     settings: dict[str, Any] = {
         "help": facts.help,
@@ -384,7 +389,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
         settings.pop("metavar")
         # `--no_x` exists where the flag can be on without being given: by default, or through a config file.
         return _Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
-    settings["type"] = click.Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
+    settings["type"] = _Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
     if scalar is Path:
         settings["type"] = click.Path(path_type=Path)
     elif scalar is int and not facts.choices:

@@ -34,6 +34,13 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert not set(HEAVY) & set(done.stdout.splitlines()[-1].split())
 
 
+def test_a_group_without_a_command_shows_its_help() -> None:
+    done = CliRunner().invoke(main, ["adapter"])
+    assert done.exit_code == 0
+    assert done.output == CliRunner().invoke(main, ["adapter", "--help"]).output
+    assert done.stdout.startswith("Usage: ")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, an adapter that is none, a folder with something in it, and one without anything."""
@@ -68,6 +75,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("adapter to_gguf adapter -m model -o x.bin", 'must end in ".gguf"'),
         ("adapter to_gguf adapter -m empty -o x.gguf", "has no config.json"),
         ("adapter control_to_lora adapter -m model -o full", "--output full: is not empty"),
+        (
+            "adapter control_to_lora adapter -m model -o new --control_class 2",
+            "'2' is not one of '+1', '-1'.",
+        ),
+        ("adapter control_to_lora adapter -m model -o new --control_class -1", "an adapter of type 'LOHA'"),
         ("adapter infos adapter", 'no command "infos"; commands: '),
         ("cat2hf -C nowhere -H new", "--checkpoint nowhere: no such folder"),
         ("cat2hf -C empty -H full", "--hf full: is not empty"),

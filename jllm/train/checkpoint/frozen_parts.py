@@ -30,7 +30,8 @@ def check_same_frozen_parts(saved: Mapping[str, Any], now: Mapping[str, Any]) ->
     Raises:
         UserError: the model, its quantisation or the adapter of `--lora` is another.
     """
-    if saved.get(BASE) != now.get(BASE):
+    # A run without adapters has none, which the option that differs says better.
+    if BASE in saved and BASE in now and saved[BASE] != now[BASE]:
         raise UserError(
             "--model has other weights than the model that the checkpoint's adapters were trained on; give that model,"
             " or --force_resume"

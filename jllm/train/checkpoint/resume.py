@@ -205,9 +205,18 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
         then = saved.config.get(name, _DEFAULTS.get(name))
         if then != given:
             shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
+            advice = f"give {shown if then is True else then}" if then not in (None, False, ()) else "drop it"
             raise UserError(
-                f"{shown} was {then} in the checkpoint's run and is {given} now; give {then}, or --force_resume"
+                f"{shown} was {_said(then)} in the checkpoint's run and is {_said(given)} now; {advice}, or"
+                " --force_resume"
             )
+
+
+def _said(value: Any) -> str:
+    """The value of an option, for people."""
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def other_length(saved: RunState, now: RunState) -> str | None:

@@ -28,6 +28,8 @@ def test_the_same(model: Path) -> None:
     check_same_frozen_parts(parts(model), parts(model))
     check_same_frozen_parts(parts(model, load_in_4bit=True), parts(model, load_in_4bit=True))
     without = {name: value for name, value in parts(model).items() if name != "quantisation"}
+    check_same_frozen_parts(parts(model), {})  # a run without adapters is refused by its options
+    check_same_frozen_parts({}, parts(model))
     check_same_frozen_parts(without, parts(model))  # a checkpoint of a version that quantised nothing
 
 
