@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from jllm.cli import main
+from jllm.commands.extend_tokenizer import lines_of
 from tests.fixtures import tiny_llama
 
 HEAVY = ("torch", "transformers", "numpy", "peft", "deepspeed")
@@ -32,6 +33,11 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage:")
     assert not set(HEAVY) & set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_byte_order_mark_and_windows_lines_are_no_part_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokens.txt").write_bytes("\ufeff<one>\r\n\r\n<two>\r\n".encode())
+    assert lines_of(tmp_path / "tokens.txt") == ["<one>", "<two>"]
 
 
 def test_a_group_without_a_command_shows_its_help() -> None:
