@@ -7,7 +7,6 @@ Cost: that of the libraries.
 """
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,8 @@ def loads_toml(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no TOML, or nested too deeply.
     """
+    import tomllib  # which most commands do not need
+
     try:
         return tomllib.loads(text)
     except RecursionError:

@@ -4,6 +4,9 @@ The first process serves the rendezvous store, as `torch.distributed` does later
 says there that it has come, with facts about how it was started; one that ends for a mistake says that instead. The
 first process compares, and its verdict goes to all.
 
+Where one machine has all processes of a run, they know each other by the launcher that started them, and those of
+another run, whose launcher was given the same port, never meet them.
+
 Guarantees: processes that differ, or of which one refuses, all end with one line that says why, within seconds of their
 coming. Who waits says every `SAY_SECONDS` for whom, and gives up after the time it was given.
 Cost: some messages from each process to the first; nothing where a run is one process.
@@ -92,6 +95,8 @@ class Meeting:
 
     def __init__(self, *, rank: int, world_size: int, timeout: float, number: int) -> None:
         self._rank, self._world_size, self._timeout, self._number = rank, world_size, timeout, number
+        # Launchers of other machines have other numbers.
+        self._launch = "" if has_several_nodes() else f"{os.getppid()}/"
         self._host = socket.gethostname()
         self._deadline = time.monotonic() + timeout
         self._say_at = time.monotonic() + SAY_SECONDS
@@ -280,7 +285,7 @@ class Meeting:
         )
 
     def _key(self, name: str) -> str:
-        return f"jllm/{self._number}/{name}"
+        return f"jllm/{self._launch}{self._number}/{name}"
 
     def _set(self, name: str, value: Any) -> None:
         self._store.set(self._key(name), json.dumps(value))

@@ -20,7 +20,7 @@ from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
-from jllm.models.weights.loading import init_stage, load_stage
+from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
@@ -276,6 +276,8 @@ def build_stage(
             family=family.model_class,
             dropout=config.dropout,
         )
+        if not config.init:
+            load_buffers(model, config.model)
     else:
         model = load_stage(
             config.model,

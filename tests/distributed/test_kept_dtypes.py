@@ -56,7 +56,8 @@ def test_a_routing_bias_stays_fp32(ranks: Callable[[int], Ranks], tmp_path: Path
     save_file(tensors, path, metadata={"format": "pt"})
     rows = random_rows(8, vocabulary=model.config.vocab_size)
     write_rows(tmp_path / "data", rows)
-    options = options_of(tmp_path, precision=precision, max_steps=2, learning_rate=1e-2, output_dir=tmp_path / "out")
+    settings = {"precision": precision, "max_steps": 2, "learning_rate": 1e-2, "checkpoint": tmp_path / "ckpt"}
+    options = options_of(tmp_path, settings, output_dir=tmp_path / "out")
     seen: dict[str, str] = {}
     for found in ranks(2).run(dtypes_while_training, options):
         seen |= found
@@ -66,3 +67,11 @@ def test_a_routing_bias_stays_fp32(ranks: Callable[[int], Ranks], tmp_path: Path
     assert {name: each.dtype for name, each in exported.items()} == {name: each.dtype for name, each in tensors.items()}
     assert all(torch.equal(exported[name], tensors[name]) for name in biases)
     assert not torch.equal(exported["model.norm.weight"], tensors["model.norm.weight"])
+    # No checkpoint holds a buffer, so a conversion takes it from the model.
+    del settings["checkpoint"], settings["max_steps"]
+    more = {"from_ckpt": tmp_path / "ckpt", "num_train_epochs": 0, "output_dir": tmp_path / "again"}
+    assert ranks(2).run(train_rank, options_of(tmp_path, settings, **more)) == [None, None]
+    again = published(tmp_path / "again")
+    assert again.keys() == exported.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(again[name], tensor), name

@@ -1,5 +1,6 @@
 """Processes that meet: one line where they differ or one refuses, and who does not come is named."""
 
+import json
 import subprocess
 import sys
 import time
@@ -53,6 +54,38 @@ def meet(*facts: str | None, timeout: float = 60, world: int | None = None) -> l
     finally:
         for process in processes:
             process.kill()
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ.update(LOCAL_SIZE=sys.argv[1])
+ranks = [subprocess.Popen([sys.executable, "-c", *line.split("\\t")]) for line in sys.argv[2:]]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def test_runs_whose_launchers_have_one_port_never_meet() -> None:
+    """Three processes of a run come to the port where two of another meet, and before they do; the two go on."""
+    port = str(free_port())
+
+    def launch(world: int, ranks: list[int], timeout: float) -> "subprocess.Popen[str]":
+        given = [[str(rank), str(world), port, str(timeout), json.dumps({"a": world})] for rank in ranks]
+        lines = ["\t".join([PROGRAM, *each]) for each in given]
+        return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(world), *lines], stdout=subprocess.PIPE, text=True)
+
+    foreign = launch(3, [1, 2], 12)
+    ours = launch(2, [0, 1], 60)
+    try:
+        said = ours.communicate(timeout=100)[0].splitlines()
+        told = [line for line in said if line.startswith("told")]
+        assert (ours.returncode, told) == (0, ["told ['desk', '0'] 1 2"] * 2)
+        left = foreign.communicate(timeout=100)[0].splitlines()
+        assert foreign.returncode != 0
+        assert not [line for line in left if line.startswith("told")]
+        assert any("rank 0" in line for line in left)
+    finally:
+        for launched in (ours, foreign):
+            launched.kill()
 
 
 @pytest.mark.parametrize(
@@ -119,8 +152,8 @@ def test_a_larger_world_on_one_side_ends() -> None:
 
 def test_two_that_say_they_are_the_same(tmp_path: Path) -> None:
     port = str(free_port())
-    command = [sys.executable, "-c", PROGRAM, "1", "3", port, "8", "{}"]
-    first = subprocess.Popen([sys.executable, "-c", PROGRAM, "0", "3", port, "8", "{}"], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PROGRAM, "1", "3", port, "15", "{}"]
+    first = subprocess.Popen([sys.executable, "-c", PROGRAM, "0", "3", port, "15", "{}"], stdout=subprocess.DEVNULL)
     twins = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         said = [twin.communicate(timeout=60)[0] for twin in twins]

@@ -57,7 +57,8 @@ class KeptDtypes:
             return tensor.dtype
         if name in self._published:
             return self._published[name]
-        return torch.float32 if name in self._names else self._dtype
+        is_own = tensor.dtype == torch.float32 and self._model.dtype == self._dtype  # a layer that asks for it itself
+        return torch.float32 if name in self._names or is_own else self._dtype
 
 
 def _floating(source: Path) -> dict[str, torch.dtype]:

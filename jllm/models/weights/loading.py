@@ -32,10 +32,13 @@ from jllm.models.pipeline.carving import seal, stage_class, structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
 from jllm.models.pipeline.structure import count_layers
+from jllm.models.weights.dequantised import whole
 from jllm.models.weights.finite import check_finite
 from jllm.models.weights.initial import initialise
+from jllm.models.weights.kept import KeptDtypes
 from jllm.models.weights.mapped import owned
 from jllm.models.weights.quantisation import QuantisationPlan
+from jllm.models.weights.rewritten import places_of
 from jllm.models.weights.source import (
     causal_class,
     check_plain_weights,
@@ -46,6 +49,7 @@ from jllm.models.weights.source import (
     weight_files,
     weight_of_quantised,
 )
+from jllm.models.weights.streamed_file import stored_tensors
 
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
 
@@ -173,6 +177,28 @@ def init_stage(
     override_in_modules(model, dropout, published)
     model.train()
     return model
+
+
+def load_buffers(model: PreTrainedModel, folder: Path) -> None:
+    """Give a stage the buffers that were published with its model, such as biases that choose experts.
+
+    No checkpoint of a run has them, because nothing trains them. A folder without weights changes nothing.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    wanted = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    if not wanted:
+        return
+    try:
+        weight_files(folder)
+    except UserError:  # a configuration alone
+        return
+    stored = {tensor.name: tensor for tensors in stored_tensors(folder) for tensor in tensors}
+    kept = KeptDtypes(model, None)
+    for name, (place, _) in places_of(model, stored).items():
+        if (buffer := wanted.get(place)) is not None:
+            buffer.data = whole(stored[name]).to(buffer.device, kept.in_memory(place, buffer.dtype))
 
 
 def _check_ties(model: PreTrainedModel, folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 """New tokens get the ids after the largest one in use, are encoded as one id, and change nothing else."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from jllm.data.tokenizer.facts import auto_tokenizer, load_tokenizer
 from jllm.errors import UserError
 from tests.data.tokenizers_for_tests import asset_tokenizers, make_byte_tokenizer, make_sentencepiece_folder
 
+REAL = asset_tokenizers()[: None if int(os.environ.get("JLLM_TEST_SIZE", "1")) > 1 else 1]
 TEXT = "The quick brown fox, naïve: def f(x) 日本語 <|im_start|>user\nhi<|im_end|>"
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 
@@ -62,7 +64,7 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     check(make_sentencepiece_folder(tmp_path / "old"), tmp_path / "new")
 
 
-@pytest.mark.parametrize("folder", asset_tokenizers() or [pytest.param(None, marks=pytest.mark.skip("no JLLM_ASSETS"))])
+@pytest.mark.parametrize("folder", REAL or [pytest.param(None, marks=pytest.mark.skip("no JLLM_ASSETS"))])
 def test_real_tokenizers(folder: Path, tmp_path: Path) -> None:
     check(folder, tmp_path / "new")
 
