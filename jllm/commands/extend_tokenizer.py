@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
+from jllm.machine import require_package
 from jllm.options import command, option
 
 
@@ -38,6 +39,7 @@ def main(config: ExtendTokenizerConfig) -> None:
     """Add tokens to a model's tokenizer, and rows for them to its embedding and its head, each the mean of the rows in
     use. New ids follow the largest id in use; padding rows of the embedding are taken first. The model itself is not
     changed."""
+    require_package("torch", "jllm extend_tokenizer", "train")
     from jllm.data.tokenizer.extending import new_tokens
     from jllm.models.weights.vocabulary import resize_vocabulary
 

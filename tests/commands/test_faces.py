@@ -104,3 +104,21 @@ def test_mistakes(folder: Path, line: str, message: str) -> None:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not (folder / "new").exists()
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "adapter info adapter",
+        "cat2hf -C full -H new",
+        "convert -m model -o new",
+        "extend_tokenizer -m model -o new --add a",
+    ],
+)
+def test_an_installation_for_data_alone(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = CliRunner().invoke(main, line.split())
+    assert done.exit_code == 2, done.output
+    assert f"jllm {line.partition(' -')[0].removesuffix(' adapter')} needs torch" in done.stderr
+    assert "pip install 'jllm[train]'" in done.stderr
+    assert not (folder / "new").exists()
