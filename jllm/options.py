@@ -149,9 +149,7 @@ class _OneLineErrors(click.Command):
         sys.exit(EXIT_CODE)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        for name, value in CONTEXT_SETTINGS.items():
-            kwargs.setdefault(name, value)
-        return super().make_context(*args, **kwargs)
+        return super().make_context(*args, **{**CONTEXT_SETTINGS, **kwargs})
 
 
 def _nearest_option(error: click.NoSuchOption) -> str:
@@ -352,7 +350,7 @@ def check_ranges(config: Any) -> None:
 class _Choice(click.Choice[str]):
     """One of some values, each shown as it is written: click puts "_" for "-" into all of them, "-1" too."""
 
-    def normalize_choice(self, choice: str, ctx: click.Context | None) -> str:
+    def normalize_choice(self, choice: Any, ctx: click.Context | None) -> str:
         return choice if choice in self.choices else super().normalize_choice(choice, ctx)
 
 
@@ -389,11 +387,8 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
         settings.pop("metavar")
         # `--no_x` exists where the flag can be on without being given: by default, or through a config file.
         return _Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
-    settings["type"] = _Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
-    if scalar is Path:
-        settings["type"] = click.Path(path_type=Path)
-    elif scalar is int and not facts.choices:
-        settings["type"] = _Int64()
+    kinds: dict[type, click.ParamType[Any]] = {Path: click.Path(path_type=Path), int: _Int64()}
+    settings["type"] = _Choice(facts.choices) if facts.choices else kinds.get(scalar, scalar)
     if field.name == "config":
         settings.update(is_eager=True, callback=_toml_reader(config_type))
     return _Option([*facts.flags, long_name, field.name], **settings)
