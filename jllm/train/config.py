@@ -98,6 +98,12 @@ class TrainConfig(
             raise UserError(
                 f"--zero_stage 1 with --optimizer {self.optimizer}, which needs whole matrices; give --zero_stage 0"
             )
+        if self.offload_optimizer and self.engine_precision != "bf16":
+            held = f"--optimizer {self.optimizer}" if self.optimizer in WITHOUT_MASTERS else f"{self.trained_precision}"
+            raise UserError(
+                f"--offload_optimizer moves the fp32 masters of bf16 weights, which {held} does not have; drop it, or"
+                f" give --precision bf16{' and --lora_dtype bf16' * self.has_adapters} with adamw, sgd or schedule_free"
+            )
         if self.zero_stage == 0 and self.engine_precision != "fp32":
             raise UserError(
                 f"--zero_stage 0 with --precision {self.precision}: fp32 master weights need --zero_stage 1"

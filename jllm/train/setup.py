@@ -166,6 +166,7 @@ def plan_stages(
                 DTYPES[config.trained_precision],
                 moments=KINDS[config.optimizer].moments,
                 has_masters=config.optimizer not in WITHOUT_MASTERS,
+                on_host=config.offload_optimizer,
                 sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
             ),
             frozen=dtype.itemsize,

@@ -38,7 +38,12 @@ class StateBytes:
 
 
 def state_bytes(
-    dtype: torch.dtype, *, moments: float = 2, sharded_over: int | None = None, has_masters: bool = True
+    dtype: torch.dtype,
+    *,
+    moments: float = 2,
+    sharded_over: int | None = None,
+    has_masters: bool = True,
+    on_host: bool = False,
 ) -> StateBytes:
     """Weight, gradient and optimizer state of a parameter, as DeepSpeed's optimizers keep them.
 
@@ -50,6 +55,7 @@ def state_bytes(
         dtype: of the weights.
         moments: numbers that the optimizer keeps per parameter: 2 for AdamW; fp32 where there are masters.
         has_masters: whether weights of 2 bytes have fp32 masters.
+        on_host: masters and moments are in host memory.
         sharded_over: data-parallel ranks that share the optimizer's state (ZeRO 1); None where each keeps it all.
     """
     size = float(dtype.itemsize)
@@ -61,6 +67,8 @@ def state_bytes(
         shared += 4.0
     if dtype == torch.float16:
         shared += 4.0
+    if on_host:
+        shared = 0.0
     return StateBytes(trained=size + gradient + shared / (sharded_over or 1), frozen=size)
 
 

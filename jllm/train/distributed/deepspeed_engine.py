@@ -31,6 +31,7 @@ from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch
 from jllm.train.distributed import launch
 from jllm.train.distributed.deepspeed_settings import deepspeed_settings
+from jllm.train.distributed.host_optimizer import HostOptimizer
 from jllm.train.shape import RunShape
 
 
@@ -160,6 +161,27 @@ class TrainingEngine(PipelineEngine):
         return itertools.repeat((None, None)) if self.is_last_stage() else None
 
 
+class OffloadingEngine(TrainingEngine):
+    """The same with `--offload_optimizer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # DeepSpeed's pipeline knows its optimizer for bf16 by the very class.
+        self.using_bf16_optimizer = True
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> HostOptimizer:
+        return HostOptimizer(
+            optimizer,
+            self.param_names,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            grad_acc_dtype=torch.float32,
+        )
+
+
 def topology_of(mesh: Mesh) -> ProcessTopology:
     """The mesh in DeepSpeed's terms, which knows these two axes."""
     assert mesh.sequence == mesh.tensor == 1, mesh
@@ -188,8 +210,9 @@ def build_engine(
     module = Pipeline(stage, shape.mesh, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, shape)
+    kind = OffloadingEngine if config.offload_optimizer else TrainingEngine
     with launch.quiet():
-        engine = TrainingEngine(
+        engine = kind(
             args=None,
             model=module,
             optimizer=optimizer,

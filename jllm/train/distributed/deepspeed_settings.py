@@ -23,7 +23,7 @@ from jllm.train.shape import RunShape
 
 NOT_IN_A_PIPELINE = {
     "activation_checkpointing": "give --checkpoint_grad_interval and the options beside it",
-    "aio": "nothing is offloaded",
+    "aio": "nothing is offloaded to disks",
     "autotuning": "jllm starts the processes",
     "checkpoint": "jllm writes checkpoints of its own",
     "compile": "stages are not compiled by DeepSpeed",
@@ -50,10 +50,10 @@ NOT_IN_A_PIPELINE = {
     "bf16.bf16_optimizer_states": "the optimizer's state is fp32",
     "fp16.fp16_master_weights_and_grads": "master weights are fp32",
     "fp16.auto_cast": "weights have the type of --precision",
-    "zero_optimization.cpu_offload": "the stages of a pipeline stay on their devices",
+    "zero_optimization.cpu_offload": "give --offload_optimizer",
     "zero_optimization.cpu_offload_param": "the stages of a pipeline stay on their devices",
     "zero_optimization.cpu_offload_use_pin_memory": "the stages of a pipeline stay on their devices",
-    "zero_optimization.offload_optimizer": "the stages of a pipeline stay on their devices",
+    "zero_optimization.offload_optimizer": "give --offload_optimizer",
     "zero_optimization.offload_param": "the stages of a pipeline stay on their devices",
     "zero_optimization.zenflow": "it needs offloaded optimizers, which a pipeline does not have",
     "zero_optimization.elastic_checkpoint": "jllm writes checkpoints of its own",

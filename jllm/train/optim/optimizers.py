@@ -117,7 +117,7 @@ def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         # One kernel instead of a dozen, and no temporary tensors of the optimizer's size.
-        fused=groups[0]["params"][0].is_cuda,
+        fused=groups[0]["params"][0].is_cuda or config.offload_optimizer,
     )
 
 

@@ -19,6 +19,10 @@ class OptimizerOptions:
     """How weights change."""
 
     optimizer: str = option("adamw", group="Optimizer", help="which optimizer", choices=OPTIMIZERS)
+    offload_optimizer: bool = option(
+        False,
+        help="keep fp32 masters and optimizer states of bf16 weights in host memory, and update them there",
+    )
     learning_rate: float = option(1e-5, most=MOST_RATE, help="peak learning rate")
     lr_min: float = option(0.0, most=MOST_RATE, help="learning rate that the decay ends at")
     force_constant_lr: float | None = option(
