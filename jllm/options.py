@@ -149,9 +149,7 @@ class _OneLineErrors(click.Command):
         sys.exit(EXIT_CODE)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        for name, value in CONTEXT_SETTINGS.items():
-            kwargs.setdefault(name, value)
-        return super().make_context(*args, **kwargs)
+        return super().make_context(*args, **{**CONTEXT_SETTINGS, **kwargs})
 
 
 def _nearest_option(error: click.NoSuchOption) -> str:
@@ -209,11 +207,9 @@ class Group(_OneLineErrors, click.Group):
         super().__init__(*args, **kwargs)
         self.lazy = lazy
 
-    def main(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
-    ) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        return super().main(given or ["--help"], prog_name, **extra)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without arguments its help, which click prints as if that were a mistake in a group inside a group."""
+        return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.lazy)
@@ -351,6 +347,13 @@ def check_ranges(config: Any) -> None:
                 raise UserError(mistake)
 
 
+class _Choice(click.Choice[str]):
+    """One of some values, each shown as it is written: click puts "_" for "-" into all of them, "-1" too."""
+
+    def normalize_choice(self, choice: Any, ctx: click.Context | None) -> str:
+        return choice if choice in self.choices else super().normalize_choice(choice, ctx)
+
+
 class _Int64(click.types.IntParamType):
     """Integers that all that computes with them can hold."""
 
@@ -366,7 +369,7 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
     scalar, repeated, _ = value_type(hint)
     required = field.default is dataclasses.MISSING
     if facts.positional:
-        kind = click.Choice(facts.choices) if facts.choices else click.Path(path_type=Path)
+        kind = _Choice(facts.choices) if facts.choices else click.Path(path_type=Path)
         return click.Argument([field.name], type=kind, nargs=-1 if repeated else 1, required=required)
     settings: dict[str, Any] = {
         "help": facts.help,
@@ -384,11 +387,8 @@ def _click_parameter(field: "dataclasses.Field[Any]", hint: Any, config_type: ty
         settings.pop("metavar")
         # `--no_x` exists where the flag can be on without being given: by default, or through a config file.
         return _Option([f"{long_name}/--no_{field.name}", *facts.flags, field.name], **settings)
-    settings["type"] = click.Choice(facts.choices) if facts.choices else (str if scalar is Path else scalar)
-    if scalar is Path:
-        settings["type"] = click.Path(path_type=Path)
-    elif scalar is int and not facts.choices:
-        settings["type"] = _Int64()
+    kinds: dict[type, click.ParamType[Any]] = {Path: click.Path(path_type=Path), int: _Int64()}
+    settings["type"] = _Choice(facts.choices) if facts.choices else kinds.get(scalar, scalar)
     if field.name == "config":
         settings.update(is_eager=True, callback=_toml_reader(config_type))
     return _Option([*facts.flags, long_name, field.name], **settings)

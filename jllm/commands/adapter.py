@@ -36,6 +36,7 @@ def info(config: AdapterInfoConfig) -> None:
     """Show what the adapter in FOLDER does to each module: the Frobenius and the spectral norm of the change, its
     effective rank, how parallel the rows of A and the columns of B are (0: orthogonal), and its share of the whole.
     The model is not needed."""
+    require_package("torch", "jllm adapter info", "train")
     import json
 
     from jllm import atomic

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
+from jllm.machine import require_package
 from jllm.options import command, option
 
 
@@ -34,6 +35,7 @@ def main(config: Cat2hfConfig) -> None:
     """Make one Hugging Face folder of a checkpoint, whatever the number of processes that wrote it: the model, or of a
     run with adapters a peft folder. One process does it, a tensor at a time, without DeepSpeed; every byte that is
     read is compared with its checksum."""
+    require_package("torch", "jllm cat2hf", "train")
     from jllm.train.checkpoint.to_folder import to_folder
 
     done = to_folder(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
+from jllm.machine import require_package
 from jllm.options import command, option
 
 
@@ -29,6 +30,7 @@ class ConvertConfig:
 @command(ConvertConfig, name="convert")
 def main(config: ConvertConfig) -> None:
     """Rename and split an older checkpoint's tensors so that plain transformers loads it."""
+    require_package("torch", "jllm convert", "train")
     from jllm.models.legacy.rewriting import convert_checkpoint
 
     name = convert_checkpoint(config.model, config.output)

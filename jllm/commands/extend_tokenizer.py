@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jllm.atomic import check_new_folder
 from jllm.errors import UserError, say
+from jllm.machine import require_package
 from jllm.options import command, option
 
 
@@ -38,10 +39,11 @@ def main(config: ExtendTokenizerConfig) -> None:
     """Add tokens to a model's tokenizer, and rows for them to its embedding and its head, each the mean of the rows in
     use. New ids follow the largest id in use; padding rows of the embedding are taken first. The model itself is not
     changed."""
+    require_package("torch", "jllm extend_tokenizer", "train")
     from jllm.data.tokenizer.extending import new_tokens
     from jllm.models.weights.vocabulary import resize_vocabulary
 
-    plain = [*config.add, *(_lines(config.add_file) if config.add_file is not None else ())]
+    plain = [*config.add, *(lines_of(config.add_file) if config.add_file is not None else ())]
     tokens = new_tokens(config.model, plain=plain, special=config.add_special)
     for token, number in tokens.known.items():
         say(f"{token!r} is there already, as id {number}: left as it is")
@@ -67,10 +69,10 @@ def main(config: ExtendTokenizerConfig) -> None:
     say(f"wrote {config.output}: {' and '.join(done.tensors)}, {rows}")
 
 
-def _lines(path: Path) -> list[str]:
-    """The tokens in a file: every line that is not empty, as it stands."""
+def lines_of(path: Path) -> list[str]:
+    """The tokens in a file: every line that is not empty, as it stands; a byte order mark is none of the first."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--add_file {path}: is no UTF-8 text ({error.reason}); give a text file") from None
     return [line for line in text.split("\n") if line]

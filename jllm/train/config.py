@@ -278,12 +278,16 @@ def _check_what_follows_steps(config: TrainConfig) -> None:
 
 def _check_folders(config: TrainConfig) -> None:
     """Raises:
-    UserError: a run would write over its own model.
+    UserError: a run would write over its own model, or over the adapter that it starts from.
     """
     for name in ("checkpoint", "output_dir", "log_dir"):
         folder = getattr(config, name)
-        if folder is not None and config.model is not None and folder.resolve() == config.model.resolve():
-            raise UserError(f"--{name} {folder} is the folder of --model, which a run leaves as it is; give another")
+        for source in ("model", "lora"):
+            read = getattr(config, source)
+            if folder is not None and read is not None and folder.resolve() == read.resolve():
+                raise UserError(
+                    f"--{name} {folder} is the folder of --{source}, which a run leaves as it is; give another"
+                )
 
 
 def skipped_steps(config: TrainConfig) -> frozenset[int]:

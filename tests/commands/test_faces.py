@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from jllm.cli import main
+from jllm.commands.extend_tokenizer import lines_of
 from tests.fixtures import tiny_llama
 
 HEAVY = ("torch", "transformers", "numpy", "peft", "deepspeed")
@@ -32,6 +33,18 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage:")
     assert not set(HEAVY) & set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_byte_order_mark_and_windows_lines_are_no_part_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokens.txt").write_bytes("\ufeff<one>\r\n\r\n<two>\r\n".encode())
+    assert lines_of(tmp_path / "tokens.txt") == ["<one>", "<two>"]
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    done = CliRunner().invoke(main, ["adapter"])
+    assert done.exit_code == 0
+    assert done.output == CliRunner().invoke(main, ["adapter", "--help"]).output
+    assert done.stdout.startswith("Usage: ")
 
 
 @pytest.fixture
@@ -68,6 +81,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("adapter to_gguf adapter -m model -o x.bin", 'must end in ".gguf"'),
         ("adapter to_gguf adapter -m empty -o x.gguf", "has no config.json"),
         ("adapter control_to_lora adapter -m model -o full", "--output full: is not empty"),
+        (
+            "adapter control_to_lora adapter -m model -o new --control_class 2",
+            "'2' is not one of '+1', '-1'.",
+        ),
+        ("adapter control_to_lora adapter -m model -o new --control_class -1", "an adapter of type 'LOHA'"),
         ("adapter infos adapter", 'no command "infos"; commands: '),
         ("cat2hf -C nowhere -H new", "--checkpoint nowhere: no such folder"),
         ("cat2hf -C empty -H full", "--hf full: is not empty"),
@@ -86,3 +104,21 @@ def test_mistakes(folder: Path, line: str, message: str) -> None:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not (folder / "new").exists()
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "adapter info adapter",
+        "cat2hf -C full -H new",
+        "convert -m model -o new",
+        "extend_tokenizer -m model -o new --add a",
+    ],
+)
+def test_an_installation_for_data_alone(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = CliRunner().invoke(main, line.split())
+    assert done.exit_code == 2, done.output
+    assert f"jllm {line.partition(' -')[0].removesuffix(' adapter')} needs torch" in done.stderr
+    assert "pip install 'jllm[train]'" in done.stderr
+    assert not (folder / "new").exists()

@@ -122,7 +122,7 @@ def test_another_base_is_not_gone_on_with(ranks: Callable[[int], Ranks], folder:
     again = {"resume_ckpt": str(folder / "whole-ckpt/step-00000003"), "checkpoint": None, "log_dir": folder / "again"}
     for given, message in (
         ({"model": folder / "other"}, "--model has other weights than the model that the checkpoint's adapters"),
-        ({"lora_alpha": 8.0}, "--lora_alpha was None in the checkpoint's run and is 8.0 now"),
+        ({"lora_alpha": 8.0}, "--lora_alpha was not given in the checkpoint's run and is 8.0 now; drop it"),
         ({"lora_dim": 8}, "--lora_dim was 4 in the checkpoint's run"),
     ):
         refused = ranks(2).run(train_rank, lora_options(folder, "again", **again, **given))

@@ -15,9 +15,11 @@ from jllm.train.config import TrainConfig
         ({"log_dir": Path("x/../model")}, "--log_dir x/../model is the folder of --model"),
         ({"output_dir": Path("model")}, "--output_dir model is the folder of --model"),
         ({"checkpoint": Path("model")}, "--checkpoint model is the folder of --model"),
+        ({"lora": Path("x/y"), "output_dir": Path("x/y")}, "--output_dir x/y is the folder of --lora"),
+        ({"lora": Path("x/y"), "checkpoint": Path("x/z/../y")}, "--checkpoint x/z/../y is the folder of --lora"),
     ],
 )
-def test_a_run_does_not_write_over_its_model(more: dict[str, Any], message: str) -> None:
+def test_a_run_does_not_write_over_what_it_reads(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig(model=Path("model"), train_data=("data",), **more)
 

@@ -52,10 +52,12 @@ def classes_of(given: Sequence[str], sources: Sequence[Source]) -> tuple[int | N
     """The class of each source's documents, `RANDOM` for random.
 
     Raises:
-        UserError: not `GLOB=CLASS`, a source without a class, or an option without a source.
+        UserError: not `GLOB=CLASS`, a source without a class, or an option that says nothing of any source. A `*` for
+            all that is left may find nothing left.
     """
     options = parsed(given)
-    used: set[int] = set()
+    fitting: set[int] = set()
+    used = {number for number, (glob, _) in enumerate(options) if not glob.strip("*")}
     found: list[int | None] = []
     for source in sources:
         names = {source.name, source.path, PurePath(source.path).name}
@@ -67,11 +69,17 @@ def classes_of(given: Sequence[str], sources: Sequence[Source]) -> tuple[int | N
                 f"--control_class: no glob fits {source.name}; give its class too, such as --control_class '*=0' at the"
                 " end for all that is left"
             )
-        used.update(fits)
+        fitting.update(fits)
+        used.add(fits[0])
         found.append(options[fits[0]][1])
     for number, item in enumerate(given):
-        if number not in used:
+        if number not in fitting | used:
             raise UserError(f"--control_class {item}: fits none of the {len(sources)} input files; correct or drop it")
+        if number not in used:
+            raise UserError(
+                f"--control_class {item}: a glob before it fits every file that it fits, and the first one counts;"
+                " give it before that, or drop it"
+            )
     return tuple(found)
 
 

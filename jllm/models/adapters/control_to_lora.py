@@ -76,7 +76,9 @@ def control_to_lora(adapter: Path, base: Path, output: Path, *, control_class: i
     [span] = spans_of([0, count_layers(config)])
     model = load_stage(base, span, dtype=torch.float32).eval()
     prefix, rank = structure_of(model).layers, int(fields.get("r", 0))
-    numbers = sorted({int(name[len(prefix) + 1 :].split(".")[0]) for name in stored if name.startswith(prefix + ".")})
+    # A layer that the model has not is refused with the tensors that have no place.
+    found = range(count_layers(config))
+    numbers = [number for number in found if any(name.startswith(f"{prefix}.{number}.") for name in stored)]
     layers = {f"{prefix}.{number}": number for number in numbers}
     width = int(config.get_text_config(decoder=True).hidden_size)
     _check_fits(adapter, model, stored, layers, (width, rank))

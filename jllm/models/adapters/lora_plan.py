@@ -147,7 +147,7 @@ def targets_of(stored: LoraConfig, config: PretrainedConfig, family: type[PreTra
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuner: Any = LoraModel(model, copy.deepcopy(stored), ADAPTER, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, re.error) as error:
         raise UserError(
             f"peft does not give this model such an adapter: {' '.join(str(error).split())[:300]}"
         ) from None

@@ -5,7 +5,8 @@ tensors are not the model's own (an expert each), the change is made in the mode
 converts weights. Of a tied pair with an adapter on one side both are written, and the new configuration unties them.
 
 Guarantees: the merged model computes what peft computes with the adapter; all other tensors keep every byte and type.
-A model in 4 or 8 bits becomes one in bf16.
+A model in 4 or 8 bits becomes one in bf16. What is
+added to never holds infinity or NaN: that is refused.
 Cost: a pass over the model; the adapter, and of converted tensors the change of two groups, in fp32.
 """
 
@@ -162,7 +163,7 @@ class _Merger:
         self._check_shape(tensor, change.shape)
         read = tensor.rows if new is None else lambda start, stop: new[start:stop]
         _check_copy(tensor, change)
-        return computed(name, _type_of(tensor), tensor.shape, _sums(read, change, self._scale))
+        return computed(name, _type_of(tensor), tensor.shape, _finite(tensor, _sums(read, change, self._scale)))
 
     def _of_group(self, tensor: StoredTensor, place: str) -> StreamedTensor:
         """One that the model has in another layout, together with others."""
@@ -184,7 +185,7 @@ class _Merger:
         def rows(start: int, stop: int) -> Tensor:
             return tensor.rows(start, stop).float() + self._pieces(group)[tensor.name][start:stop]
 
-        return computed(tensor.name, _type_of(tensor), tensor.shape, rows)
+        return computed(tensor.name, _type_of(tensor), tensor.shape, _finite(tensor, rows))
 
     def _piece_shapes(self, group: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         known = self._model.state_dict()
@@ -212,6 +213,22 @@ class _Merger:
             raise UserError(
                 f"{tensor.name} is {list(tensor.shape)}, the adapter's change of it {list(shape)}; {_OTHER_MODEL}"
             )
+
+
+def _finite(tensor: StoredTensor, rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """The same rows in the tensor's type, refused where that cannot hold them."""
+    dtype = _type_of(tensor)
+
+    def checked(start: int, stop: int) -> Tensor:
+        made = rows(start, stop).to(dtype)
+        if not torch.isfinite(made).all():
+            raise UserError(
+                f"{tensor.name} would hold infinity or NaN with the adapter in it, in {tensor.dtype}; give a smaller"
+                " --scale, or a model that is finite, in a type with a larger range"
+            )
+        return made
+
+    return checked
 
 
 def _sums(read: Callable[[int, int], Tensor], change: LowRank, scale: float) -> Callable[[int, int], Tensor]:

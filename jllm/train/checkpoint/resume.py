@@ -23,7 +23,7 @@ from jllm.train.checkpoint.folders import (
     step_of_folder,
 )
 from jllm.train.checkpoint.format import WEIGHT, RunState
-from jllm.train.checkpoint.frozen_parts import check_same_frozen_parts, frozen_parts
+from jllm.train.checkpoint.frozen_parts import check_same_adapters, check_same_frozen_parts, frozen_parts
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
 from jllm.train.checkpoint.state import TrainingState, region_of
 from jllm.train.checkpoint.verify import verify
@@ -205,9 +205,18 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
         then = saved.config.get(name, _DEFAULTS.get(name))
         if then != given:
             shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
+            advice = f"give {shown if then is True else then}" if then not in (None, False, ()) else "drop it"
             raise UserError(
-                f"{shown} was {then} in the checkpoint's run and is {given} now; give {then}, or --force_resume"
+                f"{shown} was {_said(then)} in the checkpoint's run and is {_said(given)} now; {advice}, or"
+                " --force_resume"
             )
+
+
+def _said(value: Any) -> str:
+    """The value of an option, for people."""
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def other_length(saved: RunState, now: RunState) -> str | None:
@@ -324,7 +333,8 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
         The state of the run that they are of.
 
     Raises:
-        UserError: the checkpoint is of another model. `--force_resume` allows one whose weights have the same shapes.
+        UserError: the checkpoint is of another model, or of adapters that were something else. `--force_resume` allows
+            one whose weights have the same shapes.
     """
     assert config.from_ckpt is not None
     assert config.model is not None
@@ -333,6 +343,8 @@ def load_weights_only(stage: PipelineStage, config: TrainConfig, agreement: Agre
         family = read_model_config(config)
         check_architecture(reader.state, architecture_of(family), "--from_ckpt")
     load_weights(stage, reader, agreement)
+    if config.has_adapters and not config.force_resume:
+        check_same_adapters(reader.state.config, config)
     return reader.state
 
 

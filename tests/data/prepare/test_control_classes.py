@@ -34,6 +34,10 @@ def test_the_first_glob_that_fits_counts(tmp_path: Path) -> None:
         classes_of(["bad*=-1", "good*=+1", "x*=0"], sources)
     with pytest.raises(UserError, match=r"^--control_class worse\*=-1: fits none of the 4 input files"):
         classes_of(["*=0", "worse*=-1"], sources)
+    assert classes_of(["*.jsonl=1", "*=0"], sources) == (1, 1, 1, 1), "nothing is left for the last"
+    for covered in (["*=0", "bad*=-1"], ["b*=1", "bad*=-1", "*=0"], ["bad*=1", "bad*=-1", "*=0"]):
+        with pytest.raises(UserError, match=r"^--control_class bad\*=-1: a glob before it fits every file"):
+            classes_of(covered, sources)
 
 
 def test_random_is_half_of_each_and_by_the_document_alone() -> None:

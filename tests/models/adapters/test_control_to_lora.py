@@ -87,6 +87,16 @@ def test_another_model(tmp_path: Path) -> None:
         control_to_lora(tmp_path / "control", base, tmp_path / "lora")
 
 
+@pytest.mark.parametrize("layer", ["7", "x"])
+def test_a_layer_that_the_model_has_not(tmp_path: Path, layer: str) -> None:
+    base = save_model(tmp_path / "base", "llama")
+    control(tmp_path / "control")
+    path = tmp_path / "control" / WEIGHTS_NAME
+    save_file({name.replace("layers.2.", f"layers.{layer}."): each for name, each in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=rf"layers\.{layer}\.control_Q is .* has no place in --model"):
+        control_to_lora(tmp_path / "control", base, tmp_path / "lora")
+
+
 def test_another_kind(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "llama")
     control(tmp_path / "control")

@@ -178,6 +178,19 @@ def test_what_cannot_be_merged_so(tmp_path: Path, settings: dict[str, Any], scal
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"], "nothing is left"
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_its_type_cannot_hold(tmp_path: Path, family: str) -> None:
+    """In fp16 a sum may be infinite; nothing is written then, of a tensor as it is or of a converted one."""
+    base = save_model(tmp_path / "base", family, dtype=torch.float16)
+    targets: dict[str, Any] = {"target_modules": ["q_proj"]}
+    if family == "mixtral":
+        targets = {"target_modules": [], "target_parameters": EXPERTS}
+    save_adapter(base, tmp_path / "adapter", **targets)
+    with pytest.raises(UserError, match="would hold infinity or NaN with the adapter in it, in F16"):
+        merge(base, tmp_path / "adapter", tmp_path / "merged", scale=1e6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"], "nothing is left"
+
+
 def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "llama", tied=False)
     other = save_model(tmp_path / "other", "llama", tied=False, hidden_size=64)

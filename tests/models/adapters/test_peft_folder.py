@@ -52,10 +52,10 @@ def test_one_that_fits(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "an adapter of type 'IA3'; only LORA is trained on"),
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3'; LORA is what this takes"),
         ({"bias": "all"}, "its bias is 'all', which the trainer does not have"),
         ({"trainable_token_indices": [1]}, "its trainable_token_indices is [1], which the trainer does not have"),
-        ({"r": 0}, "`r` should be a positive integer"),
+        ({"r": 0}, "has r 0, allowed is a whole number from 1 on"),
         ({"target_modules": ["nothing"]}, "Target modules {'nothing'} not found"),
         ({"r": 8}, "is [4, 97], --model needs [8, 97]"),
         ({"target_modules": ["q_proj"]}, "has no place in --model"),

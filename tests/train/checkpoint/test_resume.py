@@ -50,6 +50,21 @@ def test_every_binding_option_is_refused_by_name(name: str) -> None:
     check_same_run(other, run(), forced=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "then", "now", "message"),
+    [
+        ("lora_alpha", None, 8.0, "--lora_alpha was not given in the checkpoint's run and is 8.0 now; drop it, or"),
+        ("lora_alpha", 8.0, None, "--lora_alpha was 8.0 in the checkpoint's run and is not given now; give 8.0, or"),
+        ("use_dora", False, True, "--use_dora was not given in the checkpoint's run and is given now; drop it, or"),
+        ("use_dora", True, False, "--use_dora was given in the checkpoint's run and is not given now; give --use_dora"),
+    ],
+)
+def test_what_to_do_about_a_binding_option(name: str, then: Any, now: Any, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_same_run(run(**{name: then}), run(**{name: now}), forced=False)
+    assert str(refused.value).startswith(message)
+
+
 def test_other_data_is_refused() -> None:
     with pytest.raises(UserError, match="--train_data has changed"):
         check_same_run(dataclasses.replace(run(), fingerprint="g"), run(), forced=False)
