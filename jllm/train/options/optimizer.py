@@ -59,6 +59,9 @@ class OptimizerOptions:
     )
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(OptimizerOptions)}
+
+
 def module_rates(options: OptimizerOptions) -> list[tuple[str, float]]:
     """`--module_learning_rate` taken apart.
 
@@ -88,6 +91,16 @@ def check_optimizer(options: OptimizerOptions) -> None:
         )
     if kind in WITHOUT_MASTERS and options.precision == "fp16":
         raise UserError(f"--optimizer {kind} has no fp32 masters, which --precision fp16 needs; give bf16, or adamw")
+    unused = [name for name in ("adam_beta1", "adam_eps") if kind == "sgd"]
+    unused += ["adam_beta2"] if kind == "sgd" and schedule != "rms_ratio" else []
+    for name in unused:
+        if (given := getattr(options, name)) != _DEFAULTS[name]:
+            raise UserError(f"--{name} {given:g}: --optimizer sgd has none; drop it, or give another optimizer")
+    if options.lr_cycles != 1 and schedule != "cosine_with_restarts":
+        raise UserError(
+            f"--lr_cycles {options.lr_cycles}: --lr_scheduler_type {schedule} has none; give cosine_with_restarts, or"
+            " drop it"
+        )
     if schedule == "rms_ratio" and options.num_warmup_steps:
         raise UserError(
             f"--num_warmup_steps {options.num_warmup_steps:g}: --lr_scheduler_type rms_ratio rises by itself; drop it"

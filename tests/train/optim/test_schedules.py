@@ -24,7 +24,9 @@ DECAY: dict[str, Callable[[float], float]] = {
 
 
 def config_of(**more: Any) -> TrainConfig:
-    given = {"learning_rate": PEAK, "lr_min": FLOOR, "num_warmup_steps": float(WARMUP), "lr_cycles": 4, **more}
+    given = {"learning_rate": PEAK, "lr_min": FLOOR, "num_warmup_steps": float(WARMUP), **more}
+    if given.get("lr_scheduler_type") == "cosine_with_restarts":
+        given["lr_cycles"] = 4
     return TrainConfig(model=Path("model"), train_data=("data",), **given)
 
 
@@ -76,3 +78,19 @@ def test_warmup_in_steps_or_as_a_share(given: float, steps: int) -> None:
 def test_more_warmup_than_steps_is_refused() -> None:
     with pytest.raises(UserError, match="--num_warmup_steps 111 is more than the 110 steps"):
         warmup_steps(config_of(num_warmup_steps=111.0), TOTAL)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"optimizer": "sgd", "adam_beta1": 0.5}, "--adam_beta1 0.5: --optimizer sgd has none"),
+        ({"optimizer": "sgd", "adam_eps": 1e-4}, "--adam_eps 0.0001: --optimizer sgd has none"),
+        ({"optimizer": "sgd", "adam_beta2": 0.5}, "--adam_beta2 0.5: --optimizer sgd has none"),
+        ({"lr_cycles": 3}, "--lr_cycles 3: --lr_scheduler_type cosine has none"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config_of(**more)
+    assert str(refused.value).startswith(message)
+    config_of(optimizer="sgd", lr_scheduler_type="rms_ratio", adam_beta2=0.5, num_warmup_steps=0.0)
