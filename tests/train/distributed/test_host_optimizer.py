@@ -3,7 +3,6 @@
 A test has no device beside the processor; what it shows is that the same is computed, stored and gone on with.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("world_size", "optimizer"), [(2, "adamw"), (4, "adamw"), (2, "schedule_free"), (2, "sgd")])
-def test_the_same_numbers(ranks: Callable[[int], Ranks], folder: Path, world_size: int, optimizer: str) -> None:
+def test_the_same_numbers(folder: Path, world_size: int, optimizer: str) -> None:
     found = []
     for name, offloads in (("device", False), ("host", True)):
         given = options(folder, name, optimizer=optimizer, offload_optimizer=offloads)
-        assert ranks(world_size).run(train_rank, given) == [None] * world_size
+        assert Ranks(world_size).run(train_rank, given) == [None] * world_size
         found.append(([record["loss"] for record in records(folder / f"{name}-ckpt/log")], weights(folder / name)))
     (losses, device), (others, host) = found
     # One fused kernel rounds otherwise than several do, which bf16 weights may show in their last bit.
@@ -62,20 +61,20 @@ def test_the_same_numbers(ranks: Callable[[int], Ranks], folder: Path, world_siz
         torch.testing.assert_close(host[name], value, atol=2e-2, rtol=2e-2)
 
 
-def test_it_goes_on_bit_by_bit_and_either_from_the_other(ranks: Callable[[int], Ranks], folder: Path) -> None:
+def test_it_goes_on_bit_by_bit_and_either_from_the_other(folder: Path) -> None:
     whole = options(folder, "whole", offload_optimizer=True)
-    assert ranks(2).run(train_rank, whole) == [None, None]
+    assert Ranks(2).run(train_rank, whole) == [None, None]
     parts = options(folder, "parts", offload_optimizer=True)
-    assert ranks(2).run(train_rank, {**parts, "max_steps": 3, "output_dir": None}) == [None, None]
-    assert ranks(2).run(train_rank, {**parts, "resume_ckpt": "auto"}) == [None, None]
+    assert Ranks(2).run(train_rank, {**parts, "max_steps": 3, "output_dir": None}) == [None, None]
+    assert Ranks(2).run(train_rank, {**parts, "resume_ckpt": "auto"}) == [None, None]
     left = weights(folder / "parts")
     assert all(torch.equal(left[name], value) for name, value in weights(folder / "whole").items())
     expected = [record["loss"] for record in records(folder / "whole-ckpt/log")]
     assert [record["loss"] for record in records(folder / "parts-ckpt/log")] == expected
     mixed = options(folder, "mixed", offload_optimizer=False)
-    assert ranks(2).run(train_rank, {**mixed, "max_steps": 3, "output_dir": None}) == [None, None]
+    assert Ranks(2).run(train_rank, {**mixed, "max_steps": 3, "output_dir": None}) == [None, None]
     on_host = {**mixed, "offload_optimizer": True, "resume_ckpt": "auto"}
-    assert ranks(2).run(train_rank, on_host) == [None, None]
+    assert Ranks(2).run(train_rank, on_host) == [None, None]
     losses = [record["loss"] for record in records(folder / "mixed-ckpt/log")]
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
