@@ -42,6 +42,8 @@ def options(folder: Path, name: str, optimizer: str, **more: Any) -> dict[str, A
         "steps_per_eval": 2,
         "seed": 7,
     }
+    if optimizer == "sgd":
+        del settings["adam_eps"]
     return options_of(folder, settings, **more)
 
 
