@@ -208,6 +208,7 @@ def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path) -> None:
         "lora_dim": None,
         "precision": "bf16",
         "optimizer": "sgd",
+        "adam_eps": 1e-8,  # which sgd does not have
         "max_steps": 1,
         "attn_implementation": "eager",
     }
