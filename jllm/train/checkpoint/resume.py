@@ -203,6 +203,8 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
     for name in BINDING_OPTIONS:
         given = now.config.get(name)
         then = saved.config.get(name, _DEFAULTS.get(name))
+        if name == "lora_alpha":  # the rank where it is not given
+            given, then = given or now.config.get("lora_dim"), then or saved.config.get("lora_dim")
         if then != given:
             shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
             advice = f"give {shown if then is True else then}" if then not in (None, False, ()) else "drop it"

@@ -35,13 +35,8 @@ def check_data_sets(
     for each, data_set in zip(given, sets, strict=True):
         check_ids(data_set, model.vocab_size)
         _check_length(data_set, config, model)
-        if config.has_control and CONTROL_CLASS not in data_set.manifest.further.carried:
-            found = data_set.manifest.further.types.get(CONTROL_CLASS.name)
-            raise UserError(
-                f"--control_adapter_rank: {data_set.folder} has "
-                + (f"no column {CONTROL_CLASS.name}" if found is None else f"{CONTROL_CLASS.name} of type {found}")
-                + "; make its classes with raw2ids --control_class"
-            )
+        if config.has_control:
+            _check_classes(data_set)
         if data_set.manifest.rows == 0:
             raise UserError(f"{data_set.folder}: the data set has no rows; make it again from input that is not empty")
         if data_set.manifest.rows * each.weight < 1:
@@ -67,6 +62,38 @@ def warnings_about_rows(sets: Sequence[DataSet], model: ModelInfo) -> list[str]:
                 " (max_position_embeddings): beyond them it starts from nothing"
             )
     return found
+
+
+def _check_classes(data_set: DataSet) -> None:
+    """Look for control classes, and at their range, by the files' footers.
+
+    Raises:
+        UserError: there are none, some that are no classes, or nothing but 0.
+    """
+    found = data_set.manifest.further.types.get(CONTROL_CLASS.name)
+    if found != CONTROL_CLASS.type_name:
+        raise UserError(
+            f"--control_adapter_rank: {data_set.folder} has "
+            + (f"no column {CONTROL_CLASS.name}" if found is None else f"{CONTROL_CLASS.name} of type {found}")
+            + "; make its classes with raw2ids --control_class"
+        )
+    low, high, is_known = 0, 0, True
+    for path in data_set.paths:
+        reader = ShardReader(path)
+        _, limits = reader.elements(CONTROL_CLASS.name)
+        reader.close()
+        is_known = is_known and limits is not None
+        low, high = min(low, limits[0] if limits else 0), max(high, limits[1] if limits else 0)
+    if low < -1 or high > 1:
+        raise UserError(
+            f"--control_adapter_rank: {data_set.folder} has control class {low if low < -1 else high}; classes are 1,"
+            " -1 and 0"
+        )
+    if is_known and low == high == 0:
+        raise UserError(
+            f"--control_adapter_rank: every control class of {data_set.folder} is 0, where adapters are off, so nothing"
+            " would be trained; give some files +1 or -1 with raw2ids --control_class"
+        )
 
 
 def warnings_about_columns(sets: Sequence[DataSet], config: TrainConfig) -> list[str]:

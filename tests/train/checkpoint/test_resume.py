@@ -39,6 +39,7 @@ def run(**changed: Any) -> RunState:
 
 def test_the_same_run_goes_on() -> None:
     check_same_run(run(), run(), forced=False)
+    check_same_run(run(lora_dim=4, lora_alpha=4), run(lora_dim=4, lora_alpha=None), forced=False)
 
 
 @pytest.mark.parametrize("name", BINDING_OPTIONS)

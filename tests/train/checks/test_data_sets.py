@@ -90,3 +90,27 @@ def test_batches_beyond_the_data() -> None:
     many = config(batch_size_tokens=64, gradient_accumulation_steps=9)
     with pytest.raises(UserError, match="--gradient_accumulation_steps 9: an epoch has 8 rows"):
         check_batch(many, rows=8, step_rows=1, longest_row=60)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (None, "has no column control_class; make its classes with raw2ids --control_class"),
+        ([0, 0, 0], "is 0, where adapters are off, so nothing would be trained"),
+        ([0, 2, 1], "has control class 2; classes are 1, -1 and 0"),
+        ([-3, 0, 1], "has control class -3; classes are 1, -1 and 0"),
+        ([0, 0, 1], None),
+        ([-1, 0, 0], None),
+    ],
+)
+def test_control_classes(tmp_path: Path, classes: list[int] | None, message: str | None) -> None:
+    """By the footers; in a dry run too."""
+    row = {"input_ids": [1, 2, 3], **({} if classes is None else {"control_class": classes})}
+    folder = write_rows(tmp_path / "set", [row, row], files=2)
+    if message is None:
+        check(folder, control_adapter_rank=4)
+        return
+    with pytest.raises(UserError, match=r"^--control_adapter_rank: ") as refused:
+        check(folder, control_adapter_rank=4)
+    assert message in str(refused.value)
+    check(folder)
