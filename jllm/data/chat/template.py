@@ -19,6 +19,8 @@ from jllm.data.chat.template_bounds import LARGEST_INDENT, LONGEST_SUM, Limit
 from jllm.errors import UserError
 
 _TURN, _KEPT = "jllm: a turn of a loop", "jllm: a sum that is kept"
+_PLAIN = frozenset((str, bool, int, float, type(None)))
+"""Types of values that hold nothing else; of long texts whoever makes them takes care."""
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SAFE_OF_TEXT = frozenset(
     ("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower", "upper", "title")
@@ -29,13 +31,19 @@ _SAFE_OF_LOOPS = frozenset(
 
 
 def _look_at_sums(source: Any) -> None:
-    """Have the program look at every sum that is not written out at once, and at parts of one that has many parts."""
+    """Have the program look at every list and object, at every sum that is not written out at once, and at parts of one
+    that has many parts."""
     from jinja2 import nodes
 
     def looked_at(parent: Any, value: Any) -> Any:
-        if not isinstance(value, nodes.Add):
+        if isinstance(value, nodes.List | nodes.Tuple | nodes.Dict):
+            items = list(value.iter_child_nodes())
+            is_plain = getattr(value, "ctx", "load") != "load" or all(isinstance(each, nodes.Const) for each in items)
+            if is_plain or isinstance(parent, nodes.Call):
+                return value
+        elif not isinstance(value, nodes.Add):
             return value
-        if isinstance(parent, nodes.Add):
+        elif isinstance(parent, nodes.Add):
             parts = 1 + getattr(parent, "parts", 0)
             value.parts = parts  # type: ignore[attr-defined]
             if parts % LONGEST_SUM:
@@ -108,6 +116,10 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
             else:
                 super().visit_Call(node, frame, **more)
 
+        def buffer(self, frame: Any) -> None:
+            frame.buffer = self.temporary_identifier()
+            self.writeline(f"{frame.buffer} = environment.limit.buffer()")
+
         def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802
             self.write("environment.limit.joined((")
             for each in node.nodes:
@@ -140,12 +152,20 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
 
         def call(self, context: Any, called: Any, /, *arguments: Any, **named: Any) -> Any:
             self.limit.called(called, arguments, named)
-            return super().call(context, called, *arguments, **named)
+            made = super().call(context, called, *arguments, **named)
+            return made if type(made) in _PLAIN else self.limit.kept(made)
 
         def wrap_str_format(self, value: Any) -> Any:
-            if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(value.__self__, str):
-                self.limit.require_format(value.__self__)
-            return super().wrap_str_format(value)
+            wrapped: Any = super().wrap_str_format(value)
+            if wrapped is None:
+                return None
+
+            def filled(*arguments: Any, **named: Any) -> Any:
+                given = arguments[0] if value.__name__ == "format_map" and arguments else (*arguments, *named.values())
+                self.limit.require_filled(str(value.__self__), given, by_braces=True)
+                return wrapped(*arguments, **named)
+
+            return filled
 
         def getattr(self, obj: Any, attribute: str) -> Any:
             kind = type(obj)

@@ -2,14 +2,15 @@
 
 A template is a program that somebody else wrote. Loops end by the clock (`Limit`). What makes much at once, outside of
 loops, is asked for its size before it is made: products and powers, formats and paddings, joins and replacements, and
-the texts that are put together by `~`, by blocks and by the template itself. Sums with `+` are looked at when they are
-made, unless they are written out at once; the program of the template calls `kept` for that.
+the texts that are put together by `~`, by blocks and by the template itself. Sums with `+`, lists and objects are
+looked at when they are made, with all that lies in them as often as it lies there, unless a sum is written out at once;
+the program of the template calls `kept` for that.
 
-Guarantees: a rendering holds at most some times `LARGEST`, or what its conversation holds. Beyond that is a value of
-lists in lists that hold one another many times, which looks small until it is written out.
+Guarantees: a rendering holds at most some times `LARGEST`, or what its conversation holds.
 Cost: a call for each function that a template calls; a look at the sizes of texts that are joined.
 """
 
+import itertools
 import re
 import sys
 import time
@@ -26,11 +27,14 @@ TIMES_THE_INPUT = 16
 LONGEST_SUM = 32
 """Operands of `+` in a row that are added without a look."""
 _TURNS_BETWEEN_LOOKS = 256
+_TEXTS_BETWEEN_LOOKS = 32
 LARGEST_OF_CONSTANTS = 1 << 16
 """The same while a template is compiled, which makes what it can of constants."""
 LARGEST_INDENT = 64
 _WIDTH = re.compile(r"%[^a-zA-Z%]*?(\*|\d{7,})")
 _FIELD_WIDTH = re.compile(r"\{[^{}]*:(?:[^{}]*\d{7,}|[^{}]*\{)")
+_NAMESPACE = "Namespace"
+"""The class of Jinja's `namespace`, which shows what it holds."""
 _PADDING = frozenset(("center", "ljust", "rjust", "zfill", "expandtabs"))
 
 
@@ -77,9 +81,19 @@ class Limit:
 
     def concat(self, texts: Iterable[str]) -> str:
         """As `"".join`, of a bounded size."""
-        texts = list(texts)
-        self.require(sum(map(len, texts)), "what it puts together")
-        return "".join(texts)
+        left = iter(texts)
+        found: list[str] = []
+        size = 0
+        while some := list(itertools.islice(left, _TEXTS_BETWEEN_LOOKS)):
+            size += sum(map(len, some))
+            if size > LARGEST:
+                self.require(size, "what it puts together")
+            found += some
+        return "".join(found)
+
+    def buffer(self) -> "Buffer":
+        """Where the program puts the texts of a block, one after the other."""
+        return Buffer(self)
 
     def joined(self, values: Sequence[object]) -> str:
         """As `~` joins values."""
@@ -87,8 +101,44 @@ class Limit:
 
     def kept(self, value: object) -> object:
         """A value that gets a name."""
-        self.require(sys.getsizeof(value), "what it keeps")
+        kind = type(value)
+        if kind is str:
+            if len(value) > LARGEST:  # type: ignore[arg-type]
+                self.require(len(value), "what it keeps")  # type: ignore[arg-type]
+        elif kind in (list, tuple, dict) or kind.__name__ == _NAMESPACE:
+            self._written(value)
+        else:
+            self.require(sys.getsizeof(value), "what it keeps")
         return value
+
+    def _written(self, value: object) -> int:
+        """About how many letters a value is written with; what lies in it twice counts twice.
+
+        Raises:
+            OverflowError: more than it may have, as soon as that is seen.
+        """
+        pending: list[Any] = [value]
+        size = 0
+        while pending:
+            each = pending.pop()
+            kind = type(each)
+            if kind is str:
+                size += len(each)
+            elif kind is dict:
+                size += 16 * len(each)
+                pending += each.values()
+            elif kind is list or kind is tuple:
+                size += 8 + len(each)
+                pending += each
+            elif isinstance(each, str | bytes):
+                size += len(each)
+            else:
+                size += 8
+                if kind.__name__ == _NAMESPACE:
+                    pending.append(getattr(each, f"_{_NAMESPACE}__attrs"))
+            if size > self._largest:
+                self.require(size, "what it keeps")
+        return size
 
     def called(self, function: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Look at a call of a function that Python has, which may make much at once."""
@@ -100,6 +150,8 @@ class Limit:
         if name in _PADDING:
             times = max(1, owner.count("\t")) if name == "expandtabs" and isinstance(owner, str) else 1
             self.require(max((width for width in values if isinstance(width, int)), default=0) * times, name)
+        elif name == "to_bytes":
+            self.require(max((length for length in values if isinstance(length, int)), default=0), name)
         elif name == "replace" and len(values) > 1:
             old, new = values[:2]
             if not (isinstance(owner, str) and isinstance(old, str) and isinstance(new, str)):
@@ -132,6 +184,17 @@ class Limit:
         if len(pattern) > 2 and widths.search(pattern):
             raise OverflowError("the template makes something too large with a format")
 
+    def require_filled(self, pattern: str, values: object, *, by_braces: bool = False) -> None:
+        """Look at a format of "%s" or, `by_braces`, of "{}" that is to be filled with values; each may come as often as
+        there are places."""
+        self.require_format(pattern, _FIELD_WIDTH if by_braces else _WIDTH)
+        parts = (
+            list(values.values()) if isinstance(values, Mapping) else list(values) if isinstance(values, tuple) else []
+        )
+        sizes = [self._written(part) for part in parts]
+        places = pattern.count("{") if by_braces else pattern.count("%(")
+        self.require(len(pattern) + (places * max(sizes, default=0) if places else sum(sizes)), "a format")
+
     def operation(self, operator: str, left: Any, right: Any) -> Any:
         """A product, power, format or sum of a size that may be made.
 
@@ -142,7 +205,7 @@ class Limit:
             return self.kept(left + right)
         if operator == "%":
             if isinstance(left, str):
-                self.require_format(left, _WIDTH)
+                self.require_filled(left, right if isinstance(right, tuple | Mapping) else (right,))
             return left % right
         if isinstance(left, int | float) and isinstance(right, int | float):
             if operator == "**":
@@ -188,7 +251,7 @@ class Limit:
             return known["join"](context, value, d, attribute)
 
         def formatted(value: Any, *arguments: Any, **named: Any) -> Any:
-            self.require_format(str(value), _WIDTH)
+            self.require_filled(str(value), named or arguments)
             return known["format"](value, *arguments, **named)
 
         found = {name: padded(name) for name in ("center", "indent", "batch", "slice")}
@@ -196,6 +259,24 @@ class Limit:
         for name, function in found.items():
             function.__dict__.update(known[name].__dict__)  # what Jinja gives it beside its arguments
         return found
+
+
+class Buffer(list[str]):
+    """Texts whose size is bounded while they come; of a list's methods those that a template's program calls."""
+
+    def __init__(self, limit: Limit) -> None:
+        super().__init__()
+        self._limit, self._size = limit, 0
+
+    def append(self, text: str) -> None:
+        self._size += len(text)
+        if self._size > LARGEST:
+            self._limit.require(self._size, "what it puts together")
+        super().append(text)
+
+    def extend(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.append(text)
 
 
 def letters_of(value: object) -> int:
