@@ -39,7 +39,7 @@ KERNEL_LIMIT = 1e-4
 # Of a model whose export is compared in bf16 too: some have parts beside the decoder that are never small.
 MOST_PARAMETERS = 20_000_000
 # Weights of layers that ask for fp32 themselves, which only a model in another dtype shows.
-OF_FP32_LAYERS = "mlp.gate.wg.weight"
+OF_FP32_LAYERS = ("mlp.gate.wg.weight", "feed_forward.expert_bias", "linear_attn.A_log")
 # What a mask may hold beside causality and documents, switched on and narrower than a row of `packed_batch`, where the
 # family's configuration has it: tiny models must not look right because nothing of it is reached.
 NARROW: dict[str, Any] = {

@@ -37,6 +37,8 @@ class KeptDtypes:
         # As transformers looks for them: a part of the name in the model, between dots.
         self._fp32 = re.compile("|".join(rf"(?:^|\.){each}(?:$|\.)" for each in sorted(kept))) if kept else None
         self._model = model
+        # Not the model's own dtype, which is that of a stage's first parameter.
+        self._is_low = any(parameter.dtype == dtype for parameter in model.parameters())
         self._names: frozenset[str] = frozenset()
 
     def look_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -57,7 +59,7 @@ class KeptDtypes:
             return tensor.dtype
         if name in self._published:
             return self._published[name]
-        is_own = tensor.dtype == torch.float32 and self._model.dtype == self._dtype  # a layer that asks for it itself
+        is_own = tensor.dtype == torch.float32 and self._is_low  # a layer that asks for it itself
         return torch.float32 if name in self._names or is_own else self._dtype
 
 

@@ -203,15 +203,18 @@ def check_same_run(saved: RunState, now: RunState, *, forced: bool) -> None:
     for name in BINDING_OPTIONS:
         given = now.config.get(name)
         then = saved.config.get(name, _DEFAULTS.get(name))
-        if name == "lora_alpha":  # the rank where it is not given
-            given, then = given or now.config.get("lora_dim"), then or saved.config.get("lora_dim")
-        if then != given:
+        if then != given and not (name == "lora_alpha" and _scale(saved.config) == _scale(now.config)):
             shown = "--global_batch_size" if name == "global_batch" else f"--{name}"
             advice = f"give {shown if then is True else then}" if then not in (None, False, ()) else "drop it"
             raise UserError(
                 f"{shown} was {_said(then)} in the checkpoint's run and is {_said(given)} now; {advice}, or"
                 " --force_resume"
             )
+
+
+def _scale(config: dict[str, Any]) -> Any:
+    """`--lora_alpha`, or the rank where it is not given."""
+    return config.get("lora_dim") if config.get("lora_alpha") is None else config.get("lora_alpha")
 
 
 def _said(value: Any) -> str:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jllm.models.weights.kept import KeptDtypes
+from jllm.models.weights.saving import stage_files
+from tests.models.chain import load_chain
+from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
 
 BIAS = "model.layers.3.mlp.gate.e_score_correction_bias"
@@ -43,3 +46,19 @@ def test_published_files_have_the_last_word(model: PreTrainedModel, tmp_path: Pa
     assert found[BIAS] == torch.bfloat16
     assert found["model.embed_tokens.weight"] == torch.bfloat16
     assert dtypes(model, torch.bfloat16, tmp_path / "nothing there") == dtypes(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_moe", "olmo_hybrid", "lfm2_moe"])
+def test_layers_that_ask_for_fp32_themselves(tmp_path: Path, family: str) -> None:
+    """Of a model in bf16, whatever stage they are on, and without the published files to look at."""
+    make_folder(tiny_config(family), tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "plain")
+    expected = {name: each.dtype for path in (tmp_path / "plain").glob("*.safetensors")
+                for name, each in load_file(path).items()}  # fmt: skip
+    assert torch.float32 in expected.values()
+    found = {}
+    for stage in load_chain(tmp_path / "model", [0, 2, 4], dtype=torch.bfloat16):
+        for _, tensors in stage_files(stage.model, stage.span, dtype=torch.bfloat16):
+            found |= {name: each.dtype for name, each in tensors.items()}
+    assert found == expected
