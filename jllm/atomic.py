@@ -95,6 +95,10 @@ def plain_name(name: object) -> str | None:
         return f"{name!r} is not a name"
     if not name or "\0" in name:
         return f"{name!r} is not the name of a file"
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return f"{name!r} is not the name of a file"
     if name.startswith(("/", "\\")) or re.match("[A-Za-z]:[/\\\\]", name):
         return f"{name!r} is absolute, and not a name within the folder"
     parts = name.split("/")

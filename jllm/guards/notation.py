@@ -46,9 +46,22 @@ def loads_toml(text: str) -> dict[str, Any]:
     import tomllib  # which most commands do not need
 
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
+        _check_numbers(found)
+        return found
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+
+
+def _check_numbers(value: Any) -> None:
+    """Raises:
+    ValueError: a whole number beyond 64 bits, which TOML does not have; Python reads it, and cannot write it.
+    """
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_numbers(each)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("a whole number has more than 64 bits")
 
 
 def read_text(path: Path, *, largest: int = LARGEST_FILE) -> str:

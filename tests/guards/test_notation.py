@@ -30,7 +30,17 @@ def test_what_is_no_json_is_a_value_error(text: str | bytes, tmp_path: Path) -> 
         notation.read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 100_000, "a", "a = 1\na = 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 100_000,
+        "a = " + "9" * 100_000,
+        "a = 0x" + "f" * 9_000,
+        "a = [{b = 0o2" + "0" * 21 + "}]",
+        "a",
+        "a = 1\na = 2",
+    ],
+)
 def test_what_is_no_toml_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         notation.loads_toml(text)

@@ -276,7 +276,7 @@ class CheckpointReader:
             return
         try:
             content = self._open(name).get_tensor(key).reshape(-1).view(torch.uint8).numpy()
-        except SafetensorError as error:
+        except (SafetensorError, UnicodeError) as error:  # JSON has names that no file can have
             raise self._damage(name, f"does not hold what the index says of {key} ({error})") from None
         if zlib.crc32(content.data) != expected["tensors"].get(key):
             raise self._damage(name, f"is damaged: {key} is not what its checksum says")
