@@ -117,7 +117,11 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float | Non
     is_cuda = torch.cuda.is_available()
     device = "cuda" if is_cuda else "cpu"
     base = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, device_map={"": device}, attn_implementation="sdpa"
+        folder / "model",
+        dtype=torch.bfloat16,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        trust_remote_code=False,
     )
     if options.recompute:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
