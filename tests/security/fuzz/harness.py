@@ -23,7 +23,7 @@ from typing import Any
 
 from jllm.errors import UserError
 
-MOST_SECONDS, MOST_BYTES = 10, 1 << 30
+MOST_SECONDS, MOST_BYTES = 30, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ def run_once(target: Target, seed: int, number: int, folder: Path) -> str | None
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     target.change(folder, rng)
-    begin = time.perf_counter()
-    signal.alarm(3 * MOST_SECONDS)
+    begin = time.process_time()
+    signal.alarm(4 * MOST_SECONDS)  # by the clock, whatever else the machine does
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             target.read(folder)
@@ -59,7 +59,7 @@ def run_once(target: Target, seed: int, number: int, folder: Path) -> str | None
         return f"{type(error).__name__}: {error}"[:300] + "\n" + traceback.format_exc(limit=-6)
     finally:
         signal.alarm(0)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     return f"took {seconds:.0f} s" if seconds > MOST_SECONDS else None
 
 
@@ -80,7 +80,7 @@ def _work(target: Target, seed: int, first: int, seconds: float, most: int, resu
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"more than {3 * MOST_SECONDS} s")
+    raise TimeoutError(f"more than {4 * MOST_SECONDS} s")
 
 
 def limit_memory(more: int) -> None:
