@@ -94,7 +94,7 @@ class AdaptersOptions:
     @property
     def has_control(self) -> bool:
         """Whether control adapters are trained."""
-        return self.control_adapter_rank is not None
+        return bool(self.control_adapter_rank)
 
     @property
     def has_adapters(self) -> bool:
