@@ -184,12 +184,24 @@ def report(demo: Demo, exported_loss: float) -> int:
     print("    python -m jllm.raw2ids --input YOUR.txt --output my-data --type pretrain --stack \\")
     print("        --tokenizer demo-run/output")
 
-    if not before - after >= LEAST_FALL:
-        print(f"\nerror: the held-out loss fell by {before - after:.4f}, not by {LEAST_FALL}", file=sys.stderr)
+    return failed(before, after, exported_loss, least_fall=LEAST_FALL, close=CLOSE)
+
+
+def failed(before: float, after: float, reloaded: float, *, least_fall: float, close: float) -> int:
+    """1 where the held-out loss did not fall or plain transformers does not agree with the trainer, which it says.
+
+    Args:
+        before, after: held-out losses of the trainer, nats per token.
+        reloaded: what plain transformers measures after training.
+        least_fall: of the loss.
+        close: largest difference between `after` and `reloaded`.
+    """
+    if not before - after >= least_fall:
+        print(f"\nerror: the held-out loss fell by {before - after:.4f}, not by {least_fall}", file=sys.stderr)
         return 1
-    if not abs(exported_loss - after) <= CLOSE:
+    if not abs(reloaded - after) <= close:
         print(
-            f"\nerror: plain transformers measures {exported_loss:.4f} where the trainer measured {after:.4f}",
+            f"\nerror: plain transformers measures {reloaded:.4f} where the trainer measured {after:.4f}",
             file=sys.stderr,
         )
         return 1

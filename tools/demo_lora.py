@@ -173,7 +173,7 @@ def report(demo: Any, merged_loss: float) -> int:
     before, after = evaluations[0]["eval_loss"], evaluations[-1]["eval_loss"]
     size = (FOLDER / "adapter/adapter_model.safetensors").stat().st_size
     whole = (FOLDER / "merged/model.safetensors").stat().st_size
-    from demo import print_table
+    from demo import failed, print_table
 
     print_table(
         "jllm demo-lora",
@@ -191,16 +191,7 @@ def report(demo: Any, merged_loss: float) -> int:
             ("merged, Hugging Face", f"{FOLDER / 'merged'}"),
         ),
     )
-    if not before - after >= LEAST_FALL:
-        print(f"\nerror: the held-out loss fell by {before - after:.4f}, not by {LEAST_FALL}", file=sys.stderr)
-        return 1
-    if not abs(merged_loss - after) <= CLOSE:
-        print(
-            f"\nerror: plain transformers measures {merged_loss:.4f} where the trainer measured {after:.4f}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return failed(before, after, merged_loss, least_fall=LEAST_FALL, close=CLOSE)
 
 
 if __name__ == "__main__":

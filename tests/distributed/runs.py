@@ -28,6 +28,13 @@ def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
         return train_rank(options)
 
 
+def fp16_works() -> bool:
+    """Of this rank's device: the newest processors have it, most have not."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
 def options_of(folder: Path, settings: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """Options of a short run on two stages, of the model and the data in `folder`; `more` has the last word."""
     return {

@@ -19,7 +19,7 @@ from jllm.train.config import TrainConfig
 from jllm.train.records.curves import plot
 from jllm.train.records.sinks.flat import flat_numbers
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import logged_options, records, train_rank, train_rank_into
+from tests.distributed.runs import fp16_works, logged_options, records, train_rank, train_rank_into
 from tests.fixtures import random_rows, tiny_llama, write_rows
 from tests.train.records.flags import parse
 from tests.train.records.lines import ESTIMATE_LINE, EVALUATION_LINE, STEP_LINE, TIME
@@ -307,12 +307,6 @@ def test_an_evaluation_set_without_targets_is_refused(
         assert answer is not None
         assert answer.startswith(f"--eval_data m: no token of {folder / name} is a target")
     assert not (tmp_path / "log/metrics.jsonl").exists()
-
-
-def fp16_works() -> bool:
-    from deepspeed.accelerator import get_accelerator
-
-    return bool(get_accelerator().is_fp16_supported())
 
 
 def test_fp16_without_a_device_for_it_is_a_mistake(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import fp16_works, records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
 
 
@@ -76,12 +76,6 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
 def answers(runs: list[dict[str, Any]]) -> list[str | None]:
     with contextlib.redirect_stdout(None):
         return [train_rank({**options, "dry_run": True}) for options in runs]
-
-
-def fp16_works() -> bool:
-    from deepspeed.accelerator import get_accelerator
-
-    return bool(get_accelerator().is_fp16_supported())
 
 
 def test_it_refuses_what_a_run_refuses(folder: Path) -> None:
