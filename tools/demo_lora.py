@@ -191,7 +191,8 @@ def report(demo: Any, merged_loss: float) -> int:
             ("merged, Hugging Face", f"{FOLDER / 'merged'}"),
         ),
     )
-    return failed(before, after, merged_loss, least_fall=LEAST_FALL, close=CLOSE)
+    status: int = failed(before, after, merged_loss, least_fall=LEAST_FALL, close=CLOSE)
+    return status
 
 
 if __name__ == "__main__":

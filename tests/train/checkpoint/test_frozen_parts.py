@@ -56,11 +56,16 @@ def test_held_in_another_way(model: Path, then: dict[str, Any], now: dict[str, A
         check_same_frozen_parts(parts(model, **then), parts(model, **now))
 
 
-def test_another_model(model: Path, tmp_path: Path) -> None:
+def save_changed(model: Path, to: Path) -> None:
+    """The model with one matrix that differs a little."""
     other = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.add_(0.01)
-    other.save_pretrained(tmp_path)
+    other.save_pretrained(to)
+
+
+def test_another_model(model: Path, tmp_path: Path) -> None:
+    save_changed(model, tmp_path)
     with pytest.raises(UserError, match="--model has other weights"):
         check_same_frozen_parts(parts(model), parts(tmp_path))
 
@@ -114,9 +119,6 @@ def test_what_changes_nothing_of_adapters(model: Path) -> None:
 
 
 def test_adapters_beside_another_model(model: Path, tmp_path: Path) -> None:
-    other = AutoModelForCausalLM.from_pretrained(model)
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight.add_(0.01)
-    other.save_pretrained(tmp_path)
+    save_changed(model, tmp_path)
     with pytest.raises(UserError, match="--model has other weights"):
         check_same_adapters(saved(lora(model, lora_dim=4)), lora(tmp_path, lora_dim=4))
