@@ -61,7 +61,7 @@ def _check_numbers(value: Any) -> None:
         for each in value.values() if isinstance(value, dict) else value:
             _check_numbers(each)
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ValueError("a whole number has more than 64 bits")
+        raise ValueError("a whole number beyond 64 bits")
 
 
 def read_text(path: Path, *, largest: int = LARGEST_FILE) -> str:
