@@ -129,8 +129,9 @@ class TrainConfig(
             raise UserError(
                 f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
             )
-        if self.trace_step is not None and self.resolved_log_dir is None:
-            raise UserError(f"--trace_step {self.trace_step} writes beside the records; give --log_dir or --checkpoint")
+        for name in ("trace_step", "profile_step"):
+            if (step := getattr(self, name)) is not None and self.resolved_log_dir is None:
+                raise UserError(f"--{name} {step} writes beside the records; give --log_dir or --checkpoint")
         if self.only_exports and self.resume_ckpt == "auto":
             raise UserError(f"--{self.only_exports} leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.lr_min > self.learning_rate:

@@ -40,7 +40,7 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.distributed.facts import join_alike
-from jllm.train.distributed.tracing import traced_step
+from jllm.train.distributed.profiling import watched_step
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
 from jllm.train.exporting import convert, export_run, say_templates
@@ -329,7 +329,7 @@ class TrainingRun:
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
-                with traced_step(self.engine, self.agreement, self.config, number, self.recorder):
+                with watched_step(self.engine, self.agreement, self.config, number, self.recorder):
                     loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")
