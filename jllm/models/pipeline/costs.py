@@ -47,7 +47,7 @@ def state_bytes(
 ) -> StateBytes:
     """Weight, gradient and optimizer state of a parameter, as DeepSpeed's optimizers keep them.
 
-    bf16: weight 2, gradient 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
+    bf16: weight 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
     fp16: no sum of gradients, but an fp32 copy of the rank's own share of the gradient. fp32: weight, gradient and
     moments; a master weight only where they are shared.
 
@@ -61,7 +61,7 @@ def state_bytes(
     size = float(dtype.itemsize)
     if not has_masters:
         return StateBytes(trained=size * (2 + moments), frozen=size)
-    gradient = size + (4.0 if dtype == torch.bfloat16 else 0.0)
+    gradient = 4.0 if dtype == torch.bfloat16 else size
     shared = 4.0 * moments
     if dtype != torch.float32 or sharded_over is not None:
         shared += 4.0

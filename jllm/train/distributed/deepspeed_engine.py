@@ -6,8 +6,8 @@ One DeepSpeed layer is one stage. What differs from DeepSpeed's own classes:
 * the fp32 gradient norm counts a tied parameter once, and covers all stages;
 * nothing of the set-up is printed.
 
-Cost of bf16: 2 bytes a parameter for the weight, 2 for its gradient, 4 for the fp32 sum of gradients, and 12 for master
-weight and AdamW's two moments, these divided by the data-parallel size.
+Cost of bf16: 2 bytes a parameter for the weight, 4 for the fp32 sum of gradients, and 12 for master weight and AdamW's
+two moments, these divided by the data-parallel size. A gradient itself is there only until it is added to the sum.
 """
 
 import itertools
@@ -32,6 +32,7 @@ from jllm.train.data.collate import MicroBatch
 from jllm.train.distributed import launch
 from jllm.train.distributed.deepspeed_settings import deepspeed_settings
 from jllm.train.distributed.host_optimizer import HostOptimizer
+from jllm.train.distributed.master_optimizer import MasterOptimizer
 from jllm.train.shape import RunShape
 
 
@@ -83,6 +84,25 @@ class TrainingEngine(PipelineEngine):
     place: Place
     _length: int | None = None
     _global_grad_norm: Tensor | None = None
+
+    def __init__(self, *args: Any, offloads: bool, **kwargs: Any) -> None:
+        self._offloads = offloads
+        super().__init__(*args, **kwargs)
+        # DeepSpeed's pipeline knows its optimizer for bf16 by the very class.
+        self.using_bf16_optimizer = isinstance(self.optimizer, MasterOptimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> MasterOptimizer:
+        kind = HostOptimizer if self._offloads else MasterOptimizer
+        return kind(
+            optimizer,
+            self.param_names,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            grad_acc_dtype=torch.float32,
+        )
 
     def clip_fp32_gradients(self) -> None:
         """Scale the gradients of all stages so that their joint norm is at most the limit."""
@@ -161,27 +181,6 @@ class TrainingEngine(PipelineEngine):
         return itertools.repeat((None, None)) if self.is_last_stage() else None
 
 
-class OffloadingEngine(TrainingEngine):
-    """The same with `--offload_optimizer`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # DeepSpeed's pipeline knows its optimizer for bf16 by the very class.
-        self.using_bf16_optimizer = True
-
-    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> HostOptimizer:
-        return HostOptimizer(
-            optimizer,
-            self.param_names,
-            bfloat16_config=self._config.bfloat16_config,
-            mpu=self.mpu,
-            clip_grad=self.gradient_clipping(),
-            allgather_bucket_size=self.zero_allgather_bucket_size(),
-            dp_process_group=self.seq_data_parallel_group,
-            grad_acc_dtype=torch.float32,
-        )
-
-
 def topology_of(mesh: Mesh) -> ProcessTopology:
     """The mesh in DeepSpeed's terms, which knows these two axes."""
     assert mesh.sequence == mesh.tensor == 1, mesh
@@ -210,9 +209,8 @@ def build_engine(
     module = Pipeline(stage, shape.mesh, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, shape)
-    kind = OffloadingEngine if config.offload_optimizer else TrainingEngine
     with launch.quiet():
-        engine = kind(
+        engine = TrainingEngine(
             args=None,
             model=module,
             optimizer=optimizer,
@@ -224,6 +222,7 @@ def build_engine(
             collate_fn=None,
             config=settings,
             config_class=DeepSpeedConfig(settings, mpu),
+            offloads=config.offload_optimizer,
         )
     engine.place = shape.mesh.place(engine.global_rank)
     return engine
