@@ -22,7 +22,7 @@ from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
-from jllm.train.options.parallelism import ParallelismOptions
+from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.steps import StepsOptions
@@ -92,6 +92,11 @@ class TrainConfig(
             )
 
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
+        if self.overlaps and self.batch_size_tokens is not None:
+            raise UserError(
+                f"--schedule {OVERLAPPED} needs micro-batches of one shape, and those of --batch_size_tokens differ;"
+                " drop one of them"
+            )
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
         if self.zero_stage == 1 and self.optimizer in WITHOUT_MASTERS:
@@ -193,6 +198,11 @@ class TrainConfig(
             return self.log_dir
         base = self.checkpoint or self.output_dir
         return base / "log" if base is not None else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether what crosses stages travels while they compute."""
+        return self.schedule == OVERLAPPED
 
     @property
     def resolved_zero_stage(self) -> int:

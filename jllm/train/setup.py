@@ -205,6 +205,7 @@ def plan_stages(
         num_stages=shape.mesh.pipe,
         micro_batches=shape.accumulation,
         costs=costs,
+        overlaps=config.overlaps,
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
@@ -217,8 +218,10 @@ def plan_stages(
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
     return StagePlan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit),
-        stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation),
+        table=stage_table(
+            costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit, overlaps=config.overlaps
+        ),
+        stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation, overlaps=config.overlaps),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
         parameters=parameters,
