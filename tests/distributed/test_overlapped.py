@@ -1,4 +1,4 @@
-"""`--schedule overlapped`: bit-identical losses, norms and weights, whatever the stages, the lengths and what is tied."""
+"""`--schedule overlapped`: bit-identical losses, norms and weights, whatever the stages, the lengths, what is tied."""
 
 from collections.abc import Callable
 from pathlib import Path
