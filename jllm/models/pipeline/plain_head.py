@@ -43,7 +43,7 @@ def find_plain_head(model: PreTrainedModel, *, base_name: str, inner_names: tupl
             model,
             base_name=base_name,
             inner_names=inner_names,
-            returned=_Output,
+            returned=_HiddenAlone,
             plain=PlainHead(name=name, linear=linear),
         )
         form = _tried(head, linear, width)
@@ -105,7 +105,7 @@ def _form(given: Tensor, found: Tensor) -> tuple[float, float | None] | None:
     return (factor, cap) if torch.allclose(found, expected, rtol=rounding, atol=0) else None
 
 
-class _Output:
+class _HiddenAlone:
     """What a base model returns, of whatever class: final hidden states, and nothing else."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:

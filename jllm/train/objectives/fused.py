@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
-from jllm.train.objectives.logit_rows import RowLoss, compiles, rows_of
+from jllm.train.objectives.logit_rows import RowLoss, compiles, losses_of
 
 _ALIGNED = 64
 """Rows of logits start at multiples of so many elements, and chunks have multiples of so many tokens, where they can:
@@ -60,13 +60,13 @@ def fused_loss(
     rows = RowLoss(kind=kind, gamma=gamma, factor=plain.factor, cap=plain.cap)
     inputs = head.before(tokens), plain.linear.weight, plain.linear.bias
     wanted = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in inputs]
-    call = _Call(rows=rows, wanted=tuple(wanted), expected=expected)
+    call = _FusedCall(rows=rows, wanted=tuple(wanted), expected=expected)
     loss: Tensor = _FusedLoss.apply(*inputs, targets, call)  # type: ignore[no-untyped-call]
     return loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call:
+class _FusedCall:
     """What is no tensor.
 
     Attributes:
@@ -84,7 +84,9 @@ class _FusedLoss(torch.autograd.Function):
     """Hidden states [N, width], weight [V, width], bias [V] or None, labels [N] → the summed loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, call: _FusedCall
+    ) -> Tensor:
         """The sum, and all gradients."""
         of_hidden, of_weight, of_bias = (
             torch.empty_like(each) if each is not None and wanted else None
@@ -161,7 +163,7 @@ class _Chunks:
         if self._is_of_one_shape and len(labels) < self.size:
             # What lies in the other rows is not looked at.
             labels = pad(labels, (0, self.size - len(labels)), value=IGNORE_INDEX)
-        return rows_of(rows, self.logits(len(labels)), labels, factor, has_gradient).sum()
+        return losses_of(rows, self.logits(len(labels)), labels, factor, has_gradient=has_gradient).sum()
 
 
 def _scale(numbers: Tensor | None, factor: Tensor) -> None:

@@ -1,9 +1,10 @@
 """Rows of products to the losses of their tokens, and in place to the gradients of these: all in fp32.
 
-A row is what the output embedding gives a token. On CUDA one function goes over all rows of a chunk, compiled: it reads
-them once, and once more where it writes. On CPU it goes over some rows at a time, which stay in the cache.
+A row is what the output embedding gives a token. Two functions go over rows: one reads them, and tells of each row a
+few numbers; the other one reads and overwrites them. On CUDA both are compiled, and go over all rows of a chunk; on CPU
+they go over some rows at a time.
 
-Cost: nothing of the size of the rows where it is compiled; elsewhere some fp32 copies of `BLOCK_ELEMENTS` elements.
+Cost: nothing of the size of the rows where they are compiled; elsewhere some fp32 copies of `BLOCK_ELEMENTS` elements.
 """
 
 import dataclasses
@@ -18,8 +19,9 @@ from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.train.objectives.token_losses import OF_CROSS_ENTROPY
 
 BLOCK_ELEMENTS = 2**22
-Rows = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""(rows [n, V], labels [n], factor of the gradient, whether to write it) → losses [n]."""
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of n rows: the highest logits [n, 1], the logarithms of the sums of exp(logit - highest) [n, 1], the losses [n], and
+what the gradient of the cross-entropy is multiplied with [n]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,27 +38,27 @@ class RowLoss:
     factor: float = 1.0
     cap: float | None = None
 
-    def __call__(self, rows: Tensor, labels: Tensor, factor: Tensor, has_gradient: bool) -> Tensor:
-        """Losses [n] of products [n, V], 0 where a label is `IGNORE_INDEX`.
-
-        With `has_gradient` the products become the gradient of the summed losses, times `factor`, a scalar.
-        """
+    def statistics(self, rows: Tensor, labels: Tensor, factor: Tensor) -> Statistics:
+        """Of products [n, V], with losses and gradients 0 where a label is `IGNORE_INDEX`; these `factor` times."""
         trained = labels != IGNORE_INDEX
-        places = labels.clamp(min=0)[:, None]
         logits = self._logits(rows.float())
-        logarithms = logits.log_softmax(1)
-        ce = -logarithms.gather(1, places)[:, 0]
-        losses, slopes = self._of(ce)
-        if has_gradient:
-            slopes = torch.where(trained, slopes * (factor * self.factor), 0.0)[:, None]
-            # p - 1 with all its digits, where the target is nearly certain.
-            of_targets = torch.expm1(-ce)[:, None] * slopes
-            gradient = logarithms.exp_().mul_(slopes)
-            if self.cap is not None:
-                below = 1 - (logits / (self._sharpness * self.cap)).square()
-                of_targets, gradient = of_targets * below.gather(1, places), gradient * below
-            rows.copy_(gradient).scatter_(1, places, of_targets.to(rows.dtype))
-        return torch.where(trained, losses, 0.0)
+        highest = logits.amax(1, keepdim=True)
+        total = (logits - highest).exp().sum(1, keepdim=True).log()
+        of_targets = self._logits(rows.gather(1, labels.clamp(min=0)[:, None]).float())
+        # In this order: where the target is the highest, it is as small as it is, with all its digits.
+        losses, slopes = self._of((total - (of_targets - highest))[:, 0])
+        slopes = torch.where(trained, slopes * (factor * self.factor), 0.0)
+        return highest, total, torch.where(trained, losses, 0.0), slopes
+
+    def write_gradient(self, rows: Tensor, labels: Tensor, highest: Tensor, total: Tensor, slopes: Tensor) -> None:
+        """Products [n, V] become the gradient of their losses."""
+        logits = self._logits(rows.float())
+        probabilities = (logits - highest).sub_(total).exp_()
+        is_target = torch.arange(rows.shape[1], device=rows.device) == labels[:, None]
+        gradient = torch.where(is_target, probabilities - 1, probabilities).mul_(slopes[:, None])
+        if self.cap is not None:
+            gradient = gradient * (1 - (logits / (self._sharpness * self.cap)).square())
+        rows.copy_(gradient)
 
     @property
     def _sharpness(self) -> float:
@@ -84,27 +86,52 @@ def compiles(device: torch.device) -> bool:
     return device.type == "cuda" and not _failed
 
 
-def rows_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, has_gradient: bool) -> Tensor:
-    """What `of` makes of all rows, in the way that is fast on their device."""
+def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
+    """Losses [n] of products [n, V], in the way that is fast on their device.
+
+    Args:
+        of: what the losses are.
+        rows: with `has_gradient` they become the gradient of the summed losses.
+        labels: [n]; where they are `IGNORE_INDEX`, loss and gradient are 0.
+        factor: of the gradient, a scalar.
+        has_gradient: whether it is made.
+    """
+    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
     if compiles(rows.device):
-        from torch._dynamo.exc import TorchDynamoException  # here: it takes a second, which a run on CPU need not wait
+        # Here: it takes a second, which a run on CPU need not wait.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return _compiled(of)(rows, labels, factor, has_gradient)
-        except TorchDynamoException as error:
-            # Nothing has run yet: compiling comes first.
+            return _losses(*_compiled(of), rows, labels, factor, has_gradient)
+        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
+            # Nothing is written yet: compiling comes before that, in the second function too.
             _failed.append(True)
             logging.getLogger(__name__).warning("the loss runs uncompiled, which is slower: %s", error)
-    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
     blocks = zip(rows.split(size), labels.split(size), strict=True)
-    return torch.cat([of(block, targets, factor, has_gradient) for block, targets in blocks])
+    return torch.cat(
+        [_losses(of.statistics, of.write_gradient, block, some, factor, has_gradient) for block, some in blocks]
+    )
+
+
+def _losses(
+    statistics: Callable[..., Statistics],
+    write_gradient: Callable[..., None],
+    rows: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    has_gradient: bool,
+) -> Tensor:
+    highest, total, losses, slopes = statistics(rows, labels, factor)
+    if has_gradient:
+        write_gradient(rows, labels, highest, total, slopes)
+    return losses
 
 
 _failed: list[bool] = []
 
 
 @functools.cache
-def _compiled(of: RowLoss) -> Rows:
+def _compiled(of: RowLoss) -> tuple[Callable[..., Statistics], Callable[..., None]]:
     """Each loss for itself; its numbers are constants."""
-    compiled: Rows = torch.compile(of.__call__, fullgraph=True, dynamic=False)
-    return compiled
+    whole = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    return whole(of.statistics), whole(of.write_gradient)

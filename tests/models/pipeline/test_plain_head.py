@@ -124,7 +124,7 @@ def test_others_are_not_plain(change: str) -> None:
 
 def test_its_parts_make_the_logits() -> None:
     """On any run of tokens; and nothing of the model is changed by asking."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     from jllm.models.pipeline.head import FamilyHead
 
@@ -132,7 +132,13 @@ def test_its_parts_make_the_logits() -> None:
     before = {name: id(module) for name, module in model.named_modules()}
     plain = found_in(model)
     assert plain is not None
-    head = FamilyHead(model, base_name="bert", inner_names=("encoder",), returned=BaseModelOutputWithPast, plain=plain)
+    head = FamilyHead(
+        model,
+        base_name="bert",
+        inner_names=("encoder",),
+        returned=Output,
+        plain=plain,
+    )
     assert {name: id(module) for name, module in model.named_modules()} == before
     for shape in ((2, 5, 32), (7, 32)):
         hidden = torch.randn(*shape)

@@ -1,7 +1,5 @@
 """A loss fused with the head's product has the loss and every gradient of one that is not, whatever the chunks."""
 
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,109 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline import head as head_module
-from jllm.models.pipeline.head import Head, PlainHead
-from jllm.train.objectives import fused, logit_rows
+from jllm.train.objectives import logit_rows
 from jllm.train.objectives.cross_entropy import CrossEntropy, CrossEntropyAndAccuracy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.options.objective import LOSSES
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, worst_gradient
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
+from tests.train.objectives.product_heads import HEADS, ProductHead, assert_equal, micro_batch, results
 
 torch.set_num_threads(1)
-
-
-class ProductHead(Head):
-    """Gains, a product, a factor and a soft cap."""
-
-    def __init__(
-        self,
-        vocabulary: int,
-        width: int,
-        *,
-        bias: bool = False,
-        factor: float = 1.0,
-        cap: float | None = None,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        torch.manual_seed(seed)
-        self.gains = nn.Parameter(torch.rand(width, dtype=dtype) + 0.5)
-        linear = nn.Linear(width, vocabulary, bias=bias, dtype=dtype)
-        with torch.no_grad():
-            linear.weight.mul_(3)
-        super().__init__(vocabulary, PlainHead(name="", linear=linear, factor=factor, cap=cap))
-        self.linear, self.factor, self.cap = linear, factor, cap
-
-    def before(self, hidden: Tensor) -> Tensor:
-        return hidden * self.gains
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.linear(self.before(hidden)) * self.factor
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.gains, *self.linear.parameters()]
-
-
-def micro_batch(
-    head: ProductHead, tokens: tuple[int, int] = (2, 12), masked: float = 0.3, seed: int = 1
-) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(*tokens, head.linear.in_features, generator=generator).to(head.linear.weight.dtype)
-    labels = torch.randint(0, head.vocabulary, tokens, generator=generator)
-    labels[torch.rand(tokens, generator=generator) < masked] = IGNORE_INDEX
-    return hidden, {"labels": labels}
-
-
-def results(
-    head: ProductHead,
-    hidden: Tensor,
-    fields: Mapping[str, Tensor],
-    *,
-    is_fused: bool,
-    kind: str = "cross_entropy",
-    gradient: float | None = None,
-) -> list[Tensor | None]:
-    """The loss, the gradients of the hidden states and of all parameters; their backward pass starts with 0.3."""
-    for parameter in head.parameters():
-        parameter.grad = None
-    given = hidden.clone().requires_grad_()
-    loss = CrossEntropy(kind, 1.7, is_fused=is_fused)(given, head, fields, gradient).loss
-    (loss * 0.3).backward()  # type: ignore[no-untyped-call]
-    return [loss.detach(), given.grad, *(parameter.grad for parameter in head.parameters())]
-
-
-def assert_equal(found: list[Tensor | None], expected: list[Tensor | None], tolerance: float = 1e-5) -> None:
-    """As large as the largest element allows."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.dtype == other.dtype
-            limit = tolerance * max(1.0, other.abs().max().item())
-            torch.testing.assert_close(one, other, atol=limit, rtol=0)
-
-
-HEADS: list[dict[str, Any]] = [
-    {},
-    {"bias": True},
-    {"factor": 1 / 13},
-    {"cap": 3.0},
-    {"factor": 0.5, "cap": 2.0, "bias": True},
-]
-
-
-@pytest.fixture
-def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """Tokens of a chunk, at a vocabulary of 50."""
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", request.param * 50)
-    return int(request.param)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 100], indirect=True)
@@ -284,57 +193,6 @@ def test_bf16_is_as_exact_as_without(chunk: int, gradient: float | None, monkeyp
     allowed = 1.1 if gradient is not None or chunk < 1024 else 1.4
     assert together[0] < 1e-3
     assert all(one <= allowed * other for one, other in zip(together[1:], plain[1:], strict=True)), (plain, together)
-
-
-@pytest.mark.parametrize("chunk", [64, 200], indirect=True)
-@pytest.mark.parametrize("more", [HEADS[0], HEADS[4]], ids=str)
-@pytest.mark.parametrize("kind", LOSSES)
-def test_compiled_rows(kind: str, more: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on GPUs: one graph for all numbers of tokens, on a buffer whose rows are wider than the vocabulary."""
-    monkeypatch.setattr(logit_rows, "compiles", lambda device: True)
-    monkeypatch.setattr(fused, "compiles", lambda device: True)
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    logit_rows._compiled.cache_clear()
-    torch._dynamo.reset()
-    plain_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda of, **options: plain_compile(of, backend=backend, **options))
-    head = ProductHead(50, 8, **more)
-    try:
-        for length in (5, 64, 150):
-            hidden, fields = micro_batch(head, (2, length))
-            expected = results(head, hidden, fields, is_fused=False, kind=kind)
-            assert_equal(results(head, hidden, fields, is_fused=True, kind=kind), expected)
-    finally:
-        logit_rows._compiled.cache_clear()
-        torch._dynamo.reset()
-    assert len(graphs) == 1
-
-
-def test_what_cannot_be_compiled_runs_nonetheless(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._dynamo.exc import TorchDynamoException
-
-    def fails(*arguments: Any) -> Any:
-        raise TorchDynamoException("no compiler here")
-
-    monkeypatch.setattr(logit_rows, "_failed", [])
-    monkeypatch.setattr(logit_rows, "compiles", lambda device: not logit_rows._failed)
-    monkeypatch.setattr(logit_rows, "_compiled", lambda of: fails)
-    head = ProductHead(50, 8)
-    hidden, fields = micro_batch(head)
-    expected = results(head, hidden, fields, is_fused=False)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert_equal(results(head, hidden, fields, is_fused=True), expected)
-    assert [record.getMessage() for record in caplog.records] == [
-        "the loss runs uncompiled, which is slower: no compiler here"
-    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2", "bert"])
