@@ -18,7 +18,7 @@ from torch import Tensor
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.train.objectives.token_losses import OF_CROSS_ENTROPY
 
-BLOCK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**20
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of n rows: the highest logits [n, 1], the logarithms of the sums of exp(logit - highest) [n, 1], the losses [n], and
 what the gradient of the cross-entropy is multiplied with [n]."""
