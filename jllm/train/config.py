@@ -57,7 +57,7 @@ class TrainConfig(
         weighted_folders(self)
         check_adapters(self)
         check_quantisation(self)
-        check_objective(self)
+        check_objective(self, self.precision)
         check_optimizer(self)
         _check_adapters_in_run(self)
         if self.json and not self.dry_run:

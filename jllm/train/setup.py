@@ -29,7 +29,7 @@ from jllm.train.advice import PipelineAdvice
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
@@ -116,7 +116,8 @@ class StagePlan:
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
         parameters: of the whole model, what is attached to it included.
-        notes: for people, a line each: what has adapters, and how much trains where that is not everything.
+        notes: for people, a line each: what has adapters, how much trains where that is not everything, and of a stage
+            that is built whether the loss is fused with the head.
     """
 
     boundaries: list[int]
@@ -177,6 +178,7 @@ def plan_stages(
         quantised=quantisation.parameters if quantisation is not None else (),
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
+        is_fused=wants_fused_loss(config),
     )
     operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:
@@ -185,7 +187,7 @@ def plan_stages(
             return measure_costs(
                 family.config,
                 costs,
-                objective=ObjectiveInUse(CrossEntropy()),
+                objective=ObjectiveInUse(training_objective(config)),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -195,6 +197,7 @@ def plan_stages(
                 checkpoint_attention=config.checkpoint_grad_attention,
                 family=family.model_class,
                 cache=default_cache(),
+                is_fused=wants_fused_loss(config),
             )
 
         costs = measure() if agreement is None else agreement.from_first_reader(measure)
@@ -301,11 +304,12 @@ def build_stage(
     stage = PipelineStage(
         model, span, objective, read=planes_of(config), is_frozen=family.adapters is not None, tell=tell
     )
+    fused = fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
-        plan=plan,
+        plan=dataclasses.replace(plan, notes=(*plan.notes, fused)),
         checkpointing=checkpointing,
         routers=routers,
         attached=frozenset(attached),

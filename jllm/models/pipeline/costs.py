@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.families import has_head_apart
+from jllm.models.families import has_head_apart, has_plain_head
 from jllm.models.pipeline.carving import plain_name
 from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
@@ -178,6 +178,7 @@ def estimate_costs(
     quantised: Collection[str] = (),
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
+    is_fused: bool = False,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -195,6 +196,7 @@ def estimate_costs(
         family: the model's class; None for the one that transformers has for `config`.
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
+        is_fused: the loss is fused with the product of a plain head.
 
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names.
@@ -248,9 +250,10 @@ def estimate_costs(
     head_frozen = head_products - sum(
         _weights_used(model.get_submodule(name), text, trained) for name in structure.after
     )
-    # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
+    # An objective takes the logits of a large vocabulary in chunks, which are computed twice where it is not fused.
     logits = held = tokens * text.vocab_size
     is_apart = has_head_apart(type(model))
+    is_fused = is_fused and has_plain_head(type(model))
     if logits > CHUNK_ELEMENTS:
         held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
     types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
@@ -263,6 +266,7 @@ def estimate_costs(
         2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained))
         for layer, own in zip(layers, configs, strict=True)
     ]
+    is_repeated = is_apart and held < logits and not is_fused
     head_per_token, head_spared = 2.0 * head_products, 2.0 * head_frozen
     return Costs(
         layers=tuple(
@@ -277,10 +281,10 @@ def estimate_costs(
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
-        head_time=tokens * ((_RECOMPUTED if is_apart and held < logits else _TRAINING) * head_per_token - head_spared),
+        head_time=tokens * ((_RECOMPUTED if is_repeated else _TRAINING) * head_per_token - head_spared),
         embedding_activation_bytes=8.0 * tokens,
-        # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
-        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8),
+        # Logits in the compute dtype, and fp32 logits with their gradient inside a loss that is not fused.
+        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused)),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),

@@ -27,6 +27,7 @@ from jllm.models.families import has_head_apart
 from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
 from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
+from jllm.models.pipeline.plain_head import find_plain_head
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentLayer
 
@@ -74,7 +75,12 @@ class PipelineStage(nn.Module):
         self._runs_whole = span.is_last and not head_apart
         self._structure = structure_of(model)
         # The model without its head: what holds the decoder layers, one level below.
-        self._base_name, *self._inside_base = self._structure.layers.split(".")
+        self._base_name, *inside = self._structure.layers.split(".")
+        self._inner_names = tuple(inside[:-1])
+        self.plain_head = None
+        """What the logits are, on a last stage where they are a product of what the head is given."""
+        if span.is_last and head_apart:
+            self.plain_head = find_plain_head(model, base_name=self._base_name, inner_names=self._inner_names)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = accepted_arguments(self._runner, model.get_submodule(self._base_name))
         needs_ids = self._structure.needs_ids and span.count > 1 and INPUT_IDS not in read
@@ -140,7 +146,11 @@ class PipelineStage(nn.Module):
         if self._runs_whole:
             return self.objective(output.logits, LogitsGiven(output.logits.shape[-1]), fields)
         head = FamilyHead(
-            self.model, base_name=self._base_name, inner_names=tuple(self._inside_base[:-1]), returned=type(output)
+            self.model,
+            base_name=self._base_name,
+            inner_names=self._inner_names,
+            returned=type(output),
+            plain=self.plain_head,
         )
         return self.objective(output.last_hidden_state, head, fields)
 
