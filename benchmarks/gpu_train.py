@@ -6,12 +6,13 @@
 Random weights and random tokens, bf16, 4,096 tokens a row, clipping at 1.0; `gpu_rows.py` has the settings. One JSON
 line a setting: tokens per second (median after warm-up), model FLOPs utilisation (6 x parameters in products + 6 x
 layers x width x length a token, 989 TFLOP/s), peak memory of the device's allocator and seconds to the first step of
-each, and their ratio. With --profile also the kernels that take most of a step of ours, as text. "skipped" without
-CUDA devices enough.
+each, and their ratio. With --profile FOLDER the kernels that take most of a step of ours go there, as text. "skipped"
+without CUDA devices enough.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,9 @@ from benchmarks.gpu_rows import (  # noqa: E402
 PEAK = 989e12
 
 
-def run_ours(setting: Setting, *, steps: int, further: list[str], scratch: Path) -> dict[str, Any]:
+def run_ours(
+    name: str, setting: Setting, *, steps: int, further: list[str], scratch: Path, profile: Path | None = None
+) -> dict[str, Any]:
     """Median tokens per second of the steps after warm-up, padding apart, and peak memory of the fullest device."""
     llama(setting.shape).save_pretrained(scratch / "model")
     write_data(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
@@ -51,6 +54,7 @@ def run_ours(setting: Setting, *, steps: int, further: list[str], scratch: Path)
     command += ["--block_mask"] if setting.mean_document is not None else []
     command += ["--lora_dim", str(LORA_RANK)] if setting.lora else []
     command += ["--checkpoint_grad_interval", "1"] if setting.recompute else []
+    command += ["--profile_step", str(steps)] if profile is not None else []
     started = time.time()
     done = subprocess.run([*command, *setting.further, *further], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -60,6 +64,10 @@ def run_ours(setting: Setting, *, steps: int, further: list[str], scratch: Path)
     kept = [record["tokens_per_second"] for record in records[WARM_UP:]]
     # The records have seconds of each step; what came before the first is the start and the compiling.
     took = time.time() - started - sum(record["seconds"] for record in records[1:])
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+        for path in (scratch / "log").glob("profile*.txt"):
+            shutil.copy(path, profile / f"{name}-{path.name}")
     return {
         "tokens_per_second": round(statistics.median(kept)),
         "spread": round((max(kept) - min(kept)) / statistics.median(kept), 3),
@@ -86,7 +94,16 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if not options.no_peer and setting.stages == 1:
             peers.append(run_peer(name, steps=options.steps, further=options.peer.split()))
         with tempfile.TemporaryDirectory() as scratch:
-            ours.append(run_ours(setting, steps=options.steps, further=options.ours.split(), scratch=Path(scratch)))
+            ours.append(
+                run_ours(
+                    name,
+                    setting,
+                    steps=options.steps,
+                    further=options.ours.split(),
+                    scratch=Path(scratch),
+                    profile=options.profile,
+                )
+            )
     flops = flops_per_token(setting.shape, setting.length) / (PEAK * setting.stages)
     found: dict[str, Any] = {"benchmark": "gpu_train", "setting": name, "ours": ours[-1]}
     speed = statistics.median(each["tokens_per_second"] for each in ours)
@@ -105,12 +122,13 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, and print a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny, unless named")
+    parser.add_argument("settings", nargs="*", choices=SETTINGS, help="all but tiny, unless named")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ours", default="", help="further options of our command line")
     parser.add_argument("--peer", default="", help="further options of the loop")
     parser.add_argument("--no_peer", action="store_true")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of ours")
     options = parser.parse_args()
     import torch
 
