@@ -122,7 +122,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, and print a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", choices=SETTINGS, help="all but tiny, unless named")
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny, unless named")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ours", default="", help="further options of our command line")
