@@ -82,6 +82,10 @@ class Family:
     head_apart: bool = False
     """Whether the head alone, on any part of the hidden states, gives the family's own logits."""
 
+    compiled: str = "no"
+    """Whether compiled decoder layers have the loss and every gradient of the layers as they are: `inductor`, compiled
+    as in a run; `traced`, by the graphs that inductor is given; or `no`."""
+
     @property
     def apart(self) -> str:
         """`isolates_documents` for people; empty where it was not asked."""
@@ -96,6 +100,11 @@ class Family:
     def head(self) -> str:
         """`head_apart` for people."""
         return "" if self.status != "pass" else "apart" if self.head_apart else "whole"
+
+    @property
+    def layers(self) -> str:
+        """`compiled` for people."""
+        return "" if self.status != "pass" else self.compiled
 
 
 def catalogue() -> tuple[str, list[Family]]:
@@ -136,6 +145,12 @@ def has_head_apart(family: type["PreTrainedModel"]) -> bool:
     """Whether the walk has shown the head of transformers' own class `family` to work apart from the rest."""
     known = _shown(family)
     return known is not None and known.head_apart
+
+
+def shown_compiled(family: type["PreTrainedModel"]) -> bool:
+    """Whether the walk has shown compiled decoder layers of transformers' own class `family` to be right."""
+    known = _shown(family)
+    return known is not None and known.compiled != "no"
 
 
 def _shown(family: type["PreTrainedModel"]) -> Family | None:
