@@ -196,7 +196,7 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "loss takes a large vocabulary in chunks (*apart*), otherwise it needs all logits at once (*whole*). "
         "*Layers*: whether compiled decoder layers have the loss and every gradient of the layers as they are "
         "(fp32, 1e-5): compiled as in a run, on CPU (*inductor*), by the graphs that the compiler is given (*traced*), "
-        "or *no*; "
+        "or not shown to be right (*no*); "
         "`--compile auto` is on for the first two. "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
