@@ -66,7 +66,6 @@ class CompiledLayers:
     ) -> None:
         self.usual, self._tell, self.warn, self.backend = usual, tell, warn, backend
         self.kinds: dict[tuple[Any, ...], _Kind] = {}
-        self.layers = 0
         self._started = _CLOCK.seconds
         self._is_told = False
 
@@ -163,7 +162,6 @@ def compile_layers(
         warn(f"note: model type {model.config.model_type!r} has no list of decoder layers: nothing is compiled")
         return state
     layers = [model.get_submodule(f"{structure.layers}.{index}") for index in range(span.first_layer, span.end_layer)]
-    state.layers = len(layers)
     for layer in layers:
         if attention_apart:
             for attention in find_attention(layer):

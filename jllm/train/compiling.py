@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from torch._inductor.runtime import cache_dir_utils
 from transformers import PreTrainedModel
 
 from jllm.errors import say
@@ -121,8 +122,10 @@ def keep_code_private() -> None:
 
     Call before anything is compiled: flex attention is compiled, too.
     """
+    # PyTorch sets its own variable to this when a part of its compiler is imported, which anything may do.
+    guessable = cache_dir_utils.default_cache_dir()
     for variable, name in _FOLDERS.items():
-        if not os.environ.get(variable):
+        if os.environ.get(variable, "") in ("", guessable):
             os.environ[variable] = str(caches.private_folder(name))
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         from torch._inductor import config as inductor

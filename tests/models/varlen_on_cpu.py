@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv
 
 ENABLE_GQA = frozenset({"window_size", "enable_gqa"})
 WITHOUT = frozenset({"window_size"})
@@ -30,28 +29,33 @@ def varlen_attn(
     return _forward(query, key, value, bounds, longest, scale, window_size[0])
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, left: int
-) -> Tensor:
+def _weights(query: Tensor, key: Tensor, bounds: Tensor, longest: int, scale: float | None, left: int) -> Tensor:
+    """[heads, T, T] of heads-first tensors."""
     assert int(bounds.diff().max()) <= longest
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    at = torch.arange(query.shape[2])
+    at = torch.arange(query.shape[1])
     document = torch.bucketize(at, bounds, right=True)
     distance = at[:, None] - at
     seen = (document[:, None] == document) & (distance >= 0)
     if left >= 0:
         seen &= distance <= left
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
-    return attended[0].transpose(0, 1).contiguous()
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def _heads_first(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """[heads, T, size], keys and values repeated for all heads of queries."""
+    groups = [query.shape[1] // each.shape[1] for each in others]
+    repeated = (each.repeat_interleave(count, dim=1) for each, count in zip(others, groups, strict=True))
+    return [each.transpose(0, 1) for each in (query, *repeated)]
 
 
 @torch.library.custom_op("jllm_tests::by_lengths", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, left: int
 ) -> Tensor:
-    return _attend(query, key, value, bounds, longest, scale, left)
+    query, key, value = _heads_first(query, key, value)
+    attended = _weights(query, key, bounds, longest, scale, left) @ value
+    return attended.transpose(0, 1).contiguous()
 
 
 @_forward.register_fake
@@ -72,11 +76,17 @@ def _backward(
     scale: float | None,
     left: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        inputs = [each.detach().requires_grad_() for each in (query, key, value)]
-        attended = _attend(*inputs, bounds, longest, scale, left)  # type: ignore[misc]
-        first, second, third = torch.autograd.grad(attended, inputs, gradient)
-    return first.contiguous(), second.contiguous(), third.contiguous()
+    heads = key.shape[1]
+    query, key, value = _heads_first(query, key, value)
+    weights = _weights(query, key, bounds, longest, scale, left)
+    gradient = gradient.transpose(0, 1)
+    of_weights = gradient @ value.mT
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * factor
+    first, second, third = of_scores @ key, of_scores.mT @ query, weights.mT @ gradient
+    # Those of repeated heads add up.
+    second, third = (each.unflatten(0, (heads, -1)).sum(1) for each in (second, third))
+    return tuple(each.transpose(0, 1).contiguous() for each in (first, second, third))  # type: ignore[return-value]
 
 
 @_backward.register_fake

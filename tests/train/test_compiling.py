@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
+from torch._inductor.runtime import cache_dir_utils
 
 from jllm.models.compiled import Shape
 from jllm.models.families import shown_compiled
@@ -63,7 +64,7 @@ def test_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(inductor, "compile_threads", 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
     keep_code_private()
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
