@@ -187,8 +187,7 @@ def test_watched_routers(tmp_path: Path) -> None:
     assert worst_gradient(eager[1], shared[1])[0] < 1e-5
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("ways", [None, {"attention_only": True}])
+@pytest.mark.parametrize(("use_dora", "ways"), [(False, None), (False, {"attention_only": True}), (True, None)])
 def test_lora(tmp_path: Path, use_dora: bool, ways: dict[str, Any] | None) -> None:
     """The first layer's input needs no gradient, which is another graph. peft's DoRA is traced in pieces."""
     pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
@@ -267,8 +266,10 @@ def test_what_fails_runs_as_it_is(tmp_path: Path) -> None:
     assert all(state.failed for state in states)
 
 
-def test_inductor(tmp_path: Path) -> None:
+def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a run; what it took is said once."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     make_folder(tiny_config("llama", num_hidden_layers=2), tmp_path)
     [stage] = load_chain(tmp_path, [0, 2])
     inputs = batch()
