@@ -3,12 +3,16 @@
 Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. Kernels that know documents
 by their lengths are compared with the default one, windows and the like narrower than the rows. The head alone is
-compared with the whole forward, and a loss fused with it with one that is not. The result goes to
-`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or hangs costs a
-worker process, not the run. Takes about 5 minutes on two cores.
+compared with the whole forward, a loss fused with it with one that is not, and compiled layers with layers as they are.
+The result goes to `jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or
+hangs costs a worker process, not the run. Takes about half an hour on two cores, most of it for the compiler.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
+    python tools/test_families.py --compiled [llama ...]   of types that pass, only what is compiled, anew
+    python tools/test_families.py --jobs 8   so many at a time
+
+A type that a renewal with `--compiled` does not get to, because it is interrupted, keeps its line.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from jllm import children  # noqa: E402
 from jllm.errors import UserError  # noqa: E402
 from jllm.models.families import CATALOGUE, NAMED, REFUSED, Family, catalogue  # noqa: E402
 
-TIMEOUT = 300
+TIMEOUT = 600
 
 
 def walk_one(model_type: str) -> Family:
@@ -41,6 +45,7 @@ def walk_one(model_type: str) -> Family:
     from jllm.models.families import check_split
     from jllm.models.pipeline.costs import estimate_costs
     from jllm.models.pipeline.span import StageSpan
+    from tests.models.compiled_check import how_compiled
     from tests.models.family_check import (
         compare_family,
         head_is_apart,
@@ -78,6 +83,7 @@ def walk_one(model_type: str) -> Family:
             by_lengths = kernels_by_lengths(model_type) if isolates else "none"
             is_apart = head_is_apart(whole, config)
             is_plain = is_apart and head_is_plain(whole, config)
+            compiled = how_compiled(whole, config)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
     except Exception as error:
@@ -85,7 +91,8 @@ def walk_one(model_type: str) -> Family:
     tie = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
     shown = f"2 and 3 stages = whole model, {tie}; export = source"
     heads = {"head_apart": is_apart, "plain_head": is_plain}
-    return result("pass", shown, isolates_documents=isolates, by_lengths=by_lengths, **heads)
+    facts = {"isolates_documents": isolates, "by_lengths": by_lengths, **heads, "compiled": compiled}
+    return result("pass", shown, **facts)
 
 
 def _reason(message: str) -> str:
@@ -93,11 +100,48 @@ def _reason(message: str) -> str:
     return message.partition(": ")[2].partition("; ")[0] or message
 
 
-def walk_apart(model_types: Sequence[str]) -> Iterator[Family]:
+def compile_one(known: Family) -> Family:
+    """The line of a type that passes, with what its compiled layers are now shown to do."""
+    import torch
+    from transformers.utils import logging
+
+    from tests.models.compiled_check import how_compiled
+    from tests.models.family_check import make_folder
+    from tests.models.tiny import tiny_config
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    config = tiny_config(known.model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        make_folder(config, Path(folder))
+        return replace(known, compiled=how_compiled(Path(folder), config))
+
+
+def walk_many(model_types: Sequence[str], jobs: int, flags: Sequence[str]) -> Iterator[Family]:
+    """The same by several workers at a time, in the order in which they come."""
+    found: queue.Queue[Family | None] = queue.Queue()
+
+    def walk(part: Sequence[str]) -> None:
+        for family in walk_apart(part, flags):
+            found.put(family)
+        found.put(None)
+
+    for number in range(jobs):
+        threading.Thread(target=walk, args=(model_types[number::jobs],), daemon=True).start()
+    left = jobs
+    while left:
+        family = found.get()
+        if family is None:
+            left -= 1
+        else:
+            yield family
+
+
+def walk_apart(model_types: Sequence[str], flags: Sequence[str] = ()) -> Iterator[Family]:
     """All of them in a worker process, which is replaced when a type takes it down or hangs it."""
     pending = list(model_types)
     while pending:
-        command = children.python(__file__, "--worker", *pending)
+        command = children.python(__file__, "--worker", *flags, *pending)
         with (
             tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,
@@ -156,45 +200,71 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "loss takes a large vocabulary in chunks (*apart*), otherwise it needs all logits at once (*whole*). *Plain*: "
         "apart, and the logits are a product with the output embedding with at most a factor and a soft cap after it; "
         "a loss fused with it (`--fused_loss`) has the loss and every gradient of one that is not (fp32, 1e-5). "
+        "*Layers*: whether compiled decoder layers have the loss and every gradient of the layers as they are "
+        "(fp32, 1e-5): compiled as in a run, on CPU (*inductor*), by the graphs that the compiler is given (*traced*), "
+        "or not shown to be right (*no*); "
+        "`--compile auto` is on for the first two. "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
-        "| type | plan | result | documents apart | by lengths | head | shown by, or reason |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| type | plan | result | documents apart | by lengths | head | layers | shown by, or reason |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         plan = "yes" if family.has_plan else ""
         shown = family.shown.replace("|", "/")
-        lines.append(
-            f"| {name} | {plan} | {family.status} | {family.apart} | {family.kernels} | {family.head} | {shown} |"
-        )
+        facts = (name, plan, family.status, family.apart, family.kernels, family.head, family.layers, shown)
+        lines.append(f"| {' | '.join(facts)} |")
     target = ROOT / "docs" / "families.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _renew(families: Sequence[Family]) -> None:
+    """Write these lines anew, and leave the others."""
+    renewed = {family.model_type: family for family in families}
+    version, known = catalogue()
+    write_table(version, [renewed.get(family.model_type, family) for family in known])
 
 
 def main() -> int:
     """Parse, walk, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; default: all")
+    parser.add_argument("--compiled", action="store_true", help="renew only what compiled layers are shown to do")
+    parser.add_argument("--jobs", type=int, default=1, help="types at a time (default: 1)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
+        lines = {family.model_type: family for family in catalogue()[1]} if arguments.compiled else {}
         for model_type in arguments.types:
-            print(json.dumps(asdict(walk_one(model_type))), flush=True)
+            found = compile_one(lines[model_type]) if arguments.compiled else walk_one(model_type)
+            print(json.dumps(asdict(found)), flush=True)
         return 0
     import transformers
 
     from tests.models.tiny import causal_types
 
+    wanted = arguments.types or causal_types()
+    if arguments.compiled:
+        wanted = [
+            family.model_type for family in catalogue()[1] if family.status == "pass" and family.model_type in wanted
+        ]
     families = []
-    for family in walk_apart(arguments.types or causal_types()):
+    for family in walk_many(wanted, max(1, arguments.jobs), ["--compiled"] * arguments.compiled):
         families.append(family)
-        print(f"{family.model_type:<28} {family.status:<8} {family.kernels:<7} {family.shown}", flush=True)
+        print(
+            f"{family.model_type:<28} {family.status:<8} {family.kernels:<7} {family.layers:<9} {family.shown}",
+            flush=True,
+        )
+        if arguments.compiled and family.status == "pass":
+            _renew([family])
+    if arguments.compiled:
+        return 1 if any(family.status == "failed" for family in families) else 0
+    order = {name: number for number, name in enumerate(wanted)}
+    families.sort(key=lambda family: order[family.model_type])
     if arguments.types and CATALOGUE.exists():
-        renewed = {family.model_type: family for family in families}
-        version, known = catalogue()
-        write_table(version, [renewed.get(family.model_type, family) for family in known])
+        _renew(families)
     elif not arguments.types:
         write_table(transformers.__version__, families)
     return 1 if any(family.status == "failed" for family in families) else 0

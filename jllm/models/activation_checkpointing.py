@@ -90,8 +90,17 @@ def checkpoint_activations(
     interval: int = 1,
     attention_only: bool = False,
     offload: bool = False,
+    is_compiled: bool = False,
 ) -> Checkpointing:
     """Switch it on for this stage's layers. Call once, after compiling layers (if they are) and before training.
+
+    Args:
+        model: loaded and sealed.
+        span: of the stage.
+        interval: as above.
+        attention_only: as above.
+        offload: as above.
+        is_compiled: whether the layers were compiled, and with `attention_only` their attention too.
 
     Raises:
         UserError: there are no layers, or with `attention_only` no attentions in the whole model, or the interval is
@@ -108,7 +117,7 @@ def checkpoint_activations(
     if attention_only:
         for layer in layers:
             for attention in find_attention(layer):
-                _recompute_alone(attention, state)
+                _recompute_alone(attention, state, is_compiled=is_compiled)
                 state.units += 1
         # Hybrids have stages without attention, which then have nothing to recompute.
         if not state.units and not _has_attention(model):
@@ -207,7 +216,7 @@ def _run(calls: list[_Call], hidden: Tensor) -> Any:
     return output
 
 
-def _recompute_alone(module: nn.Module, state: Checkpointing) -> None:
+def _recompute_alone(module: nn.Module, state: Checkpointing, *, is_compiled: bool) -> None:
     forward = module.forward
 
     def alone(*args: Any, **kwargs: Any) -> Any:
@@ -219,4 +228,5 @@ def _recompute_alone(module: nn.Module, state: Checkpointing) -> None:
         hidden = kwargs.pop("hidden_states")
         return state.run(lambda hidden: forward(hidden_states=hidden, **kwargs), hidden)
 
-    module.forward = alone
+    # What is compiled of the layer ends before, and goes on after it.
+    module.forward = torch.compiler.disable(alone) if is_compiled else alone

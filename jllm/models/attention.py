@@ -2,7 +2,8 @@
 
 `auto` takes the first of these that fits:
 
-    flash_attention_3, _2   CUDA, half precision, the flash-attn package is installed, shown to be right
+    flash_attention_3, ...  CUDA, half precision, a flash-attn package is installed and for the device, shown to be
+                            right: 3, 4 (heads of at most 128 elements) or 2
     varlen                  CUDA, half precision, shown to be right: causal attention, perhaps with a window; it is
                             `torch.nn.attention.varlen`, and SDPA for rows of one document
     flex_attention          CUDA, half precision, families without SDPA: soft-capped scores, attention sinks
@@ -21,7 +22,6 @@ the default kernel); what it does not know has the kernels with masks.
 """
 
 import functools
-import importlib.util
 import inspect
 import itertools
 import re
@@ -36,12 +36,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jllm.errors import UserError
+from jllm.models import kernels
 from jllm.models.families import shown_by_lengths
 
 VARLEN = "varlen"
-CHOICES = ("auto", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager")
-# Best first; the packages that bring them.
-_FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+CHOICES = ("auto", VARLEN, *sorted(kernels.FLASH), "flex_attention", "sdpa", "eager")
 # Signs in a family's own code of what SDPA has not: a soft cap and sinks.
 _BEYOND_SDPA = ("softcap=self", "s_aux=self")
 
@@ -53,10 +52,12 @@ def choose_attention(
     dtype: torch.dtype,
     wanted: str = "auto",
     dropout: float = 0.0,
+    head_size: int | None = None,
 ) -> str:
     """The implementation to load `family` with: `wanted`, or for `auto` the best one that it can do here.
 
-    `dropout` is that of the attention, by the model's configuration; varlen and flex have none.
+    `dropout` is that of the attention, by the model's configuration; varlen and flex have none. `head_size` are the
+    elements of a head, where they are known.
 
     Raises:
         UserError: `wanted` is none of `CHOICES`, or does not work for this family, device, dtype or dropout.
@@ -72,13 +73,13 @@ def choose_attention(
             )
         return wanted
     if is_fast:
-        for name, package in _FLASH_PACKAGES.items():
-            is_shown = shown_by_lengths(family) in ("varlen", "flash")
-            if is_shown and _takes_flash(family, name) and importlib.util.find_spec(package) is not None:
+        for name in kernels.FLASH:
+            is_shown = shown_by_lengths(family) in _shown_for(name, head_size)
+            if is_shown and _takes_flash(family, name) and kernels.is_installed(name):
                 return name
         if dropout:
             return "sdpa" if _takes_sdpa(family) else "eager"
-        if takes_varlen(family) and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        if takes_varlen(family) and kernels.HAS_VARLEN:
             return VARLEN
         if family._supports_flex_attn and not _takes_sdpa(family):
             return "flex_attention"
@@ -88,6 +89,14 @@ def choose_attention(
 def takes_varlen(family: type[PreTrainedModel]) -> bool:
     """Whether varlen was shown to compute this family's attention."""
     return shown_by_lengths(family) == "varlen"
+
+
+def _shown_for(name: str, head_size: int | None) -> tuple[str, ...]:
+    """What the catalogue must say of a family for `auto` to take this flash-attn; nothing will do where it cannot."""
+    if name != "flash_attention_4":
+        return ("varlen", "flash")
+    # It has no backward pass for soft caps, nor for large heads.
+    return ("varlen",) if head_size is not None and head_size <= kernels.LARGEST_FOR_FLASH_4 else ()
 
 
 def _takes_sdpa(family: type[PreTrainedModel]) -> bool:
@@ -189,7 +198,7 @@ def varlen_attention(
     batch, heads, length, _ = query.shape
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     if cu_seq_lens_q is None and window is None:
-        attended = _causal(query, key, value, scaling, dropout)
+        attended = kernels.causal(query, key, value, scaling, dropout)
         return attended.transpose(1, 2).contiguous(), None
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
@@ -197,50 +206,15 @@ def varlen_attention(
     assert max_length_q is not None
     assert not dropout, "varlen attention has no dropout"
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    if query.device.type == "cuda":
-        attended = _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
+    if query.device.type in kernels.BY_LENGTHS_ON:
+        attended = kernels.by_lengths(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
     else:
         attended = _by_document(query, key, value, cu_seq_lens_q, scaling, window)
     return attended.view(batch, length, heads, value.shape[-1]), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float = 0.0) -> Tensor:
-    """SDPA with its causal fast path; keys and values may have fewer heads."""
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=key.shape[1] != query.shape[1]
-    )
-
-
-def _on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
-) -> Tensor:
-    """By document lengths: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all rows."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    size = query.shape[-1]
-    narrow = value.shape[-1]
-    if narrow != size:  # latent attention: values are narrower than keys
-        value = nn.functional.pad(value, (0, size - narrow))
-    # How many keys to the left and to the right a query sees beside its own.
-    limits = (window - 1 if window is not None else -1, 0)
-    attended = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=limits,
-    )
-    assert isinstance(attended, Tensor)
-    return attended[..., :narrow]
-
-
+# Its lengths are numbers on the host, of which a compiler would make one graph each.
+@torch.compiler.disable
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
@@ -250,7 +224,7 @@ def _by_document(
     for start, end in itertools.pairwise(edges):
         q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
         if window is None or end - start <= window:
-            pieces.append(_causal(q, k, v, scaling)[0].transpose(0, 1))
+            pieces.append(kernels.causal(q, k, v, scaling)[0].transpose(0, 1))
             continue
         groups = q.shape[1] // k.shape[1]
         steps = torch.arange(end - start, device=query.device)
@@ -271,9 +245,11 @@ def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_
     if wanted == VARLEN and not takes_varlen(family):
         raise UserError(f"{given}: not shown to be right for {family.__name__} (see `jllm models`); give auto")
     if wanted.startswith("flash_attention"):
-        package = _FLASH_PACKAGES[wanted]
-        if not is_fast or importlib.util.find_spec(package) is None:
-            raise UserError(f"{given} needs CUDA, --precision bf16 and the {package} package; give auto")
+        if not is_fast or not kernels.is_installed(wanted):
+            raise UserError(
+                f"{given} needs CUDA, --precision bf16, the {kernels.package_of(wanted)} package, and a device that it"
+                " is for; give auto"
+            )
         if _takes_flash(family, wanted) and shown_by_lengths(family) == "none":
             raise UserError(f"{given}: not shown to be right for {family.__name__} (see `jllm models`); give auto")
     if wanted == "flex_attention" and device.type != "cuda":
@@ -281,7 +257,7 @@ def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_
     supported = {
         "flex_attention": family._supports_flex_attn,
         "sdpa": _takes_sdpa(family),
-        **{name: _takes_flash(family, name) for name in _FLASH_PACKAGES},
+        **{name: _takes_flash(family, name) for name in kernels.FLASH},
     }
     if not supported.get(wanted, True):
         raise UserError(f"{given}: transformers does not offer it for {family.__name__}; give auto or eager")

@@ -84,6 +84,10 @@ class Family:
     plain_head: bool = False
     """Whether that head is a product with the output embedding, and a loss fused with it has the same gradients."""
 
+    compiled: str = "no"
+    """Whether compiled decoder layers have the loss and every gradient of the layers as they are: `inductor`, compiled
+    as in a run; `traced`, by the graphs that inductor is given; or `no`."""
+
     @property
     def apart(self) -> str:
         """`isolates_documents` for people; empty where it was not asked."""
@@ -99,6 +103,11 @@ class Family:
         """`head_apart` and `plain_head` for people."""
         how = "plain" if self.plain_head else "apart" if self.head_apart else "whole"
         return how if self.status == "pass" else ""
+
+    @property
+    def layers(self) -> str:
+        """`compiled` for people."""
+        return "" if self.status != "pass" else self.compiled
 
 
 def catalogue() -> tuple[str, list[Family]]:
@@ -145,6 +154,12 @@ def has_plain_head(family: type["PreTrainedModel"]) -> bool:
     """Whether the walk has shown that a loss can be fused with the head of transformers' own class `family`."""
     known = _shown(family)
     return known is not None and known.plain_head
+
+
+def shown_compiled(family: type["PreTrainedModel"]) -> bool:
+    """Whether the walk has shown compiled decoder layers of transformers' own class `family` to be right."""
+    known = _shown(family)
+    return known is not None and known.compiled != "no"
 
 
 def _shown(family: type["PreTrainedModel"]) -> Family | None:

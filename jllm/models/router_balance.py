@@ -73,7 +73,8 @@ class RouterBalance:
             carrier = used[0] if used else index
             return (*output[:carrier], _AddGradient.apply(output[carrier], part), *output[carrier + 1 :])
 
-        router.register_forward_hook(observe)
+        # Compiled layers share one graph, in which the first router's hook would stand for all: it stays outside.
+        router.register_forward_hook(torch.compiler.disable(observe))
 
     def _note(self, name: str, loss: Tensor, counts: Tensor) -> None:
         known = name in self._calls

@@ -25,6 +25,7 @@ from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, chec
 from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
+from jllm.train.options.speed import SpeedOptions
 from jllm.train.options.steps import StepsOptions
 from jllm.train.records.sinks.names import services_of
 
@@ -37,6 +38,7 @@ class TrainConfig(
     EvaluationOptions,
     CheckpointsOptions,
     MemoryOptions,
+    SpeedOptions,
     OptimizerOptions,
     ObjectiveOptions,
     StepsOptions,

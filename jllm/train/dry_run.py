@@ -46,6 +46,7 @@ from jllm.train.checkpoint.resume import (
     record_of_run,
 )
 from jllm.train.checks.start import check_start, check_weights_if_asked
+from jllm.train.compiling import keep_code_private
 from jllm.train.config import (
     TrainConfig,
     named_folders,
@@ -107,6 +108,7 @@ def dry_run(config: TrainConfig) -> None:
     if config.num_train_epochs > 0:
         check_folders_are_free(config)
     steps = _Steps(config, shape, agreement, model) if config.num_train_epochs > 0 else None
+    keep_code_private()
     family = setup.find_family(config)
     plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)
     stage = _whole_stage(config, family, plan)
@@ -119,6 +121,8 @@ def dry_run(config: TrainConfig) -> None:
     automatic = automatic_options(config, shape)
     if config.attn_implementation == "auto":
         automatic["attn_implementation"] = family.attention
+    if config.compile == "auto":
+        automatic["compile"] = "on" if family.compiling.is_on else "off"
     automatic |= steps.automatic if steps is not None else {}
     warnings = [*plan.warnings, *(steps.warnings if steps is not None else ())]
     seconds = None

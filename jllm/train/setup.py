@@ -13,6 +13,7 @@ from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
 from jllm.models.embedding_noise import attach_noise
 from jllm.models.families import check_block_mask, check_split
+from jllm.models.kernels import prefer_cudnn
 from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
 from jllm.models.pipeline.span import StageSpan, spans_of
@@ -26,6 +27,7 @@ from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
+from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
@@ -67,6 +69,7 @@ class FamilyInUse:
         attention: the attention implementation that it gets.
         adapters: what is trained in its place; None where it trains itself.
         quantisation: what of it is held in 4 or 8 bits; None where nothing is.
+        compiling: whether its decoder layers are compiled.
     """
 
     config: PretrainedConfig
@@ -74,6 +77,7 @@ class FamilyInUse:
     attention: str
     adapters: Adapters | None
     quantisation: QuantisationPlan | None
+    compiling: Compiling
 
 
 def find_family(config: TrainConfig) -> FamilyInUse:
@@ -93,6 +97,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         dtype=DTYPES[config.precision],
         wanted=config.attn_implementation,
         dropout=getattr(trained.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
+        head_size=getattr(trained.get_text_config(decoder=True), "head_dim", None),
     )
     quantisation = find_quantisation(config, model_config, model_class)
     adapters = find_adapters(config, model_config, model_class, quantisation)
@@ -102,6 +107,12 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         attention=attention,
         adapters=adapters,
         quantisation=quantisation,
+        compiling=choose_compiling(
+            config,
+            model_class,
+            device=get_accelerator().current_device_name(),
+            is_quantised=quantisation is not None,
+        ),
     )
 
 
@@ -116,8 +127,8 @@ class StagePlan:
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
         parameters: of the whole model, what is attached to it included.
-        notes: for people, a line each: what has adapters, how much trains where that is not everything, and of a stage
-            that is built whether the loss is fused with the head.
+        notes: for people, a line each: what has adapters, whether layers are compiled, how much trains where that is
+            not everything, and of a stage that is built whether the loss is fused with the head.
     """
 
     boundaries: list[int]
@@ -196,6 +207,7 @@ def plan_stages(
                 checkpoint_interval=config.checkpoint_grad_interval,
                 checkpoint_attention=config.checkpoint_grad_attention,
                 family=family.model_class,
+                is_compiled=family.compiling.is_on,
                 cache=default_cache(),
                 is_fused=wants_fused_loss(config),
             )
@@ -216,6 +228,7 @@ def plan_stages(
     parameters = costs.parameters(0, len(costs.layers))
     notes = family.adapters.said() if family.adapters is not None else []
     notes += quantisation.said() if quantisation is not None else []
+    notes.append(family.compiling.said)
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
@@ -268,6 +281,8 @@ def build_stage(
     `objective` is what a last stage computes.
     """
     assert config.model is not None
+    keep_code_private()
+    prefer_cudnn()
     family = find_family(config)
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.place.pipe]
@@ -298,7 +313,9 @@ def build_stage(
             quantisation=family.quantisation,
         )
     tell = family.adapters.attach(model) if family.adapters is not None else None
-    checkpointing, routers = attach(model, span, config)
+    if family.compiling.is_on:
+        compile_stage(model, span, config, shape, agreement.place, longest_row)
+    checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(
@@ -318,11 +335,12 @@ def build_stage(
 
 
 def attach(
-    model: PreTrainedModel, span: StageSpan, config: TrainConfig
+    model: PreTrainedModel, span: StageSpan, config: TrainConfig, *, is_compiled: bool = False
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
     """Give a loaded stage what the options ask of its model: recomputation, noise, balanced routers.
 
-    Which parameters train is decided after that, over all that is there then.
+    `is_compiled` says whether its layers were compiled before. Which parameters train is decided after all this, over
+    what is there then.
 
     Raises:
         UserError: what the options ask for is not in the model.
@@ -335,6 +353,7 @@ def attach(
             interval=config.checkpoint_grad_interval or 1,
             attention_only=config.checkpoint_grad_attention,
             offload=config.checkpoint_grad_offload,
+            is_compiled=is_compiled,
         )
     if config.neftune_alpha is not None:
         attach_noise(model, span, config.neftune_alpha)

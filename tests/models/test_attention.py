@@ -1,6 +1,5 @@
 """Attention of packed rows: documents by their lengths equal documents by a block mask, and each document alone."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def test_families_that_are_wrong_without_a_mask(family: str, monkeypatch: pytest
     with pytest.raises(UserError, match=f"varlen: not shown to be right for {kind.__name__}") as caught:
         choose_attention(kind, **where, wanted=VARLEN)
     assert "\n" not in str(caught.value)
-    _install_flash(monkeypatch)
+    _install_flash(monkeypatch, "flash_attention_2")
     assert choose_attention(kind, **where) in ("sdpa", "eager")
     with pytest.raises(UserError, match=f"flash_attention_2: not shown to be right for {kind.__name__}"):
         choose_attention(kind, **where, wanted="flash_attention_2")
@@ -161,7 +160,7 @@ def test_choice_with_attention_dropout() -> None:
 def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes first, but not for families whose attention sinks it does not know."""
     llama, gemma2, oss = (causal_class(tiny_config(name)) for name in ("llama", "gemma2", "gpt_oss"))
-    _install_flash(monkeypatch)
+    _install_flash(monkeypatch, "flash_attention_2")
     where = {"device": "cuda", "dtype": torch.bfloat16}
     assert choose_attention(llama, **where) == "flash_attention_2"
     assert choose_attention(gemma2, **where) == "flash_attention_2"
@@ -171,9 +170,19 @@ def test_choice_where_flash_attention_is_installed(monkeypatch: pytest.MonkeyPat
         choose_attention(oss, **where, wanted="flash_attention_2")
 
 
-def _install_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "flash_attn" else real(name))
+def test_flash_attention_4_is_for_heads_that_it_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama, gemma2 = (causal_class(tiny_config(name)) for name in ("llama", "gemma2"))
+    _install_flash(monkeypatch, "flash_attention_4", "flash_attention_2")
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    assert choose_attention(llama, **where, head_size=128) == "flash_attention_4"
+    assert choose_attention(llama, **where, head_size=256) == "flash_attention_2"
+    assert choose_attention(llama, **where) == "flash_attention_2"
+    assert choose_attention(gemma2, **where, head_size=128) == "flash_attention_2"
+    assert choose_attention(llama, **where, wanted="flash_attention_4") == "flash_attention_4"
+
+
+def _install_flash(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr("jllm.models.kernels.is_installed", lambda name: name in names)
 
 
 def test_flex_attention_has_no_backward_pass_on_cpu() -> None:

@@ -117,6 +117,7 @@ def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None
         "gradient_accumulation_steps": 8,
         "log_dir": str(tmp_path / "out/log"),
         "attn_implementation": "sdpa",
+        "compile": "off",
         "seq_len": max(len(row["input_ids"]) for row in random_rows(24)) - 1,
         "max_steps": 6,
         "num_warmup_steps": 3,

@@ -87,7 +87,8 @@ def attach_control(
             directions.copy_(torch.linalg.qr(drawn).Q)
         layer.register_parameter(DIRECTIONS, nn.Parameter(directions))
         layer.register_parameter(STRENGTHS, nn.Parameter(torch.zeros(rank, dtype=dtype, device=device)))
-        layer.forward = _controlled(layer, layer.forward)
+        # A function of the layer, which is compiled once for all of them (`jllm.models.compiled`).
+        layer.forward = functools.partial(_controlled, layer, type(layer).forward)
         layer.register_forward_pre_hook(functools.partial(_with_classes, classes), with_kwargs=True)
     return classes
 
@@ -98,25 +99,23 @@ def _with_classes(
     return args, {**kwargs, _ARGUMENT: classes.now()}
 
 
-def _controlled(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def controlled(*args: Any, control_class: Tensor, **kwargs: Any) -> Any:
-        before = args[0] if args else kwargs["hidden_states"]
-        if before.shape[:-1] != control_class.shape:
-            raise UserError(
-                f"--control_adapter_rank: the decoder layers of this model are given hidden states {list(before.shape)}"
-                " and not one for each token; train LoRA adapters instead: --lora_dim"
-            )
-        output = forward(*args, **kwargs)
-        after = output[0] if isinstance(output, (tuple, list)) else output
-        changed = after + change(
-            after - before,
-            getattr(layer, DIRECTIONS),
-            getattr(layer, STRENGTHS),
-            control_class.to(after.device),
-        ).to(after.dtype)
-        return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
-
-    return controlled
+def _controlled(layer: nn.Module, forward: Callable[..., Any], *args: Any, control_class: Tensor, **kwargs: Any) -> Any:
+    """The layer's output with its adapter; `forward` is that of the layer's class."""
+    before = args[0] if args else kwargs["hidden_states"]
+    if before.shape[:-1] != control_class.shape:
+        raise UserError(
+            f"--control_adapter_rank: the decoder layers of this model are given hidden states {list(before.shape)}"
+            " and not one for each token; train LoRA adapters instead: --lora_dim"
+        )
+    output = forward(layer, *args, **kwargs)
+    after = output[0] if isinstance(output, (tuple, list)) else output
+    changed = after + change(
+        after - before,
+        getattr(layer, DIRECTIONS),
+        getattr(layer, STRENGTHS),
+        control_class.to(after.device),
+    ).to(after.dtype)
+    return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
 
 
 def change(added: Tensor, directions: Tensor, strengths: Tensor, classes: Tensor) -> Tensor:

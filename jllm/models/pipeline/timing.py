@@ -30,6 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.guards import caches, notation
 from jllm.models.activation_checkpointing import checkpoint_activations, find_attention
+from jllm.models.compiled import Shape, compile_layers
 from jllm.models.families import check_split
 from jllm.models.pipeline.bundle import POSITION_IDS
 from jllm.models.pipeline.carving import structure_of
@@ -40,7 +41,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.loading import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
-_FORMAT = 3
+_FORMAT = 4
 _WARM_UP, _REPEATS = 2, 5
 
 
@@ -62,6 +63,7 @@ def measure_costs(
     checkpoint_interval: int = 0,
     checkpoint_attention: bool = False,
     family: type[PreTrainedModel] | None = None,
+    is_compiled: bool = False,
     cache: Path | None = None,
     is_fused: bool = False,
 ) -> Costs:
@@ -69,7 +71,7 @@ def measure_costs(
 
     `objective` is what the last stage of the run computes, `is_fused` whether with the head's product. `cache` is the
     folder of kept times; None measures anew and stores nothing. `checkpoint_interval` and `checkpoint_attention` are
-    those of `jllm.models.activation_checkpointing`.
+    those of `jllm.models.activation_checkpointing`, `is_compiled` says whether layers are compiled.
 
     Raises:
         UserError: the model cannot be split at all.
@@ -89,6 +91,7 @@ def measure_costs(
         "is_fused": is_fused,
         "is_recomputed": bool(checkpoint_interval),
         "is_attention_recomputed": checkpoint_attention,
+        "is_compiled": is_compiled,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -115,9 +118,13 @@ def measure_costs(
             has_attention = bool(
                 find_attention(model.get_submodule(f"{structure_of(model).layers}.{span.first_layer}"))
             )
+            if is_compiled:
+                compile_layers(
+                    model, span, usual=Shape(*batch), attention_apart=checkpoint_attention, tell=_nothing, warn=_nothing
+                )
             if has_attention if checkpoint_attention else checkpoint_interval:
                 # Each layer runs again once, however many a group has; so groups of one show what a layer costs.
-                checkpoint_activations(model, span, attention_only=checkpoint_attention)
+                checkpoint_activations(model, span, attention_only=checkpoint_attention, is_compiled=is_compiled)
             median, handed_on = _time_stage(PipelineStage(model, span, objective), batch, hidden)
             if span.is_first:
                 hidden = handed_on
@@ -204,6 +211,10 @@ def _time_stage(stage: PipelineStage, batch: tuple[int, int], hidden: torch.Size
             samples.append(time.perf_counter() - start)
             stage.zero_grad()
     return statistics.median(samples[_WARM_UP:]), result.shape
+
+
+def _nothing(line: str) -> None:
+    """Say nothing: the run tells how its own layers are compiled."""
 
 
 def _wait(device: torch.device) -> None:

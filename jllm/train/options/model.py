@@ -21,7 +21,8 @@ class ModelOptions:
     trust_remote_code: bool = option(False, help="run model code that comes with the folder")
     attn_implementation: str = option(
         "auto",
-        help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flex_attention, sdpa, eager",
+        help="attention kernel: auto, varlen, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention,"
+        " sdpa, eager",
     )
     dropout: float | None = option(
         None,

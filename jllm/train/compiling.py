@@ -1,0 +1,135 @@
+"""Whether a run compiles its decoder layers, why it does not, and where compiled code is kept.
+
+Code from a cache is run: it lies in a folder of this user's cache that nobody else may write to, unless the user named
+another one (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR).
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch._inductor.runtime import cache_dir_utils
+from transformers import PreTrainedModel
+
+from jllm.errors import say
+from jllm.guards import caches
+from jllm.models.compiled import BACKEND, CompiledLayers, Shape, compile_layers
+from jllm.models.families import shown_compiled
+from jllm.models.pipeline.span import StageSpan
+from jllm.parallel.mesh import Place
+from jllm.train.config import TrainConfig
+from jllm.train.data.batching import padded_length
+from jllm.train.distributed import launch
+from jllm.train.shape import RunShape
+
+_PRECISIONS = ("bf16", "fp32")
+_THREADS = 8
+"""Of a process, which compile at once: more are idle, for a stage has few kinds of layers."""
+_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "compiled", "TRITON_CACHE_DIR": "triton"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiling:
+    """Whether decoder layers are compiled.
+
+    Attributes:
+        is_on: whether they are.
+        said: for people: that, and why not.
+    """
+
+    is_on: bool
+    said: str
+
+
+def choose_compiling(
+    config: TrainConfig, family: type[PreTrainedModel], *, device: str, is_quantised: bool
+) -> Compiling:
+    """What `--compile` means for a model of this family, on this device.
+
+    Args:
+        config: the options.
+        family: the family's own class.
+        device: of the run.
+        is_quantised: whether a part of the model is held in 4 or 8 bits.
+    """
+    shown = shown_compiled(family)
+    if config.compile == "off":
+        return Compiling(is_on=False, said="decoder layers are not compiled: --compile off")
+    if config.compile == "on":
+        doubt = "" if shown else f", which was not shown to be right for {family.__name__}"
+        return Compiling(is_on=True, said=f"decoder layers are compiled{doubt}")
+    why = None
+    if torch.device(device).type != "cuda":
+        why = f"the device is {torch.device(device).type}"
+    elif config.precision not in _PRECISIONS:
+        why = f"--precision {config.precision}"
+    elif is_quantised:
+        why = "the model is quantised"
+    elif not shown:
+        why = f"not shown to be right for {family.__name__}"
+    if why is None:
+        return Compiling(is_on=True, said="decoder layers are compiled")
+    return Compiling(is_on=False, said=f"decoder layers are not compiled: {why} (--compile on does it)")
+
+
+def compile_stage(
+    model: PreTrainedModel, span: StageSpan, config: TrainConfig, shape: RunShape, place: Place, longest: int | None
+) -> CompiledLayers:
+    """Compile a loaded stage's decoder layers; the run's first process tells how long it took.
+
+    Args:
+        model: with adapters attached.
+        span: of the stage.
+        config: the options.
+        shape: of the run.
+        place: of this process.
+        longest: tokens of the data's longest row, where that is known.
+    """
+
+    def warn(line: str) -> None:
+        # Other pipelines have the same stages.
+        if place.data == 0:
+            say(line, file=sys.stderr, flush=True)
+
+    def tell(line: str) -> None:
+        if place.is_first:
+            say(line, flush=True)
+
+    return compile_layers(
+        model,
+        span,
+        usual=usual_shape(config, shape, longest),
+        attention_apart=config.checkpoint_grad_attention,
+        tell=tell,
+        warn=warn,
+        backend=BACKEND,
+    )
+
+
+def usual_shape(config: TrainConfig, shape: RunShape, longest: int | None) -> Shape | None:
+    """That of a micro-batch with a row of full length; None where micro-batches have all kinds of shapes."""
+    if config.batch_size_tokens is not None:
+        return None
+    known = [each for each in (config.seq_len, longest - 1 if longest is not None else None) if each is not None]
+    if not known:
+        return None
+    return Shape(shape.micro_batch, padded_length(min(known), config.seq_len))
+
+
+def keep_code_private() -> None:
+    """Have compilers keep their code in the user's cache folder, and work on few cores.
+
+    Call before anything is compiled: flex attention is compiled, too.
+    """
+    # PyTorch sets its own variable to this when a part of its compiler is imported, which anything may do.
+    guessable = cache_dir_utils.default_cache_dir()
+    for variable, name in _FOLDERS.items():
+        if os.environ.get(variable, "") in ("", guessable):
+            os.environ[variable] = str(caches.private_folder(name))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config as inductor
+
+        ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or launch.world_size())
+        share = len(os.sched_getaffinity(0)) // max(1, ranks)
+        inductor.compile_threads = max(1, min(_THREADS, share))

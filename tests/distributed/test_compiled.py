@@ -1,0 +1,71 @@
+"""A run with `--compile on` on two stages is the run of one plain process, and says what was compiled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.reference import batches_in_order, train_reference
+from tests.distributed.runs import records, train_rank_into
+from tests.fixtures import random_rows, tiny_llama, write_rows
+
+STEPS = 3
+
+
+def train_compiled(options: dict[str, Any], console: Path) -> tuple[str | None, int, str]:
+    """A rank's answer, how many graphs it made, and where its code would be kept."""
+    import os
+
+    from torch._dynamo.utils import counters
+
+    import jllm.train.compiling
+
+    jllm.train.compiling.BACKEND = "aot_eager"  # quick: it writes no code
+    answer = train_rank_into(options, console)
+    return answer, int(counters["stats"]["unique_graphs"]), os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", tied=True)
+    data = write_rows(tmp_path / "data", random_rows(14, labels=True, packed=True), files=3)
+    held_out = write_rows(tmp_path / "held out", random_rows(6, labels=True, packed=True), files=1)
+    options = {"optimizer": "sgd", "learning_rate": 0.05, "gradient_clipping": 0.7, "seed": 7}
+    found = ranks(2).run(
+        train_compiled,
+        {
+            **options,
+            "model": model,
+            "train_data": (str(data),),
+            "eval_data": (f"held={held_out}",),
+            "precision": "fp32",
+            "pipe_parallel_size": 2,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 2,
+            "checkpoint_grad_interval": 1,
+            "max_steps": STEPS,
+            "lr_scheduler_type": "constant",
+            "output_dir": tmp_path / "out",
+            "compile": "on",
+        },
+        tmp_path / "console",
+    )
+    said = (tmp_path / "console").read_text()
+    assert "decoder layers are compiled" in said
+    for answer, graphs, folder in found:
+        assert answer is None
+        # Training and evaluation, at the usual shape and at others.
+        assert 2 <= graphs <= 4
+        assert Path(folder).stat().st_mode & 0o077 == 0
+    losses, norms, weights = train_reference(
+        model, batches_in_order(data, steps=STEPS, global_batch=4, seed=7), options=options
+    )
+    steps = records(tmp_path / "out/log")
+    np.testing.assert_allclose([record["loss"] for record in steps], losses, atol=1e-5)
+    np.testing.assert_allclose([record["grad_norm"] for record in steps], norms, rtol=1e-4)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)

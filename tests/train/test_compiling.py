@@ -1,0 +1,78 @@
+"""Whether a run compiles, why not, for which shape, and where the code is kept."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from torch._inductor.runtime import cache_dir_utils
+
+from jllm.models.compiled import Shape
+from jllm.models.families import shown_compiled
+from jllm.models.weights.source import causal_class
+from jllm.parallel.mesh import Mesh
+from jllm.train.compiling import choose_compiling, keep_code_private, usual_shape
+from jllm.train.config import TrainConfig
+from jllm.train.shape import RunShape
+from tests.models.tiny import tiny_config
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(model=Path("model"), train_data=("data",), **options)
+
+
+def choice(family: str = "llama", device: str = "cuda:0", *, is_quantised: bool = False, **options: Any) -> str:
+    found = choose_compiling(
+        config(**options), causal_class(tiny_config(family)), device=device, is_quantised=is_quantised
+    )
+    assert found.is_on == found.said.startswith("decoder layers are compiled")
+    return found.said
+
+
+def test_choice() -> None:
+    assert choice() == choice(precision="fp32") == "decoder layers are compiled"
+    assert "the device is cpu (--compile on does it)" in choice(device="cpu")
+    assert choice(device="cpu", compile="on") == "decoder layers are compiled"
+    assert "--precision fp16" in choice(precision="fp16")
+    assert "the model is quantised" in choice(is_quantised=True)
+    assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next")
+    assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next", compile="on")
+    assert choice(compile="off") == "decoder layers are not compiled: --compile off"
+
+
+def test_code_that_comes_with_a_model_was_shown_nothing_of() -> None:
+    class Own(transformers.LlamaForCausalLM):
+        config_class = transformers.LlamaConfig
+
+    assert shown_compiled(transformers.LlamaForCausalLM)
+    assert not shown_compiled(Own)
+
+
+def test_usual_shape() -> None:
+    shape = RunShape(mesh=Mesh(), micro_batch=3, accumulation=2)
+    assert usual_shape(config(seq_len=100), shape, None) == Shape(3, 100)
+    assert usual_shape(config(seq_len=100), shape, 71) == Shape(3, 100)
+    assert usual_shape(config(seq_len=4096), shape, 71) == Shape(3, 128)
+    assert usual_shape(config(), shape, 65) == Shape(3, 64)
+    assert usual_shape(config(), shape, None) is None
+    assert usual_shape(config(seq_len=100, batch_size_tokens=1000), shape, 71) is None
+
+
+def test_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(inductor, "compile_threads", 32)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
+    keep_code_private()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder == tmp_path / "cache/jllm/compiled"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")
+    assert 1 <= inductor.compile_threads <= 8
+    folder.chmod(0o777)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_code_private()
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) != folder
