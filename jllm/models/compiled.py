@@ -1,7 +1,7 @@
 """Compiled decoder layers: one graph for all layers of a kind, in place of one operation after the other.
 
 What makes a layer's output is compiled by torch.compile as a function of the layer, so that equal layers share the
-result. What is around the layers (embedding, masks, norms, head) stays as it is. Each kind has two functions: one for
+result. So is the norm after the last one. What else is around the layers (embedding, masks, head) stays as it is. Each kind has two functions: one for
 micro-batches of the run's usual shape, whose sizes are constants, and one for all others, whose sizes are variables.
 The documents of packed rows are variables in both. Which of the two runs follows from the shape alone and not from
 what ran before: a layer that runs again in the backward pass, and a run that goes on, get the one that they had.
@@ -167,7 +167,19 @@ def compile_layers(
             for attention in find_attention(layer):
                 _replace_forward(attention, state)
         _replace_forward(layer, state, is_last=layer is layers[-1])
+    for norm in _norms_after(model, span):
+        _replace_forward(norm, state)
     return state
+
+
+def _norms_after(model: PreTrainedModel, span: StageSpan) -> Iterator[nn.Module]:
+    """What the last stage's base model does after its layers, where that is no product."""
+    structure = structure_of(model)
+    base, *_ = structure.layers.split(".")
+    for name in structure.after if span.is_last else ():
+        module = model.get_submodule(name)
+        if name.startswith(f"{base}.") and all(each.ndim == 1 for each in module.parameters()):
+            yield module
 
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape | None:

@@ -319,7 +319,13 @@ def build_stage(
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(
-        model, span, objective, read=planes_of(config), is_frozen=family.adapters is not None, tell=tell
+        model,
+        span,
+        objective,
+        read=planes_of(config),
+        is_frozen=family.adapters is not None,
+        tell=tell,
+        are_rows_whole=not config.block_mask,
     )
     fused = fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None)))
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.families import has_head_apart, has_plain_head
 from jllm.models.pipeline.carving import plain_name
-from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
+from jllm.models.pipeline.head import tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import bare_model, causal_class
@@ -254,8 +254,8 @@ def estimate_costs(
     logits = held = tokens * text.vocab_size
     is_apart = has_head_apart(type(model))
     is_fused = is_fused and has_plain_head(type(model))
-    if logits > CHUNK_ELEMENTS:
-        held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
+    itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
+    held = min(logits, tokens_of_a_chunk(text.vocab_size, itemsize=itemsize) * text.vocab_size)
     types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     per_token = [
         2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)

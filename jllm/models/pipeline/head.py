@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 2**26
-"""The most logits that an objective has at a time, where it can take them in chunks."""
+"""The most fp32 logits that an objective has at a time, where it can take them in chunks: 256 MiB."""
 
 
-def tokens_of_a_chunk(vocabulary: int) -> int:
-    """How many tokens have that many logits; at least one."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def tokens_of_a_chunk(vocabulary: int, *, itemsize: int = 4) -> int:
+    """How many tokens have that many logits, or in a type of another size as many bytes of them; at least one."""
+    return max(1, CHUNK_ELEMENTS * 4 // itemsize // vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)

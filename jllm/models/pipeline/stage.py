@@ -51,6 +51,7 @@ class PipelineStage(nn.Module):
         read: the names of the planes that the first stage is given.
         is_frozen: whether the model itself stays as it was loaded, on all stages; what is attached to it may train.
         tell: called with the planes of a micro-batch before its forward pass, for what is attached to layers.
+        are_rows_whole: whether positions never restart inside a row.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class PipelineStage(nn.Module):
         read: tuple[str, ...] = READ,
         is_frozen: bool = False,
         tell: Callable[[Mapping[str, Tensor]], None] | None = None,
+        are_rows_whole: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.span = span
         self.objective = objective
         self.is_frozen = is_frozen
-        self._tell = tell
+        self._tell, self._are_rows_whole = tell, are_rows_whole
         if head_apart is None:
             head_apart = has_head_apart(type(model))
         self._runs_whole = span.is_last and not head_apart
@@ -100,7 +102,7 @@ class PipelineStage(nn.Module):
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
-        arguments |= packing(self.model, positions) | self._unwanted
+        arguments |= packing(self.model, positions, are_rows_whole=self._are_rows_whole) | self._unwanted
         if self.span.is_first:
             ids, planes = bundle.hidden, bundle.planes
             if self._adds_ids:

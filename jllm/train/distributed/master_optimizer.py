@@ -8,9 +8,13 @@ Guarantees: the same sums, in the same order. Gains: 2 bytes of memory a paramet
 a micro-batch, 16.
 """
 
+import functools
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
 
 
 class MasterOptimizer(BF16_Optimizer):
@@ -26,6 +30,24 @@ class MasterOptimizer(BF16_Optimizer):
         if lp.grad is None:
             return
         total = self.fp32_groups_gradients[group_idx][param_idx]
-        total.add_(lp.grad.view(total.shape))  # in fp32, as the larger type is
+        add_to_sum(total, lp.grad.view(total.shape))
         lp._hp_grad = total
         self.fp32_groups_has_gradients[group_idx][param_idx] = True
+
+
+def add_to_sum(total: Tensor, share: Tensor) -> None:
+    """Add to an fp32 tensor in place, in fp32."""
+    if total.is_cuda and share.is_contiguous() and (add := _fast_add()) is not None:
+        add(total, share)
+    else:
+        total.add_(share)
+
+
+@functools.cache
+def _fast_add() -> Callable[[Tensor, Tensor], None] | None:
+    """`jllm.train.distributed.gradient_sum`, where there is Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from jllm.train.distributed import gradient_sum
+
+    return gradient_sum.add

@@ -4,7 +4,8 @@ Each chunk's logits are written once, by one product in the compute type, and ov
 which two more products make the gradients of the hidden states and of the weight. So the backward pass does nothing,
 and what it would need is never kept: neither logits nor anything of their size in fp32.
 
-The logits of all chunks take turns in one buffer of at most `CHUNK_ELEMENTS` elements (`jllm.models.pipeline.head`).
+The logits of all chunks take turns in one buffer of 256 MiB at most (`tokens_of_a_chunk`): each chunk's share of the
+weight's gradient has to read and write all of it, so smaller chunks are slower (`benchmarks/fused_loss.py`).
 From them to losses and gradients everything is in fp32 (`jllm.train.objectives.logit_rows`). The gradient of the weight
 is summed over chunks in the type of the weight: each sum is rounded once, where autograd rounds each chunk's share too.
 
@@ -144,7 +145,7 @@ class _Chunks:
 
     def __init__(self, tokens: int, weight: Tensor) -> None:
         vocabulary = len(weight)
-        self.size = tokens_of_a_chunk(vocabulary)
+        self.size = tokens_of_a_chunk(vocabulary, itemsize=weight.dtype.itemsize)
         self._is_of_one_shape = compiles(weight.device)
         if self._is_of_one_shape:
             # Whatever the number of tokens: each shape would be compiled for itself.
