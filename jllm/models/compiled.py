@@ -18,6 +18,7 @@ import functools
 import inspect
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -249,6 +250,8 @@ def _prepare_compiler() -> None:
     from torch._dynamo import config as tracing
     from torch._functorch import config as graphs
 
+    # Of functions that only remember what they returned.
+    warnings.filterwarnings("ignore", message="(?s)Dynamo detected a call to a `functools.lru_cache`", module="torch")
     tracing.recompile_limit = max(tracing.recompile_limit, MOST_GRAPHS)
     # Layers that would need more run as they are, and that is said.
     tracing.fail_on_recompile_limit_hit = not tracing.suppress_errors
