@@ -35,7 +35,7 @@ from jllm.models.pipeline.span import StageSpan
 Forward = Callable[..., Any]
 
 BACKEND = "inductor"
-MOST_GRAPHS = 64
+MOST_GRAPHS = 32
 """Of one function: training and evaluation, plain and packed rows, layers of one class that differ."""
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Arguments of a layer as long as there are documents, of which no two micro-batches have the same number."""
