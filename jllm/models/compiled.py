@@ -1,10 +1,11 @@
 """Compiled decoder layers: one graph for all layers of a kind, in place of one operation after the other.
 
 What makes a layer's output is compiled by torch.compile as a function of the layer, so that equal layers share the
-result. So is the norm after the last one. What else is around the layers (embedding, masks, head) stays as it is. Each kind has two functions: one for
-micro-batches of the run's usual shape, whose sizes are constants, and one for all others, whose sizes are variables.
-The documents of packed rows are variables in both. Which of the two runs follows from the shape alone and not from
-what ran before: a layer that runs again in the backward pass, and a run that goes on, get the one that they had.
+result. So is the norm after the last one. What else is around the layers (embedding, masks, head) stays as it is.
+
+Each kind has two functions: one for micro-batches of the run's usual shape, whose sizes are constants, and one for all
+others, whose sizes are variables. The documents of packed rows are variables in both. Which of the two runs follows from
+the shape alone and not from what ran before: a layer that runs again in the backward pass, and a run that goes on, get the one that they had.
 
 What cannot be traced (attention that is recomputed alone, routers that are watched) runs between compiled pieces.
 Where compiling fails, layers of that kind run as they are, and a line says why.
@@ -18,6 +19,7 @@ import functools
 import inspect
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from jllm.models.pipeline.span import StageSpan
 Forward = Callable[..., Any]
 
 BACKEND = "inductor"
-MOST_GRAPHS = 64
+MOST_GRAPHS = 32
 """Of one function: training and evaluation, plain and packed rows, layers of one class that differ."""
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Arguments of a layer as long as there are documents, of which no two micro-batches have the same number."""
@@ -261,6 +263,8 @@ def _prepare_compiler() -> None:
     from torch._dynamo import config as tracing
     from torch._functorch import config as graphs
 
+    # Of functions that only remember what they returned.
+    warnings.filterwarnings("ignore", message="(?s)Dynamo detected a call to a `functools.lru_cache`", module="torch")
     tracing.recompile_limit = max(tracing.recompile_limit, MOST_GRAPHS)
     # Layers that would need more run as they are, and that is said.
     tracing.fail_on_recompile_limit_hit = not tracing.suppress_errors

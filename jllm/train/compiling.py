@@ -43,7 +43,7 @@ class Compiling:
 
 
 def choose_compiling(
-    config: TrainConfig, family: type[PreTrainedModel], *, device: str, is_quantised: bool
+    config: TrainConfig, family: type[PreTrainedModel], *, device: str, attention: str, is_quantised: bool
 ) -> Compiling:
     """What `--compile` means for a model of this family, on this device.
 
@@ -51,6 +51,7 @@ def choose_compiling(
         config: the options.
         family: the family's own class.
         device: of the run.
+        attention: the kernel that the family gets.
         is_quantised: whether a part of the model is held in 4 or 8 bits.
     """
     shown = shown_compiled(family)
@@ -66,6 +67,9 @@ def choose_compiling(
         why = f"--precision {config.precision}"
     elif is_quantised:
         why = "the model is quantised"
+    elif attention == "flex_attention":
+        # It is compiled by itself. The masks of packed rows are functions, made anew for every micro-batch.
+        why = "attention is flex_attention"
     elif not shown:
         why = f"not shown to be right for {family.__name__}"
     if why is None:

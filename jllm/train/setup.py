@@ -111,6 +111,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
             config,
             model_class,
             device=get_accelerator().current_device_name(),
+            attention=attention,
             is_quantised=quantisation is not None,
         ),
     )

@@ -22,10 +22,16 @@ def config(**options: Any) -> TrainConfig:
     return TrainConfig(model=Path("model"), train_data=("data",), **options)
 
 
-def choice(family: str = "llama", device: str = "cuda:0", *, is_quantised: bool = False, **options: Any) -> str:
-    found = choose_compiling(
-        config(**options), causal_class(tiny_config(family)), device=device, is_quantised=is_quantised
-    )
+def choice(
+    family: str = "llama",
+    device: str = "cuda:0",
+    *,
+    attention: str = "varlen",
+    is_quantised: bool = False,
+    **options: Any,
+) -> str:
+    kind = causal_class(tiny_config(family))
+    found = choose_compiling(config(**options), kind, device=device, attention=attention, is_quantised=is_quantised)
     assert found.is_on == found.said.startswith("decoder layers are compiled")
     return found.said
 
@@ -36,6 +42,7 @@ def test_choice() -> None:
     assert choice(device="cpu", compile="on") == "decoder layers are compiled"
     assert "--precision fp16" in choice(precision="fp16")
     assert "the model is quantised" in choice(is_quantised=True)
+    assert "attention is flex_attention" in choice("gpt_oss", attention="flex_attention")
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next")
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next", compile="on")
     assert choice(compile="off") == "decoder layers are not compiled: --compile off"

@@ -108,7 +108,7 @@ class TrainingEngine(PipelineEngine):
     def clip_fp32_gradients(self) -> None:
         """Scale the gradients of all stages so that their joint norm is at most the limit."""
         assert self._global_grad_norm is not None
-        # The host knows the norm already: it has looked whether it is finite. A number is multiplied faster than a tensor.
+        # The host knows the norm: it has looked whether it is finite. A number is multiplied faster than a tensor.
         scale = self.gradient_clipping() / (float(self._global_grad_norm) + 1e-6)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         if gradients and scale < 1.0:
