@@ -2,6 +2,8 @@
 # Another interpreter: make PYTHON=/path/to/python3.12 demo
 
 FUZZ_SECONDS ?= 600
+# Test files at a time; more than 4 need more memory than a small machine has.
+TEST_JOBS ?= $(shell cores=$$(nproc 2> /dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 PYTHON ?= $(shell sh -c 'command -v python3.11 || command -v python3')
 BIN := .venv/bin
 export JLLM_ASSETS ?= $(HOME)/.cache/jllm-assets
@@ -20,7 +22,7 @@ demo-lora: .venv/.stamp-dev ## LoRA on questions and answers (DATA=FILE for othe
 	$(BIN)/python tools/demo_lora.py $(if $(DATA),--data $(DATA))
 
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (half an hour)
 	$(BIN)/python tools/test_families.py

@@ -46,6 +46,7 @@ DEV = [
     "psutil>=6",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
     "tiktoken>=0.9",
     "types-psutil>=7",

@@ -1,4 +1,8 @@
-"""The real model that several tests need: converting it takes a while, so it is done once."""
+"""The real model that several tests need: converting it takes a while, so it is done once.
+
+Tests run on all cores at a time, so none of them takes several: threads that wait for each other on cores that are busy
+make small products a hundred times slower.
+"""
 
 import os
 import subprocess
@@ -7,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -167,6 +167,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     # What only a run of several processes shows.
     "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
     "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",
+    "jllm/train/distributed/profiling.py": "tests/distributed/test_trace.py",
     "jllm/train/lifecycle/clean.py": "tests/distributed/test_run.py",
     "jllm/train/lifecycle/run_folders.py": "tests/distributed/test_run_folders.py",
     "jllm/train/checkpoint/random_state.py": "tests/distributed/test_resume.py",

@@ -2,10 +2,10 @@
 
 Each type is built tiny and random, then compared whole against two and three chained stages: loss and every gradient,
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. Kernels that know documents
-by their lengths are compared with the default one, windows and the like narrower than the rows. The head
-alone is compared with the whole forward, and compiled layers with layers as they are. The result goes to
-`jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or hangs costs a
-worker process, not the run. Takes about half an hour on two cores, most of it for the compiler.
+by their lengths are compared with the default one, windows and the like narrower than the rows. The head alone is
+compared with the whole forward, a loss fused with it with one that is not, and compiled layers with layers as they are.
+The result goes to `jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or
+hangs costs a worker process, not the run. Takes about half an hour on two cores, most of it for the compiler.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
@@ -49,6 +49,7 @@ def walk_one(model_type: str) -> Family:
     from tests.models.family_check import (
         compare_family,
         head_is_apart,
+        head_is_plain,
         isolates_documents,
         kernels_by_lengths,
         load_whole,
@@ -81,6 +82,7 @@ def walk_one(model_type: str) -> Family:
             # Rows of the others are whole documents, for which SDPA is as good.
             by_lengths = kernels_by_lengths(model_type) if isolates else "none"
             is_apart = head_is_apart(whole, config)
+            is_plain = is_apart and head_is_plain(whole, config)
             compiled = how_compiled(whole, config)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
@@ -88,7 +90,8 @@ def walk_one(model_type: str) -> Family:
         return result("failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:160])
     tie = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
     shown = f"2 and 3 stages = whole model, {tie}; export = source"
-    facts = {"isolates_documents": isolates, "by_lengths": by_lengths, "head_apart": is_apart, "compiled": compiled}
+    heads = {"head_apart": is_apart, "plain_head": is_plain}
+    facts = {"isolates_documents": isolates, "by_lengths": by_lengths, **heads, "compiled": compiled}
     return result("pass", shown, **facts)
 
 
@@ -179,7 +182,8 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         f"Written by `make test-families` with transformers {version}: {len(families)} causal model types, "
         f"{counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed. Of the {len(planned)} with a "
         f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass. "
-        f"Heads: {sum(family.head_apart for family in families)} apart.",
+        f"Heads: {sum(family.head_apart for family in families)} apart, "
+        f"of which {sum(family.plain_head for family in families)} plain.",
         "",
         "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
         "gradients (fp32, 1e-5), with plain rows and, where the type takes them, with packed rows; what its stages "
@@ -193,7 +197,9 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "neither (*none*; also where documents are not kept apart); `--attn_implementation` takes no other. *Head*: "
         "whether the head alone, given the final hidden states, has the logits, the loss and every gradient of the "
         "whole forward, bit for bit (fp32), and the logits of a run of tokens are those among all tokens: then the "
-        "loss takes a large vocabulary in chunks (*apart*), otherwise it needs all logits at once (*whole*). "
+        "loss takes a large vocabulary in chunks (*apart*), otherwise it needs all logits at once (*whole*). *Plain*: "
+        "apart, and the logits are a product with the output embedding with at most a factor and a soft cap after it; "
+        "a loss fused with it (`--fused_loss`) has the loss and every gradient of one that is not (fp32, 1e-5). "
         "*Layers*: whether compiled decoder layers have the loss and every gradient of the layers as they are "
         "(fp32, 1e-5): compiled as in a run, on CPU (*inductor*), by the graphs that the compiler is given (*traced*), "
         "or not shown to be right (*no*); "

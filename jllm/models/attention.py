@@ -114,12 +114,15 @@ def _takes_flash(family: type[PreTrainedModel], name: str) -> bool:
     return bool(family._supports_flash_attn) and (fitting is None or name in fitting)
 
 
-def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+def packing(model: PreTrainedModel, positions: Tensor, *, are_rows_whole: bool = False) -> dict[str, Any]:
     """Arguments for the model's forward that tell documents apart; empty where masks are built from positions.
 
-    A document starts where positions do not go on by one, and at the start of each row.
+    A document starts where positions do not go on by one, and at the start of each row. Where it is known beforehand
+    that they go on throughout a row (`are_rows_whole`), nobody looks at them, and so nobody waits for the device.
     """
     implementation = str(model.config._attn_implementation)
+    if are_rows_whole:
+        return _of_whole_rows(positions) if implementation.startswith("flash_attention") else {}
     if implementation != VARLEN and not implementation.startswith("flash_attention"):
         return _masks(model, positions) if _forgets_positions(type(model.base_model)) else {}  # type: ignore[arg-type]
     on_host = positions.to("cpu")
@@ -138,6 +141,13 @@ def packing(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _of_whole_rows(positions: Tensor) -> dict[str, Any]:
+    """The same where each row [B, S] is one document."""
+    rows, length = positions.shape
+    lengths = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=positions.device)
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": length, "max_length_k": length}
 
 
 @functools.cache

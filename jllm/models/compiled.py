@@ -1,10 +1,12 @@
 """Compiled decoder layers: one graph for all layers of a kind, in place of one operation after the other.
 
 What makes a layer's output is compiled by torch.compile as a function of the layer, so that equal layers share the
-result. What is around the layers (embedding, masks, norms, head) stays as it is. Each kind has two functions: one for
-micro-batches of the run's usual shape, whose sizes are constants, and one for all others, whose sizes are variables.
-The documents of packed rows are variables in both. Which of the two runs follows from the shape alone and not from
-what ran before: a layer that runs again in the backward pass, and a run that goes on, get the one that they had.
+result. So is the norm after the last one. What else is around the layers (embedding, masks, head) stays as it is.
+
+Each kind has two functions: one for micro-batches of the run's usual shape, whose sizes are constants, and one for all
+others, whose sizes are variables. The documents of packed rows are variables in both. Which of the two runs follows
+from the shape alone and not from what ran before: a layer that runs again in the backward pass, and a run that goes on,
+get the one that they had.
 
 What cannot be traced (attention that is recomputed alone, routers that are watched) runs between compiled pieces.
 Where compiling fails, layers of that kind run as they are, and a line says why.
@@ -91,7 +93,7 @@ class CompiledLayers:
         names = sorted({kind.name for kind in self.kinds.values() if not kind.reason})
         if not names:
             return
-        what = f"{len(names)} kind{'s' * (len(names) > 1)} of decoder layer"
+        what = f"{len(names)} kind{'s' * (len(names) > 1)} of layer"
         which = "evaluation" if not torch.is_grad_enabled() else f"{shape.rows} x {shape.length} tokens"
         self._tell(f"compiled {what} {f'for {which} too, ' * self._is_told}in {seconds:.0f} s")
         self._is_told = True
@@ -163,12 +165,24 @@ def compile_layers(
         warn(f"note: model type {model.config.model_type!r} has no list of decoder layers: nothing is compiled")
         return state
     layers = [model.get_submodule(f"{structure.layers}.{index}") for index in range(span.first_layer, span.end_layer)]
-    for layer in layers:
-        if attention_apart:
+    if attention_apart:
+        for layer in layers:
             for attention in find_attention(layer):
                 _replace_forward(attention, state)
-        _replace_forward(layer, state, is_last=layer is layers[-1])
+    modules = [*layers, *_norms_after(model, span)]
+    for module in modules:
+        _replace_forward(module, state, is_last=module is modules[-1])
     return state
+
+
+def _norms_after(model: PreTrainedModel, span: StageSpan) -> Iterator[nn.Module]:
+    """What the last stage's base model does after its layers, where that is no product."""
+    structure = structure_of(model)
+    base, *_ = structure.layers.split(".")
+    for name in structure.after if span.is_last else ():
+        module = model.get_submodule(name)
+        if name.startswith(f"{base}.") and all(each.ndim == 1 for each in module.parameters()):
+            yield module
 
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape | None:

@@ -81,6 +81,8 @@ class Family:
     """Which kernels that build no mask are right: `varlen` (and flash-attn), `flash` (that only) or `none`."""
     head_apart: bool = False
     """Whether the head alone, on any part of the hidden states, gives the family's own logits."""
+    plain_head: bool = False
+    """Whether that head is a product with the output embedding, and a loss fused with it has the same gradients."""
 
     compiled: str = "no"
     """Whether compiled decoder layers have the loss and every gradient of the layers as they are: `inductor`, compiled
@@ -98,8 +100,9 @@ class Family:
 
     @property
     def head(self) -> str:
-        """`head_apart` for people."""
-        return "" if self.status != "pass" else "apart" if self.head_apart else "whole"
+        """`head_apart` and `plain_head` for people."""
+        how = "plain" if self.plain_head else "apart" if self.head_apart else "whole"
+        return how if self.status == "pass" else ""
 
     @property
     def layers(self) -> str:
@@ -145,6 +148,12 @@ def has_head_apart(family: type["PreTrainedModel"]) -> bool:
     """Whether the walk has shown the head of transformers' own class `family` to work apart from the rest."""
     known = _shown(family)
     return known is not None and known.head_apart
+
+
+def has_plain_head(family: type["PreTrainedModel"]) -> bool:
+    """Whether the walk has shown that a loss can be fused with the head of transformers' own class `family`."""
+    known = _shown(family)
+    return known is not None and known.plain_head
 
 
 def shown_compiled(family: type["PreTrainedModel"]) -> bool:

@@ -130,12 +130,20 @@ class PipelineAdvice:
 
     def _split(self, stages: int, accumulation: int) -> list[int]:
         method = "fast" if stages == 1 else self._method
-        return partition(method, config=self._family, num_stages=stages, micro_batches=accumulation, costs=self._costs)
+        return partition(
+            method,
+            config=self._family,
+            num_stages=stages,
+            micro_batches=accumulation,
+            costs=self._costs,
+            overlaps=self._config.overlaps,
+        )
 
     def _fits(self, boundaries: list[int], accumulation: int) -> bool:
         if self._memory_limit is None:
             return True
-        return fullest_stage(self._costs, boundaries, micro_batches=accumulation) <= self._memory_limit
+        fullest = fullest_stage(self._costs, boundaries, micro_batches=accumulation, overlaps=self._config.overlaps)
+        return fullest <= self._memory_limit
 
 
 def micro_batches_needed(stages: int) -> int:

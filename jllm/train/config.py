@@ -22,7 +22,7 @@ from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
-from jllm.train.options.parallelism import ParallelismOptions
+from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.speed import SpeedOptions
@@ -59,7 +59,7 @@ class TrainConfig(
         weighted_folders(self)
         check_adapters(self)
         check_quantisation(self)
-        check_objective(self)
+        check_objective(self, self.precision)
         check_optimizer(self)
         _check_adapters_in_run(self)
         if self.json and not self.dry_run:
@@ -94,6 +94,11 @@ class TrainConfig(
             )
 
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
+        if self.overlaps and self.batch_size_tokens is not None:
+            raise UserError(
+                f"--schedule {OVERLAPPED} needs micro-batches of one shape, and those of --batch_size_tokens differ;"
+                " drop one of them"
+            )
         if self.zero_stage not in (None, 0, 1):
             raise UserError(f"--zero_stage {self.zero_stage}: a pipeline works with 0 or 1")
         if self.zero_stage == 1 and self.optimizer in WITHOUT_MASTERS:
@@ -131,8 +136,9 @@ class TrainConfig(
             raise UserError(
                 f"--time_limit saves and leaves, and {why}; give a folder for checkpoints of the whole state"
             )
-        if self.trace_step is not None and self.resolved_log_dir is None:
-            raise UserError(f"--trace_step {self.trace_step} writes beside the records; give --log_dir or --checkpoint")
+        for name in ("trace_step", "profile_step"):
+            if (step := getattr(self, name)) is not None and self.resolved_log_dir is None:
+                raise UserError(f"--{name} {step} writes beside the records; give --log_dir or --checkpoint")
         if self.only_exports and self.resume_ckpt == "auto":
             raise UserError(f"--{self.only_exports} leaves nothing to resume from; drop it, or --resume_ckpt auto")
         if self.lr_min > self.learning_rate:
@@ -194,6 +200,11 @@ class TrainConfig(
             return self.log_dir
         base = self.checkpoint or self.output_dir
         return base / "log" if base is not None else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether what crosses stages travels while they compute."""
+        return self.schedule == OVERLAPPED
 
     @property
     def resolved_zero_stage(self) -> int:

@@ -58,6 +58,7 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision
 from jllm.train.evaluate import open_evaluation_sets
+from jllm.train.fused_loss import fused_loss_note
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
@@ -115,7 +116,7 @@ def dry_run(config: TrainConfig) -> None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
-    notes += check_weights_if_asked(config)
+    notes += [fused_loss_note(config, is_plain=stage.plain_head is not None), *check_weights_if_asked(config)]
 
     automatic = automatic_options(config, shape)
     if config.attn_implementation == "auto":

@@ -31,7 +31,7 @@ from jllm.train.compiling import Compiling, choose_compiling, compile_stage, kee
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
-from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
@@ -128,8 +128,8 @@ class StagePlan:
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
         parameters: of the whole model, what is attached to it included.
-        notes: for people, a line each: what has adapters, whether layers are compiled, and how much trains where that
-            is not everything.
+        notes: for people, a line each: what has adapters, whether layers are compiled, how much trains where that is
+            not everything, and of a stage that is built whether the loss is fused with the head.
     """
 
     boundaries: list[int]
@@ -190,6 +190,7 @@ def plan_stages(
         quantised=quantisation.parameters if quantisation is not None else (),
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
+        is_fused=wants_fused_loss(config),
     )
     operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:
@@ -198,7 +199,7 @@ def plan_stages(
             return measure_costs(
                 family.config,
                 costs,
-                objective=ObjectiveInUse(CrossEntropy()),
+                objective=ObjectiveInUse(training_objective(config)),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -209,6 +210,7 @@ def plan_stages(
                 family=family.model_class,
                 is_compiled=family.compiling.is_on,
                 cache=default_cache(),
+                is_fused=wants_fused_loss(config),
             )
 
         costs = measure() if agreement is None else agreement.from_first_reader(measure)
@@ -219,6 +221,7 @@ def plan_stages(
         num_stages=shape.mesh.pipe,
         micro_batches=shape.accumulation,
         costs=costs,
+        overlaps=config.overlaps,
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
@@ -232,8 +235,10 @@ def plan_stages(
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
     return StagePlan(
         boundaries=boundaries,
-        table=stage_table(costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit),
-        stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation),
+        table=stage_table(
+            costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit, overlaps=config.overlaps
+        ),
+        stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation, overlaps=config.overlaps),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
         parameters=parameters,
@@ -315,13 +320,20 @@ def build_stage(
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(
-        model, span, objective, read=planes_of(config), is_frozen=family.adapters is not None, tell=tell
+        model,
+        span,
+        objective,
+        read=planes_of(config),
+        is_frozen=family.adapters is not None,
+        tell=tell,
+        are_rows_whole=not config.block_mask,
     )
+    fused = fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
-        plan=plan,
+        plan=dataclasses.replace(plan, notes=(*plan.notes, fused)),
         checkpointing=checkpointing,
         routers=routers,
         attached=frozenset(attached),

@@ -40,15 +40,15 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.distributed.facts import join_alike
-from jllm.train.distributed.tracing import traced_step
+from jllm.train.distributed.profiling import watched_step
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
 from jllm.train.exporting import convert, export_run, say_templates
+from jllm.train.fused_loss import training_objective
 from jllm.train.lifecycle.clean import remove_earlier_runs
 from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
 from jllm.train.lifecycle.requests import Request, Requests
 from jllm.train.lifecycle.run_folders import check_folders_are_free, check_model_folders, locked, run_id
-from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.after_step import follow_updates, record_of_adapters
 from jllm.train.optim.optimizers import build_optimizer
@@ -113,7 +113,7 @@ class TrainingRun:
         warmup_steps(config, self.total_steps)
         self.skipped = skipped_steps(config)
         check_model_folders(config, agreement)
-        self.training = CrossEntropy(config.loss, config.loss_gamma or 1.0)
+        self.training = training_objective(config)
         self.objective = ObjectiveInUse(self.training)
         self.built = setup.build_stage(
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
@@ -325,11 +325,11 @@ class TrainingRun:
                 micro_batches=self.shape.accumulation,
                 data_parallel_size=self.shape.mesh.data,
             )
-            self.objective.use(self.training, scale=scale)
+            self.objective.use(self.training, scale=scale, gradient=self.engine.gradient_scale)
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
-                with traced_step(self.engine, self.agreement, self.config, number, self.recorder):
+                with watched_step(self.engine, self.agreement, self.config, number, self.recorder):
                     loss = self.engine.train_step(step.micro_batches if step is not None else None, facts.length)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")

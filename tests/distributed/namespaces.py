@@ -53,9 +53,9 @@ class Namespaces:
         """What makes gloo take the link."""
         return {"GLOO_SOCKET_IFNAME": self._links[node]}
 
-    def shape(self, *queue: str) -> bool:
-        """Give node 1's end a queue discipline of `tc`, such as "netem delay 100ms"; whether the kernel has it."""
-        command = ["ip", "netns", "exec", self.names[1], "tc", "qdisc", "replace", "dev", self._links[1], "root"]
+    def shape(self, *queue: str, node: int = 1) -> bool:
+        """Give a node's end a queue discipline of `tc`, such as "netem delay 100ms"; whether the kernel has it."""
+        command = ["ip", "netns", "exec", self.names[node], "tc", "qdisc", "replace", "dev", self._links[node], "root"]
         return subprocess.run([*command, *queue], capture_output=True, check=False).returncode == 0
 
     def cut(self) -> None:

@@ -16,11 +16,24 @@ STEPS = 5
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("world_size", "pipe", "optimizer"),
-    [(2, 2, "sgd"), (4, 2, "adamw"), (4, 2, "sgd"), (3, 3, "adamw"), (2, 1, "adamw")],
+    ("world_size", "pipe", "optimizer", "fused_loss"),
+    [
+        (2, 2, "sgd", "auto"),
+        (2, 2, "sgd", "on"),
+        (4, 2, "adamw", "auto"),
+        (4, 2, "sgd", "auto"),
+        (3, 3, "adamw", "auto"),
+        (2, 1, "adamw", "auto"),
+    ],
 )
 def test_equals_one_process(
-    ranks: Callable[[int], Ranks], tmp_path: Path, world_size: int, pipe: int, optimizer: str, tied: bool
+    ranks: Callable[[int], Ranks],
+    tmp_path: Path,
+    world_size: int,
+    pipe: int,
+    optimizer: str,
+    fused_loss: str,
+    tied: bool,
 ) -> None:
     import torch
     from safetensors.torch import load_file
@@ -48,6 +61,7 @@ def test_equals_one_process(
             "lr_scheduler_type": "constant",
             "output_dir": tmp_path / "out",
             "partition_method": "uniform",
+            "fused_loss": fused_loss,
         },
     )
     losses, norms, weights = train_reference(

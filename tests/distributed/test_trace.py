@@ -1,4 +1,7 @@
-"""`--trace_step`: one step of a real run, with all that every stage did, on one clock; other steps as they are."""
+"""`--trace_step`: one step of a real run, with all that every stage did, on one clock; other steps as they are.
+
+`--profile_step` beside it: what the stages of the first pipeline ran.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +25,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_of_two_pipelines(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
-    for name, more in (("plain", {}), ("traced", {"trace_step": 2})):
+    for name, more in (("plain", {}), ("traced", {"trace_step": 2, "profile_step": 3})):
         options = logged_options(folder, tmp_path / name, max_steps=3, **more)
         assert ranks(4).run(train_rank, options) == [None] * 4
     logs = [tmp_path / name / "log" for name in ("plain", "traced")]
     assert [r["loss"] for r in records(logs[0])] == [r["loss"] for r in records(logs[1])]
     assert [path.name for path in logs[1].glob("trace*")] == ["trace-step-2.json"]
-    assert not list(logs[0].glob("trace*"))
+    assert not [*logs[0].glob("trace*"), *logs[0].glob("profile*")]
+    profiles = sorted(logs[1].glob("profile*"))
+    assert [path.name for path in profiles] == [f"profile-step-3-rank-{rank}.txt" for rank in range(2)]
+    for stage, path in enumerate(profiles):
+        assert path.read_text().startswith(f"step 3, stage {stage}: ")
+        assert "aten::" in path.read_text()
     [event] = [each for each in records(logs[1], "event") if each["event"] == "trace"]
     assert event["step"] == 2
     found = read_trace(logs[1] / "trace-step-2.json")

@@ -23,6 +23,8 @@ from jllm.models.pipeline.head import Head
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.saving import save_stage, write_companions, write_index
+from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import ObjectiveInUse
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,
@@ -207,6 +209,26 @@ def head_is_apart(folder: Path, config: PretrainedConfig) -> bool:
         if whole.keys() != apart.keys() or not all(torch.equal(whole[name], apart[name]) for name in whole):
             return False
         if probe.off > LIMIT:
+            return False
+    return True
+
+
+def head_is_plain(folder: Path, config: PretrainedConfig) -> bool:
+    """Whether the head is found to be plain, and a loss fused with it has the loss and every gradient of the one that
+    is not, on one stage and on the last of two."""
+    layers = count_layers(config)
+    vocab = config.get_text_config(decoder=True).vocab_size
+    for boundaries in ([0, layers], boundaries_of(config, 2)):
+        found = []
+        for is_fused in (False, True):
+            objective = ObjectiveInUse(CrossEntropy(is_fused=is_fused))
+            stages = load_chain(folder, boundaries, objective=objective, head_apart=True)
+            if stages[-1].plain_head is None:
+                return False
+            torch.manual_seed(0)
+            found.append(chained_loss_and_gradients(stages, *packed_batch(vocab, packed=False)))
+        (loss, gradients), (fused, differing) = found
+        if (fused - loss).abs() > LIMIT * loss.abs() or worst_gradient(gradients, differing)[0] > LIMIT:
             return False
     return True
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dry")
     tiny_llama(folder / "model", tied=True)
     tiny_llama(folder / "deep", tied=True, layers=5)
+    tiny_llama(folder / "untied", tied=False)
     write_rows(folder / "beyond", [{"input_ids": [1, VOCABULARY, 2]}] * 24)
     shutil.copytree(folder / "model", folder / "fp8")
     config = json.loads((folder / "model/config.json").read_text())
@@ -69,6 +71,12 @@ MISTAKES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "has no routers": lambda folder: {"router_aux_loss_coef": 0.1},
     "token id 97 in the data": lambda folder: {"train_data": (str(folder / "beyond"),)},
     "quantization_config: fp8": lambda folder: {"model": folder / "fp8"},
+    "--fused_loss on: the model's head is more": lambda folder: {
+        "model": folder / "untied",
+        "lora_dim": 2,
+        "lora_target_modules": "lm_head",
+        "fused_loss": "on",
+    },
     "contradicts the options": lambda folder: {"ds_config": folder / "other.json"},
 }
 
@@ -156,6 +164,22 @@ def test_it_does_nothing(folder: Path, tmp_path: Path) -> None:
         assert line in lines
         assert any(each.startswith("time: ") for each in lines) or "num_train_epochs" in more
     assert sorted(path.name for path in tmp_path.iterdir()) == ["console", "text.jsonl"]
+
+
+def test_it_says_whether_the_loss_is_fused(folder: Path, tmp_path: Path) -> None:
+    """As the run does, on the process that prints, which has no head."""
+    fused = "loss: fused with the head"
+    for more in ({"dry_run": True}, {"dry_run": True, "json": True}, {"max_steps": 1}):
+        options = options_of(folder, fused_loss="on", pipe_parallel_size=2, **more)
+        assert Ranks(2).run(console_of, options, tmp_path)[0].count(fused) == 1
+
+
+def console_of(options: dict[str, Any], folder: Path) -> str:
+    """What a rank of a run prints."""
+    console = folder / f"console-{os.getpid()}"
+    with console.open("w") as file, contextlib.redirect_stdout(file):
+        assert train_rank(options) is None
+    return console.read_text()
 
 
 def test_what_differs_comes_first_and_warnings_last(folder: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ ask for all the time, do not go through the sandbox's checks.
 
 import datetime
 import json
+import types
 from collections.abc import Callable
 from typing import Any
 
 from jllm.data.chat.marks import CLOSE, OPEN
-from jllm.data.chat.template_bounds import LARGEST_INDENT, LONGEST_SUM, Limit
+from jllm.data.chat.template_bounds import LARGEST_INDENT, LARGEST_OF_CONSTANTS, LONGEST_SUM, Limit
 from jllm.errors import UserError
 
 _TURN, _KEPT = "jllm: a turn of a loop", "jllm: a sum that is kept"
@@ -25,6 +26,8 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 _SAFE_OF_TEXT = frozenset(
     ("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower", "upper", "title")
 )
+_NEVER_LONGER = frozenset(("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit"))
+"""What texts do that makes no more than they are: of a short one it needs no look."""
 _SAFE_OF_LOOPS = frozenset(
     ("index", "index0", "revindex", "revindex0", "first", "last", "length", "previtem", "nextitem")
 )
@@ -151,11 +154,22 @@ def compile_template(source: str, date: datetime.date, *, named: str = "--chat_t
             return self.limit.operation(operator, left, right)
 
         def call(self, context: Any, called: Any, /, *arguments: Any, **named: Any) -> Any:
+            if (
+                type(called) is types.BuiltinMethodType
+                and called.__name__ in _NEVER_LONGER
+                and type(called.__self__) is str
+                and len(called.__self__) < LARGEST_OF_CONSTANTS
+            ):
+                named.pop("_loop_vars", None)  # which Jinja gives every call
+                named.pop("_block_vars", None)
+                return called(*arguments, **named)
             self.limit.called(called, arguments, named)
             made = super().call(context, called, *arguments, **named)
             return made if type(made) in _PLAIN else self.limit.kept(made)
 
         def wrap_str_format(self, value: Any) -> Any:
+            if type(value) in _PLAIN:
+                return None
             wrapped: Any = super().wrap_str_format(value)
             if wrapped is None:
                 return None

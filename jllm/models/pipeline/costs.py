@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.families import has_head_apart
+from jllm.models.families import has_head_apart, has_plain_head
 from jllm.models.pipeline.carving import plain_name
-from jllm.models.pipeline.head import CHUNK_ELEMENTS, tokens_of_a_chunk
+from jllm.models.pipeline.head import tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import bare_model, causal_class
@@ -47,7 +47,7 @@ def state_bytes(
 ) -> StateBytes:
     """Weight, gradient and optimizer state of a parameter, as DeepSpeed's optimizers keep them.
 
-    bf16: weight 2, gradient 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
+    bf16: weight 2, sum of gradients 4, and over the data-parallel ranks master weight 4 and 4 a moment.
     fp16: no sum of gradients, but an fp32 copy of the rank's own share of the gradient. fp32: weight, gradient and
     moments; a master weight only where they are shared.
 
@@ -61,7 +61,7 @@ def state_bytes(
     size = float(dtype.itemsize)
     if not has_masters:
         return StateBytes(trained=size * (2 + moments), frozen=size)
-    gradient = size + (4.0 if dtype == torch.bfloat16 else 0.0)
+    gradient = 4.0 if dtype == torch.bfloat16 else size
     shared = 4.0 * moments
     if dtype != torch.float32 or sharded_over is not None:
         shared += 4.0
@@ -178,6 +178,7 @@ def estimate_costs(
     quantised: Collection[str] = (),
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
+    is_fused: bool = False,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -195,6 +196,7 @@ def estimate_costs(
         family: the model's class; None for the one that transformers has for `config`.
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
+        is_fused: the loss is fused with the product of a plain head.
 
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names.
@@ -248,11 +250,12 @@ def estimate_costs(
     head_frozen = head_products - sum(
         _weights_used(model.get_submodule(name), text, trained) for name in structure.after
     )
-    # An objective takes the logits of a large vocabulary in chunks, which are computed twice.
+    # An objective takes the logits of a large vocabulary in chunks, which are computed twice where it is not fused.
     logits = held = tokens * text.vocab_size
     is_apart = has_head_apart(type(model))
-    if logits > CHUNK_ELEMENTS:
-        held = tokens_of_a_chunk(text.vocab_size) * text.vocab_size
+    is_fused = is_fused and has_plain_head(type(model))
+    itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
+    held = min(logits, tokens_of_a_chunk(text.vocab_size, itemsize=itemsize) * text.vocab_size)
     types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     per_token = [
         2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
@@ -263,6 +266,7 @@ def estimate_costs(
         2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained))
         for layer, own in zip(layers, configs, strict=True)
     ]
+    is_repeated = is_apart and held < logits and not is_fused
     head_per_token, head_spared = 2.0 * head_products, 2.0 * head_frozen
     return Costs(
         layers=tuple(
@@ -277,10 +281,10 @@ def estimate_costs(
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
-        head_time=tokens * ((_RECOMPUTED if is_apart and held < logits else _TRAINING) * head_per_token - head_spared),
+        head_time=tokens * ((_RECOMPUTED if is_repeated else _TRAINING) * head_per_token - head_spared),
         embedding_activation_bytes=8.0 * tokens,
-        # Logits in the compute dtype, and fp32 logits with their gradient inside the loss.
-        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8),
+        # Logits in the compute dtype, and fp32 logits with their gradient inside a loss that is not fused.
+        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused)),
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
         state=state or state_bytes(dtype),

@@ -5,23 +5,45 @@ it is given. So whatever the family does after its base model (norms, scaling, s
 needs no code here. That this gives the family's logits is shown by the walk over all families and never assumed: see
 `jllm.models.families.has_head_apart`. What is not shown runs its whole forward, and has `LogitsGiven` for a head.
 
+Where the family's logits are a product with the output embedding, and at most a factor and a soft cap after it
+(`jllm.models.pipeline.plain_head` finds out), the head says so: an objective may then make them itself.
+
 Costs: a shallow copy of one module a call; its weights and children are the model's own.
 """
 
 import copy
 import inspect
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 2**26
-"""The most logits that an objective has at a time, where it can take them in chunks."""
+"""The most fp32 logits that an objective has at a time, where it can take them in chunks: 256 MiB."""
 
 
-def tokens_of_a_chunk(vocabulary: int) -> int:
-    """How many tokens have that many logits; at least one."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def tokens_of_a_chunk(vocabulary: int, *, itemsize: int = 4) -> int:
+    """How many tokens have that many logits, or in a type of another size as many bytes of them; at least one."""
+    return max(1, CHUNK_ELEMENTS * 4 // itemsize // vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainHead:
+    """Logits that are `factor * x`, or with a soft cap `cap * tanh(factor * x / cap)`, where x is what `linear` makes
+    of `Head.before`.
+
+    Attributes:
+        name: of `linear` in the model.
+        linear: the output embedding, [vocabulary, width], perhaps with a bias.
+        factor: above 0.
+        cap: above 0; None for none.
+    """
+
+    name: str
+    linear: nn.Linear
+    factor: float = 1.0
+    cap: float | None = None
 
 
 class Head:
@@ -29,13 +51,18 @@ class Head:
 
     Attributes:
         vocabulary: how many logits a token has.
+        plain: what the logits are, where they are a product; None elsewhere.
     """
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: int, plain: PlainHead | None = None) -> None:
+        self.vocabulary, self.plain = vocabulary, plain
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits of these tokens."""
+        raise NotImplementedError
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """Of a plain head: what its product is made of, [..., n, width of the product]."""
         raise NotImplementedError
 
 
@@ -55,25 +82,68 @@ class FamilyHead(Head):
         base_name: the attribute of `model` that holds the base model.
         inner_names: where the list of layers lies below the base (`("decoder",)` for OPT): some families call that.
         returned: the class of what the base model returns.
+        plain: as `jllm.models.pipeline.plain_head` found it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, base_name: str, inner_names: tuple[str, ...], returned: type[Any]
+        self,
+        model: PreTrainedModel,
+        *,
+        base_name: str,
+        inner_names: tuple[str, ...],
+        returned: type[Any],
+        plain: PlainHead | None = None,
     ) -> None:
-        super().__init__(model.config.get_text_config(decoder=True).vocab_size)
+        super().__init__(model.config.get_text_config(decoder=True).vocab_size, plain)
         self._model, self._base_name, self._inner_names, self._returned = model, base_name, inner_names, returned
         takes = inspect.signature(type(model).forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in takes else {}
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The family's own logits."""
-        rows = hidden.reshape(-1, *hidden.shape[-2:])
-        output = self._returned(last_hidden_state=rows)
-        around = copy.copy(self._model)
-        around._modules = dict(self._model._modules)
-        around._modules[self._base_name] = _Given(self._model.get_submodule(self._base_name), self._inner_names, output)
-        logits: Tensor = around(inputs_embeds=rows, **self._arguments).logits
+        logits = self._run(self._around(hidden), hidden)
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """The family's own forward, up to its product."""
+        assert self.plain is not None
+        around = replaced(self._around(hidden), self.plain.name, _End(self.plain.linear))
+        try:
+            self._run(around, hidden)
+        except _EndReachedError as end:
+            return end.reached.view(*hidden.shape[:-1], end.reached.shape[-1])
+        raise AssertionError("the family's forward did not come to its output embedding")
+
+    def after(self, hidden: Tensor, name: str, product: Tensor) -> Tensor:
+        """The logits, if the module of that name gave `product` for these hidden states."""
+        around = self._around(hidden)
+        return self._run(replaced(around, name, _Given(self._model.get_submodule(name), (), product)), hidden)
+
+    def _around(self, hidden: Tensor) -> PreTrainedModel:
+        """The model, whose base hands on `hidden`."""
+        output = self._returned(last_hidden_state=_rows(hidden))
+        base = self._model.get_submodule(self._base_name)
+        return replaced(self._model, self._base_name, _Given(base, self._inner_names, output))
+
+    def _run(self, around: PreTrainedModel, hidden: Tensor) -> Tensor:
+        logits: Tensor = around(inputs_embeds=_rows(hidden), **self._arguments).logits
+        return logits
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, *hidden.shape[-2:])
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def replaced(model: Model, name: str, module: nn.Module) -> Model:
+    """A shallow copy of `model` with another module of that name; all others are its own."""
+    first, _, rest = name.partition(".")
+    changed = copy.copy(model)
+    changed._modules = dict(model._modules)
+    changed._modules[first] = replaced(model.get_submodule(first), rest, module) if rest else module
+    return changed
 
 
 class _Given(nn.Module):
@@ -94,3 +164,23 @@ class _Given(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What was given."""
         return self._output
+
+
+class _EndReachedError(Exception):
+    """Carries what came to the end of a forward pass that goes no further."""
+
+    def __init__(self, reached: Tensor) -> None:
+        super().__init__()
+        self.reached = reached
+
+
+class _End(_Given):
+    """Stands in for a module, and ends the forward pass that comes to it."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__(replaced, (), None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises what it was given."""
+        [reached] = args
+        raise _EndReachedError(reached)

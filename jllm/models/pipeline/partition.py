@@ -37,11 +37,13 @@ def partition(
     num_stages: int,
     micro_batches: int | None = None,
     costs: Costs | None = None,
+    overlaps: bool = False,
 ) -> list[int]:
     """Boundaries: num_stages + 1 increasing layer numbers, from 0 to the number of decoder layers.
 
-    `micro_batches` is how many a step has (gradient accumulation steps); it bounds how many are in flight. `costs`
-    default to estimates for `config`; `profile` is `fast` on measured ones, so it needs them.
+    `micro_batches` is how many a step has (gradient accumulation steps); it bounds how many are in flight, of which
+    there are more where transfers overlap with compute. `costs` default to estimates for `config`; `profile` is `fast`
+    on measured ones, so it needs them.
 
     Raises:
         UserError: more stages than layers, or a `method` that is none or does not fit this model.
@@ -83,15 +85,19 @@ def partition(
     if method == "mem":
         return split(
             lambda first, end, stage: costs.memory(
-                first, end, in_flight=micro_batches_in_flight(stage, num_stages, micro_batches)
+                first, end, in_flight=micro_batches_in_flight(stage, num_stages, micro_batches, overlaps=overlaps)
             )
         )
     return split(lambda first, end, _: costs.time(first, end))
 
 
-def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int | None) -> int:
-    """How many micro-batches a stage keeps between their forward and backward pass (1F1B schedule)."""
-    waiting = num_stages - stage
+def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int | None, *, overlaps: bool = False) -> int:
+    """How many micro-batches a stage keeps between their forward and backward pass.
+
+    1F1B keeps as many as there are stages from this one on. Where transfers overlap with compute, each link in between
+    holds one more.
+    """
+    waiting = num_stages - stage + (num_stages - stage - 1 if overlaps else 0)
     return waiting if micro_batches is None else min(waiting, micro_batches)
 
 
@@ -136,14 +142,16 @@ class StageFacts:
     time_share: float
 
 
-def stage_facts(costs: Costs, boundaries: list[int], *, micro_batches: int | None = None) -> list[StageFacts]:
+def stage_facts(
+    costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, overlaps: bool = False
+) -> list[StageFacts]:
     """What each stage is estimated to cost."""
     count = len(boundaries) - 1
     times = _times(costs, boundaries)
     found = []
     for stage, (first, end) in enumerate(itertools.pairwise(boundaries)):
         parameters = costs.parameters(first, end)
-        in_flight = micro_batches_in_flight(stage, count, micro_batches)
+        in_flight = micro_batches_in_flight(stage, count, micro_batches, overlaps=overlaps)
         found.append(
             StageFacts(
                 first_layer=first,
@@ -157,9 +165,12 @@ def stage_facts(costs: Costs, boundaries: list[int], *, micro_batches: int | Non
     return found
 
 
-def fullest_stage(costs: Costs, boundaries: list[int], *, micro_batches: int | None = None) -> float:
+def fullest_stage(
+    costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, overlaps: bool = False
+) -> float:
     """Estimated peak bytes of the stage that needs most."""
-    return max(stage.memory_bytes for stage in stage_facts(costs, boundaries, micro_batches=micro_batches))
+    facts = stage_facts(costs, boundaries, micro_batches=micro_batches, overlaps=overlaps)
+    return max(stage.memory_bytes for stage in facts)
 
 
 def imbalance(costs: Costs, boundaries: list[int]) -> float:
@@ -173,7 +184,12 @@ def _times(costs: Costs, boundaries: list[int]) -> list[float]:
 
 
 def stage_table(
-    costs: Costs, boundaries: list[int], *, micro_batches: int | None = None, memory_limit: float | None = None
+    costs: Costs,
+    boundaries: list[int],
+    *,
+    micro_batches: int | None = None,
+    memory_limit: float | None = None,
+    overlaps: bool = False,
 ) -> str:
     """Layers, parameters, estimated memory and time share of each stage, and the share of time lost to the bubble.
 
@@ -181,7 +197,7 @@ def stage_table(
     """
     count = len(boundaries) - 1
     lines = [f"{'stage':>5}  {'layers':>11}  {'parameters':>10}  {'memory':>9}  {'time':>6}"]
-    for number, stage in enumerate(stage_facts(costs, boundaries, micro_batches=micro_batches)):
+    for number, stage in enumerate(stage_facts(costs, boundaries, micro_batches=micro_batches, overlaps=overlaps)):
         first, end = stage.first_layer, stage.end_layer
         extras = [name for name, has in (("embedding", number == 0), ("head", number == count - 1)) if has]
         if stage.trained_parameters < stage.parameters:

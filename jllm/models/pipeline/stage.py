@@ -27,6 +27,7 @@ from jllm.models.families import has_head_apart
 from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
 from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
+from jllm.models.pipeline.plain_head import find_plain_head
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentLayer
 
@@ -50,6 +51,7 @@ class PipelineStage(nn.Module):
         read: the names of the planes that the first stage is given.
         is_frozen: whether the model itself stays as it was loaded, on all stages; what is attached to it may train.
         tell: called with the planes of a micro-batch before its forward pass, for what is attached to layers.
+        are_rows_whole: whether positions never restart inside a row.
     """
 
     def __init__(
@@ -62,19 +64,25 @@ class PipelineStage(nn.Module):
         read: tuple[str, ...] = READ,
         is_frozen: bool = False,
         tell: Callable[[Mapping[str, Tensor]], None] | None = None,
+        are_rows_whole: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.span = span
         self.objective = objective
         self.is_frozen = is_frozen
-        self._tell = tell
+        self._tell, self._are_rows_whole = tell, are_rows_whole
         if head_apart is None:
             head_apart = has_head_apart(type(model))
         self._runs_whole = span.is_last and not head_apart
         self._structure = structure_of(model)
         # The model without its head: what holds the decoder layers, one level below.
-        self._base_name, *self._inside_base = self._structure.layers.split(".")
+        self._base_name, *inside = self._structure.layers.split(".")
+        self._inner_names = tuple(inside[:-1])
+        self.plain_head = None
+        """What the logits are, on a last stage where they are a product of what the head is given."""
+        if span.is_last and head_apart:
+            self.plain_head = find_plain_head(model, base_name=self._base_name, inner_names=self._inner_names)
         # Families without positions of their own (ALiBi, recurrent ones) do not take position ids.
         self._takes = accepted_arguments(self._runner, model.get_submodule(self._base_name))
         needs_ids = self._structure.needs_ids and span.count > 1 and INPUT_IDS not in read
@@ -94,7 +102,7 @@ class PipelineStage(nn.Module):
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
-        arguments |= packing(self.model, positions) | self._unwanted
+        arguments |= packing(self.model, positions, are_rows_whole=self._are_rows_whole) | self._unwanted
         if self.span.is_first:
             ids, planes = bundle.hidden, bundle.planes
             if self._adds_ids:
@@ -140,7 +148,11 @@ class PipelineStage(nn.Module):
         if self._runs_whole:
             return self.objective(output.logits, LogitsGiven(output.logits.shape[-1]), fields)
         head = FamilyHead(
-            self.model, base_name=self._base_name, inner_names=tuple(self._inside_base[:-1]), returned=type(output)
+            self.model,
+            base_name=self._base_name,
+            inner_names=self._inner_names,
+            returned=type(output),
+            plain=self.plain_head,
         )
         return self.objective(output.last_hidden_state, head, fields)
 

@@ -65,12 +65,13 @@ def measure_costs(
     family: type[PreTrainedModel] | None = None,
     is_compiled: bool = False,
     cache: Path | None = None,
+    is_fused: bool = False,
 ) -> Costs:
     """`costs` with seconds in place of estimated time.
 
-    `objective` is what the last stage of the run computes. `cache` is the folder of kept times; None measures anew and
-    stores nothing. `checkpoint_interval` and `checkpoint_attention` are those of
-    `jllm.models.activation_checkpointing`, `is_compiled` says whether layers are compiled.
+    `objective` is what the last stage of the run computes, `is_fused` whether with the head's product. `cache` is the
+    folder of kept times; None measures anew and stores nothing. `checkpoint_interval` and `checkpoint_attention` are
+    those of `jllm.models.activation_checkpointing`, `is_compiled` says whether layers are compiled.
 
     Raises:
         UserError: the model cannot be split at all.
@@ -87,6 +88,7 @@ def measure_costs(
         "device": _device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "attention": attn_implementation,
+        "is_fused": is_fused,
         "is_recomputed": bool(checkpoint_interval),
         "is_attention_recomputed": checkpoint_attention,
         "is_compiled": is_compiled,

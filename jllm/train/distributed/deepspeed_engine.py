@@ -6,13 +6,13 @@ One DeepSpeed layer is one stage. What differs from DeepSpeed's own classes:
 * the fp32 gradient norm counts a tied parameter once, and covers all stages;
 * nothing of the set-up is printed.
 
-Cost of bf16: 2 bytes a parameter for the weight, 2 for its gradient, 4 for the fp32 sum of gradients, and 12 for master
-weight and AdamW's two moments, these divided by the data-parallel size.
+Cost of bf16: 2 bytes a parameter for the weight, 4 for the fp32 sum of gradients, and 12 for master weight and AdamW's
+two moments, these divided by the data-parallel size. A gradient itself is there only until it is added to the sum.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -32,6 +32,8 @@ from jllm.train.data.collate import MicroBatch
 from jllm.train.distributed import launch
 from jllm.train.distributed.deepspeed_settings import deepspeed_settings
 from jllm.train.distributed.host_optimizer import HostOptimizer
+from jllm.train.distributed.master_optimizer import MasterOptimizer
+from jllm.train.distributed.overlapped import OverlappedSchedule, Transfers
 from jllm.train.shape import RunShape
 
 
@@ -80,17 +82,36 @@ class Pipeline(PipelineModule):
 class TrainingEngine(PipelineEngine):
     """DeepSpeed's pipeline engine, with exact gradient norms and micro-batches of a new shape at any step."""
 
-    place: Place
     _length: int | None = None
     _global_grad_norm: Tensor | None = None
 
+    def __init__(self, *args: Any, offloads: bool, place: Place, overlaps: bool, **kwargs: Any) -> None:
+        self._offloads, self.place = offloads, place
+        super().__init__(*args, **kwargs)
+        self._transfers = Transfers(place) if overlaps and place.mesh.pipe > 1 else None
+        # DeepSpeed's pipeline knows its optimizer for bf16 by the very class.
+        self.using_bf16_optimizer = isinstance(self.optimizer, MasterOptimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> MasterOptimizer:
+        kind = HostOptimizer if self._offloads else MasterOptimizer
+        return kind(
+            optimizer,
+            self.param_names,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            grad_acc_dtype=torch.float32,
+        )
+
     def clip_fp32_gradients(self) -> None:
         """Scale the gradients of all stages so that their joint norm is at most the limit."""
-        limit = self.gradient_clipping()
         assert self._global_grad_norm is not None
-        scale = torch.clamp(limit / (self._global_grad_norm + 1e-6), max=1.0)
+        # The host knows the norm: it has looked whether it is finite. A number is multiplied faster than a tensor.
+        scale = self.gradient_clipping() / (float(self._global_grad_norm) + 1e-6)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if gradients:
+        if gradients and scale < 1.0:
             torch._foreach_mul_(gradients, scale)
 
     def _fp32_gradient_norm(self) -> Tensor:
@@ -114,13 +135,55 @@ class TrainingEngine(PipelineEngine):
                 return
         super()._exec_optimizer_step(lr_kwargs)
 
-    # DeepSpeed finds the methods of its instructions in this table, not by name.
-    _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        next(i for i, m in PipelineEngine._INSTRUCTION_MAP.items() if m.__name__ == "_exec_optimizer_step"): (
-            _exec_optimizer_step
-        ),
-    }
+    def _train_schedule(self) -> Any:
+        if self._transfers is None:
+            return super()._train_schedule()
+        self._transfers.begin(self.micro_batches)
+        return OverlappedSchedule(micro_batches=self.micro_batches, stages=self.num_stages, stage_id=self.stage_id)
+
+    @property
+    def _overlapping(self) -> Transfers | None:
+        """What is under way; None where passes wait for it, as in evaluations."""
+        return self._transfers if self.module.training else None
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        transfers = self._overlapping
+        if transfers is None or self.first_output_send:  # the first time with the shape
+            super()._exec_send_activations(buffer_id)
+        else:
+            transfers.send_activation(self.pipe_buffers["outputs"][buffer_id])
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        transfers, is_first_time = self._overlapping, self.pipe_recv_buf is None
+        if transfers is None or is_first_time:
+            super()._exec_recv_activations(buffer_id)
+        if transfers is None:
+            return
+        like: tuple[Tensor, Tensor] = self.pipe_recv_buf
+        if is_first_time:
+            transfers.has_arrived("activations")
+            transfers.expect_activation(like)
+        else:
+            hidden, planes = transfers.receive_activation(like)
+            self.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), planes)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        if (transfers := self._overlapping) is None:
+            super()._exec_send_grads(buffer_id)
+            return
+        transfers.send_gradient(self.pipe_buffers["inputs"][buffer_id][0].grad)
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        if (transfers := self._overlapping) is None:
+            super()._exec_recv_grads(buffer_id)
+        else:
+            self.grad_layer = [transfers.receive_gradient(self.pipe_buffers["outputs"][buffer_id][0])]
+
+    def _exec_reduce_tied_grads(self) -> None:
+        if self._transfers is not None:
+            self._transfers.end()
+        super()._exec_reduce_tied_grads()
 
     @property
     def gradient_norm(self) -> float:
@@ -161,25 +224,11 @@ class TrainingEngine(PipelineEngine):
         return itertools.repeat((None, None)) if self.is_last_stage() else None
 
 
-class OffloadingEngine(TrainingEngine):
-    """The same with `--offload_optimizer`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # DeepSpeed's pipeline knows its optimizer for bf16 by the very class.
-        self.using_bf16_optimizer = True
-
-    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> HostOptimizer:
-        return HostOptimizer(
-            optimizer,
-            self.param_names,
-            bfloat16_config=self._config.bfloat16_config,
-            mpu=self.mpu,
-            clip_grad=self.gradient_clipping(),
-            allgather_bucket_size=self.zero_allgather_bucket_size(),
-            dp_process_group=self.seq_data_parallel_group,
-            grad_acc_dtype=torch.float32,
-        )
+# DeepSpeed finds the methods of its instructions in a table, not by name.
+TrainingEngine._INSTRUCTION_MAP = {
+    instruction: getattr(TrainingEngine, method.__name__)
+    for instruction, method in PipelineEngine._INSTRUCTION_MAP.items()
+}
 
 
 def topology_of(mesh: Mesh) -> ProcessTopology:
@@ -210,9 +259,8 @@ def build_engine(
     module = Pipeline(stage, shape.mesh, shapes_vary=config.batch_size_tokens is not None)
     mpu = module.mpu()
     settings = deepspeed_settings(config, shape)
-    kind = OffloadingEngine if config.offload_optimizer else TrainingEngine
     with launch.quiet():
-        engine = kind(
+        return TrainingEngine(
             args=None,
             model=module,
             optimizer=optimizer,
@@ -224,6 +272,7 @@ def build_engine(
             collate_fn=None,
             config=settings,
             config_class=DeepSpeedConfig(settings, mpu),
+            offloads=config.offload_optimizer,
+            place=shape.mesh.place(dist.get_rank()),
+            overlaps=config.overlaps,
         )
-    engine.place = shape.mesh.place(engine.global_rank)
-    return engine

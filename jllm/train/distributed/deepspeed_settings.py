@@ -136,7 +136,8 @@ def deepspeed_settings(config: TrainConfig, shape: RunShape) -> dict[str, Any]:
         "gradient_accumulation_steps": shape.accumulation,
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": {"stage": config.resolved_zero_stage},
-        "bf16": {"enabled": config.engine_precision == "bf16"},
+        # See `jllm.train.distributed.master_optimizer`.
+        "bf16": {"enabled": config.engine_precision == "bf16", "immediate_grad_update": True},
         "fp16": {"enabled": config.engine_precision == "fp16"},
         "pipeline": {"activation_checkpoint_interval": 0, "use_reentrant": False},
         "zero_allow_untested_optimizer": True,

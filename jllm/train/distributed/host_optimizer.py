@@ -13,11 +13,12 @@ machine has to compile, was no faster (`benchmarks/offload_optimizer.py`).
 from typing import Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from jllm.train.distributed.master_optimizer import MasterOptimizer
 
-class HostOptimizer(BF16_Optimizer):
+
+class HostOptimizer(MasterOptimizer):
     """DeepSpeed's optimizer for bf16 weights, its fp32 part on the host."""
 
     fp32_groups_gradient_flat_partition: list[Any]

@@ -33,13 +33,14 @@ class Sums:
 class Objective(Protocol):
     """Final hidden states → sums."""
 
-    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Sums:
+    def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor], gradient: float | None = None) -> Sums:
         """The sums of a micro-batch.
 
         Args:
             hidden: [B, S, width] of any float type: what `head` takes.
             head: gives the logits of any part of it.
             fields: the named integer planes [B, S] of the micro-batch.
+            gradient: the one that the loss will be given in the backward pass, where that is known.
         """
 
 
@@ -54,9 +55,13 @@ class ObjectiveInUse:
     def __init__(self, objective: Objective) -> None:
         self.use(objective)
 
-    def use(self, objective: Objective, *, scale: float = 1.0) -> None:
-        """The next forward passes compute this; without a scale they return plain sums."""
+    def use(self, objective: Objective, *, scale: float = 1.0, gradient: float | None = None) -> None:
+        """The next forward passes compute this; without a scale they return plain sums.
+
+        `gradient` is the one that the scaled sum will be given in the backward pass, where that is known.
+        """
         self._objective, self._scale = objective, scale
+        self._gradient = None if gradient is None else gradient * scale
         self._reported: dict[str, Tensor] = {}
 
     def reported(self, name: str) -> int:
@@ -70,7 +75,7 @@ class ObjectiveInUse:
 
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
         """The scaled sum of a micro-batch, to be differentiated."""
-        sums = self._objective(hidden, head, fields)
+        sums = self._objective(hidden, head, fields, self._gradient)
         for name, value in sums.reported.items():
             known = self._reported.get(name)
             self._reported[name] = value if known is None else known + value

@@ -9,10 +9,10 @@ step a number for each adapter from every process.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jllm.errors import UserError
@@ -55,6 +55,32 @@ class AfterStep(Protocol):
         device."""
 
 
+class _Decay:
+    """The decay of adapters, with the rates of an optimizer's groups, and what it took of their sizes."""
+
+    def __init__(
+        self,
+        weight: float,
+        adapters: "LoraProducts | ControlAdapters",
+        sizes: Callable[[], Tensor],
+        optimizer: Optimizer,
+    ) -> None:
+        self._weight, self._adapters, self._sizes = weight, adapters, sizes
+        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._lost: Sequence[float] | None = None
+
+    def apply(self) -> None:
+        if self._weight:
+            before = self._sizes()
+            self._adapters.decay(self._weight, lambda parameter: float(self._groups[id(parameter)]["lr"]))
+            self._lost = (before - self._sizes()).tolist()
+
+    def take_lost(self) -> Sequence[float] | None:
+        """What the last update lost; None where there was none since the last question."""
+        lost, self._lost = self._lost, None
+        return lost
+
+
 class LoraAfterStep:
     """Decay and limit of the products BA.
 
@@ -66,23 +92,18 @@ class LoraAfterStep:
     """
 
     def __init__(self, products: "LoraProducts", optimizer: Optimizer, *, decay: float, limit: float | None) -> None:
-        self._products, self._decay, self._limit = products, decay, limit
-        self._groups = _groups_of(optimizer)
-        self._lost: Sequence[float] | None = None
+        self._products, self._limit = products, limit
+        self._decay = _Decay(decay, products, products.norms, optimizer)
         if decay or limit is not None:
             optimizer.register_step_post_hook(lambda *_: self._change())
 
     def _change(self) -> None:
-        if self._decay:
-            before = self._products.norms()
-            self._products.decay(self._decay, lambda parameter: float(self._groups[id(parameter)]["lr"]))
-            self._lost = (before - self._products.norms()).tolist()
+        self._decay.apply()
         if self._limit is not None:
             self._products.limit(self._limit)
 
     def report(self) -> Report:
-        told = {"lora_norm": self._products.norms().tolist(), "lora_decay": self._lost}
-        self._lost = None
+        told = {"lora_norm": self._products.norms().tolist(), "lora_decay": self._decay.take_lost()}
         return _report(self._products.names, told)
 
 
@@ -97,25 +118,20 @@ class ControlAfterStep:
     """
 
     def __init__(self, adapters: ControlAdapters, optimizer: Optimizer, *, gamma: float, decay: float) -> None:
-        self._adapters, self._gamma, self._decay = adapters, gamma, decay
-        self._groups = _groups_of(optimizer)
-        self._lost: Sequence[float] | None = None
+        self._adapters, self._gamma = adapters, gamma
+        self._decay = _Decay(decay, adapters, adapters.strengths, optimizer)
         optimizer.register_step_post_hook(lambda *_: self._change())
 
     def _change(self) -> None:
         self._adapters.straighten(self._gamma)
-        if self._decay:
-            before = self._adapters.strengths()
-            self._adapters.decay(self._decay, lambda parameter: float(self._groups[id(parameter)]["lr"]))
-            self._lost = (before - self._adapters.strengths()).tolist()
+        self._decay.apply()
 
     def report(self) -> Report:
         told = {
             "control_lambda": self._adapters.strengths().tolist(),
             "control_skew": self._adapters.skews().tolist(),
-            "control_decay": self._lost,
+            "control_decay": self._decay.take_lost(),
         }
-        self._lost = None
         return _report(self._adapters.names, told)
 
 
@@ -166,11 +182,6 @@ def record_of_adapters(after_step: AfterStep | None, agreement: Agreement, *, st
             f"{kind}_max": max(each.most for each in spreads),
         }
     return found
-
-
-def _groups_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """A parameter's identity → its group."""
-    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _report(names: Sequence[str], told: Mapping[str, Sequence[float] | None]) -> Report:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.trainable import check_matches, matches, patterns_of
 from jllm.train.config import TrainConfig
+from jllm.train.optim.muon import TypedMuon
 from jllm.train.optim.schedules import RATE_FACTOR
 from jllm.train.options.optimizer import module_rates
 
@@ -60,8 +61,7 @@ class MuonWithAdamW(Optimizer):
         super().__init__(groups, {"lr": config.learning_rate})
         self._parts: list[Optimizer] = []
         if matrices := [group for group in groups if group["is_matrix"]]:
-            # The rates of AdamW, so that one schedule serves both.
-            self._parts.append(Muon(matrices, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+            self._parts.append(TypedMuon(matrices, lr=config.learning_rate))
         if others := [group for group in groups if not group["is_matrix"]]:
             self._parts.append(_adamw(others, config))
         self.param_groups = [group for part in self._parts for group in part.param_groups]

@@ -6,6 +6,8 @@ from pathlib import Path
 from jllm.options import option
 from jllm.train.limits import MOST_SECONDS
 
+SCHEDULES = ("1f1b", OVERLAPPED := "overlapped")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelismOptions:
@@ -36,6 +38,12 @@ class ParallelismOptions:
     ds_config: Path | None = option(None, help="JSON file of further DeepSpeed settings")
     partition_method: str = option(
         "fast", help='layers to stages: fast, mem, uniform, parameters, profile, type:regex, "9,5" or "0,8,17,26"'
+    )
+    schedule: str = option(
+        "1f1b",
+        choices=SCHEDULES,
+        help="overlapped: activations and gradients travel while stages compute, for slow links; stages keep up to"
+        " twice as many micro-batches",
     )
     split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
     emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")

@@ -23,3 +23,9 @@ class RecordsOptions:
     trace_step: int | None = option(
         None, least=1, help="record when each stage did what in this step, in trace-step-N.json beside metrics.jsonl"
     )
+    profile_step: int | None = option(
+        None,
+        least=1,
+        help="list the kernels that took most of this step, and where the device waited, in profile-step-N-rank-R.txt"
+        " beside metrics.jsonl",
+    )

@@ -37,6 +37,8 @@ LARGE = [
     "{% set x = 'a' * 9999999 %}{{ x" + " + x" * 500 + " }}",
     "{% set x = 'a' * 9999999 %}{{ x" + " ~ x" * 500 + " }}",
     "{% set x = 'a' * 9999999 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
+    "{% set x = 'a' * 9999999 %}{% for i in range(99) %}{{ x + x + x + x + x + x + x }}{% endfor %}",
+    "{% set x = 'a' * 9999999 %}{{ x" + " ~ (x + x + x)" * 500 + " }}",
     "{% set x %}{% for i in range(99) %}{{ 'a' * 9999999 }}{% endfor %}{% endset %}{{ x }}",
     "{{ range(10 ** 9) | list }}",
     "{{ 'a' | center(10 ** 10) }}",
@@ -98,6 +100,9 @@ PLAIN = [
     "{% set x %}{{ a }}{{ b + a }}{% endset %}{{ x + a }}{% filter upper %}{{ a + b }}{% endfilter %}",
     "{{ a + b" + " + a" * 100 + " }}{% set z = a + b" + " + a" * 100 + " %}{{ z }}",
     "{% if a + b == b + a %}same{% else %}{{ [a + b, b + a] | sort | first }}{% endif %}{{ {'k': a + b}['k'] }}",
+    "{{ a.split('a') }}{{ a.rsplit(None, 1) }}{{ a.split(sep='a', maxsplit=1)[-1].lstrip(b).rstrip('b').strip() }}",
+    "{{ a.startswith(b) }}{{ b.endswith(('a', 'b')) }}{% for c in b %}{{ c.strip('a') }}{{ a.split(c) }}{% endfor %}",
+    "{% block t %}{{ a.strip() }}{% endblock %}{% set n = namespace(x=a, f=b.split) %}{{ n.f('a') }}{{ n.x.strip(b) }}",
     "{% for c in a + b %}{{ c + '.' }}{{ loop.cycle(a, b) }}{% endfor %}{{ 'x' if (a + b) | length > 3 else 'y' + b }}",
 ]  # fmt: skip
 

@@ -61,11 +61,11 @@ EMBEDDINGS = {"gpt2": "wte", "camembert": "word_embeddings"}
 
 
 def test_memory_counts_what_trains_and_who_shares_the_state() -> None:
-    """Bytes a parameter: weight, gradient and its sum, and a rank's share of master weight and moments."""
-    assert state_bytes(torch.bfloat16, sharded_over=1) == StateBytes(trained=2 + 2 + 4 + 4 + 8, frozen=2)
-    assert state_bytes(torch.bfloat16, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 12 / 4, frozen=2)
-    assert state_bytes(torch.bfloat16, sharded_over=4, on_host=True) == StateBytes(trained=2 + 2 + 4, frozen=2)
-    assert state_bytes(torch.bfloat16, moments=0, sharded_over=4) == StateBytes(trained=2 + 2 + 4 + 4 / 4, frozen=2)
+    """Bytes a parameter: weight, the sum of its gradients, and a rank's share of master weight and moments."""
+    assert state_bytes(torch.bfloat16, sharded_over=1) == StateBytes(trained=2 + 4 + 4 + 8, frozen=2)
+    assert state_bytes(torch.bfloat16, sharded_over=4) == StateBytes(trained=2 + 4 + 12 / 4, frozen=2)
+    assert state_bytes(torch.bfloat16, sharded_over=4, on_host=True) == StateBytes(trained=2 + 4, frozen=2)
+    assert state_bytes(torch.bfloat16, moments=0, sharded_over=4) == StateBytes(trained=2 + 4 + 4 / 4, frozen=2)
     assert state_bytes(torch.float32) == StateBytes(trained=4 + 4 + 8, frozen=4)
     config = config_of(4)
     state = StateBytes(trained=100.0, frozen=1.0)

@@ -96,6 +96,9 @@ def test_families_that_are_apart() -> None:
     apart = [family.model_type for family in families if family.head_apart]
     assert set(apart) <= {family.model_type for family in families if family.status == "pass"}
     assert len(apart) >= 140
+    plain = [family.model_type for family in families if family.plain_head]
+    assert set(plain) <= set(apart)
+    assert len(plain) >= 130
 
 
 def test_a_chunk_has_at_most_so_many_logits() -> None:

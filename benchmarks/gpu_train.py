@@ -1,0 +1,143 @@
+"""Training speed on GPUs: the trainer, started as people start it, beside the plain loops of `gpu_loops.py`, in turn.
+
+    python benchmarks/gpu_train.py wide-kahan wide-masters
+    python benchmarks/gpu_train.py 1b-kahan --rounds 2 --ours "--compile off"
+
+Random weights and random tokens, bf16, 4,096 tokens a row, clipping at 1.0; `gpu_rows.py` has the settings. One JSON
+line a setting: tokens per second (median after warm-up), model FLOPs utilisation (6 x parameters in products + 6 x
+layers x width x length a token, 989 TFLOP/s), peak memory of the device's allocator and seconds to the first step of
+each, and their ratio. With --profile FOLDER the kernels that take most of a step of ours go there, as text. "skipped"
+without CUDA devices enough.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_rows import (  # noqa: E402
+    LORA_RANK,
+    RATE,
+    SETTINGS,
+    WARM_UP,
+    Setting,
+    flops_per_token,
+    llama,
+    write_data,
+)
+
+PEAK = 989e12
+
+
+def run_ours(
+    name: str, setting: Setting, *, steps: int, further: list[str], scratch: Path, profile: Path | None = None
+) -> dict[str, Any]:
+    """Median tokens per second of the steps after warm-up, padding apart, and peak memory of the fullest device."""
+    llama(setting.shape).save_pretrained(scratch / "model")
+    write_data(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
+    command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.stages)]
+    command += ["-m", str(scratch / "model"), "--init", "--train_data", str(scratch / "data")]
+    command += ["--pipe_parallel_size", str(setting.stages), "--seq_len", str(setting.length)]
+    command += ["--micro_batch_size", str(setting.rows), "--learning_rate", str(RATE)]
+    command += ["--gradient_accumulation_steps", str(setting.accumulation), "--max_steps", str(steps)]
+    command += ["--log_dir", str(scratch / "log")]
+    command += ["--optimizer", "adamw_kahan"] if setting.states == "bf16" else []
+    command += ["--block_mask"] if setting.mean_document is not None else []
+    command += ["--lora_dim", str(LORA_RANK)] if setting.lora else []
+    command += ["--checkpoint_grad_interval", "1"] if setting.recompute else []
+    command += ["--profile_step", str(steps)] if profile is not None else []
+    started = time.time()
+    done = subprocess.run([*command, *setting.further, *further], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    lines = (scratch / "log/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    kept = [record["tokens_per_second"] for record in records[WARM_UP:]]
+    # The records have seconds of each step; what came before the first is the start and the compiling.
+    took = time.time() - started - sum(record["seconds"] for record in records[1:])
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+        for path in (scratch / "log").glob("profile*.txt"):
+            shutil.copy(path, profile / f"{name}-{path.name}")
+    return {
+        "tokens_per_second": round(statistics.median(kept)),
+        "spread": round((max(kept) - min(kept)) / statistics.median(kept), 3),
+        "memory_gib": round(max(max(record["memory_mib"]) for record in records) / 1024, 1),
+        "first_step_s": round(took, 1),
+    }
+
+
+def run_peer(name: str, *, steps: int, further: list[str]) -> dict[str, Any]:
+    """The plain loop, in a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_loops.py"), name, "--steps", str(steps), *further]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Both, in turn; the better round of each."""
+    setting = SETTINGS[name]
+    ours: list[dict[str, Any]] = []
+    peers: list[dict[str, Any]] = []
+    for _ in range(options.rounds):
+        if not options.no_peer and setting.stages == 1:
+            peers.append(run_peer(name, steps=options.steps, further=options.peer.split()))
+        with tempfile.TemporaryDirectory() as scratch:
+            ours.append(
+                run_ours(
+                    name,
+                    setting,
+                    steps=options.steps,
+                    further=options.ours.split(),
+                    scratch=Path(scratch),
+                    profile=options.profile,
+                )
+            )
+    flops = flops_per_token(setting.shape, setting.length) / (PEAK * setting.stages)
+    found: dict[str, Any] = {"benchmark": "gpu_train", "setting": name, "ours": ours[-1]}
+    speed = statistics.median(each["tokens_per_second"] for each in ours)
+    if not setting.lora and setting.mean_document is None:
+        found["mfu"] = round(speed * flops, 4)
+    if peers:
+        found["peer"] = peers[-1]
+        if "failed" not in peers[-1]:
+            peer = statistics.median(each["tokens_per_second"] for each in peers)
+            found["peer_mfu"] = round(peer * flops, 4)
+            found["ratio"] = round(speed / peer, 3)
+            found["memory_ratio"] = round(ours[-1]["memory_gib"] / peers[-1]["memory_gib"], 3)
+    return found
+
+
+def main() -> None:
+    """Measure, and print a line for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny, unless named")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ours", default="", help="further options of our command line")
+    parser.add_argument("--peer", default="", help="further options of the loop")
+    parser.add_argument("--no_peer", action="store_true")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of ours")
+    options = parser.parse_args()
+    import torch
+
+    for name in options.settings or [each for each in SETTINGS if each != "tiny"]:
+        if torch.cuda.device_count() < SETTINGS[name].stages:
+            print(json.dumps({"benchmark": "gpu_train", "setting": name, "skipped": "no CUDA devices enough"}))
+            continue
+        print(json.dumps({"device": torch.cuda.get_device_name(), **compared(name, options)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
