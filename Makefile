@@ -24,7 +24,7 @@ demo-lora: .venv/.stamp-dev ## LoRA on questions and answers (DATA=FILE for othe
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (5 minutes)
+test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (half an hour)
 	$(BIN)/python tools/test_families.py
 
 templates: .venv/.stamp-dev fetch-assets ## all tokenizers at hand with all built-in templates, and docs/templates.md (a minute)
