@@ -67,6 +67,7 @@ from jllm.train.optim.schedules import warmup_steps
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
 from jllm.train.shape import RunShape, automatic_options, resolve_shape
+from jllm.train.triggers import Cadence
 
 TYPICAL_UTILISATION = 0.4
 """The share of the device's peak that the time guess assumes."""
@@ -253,6 +254,9 @@ class _Steps:
         warmup = warmup_steps(config, total)
         if self.resumed is not None:
             self._check_resumed(self.resumed, data, total)
+        done = self.resumed.state.step if self.resumed is not None else 0
+        unwatched = Cadence(config, epochs=epochs, total_steps=total).unwatched(done)
+        self.warnings += [f"warning: {line}" for line in unwatched]
         for line in filling_lines(config, epochs):
             (self.warnings if line.startswith("warning: ") else self.lines).append(line)
         budget = config.batch_size_tokens is not None

@@ -260,7 +260,7 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
-        for line in warnings_of(self.data, *self.eval_data.values()):
+        for line in (*warnings_of(self.data, *self.eval_data.values()), *self.cadence.unwatched(self.step)):
             self.recorder.say(f"warning: {line}")
         say_templates(self.config, facts, self.recorder)
         share = evaluation_share(

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import deque
 
-from jllm.train.config import TrainConfig, parse_epochs
+from jllm.train.config import TrainConfig, parse_epochs, skipped_steps
 from jllm.train.data.batching import EpochSteps
 from jllm.train.lifecycle.ending import StoppedError
 
@@ -49,6 +49,20 @@ class Cadence:
         every = self._config.steps_per_checkpoint
         due = step % every == 0 if every > 0 else within == count
         return due or step == self._total_steps
+
+    def unwatched(self, step: int) -> list[str]:
+        """A warning for each of `--trace_step` and `--profile_step` that does not come after step `step`."""
+        found = []
+        for name in ("trace_step", "profile_step"):
+            wanted = getattr(self._config, name)
+            if wanted is None:
+                continue
+            if not step < wanted <= self._total_steps:
+                steps = f"{step + 1:,} to {self._total_steps:,}" if step < self._total_steps else "all done"
+                found.append(f"--{name} {wanted} is no step of this run, whose steps are {steps}: nothing is written")
+            elif wanted in skipped_steps(self._config):
+                found.append(f"--{name} {wanted} is one of --skip_train_steps: nothing is written")
+        return found
 
 
 class EarlyStop:

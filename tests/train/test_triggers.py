@@ -48,6 +48,25 @@ def test_checkpoints(more: dict[str, Any], expected: list[int]) -> None:
     assert steps("saves", **more) == expected
 
 
+@pytest.mark.parametrize(
+    ("more", "done", "expected"),
+    [
+        ({}, 0, []),
+        ({"profile_step": 20}, 19, []),
+        ({"profile_step": 21}, 0, ["--profile_step 21 is no step of this run, whose steps are 1 to 20: nothing"]),
+        ({"trace_step": 3}, 3, ["--trace_step 3 is no step of this run, whose steps are 4 to 20: nothing"]),
+        ({"trace_step": 3}, 20, ["--trace_step 3 is no step of this run, whose steps are all done: nothing"]),
+        ({"trace_step": 3, "skip_train_steps": "2,3"}, 0, ["--trace_step 3 is one of --skip_train_steps: nothing"]),
+        ({"trace_step": 21, "profile_step": 5}, 5, ["--trace_step 21 is no step", "--profile_step 5 is no step"]),
+    ],
+)
+def test_steps_that_nobody_will_watch(more: dict[str, Any], done: int, expected: list[str]) -> None:
+    config = config_of(log_dir=Path("log"), **more)
+    found = Cadence(config, epochs=EpochSteps(counts=(8,)), total_steps=20).unwatched(done)
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
+
+
 def test_early_stop_counts_rebounds_in_a_row() -> None:
     stop = EarlyStop(2)
     assert [stop.should_stop(loss) for loss in (3.0, 3.1, 3.0, 3.1, 3.2)] == [False, False, False, False, True]

@@ -89,7 +89,7 @@ def join(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger as deepspeed_logger
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistNetworkError, distributed_c10d
 
     deepspeed_logger.setLevel("WARNING")
     # DeepSpeed broadcasts parameters where PyTorch would like to be told that no gradient is meant.
@@ -105,12 +105,10 @@ def join(
         _share_cores()
         operators.compile_for_cpu()
     _meet(facts, timeout_seconds, join_timeout)
+    timeout = datetime.timedelta(seconds=timeout_seconds + PEERS_FIRST_SECONDS)
     try:
         with quiet():
-            deepspeed.init_distributed(
-                get_accelerator().communication_backend_name(),
-                timeout=datetime.timedelta(seconds=timeout_seconds + PEERS_FIRST_SECONDS),
-            )
+            deepspeed.init_distributed(get_accelerator().communication_backend_name(), timeout=timeout)
     except DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -118,6 +116,9 @@ def join(
                 f"{where} is taken, probably by another run; give the launcher another port: deepspeed --master_port N"
             ) from None
         raise UserError(f"cannot reach the other processes at {where}: {error}") from None
+    # Further groups, which DeepSpeed makes too, do not have the first one's: with NCCL they give up after 10 minutes.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, max(timeout, getattr(distributed_c10d, name) or timeout))
     if get_accelerator().device_name() == "cpu":
         _forget_buffer_name()
 

@@ -34,6 +34,15 @@ class MasterOptimizer(BF16_Optimizer):
         lp._hp_grad = total
         self.fp32_groups_has_gradients[group_idx][param_idx] = True
 
+    def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
+        """The sums that the norm is made of, or that are clipped: those of all parameters.
+
+        DeepSpeed passes over those without a gradient in this process, which may have one in another: what follows the
+        reduction would differ between the two.
+        """
+        self.fp32_groups_has_gradients = [[True] * len(each) for each in self.fp32_groups_gradients]
+        return super().get_grads_for_norm(for_clipping)
+
 
 def add_to_sum(total: Tensor, share: Tensor) -> None:
     """Add to an fp32 tensor in place, in fp32."""

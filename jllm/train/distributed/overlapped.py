@@ -74,7 +74,8 @@ class Transfers:
         self._after = stages[place.pipe + 1] if place.pipe + 1 < len(stages) else None
         groups = [[dist.new_group(list(ranks)) for _ in range(2)] for ranks in place.mesh.groups("pipe")]
         self._activations, self._gradients = groups[place.mesh.groups("pipe").index(stages)]
-        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sent: dict[str, deque[list[tuple[dist.Work, Tensor]]]] = {"activations": deque(), "gradients": deque()}
+        self._unanswered = 0
         self._awaited: dict[str, deque[list[tuple[dist.Work, Tensor]]]] = {"activations": deque(), "gradients": deque()}
         self._expected: dict[str, int] = {}
 
@@ -82,11 +83,12 @@ class Transfers:
         """A step with so many micro-batches."""
         assert not any(self._awaited.values())
         self._expected = {"activations": micro_batches, "gradients": micro_batches}
+        self._unanswered = 0
 
     def end(self) -> None:
         """Wait until everything is sent."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        for kind in self._sent:
+            self._keep(kind, 0)
 
     def has_arrived(self, kind: str) -> None:
         """One was received in another way."""
@@ -94,12 +96,12 @@ class Transfers:
 
     def send_activation(self, tensors: tuple[Tensor, ...]) -> None:
         """To the next stage; what was sent must not change until the step is over."""
-        for tensor in tensors:
-            self._send(tensor, self._after, self._activations)
+        self._send("activations", tensors, self._after, self._activations)
+        self._unanswered += 1
 
     def send_gradient(self, tensor: Tensor) -> None:
         """To the stage before."""
-        self._send(tensor, self._before, self._gradients)
+        self._send("gradients", (tensor,), self._before, self._gradients)
 
     def receive_activation(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """From the stage before; `like` has the shapes and types."""
@@ -108,19 +110,33 @@ class Transfers:
     def receive_gradient(self, like: Tensor) -> Tensor:
         """From the next stage."""
         [found] = self._receive("gradients", lambda: self._ask((like,), self._after, self._gradients))
+        # The next stage has what it answers, which gloo's sends never say by themselves. The first may have gone in
+        # another way.
+        self._unanswered -= 1
+        self._keep("activations", self._unanswered + 1)
         return found
 
     def expect_activation(self, like: tuple[Tensor, ...]) -> None:
         """Ask for the next one, if there is one in this step, before it is needed."""
         self._expect("activations", lambda: self._ask(like, self._before, self._activations))
 
-    def _send(self, tensor: Tensor, to: int | None, group: Any) -> None:
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, to, group=group)
-        assert work is not None
-        self._sent.append((work, tensor))
+    def _send(self, kind: str, tensors: tuple[Tensor, ...], to: int | None, group: Any) -> None:
+        sent = self._sent[kind]
+        while sent and all(work.is_completed() for work, _ in sent[0]):
+            sent.popleft()
+        begun = []
+        for tensor in tensors:
+            held = tensor.detach().contiguous()
+            work = dist.isend(held, to, group=group)
+            assert work is not None
+            begun.append((work, held))
+        sent.append(begun)
+
+    def _keep(self, kind: str, most: int) -> None:
+        """Wait until no more than so many micro-batches of what was sent are under way."""
+        while len(self._sent[kind]) > most:
+            for work, _ in self._sent[kind].popleft():
+                work.wait()
 
     def _receive(self, kind: str, ask: Callable[[], list[tuple[dist.Work, Tensor]]]) -> tuple[Tensor, ...]:
         awaited = self._awaited[kind]

@@ -5,6 +5,7 @@ which is slower for it; nothing in others.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ from jllm.train.distributed.deepspeed_engine import TrainingEngine
 from jllm.train.distributed.tracing import traced_step
 from jllm.train.records.kernels import PROFILE_NAME, Kernel, report
 from jllm.train.records.metrics import Recorder
+
+_SILENT = "99"
 
 
 @contextlib.contextmanager
@@ -40,6 +43,8 @@ def _profiled(collectives: Collectives, config: TrainConfig, step: int, recorder
         yield
         return
     is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    # PyTorch's profiler writes lines of its own to the console, and reads this when it first starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as watched:
         started = time.perf_counter()
         yield

@@ -1,11 +1,14 @@
 """How a rank ends: its name first, one line for what the user can mend, and the exit code."""
 
+import datetime
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.ranks import Ranks
 
 
 def end_of_rank(body: str) -> "subprocess.CompletedProcess[str]":
@@ -94,3 +97,21 @@ while True:
             assert rank.wait(timeout=40) == 143
         finally:
             rank.kill()
+
+
+def timeouts_of_groups(seconds: int) -> list[datetime.timedelta]:
+    """Of a group that is made in a run with this `--timeout`, and of one with NCCL."""
+    import torch
+    from torch import distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from jllm.train.distributed import launch
+
+    launch.join(seconds)
+    made = dist.new_group()._get_backend(torch.device("cpu")).options._timeout
+    return [made, distributed_c10d._get_default_timeout(dist.Backend("nccl"))]
+
+
+def test_groups_that_are_made_later_wait_as_long() -> None:
+    [found] = Ranks(1).run(timeouts_of_groups, 7200)
+    assert all(each >= datetime.timedelta(seconds=7200) for each in found), found

@@ -3,12 +3,16 @@
 from collections import deque
 from typing import Any
 
+import pytest
+import torch
 from deepspeed.runtime.pipe import schedule
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jllm.models.pipeline.partition import micro_batches_in_flight
-from jllm.train.distributed.overlapped import OverlappedSchedule
+from jllm.parallel.mesh import Mesh
+from jllm.train.distributed.overlapped import OverlappedSchedule, Transfers
+from tests.distributed.ranks import Ranks
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 12))
 
@@ -106,3 +110,36 @@ def test_steps_on_slow_links_take_as_long_as_their_passes() -> None:
         # The first micro-batch's way there and back is all that is left to wait for.
         assert seconds(OverlappedSchedule, stages, micro_batches, 1.0) == ideal + 2 * (stages - 1)
         assert seconds(schedule.TrainSchedule, stages, micro_batches, 1.0) > ideal + micro_batches
+
+
+def most_held(micro_batches: int, ahead: int) -> int:
+    """How many activations a first stage ever holds that it has sent."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo")
+    place = Mesh(pipe=2, data=1).place(dist.get_rank())
+    transfers, like, most = Transfers(place), torch.zeros(5), 0
+    for _ in range(2):
+        transfers.begin(micro_batches)
+        if place.pipe:
+            for number in range(micro_batches):
+                [found] = transfers.receive_activation((like,))
+                assert found.tolist() == [number] * 5
+                transfers.send_gradient(found)
+        else:
+            for number in range(micro_batches + ahead):
+                if number < micro_batches:
+                    transfers.send_activation((like + number,))
+                if number >= ahead:
+                    assert transfers.receive_gradient(like).tolist() == [number - ahead] * 5
+                most = max(most, len(transfers._sent["activations"]))
+        transfers.end()
+        assert not any(transfers._sent.values())
+    return most
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_what_was_sent_is_held_until_it_is_answered(ahead: int) -> None:
+    most, none = Ranks(2).run(most_held, 20, ahead)
+    assert none == 0
+    assert most <= ahead + 2
