@@ -51,7 +51,7 @@ def test_every_command_of_the_group_has_help(name: str, flag: str) -> None:
     [
         (
             "train",
-            ["Data", "Model", "Adapters", "Parallelism", "Steps", "Objective", "Optimizer", "Memory", "Checkpoints"],
+            ["Data", "Model", "Adapters", "Parallelism", "Steps", "Objective", "Optimizer", "Speed", "Memory"],
         ),
         ("raw2ids", ["Input and output", "Tokenizer", "Rows", "Documents, -t pretrain", "Conversations, -t ft"]),
     ],

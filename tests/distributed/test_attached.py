@@ -25,9 +25,9 @@ def train_with_adapters(options: dict[str, Any], layers: tuple[int, ...]) -> dic
 
     plain = setup.attach
 
-    def attach(model: Any, span: Any, config: TrainConfig) -> Any:
+    def attach(model: Any, span: Any, config: TrainConfig, **more: Any) -> Any:
         attach_adapters(model, span, layers)
-        return plain(model, span, config)
+        return plain(model, span, config, **more)
 
     setup.attach = attach
     config = TrainConfig(**options)

@@ -89,7 +89,7 @@ def test_balance_loss_of_a_mixture_of_experts(ranks: Callable[[int], Ranks], tmp
 
 
 def train_in_fp16(options: dict[str, Any]) -> tuple[str | None, list[float]]:
-    """A rank's answer, and what its part of the balance loss was multiplied with in each step, on any CPU."""
+    """A rank's answer, and what its part of the losses was multiplied with in each step, on any CPU."""
     from deepspeed.accelerator import get_accelerator
 
     from jllm.train.distributed.deepspeed_engine import TrainingEngine
@@ -98,7 +98,9 @@ def train_in_fp16(options: dict[str, Any]) -> tuple[str | None, list[float]]:
     scales = []
     real = TrainingEngine.gradient_scale
     TrainingEngine.gradient_scale = property(lambda engine: scales.append(real.fget(engine)) or scales[-1])
-    return train_rank(options), scales
+    answer = train_rank(options)
+    assert scales[::2] == scales[1::2], "the loss and the balance loss are told one scale each, in every step"
+    return answer, scales[::2]
 
 
 def test_balance_loss_in_fp16(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:

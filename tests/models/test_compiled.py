@@ -1,5 +1,6 @@
 """Compiled decoder layers: equal losses and gradients, one graph for equal layers, no graph for every length."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
+SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
 USUAL = Shape(2, 24)
 QUICK = "aot_eager"
 """Traces forward and backward passes, and writes no code for them."""
@@ -188,7 +190,10 @@ def test_watched_routers(tmp_path: Path) -> None:
     assert worst_gradient(eager[1], shared[1])[0] < 1e-5
 
 
-@pytest.mark.parametrize(("use_dora", "ways"), [(False, None), (False, {"attention_only": True}), (True, None)])
+LORA: list[tuple[bool, dict[str, Any] | None]] = [(False, None), (False, {"attention_only": True}), (True, None)]
+
+
+@pytest.mark.parametrize(("use_dora", "ways"), LORA if SIZE > 1 else LORA[:1])
 def test_lora(tmp_path: Path, use_dora: bool, ways: dict[str, Any] | None) -> None:
     """The first layer's input needs no gradient, which is another graph. peft's DoRA is traced in pieces."""
     pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
