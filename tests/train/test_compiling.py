@@ -69,16 +69,16 @@ def test_usual_shape() -> None:
 def test_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config as inductor
 
-    monkeypatch.setattr(inductor, "compile_threads", 32)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
-    keep_code_private()
-    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert folder == tmp_path / "cache/jllm/compiled"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")
-    assert 1 <= inductor.compile_threads <= 8
+    with inductor.patch(compile_threads=32):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
+        keep_code_private()
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert folder == tmp_path / "cache/jllm/compiled"
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")
+        assert 1 <= inductor.compile_threads <= 8
     folder.chmod(0o777)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     keep_code_private()
