@@ -39,3 +39,15 @@ def test_numbers(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         TrainConfig(**{"model": Path("model"), "train_data": ("data",), **more})
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, "there is one stage; give --pipe_parallel_size, or drop it"),
+        ({"pipe_parallel_size": 2, "batch_size_tokens": 64}, "needs micro-batches of one shape"),
+    ],
+)
+def test_what_nothing_overlaps_in(more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        TrainConfig(model=Path("model"), train_data=("data",), schedule="overlapped", **more)
