@@ -96,8 +96,8 @@ class TrainConfig(
             check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
         if self.overlaps and self.pipe_parallel_size == 1:
             raise UserError(
-                f"--schedule {OVERLAPPED} is for what crosses stages, and there is one stage; give --pipe_parallel_size,"
-                " or drop it"
+                f"--schedule {OVERLAPPED} is for what crosses stages, and there is one stage; give"
+                " --pipe_parallel_size, or drop it"
             )
         if self.overlaps and self.batch_size_tokens is not None:
             raise UserError(
