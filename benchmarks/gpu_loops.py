@@ -87,20 +87,24 @@ def build(setting: Setting, *, is_liger: bool, is_compiled: bool) -> nn.Module:
 
 
 def micro_batches(setting: Setting) -> Iterator[MicroBatch]:
-    """Random ids; documents padded to the longest of their micro-batch where the setting has documents."""
+    """Random ids; where the setting has documents, as many as fit, each padded to the longest of its micro-batch."""
     if setting.mean_document is None:
         while True:
             ids = torch.randint(0, setting.vocabulary, (setting.rows, setting.length), device="cuda")
             yield ids, ids
-    generator = np.random.default_rng(0)
-    while True:
-        # As many documents as make the tokens of a micro-batch, were there no padding.
-        lengths = documents(generator, setting.rows * setting.length, setting.mean_document)
-        longest = max(lengths)
-        ids = torch.randint(0, setting.vocabulary, (len(lengths), longest), device="cuda")
+    lengths = iter(documents(np.random.default_rng(0), 4096 * setting.length, setting.mean_document))
+    held = [next(lengths)]
+    for length in lengths:
+        # As many documents as fit the tokens of a micro-batch when each is padded to the longest.
+        if (len(held) + 1) * max(*held, length) <= setting.rows * setting.length:
+            held.append(length)
+            continue
+        longest = max(held)
+        ids = torch.randint(0, setting.vocabulary, (len(held), longest), device="cuda")
         places = torch.arange(longest, device="cuda")
-        labels = torch.where(places < torch.tensor(lengths, device="cuda")[:, None], ids, -100)
+        labels = torch.where(places < torch.tensor(held, device="cuda")[:, None], ids, -100)
         yield ids, labels
+        held = [length]
 
 
 def run(setting: Setting, *, steps: int, is_liger: bool, is_compiled: bool) -> dict[str, Any]:

@@ -90,17 +90,23 @@ def llama(shape: str) -> Any:
     )
 
 
-def flops_per_token(shape: str, length: int) -> float:
+def flops_per_token(setting: Setting) -> float:
     """Operations of a forward and a backward pass: 6 x parameters in products, head too, + 6 x layers x width x S.
 
-    The second part is causal attention over whole rows.
+    The second part is causal attention, within documents: S is the length of the document that a token stands in, in
+    the mean over tokens, and that of the row without documents. Adapters let the gradients of frozen weights out, so
+    that products count 4 times.
     """
-    config = llama(shape)
+    config = llama(setting.shape)
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = config.head_dim or width // config.num_attention_heads
     attention = width * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     products = layers * (attention + 3 * width * inner) + width * config.vocab_size
-    return float(6 * products + 6 * layers * width * length)
+    length = float(setting.length)
+    if setting.mean_document is not None:
+        lengths = np.array(documents(np.random.default_rng(0), 256 * setting.length, setting.mean_document), np.float64)
+        length = float(np.square(lengths).sum() / lengths.sum())
+    return (4.0 if setting.lora else 6.0) * products + 6.0 * layers * width * length
 
 
 def documents(generator: np.random.Generator, tokens: int, mean: int) -> list[int]:

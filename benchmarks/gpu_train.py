@@ -4,10 +4,10 @@
     python benchmarks/gpu_train.py 1b-kahan --rounds 2 --ours "--compile off"
 
 Random weights and random tokens, bf16, 4,096 tokens a row, clipping at 1.0; `gpu_rows.py` has the settings. One JSON
-line a setting: tokens per second (median after warm-up), model FLOPs utilisation (6 x parameters in products + 6 x
-layers x width x length a token, 989 TFLOP/s), peak memory of the device's allocator and seconds to the first step of
-each, and their ratio. With --profile FOLDER the kernels that take most of a step of ours go there, as text. "skipped"
-without CUDA devices enough.
+line a setting: tokens per second (median after warm-up), model FLOPs utilisation (of 989 TFLOP/s; `flops_per_token`),
+peak memory of the device's allocator and seconds to the first step of each, and their ratio; and what a product of
+8192 x 8192 x 8192 reaches on the card. With --profile FOLDER the kernels that take most of a step of ours go there, as
+text. "skipped" without CUDA devices enough.
 """
 
 import argparse
@@ -104,11 +104,10 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
                     profile=options.profile,
                 )
             )
-    flops = flops_per_token(setting.shape, setting.length) / (PEAK * setting.stages)
+    flops = flops_per_token(setting) / (PEAK * setting.stages)
     found: dict[str, Any] = {"benchmark": "gpu_train", "setting": name, "ours": ours[-1]}
     speed = statistics.median(each["tokens_per_second"] for each in ours)
-    if not setting.lora and setting.mean_document is None:
-        found["mfu"] = round(speed * flops, 4)
+    found["mfu"] = round(speed * flops, 4)
     if peers:
         found["peer"] = peers[-1]
         if "failed" not in peers[-1]:
@@ -117,6 +116,23 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
             found["ratio"] = round(speed / peer, 3)
             found["memory_ratio"] = round(ours[-1]["memory_gib"] / peers[-1]["memory_gib"], 3)
     return found
+
+
+def product_rate() -> float:
+    """Operations a second of a bf16 product of 8192 x 8192 x 8192 on random numbers: what cards differ by."""
+    import torch
+
+    size = 8192
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    for _ in range(20):
+        left @ right
+    ended.record()
+    torch.cuda.synchronize()
+    return float(20 * 2 * size**3 / (begun.elapsed_time(ended) / 1000))
 
 
 def main() -> None:
@@ -136,7 +152,9 @@ def main() -> None:
         if torch.cuda.device_count() < SETTINGS[name].stages:
             print(json.dumps({"benchmark": "gpu_train", "setting": name, "skipped": "no CUDA devices enough"}))
             continue
-        print(json.dumps({"device": torch.cuda.get_device_name(), **compared(name, options)}), flush=True)
+        found = {"device": torch.cuda.get_device_name(), "product_tflops": round(product_rate() / 1e12)}
+        torch.cuda.empty_cache()
+        print(json.dumps({**found, **compared(name, options)}), flush=True)
 
 
 if __name__ == "__main__":
