@@ -11,7 +11,8 @@
     eager                   elsewhere, families without SDPA
 
 flash and varlen know documents by their cumulative lengths. `packing` derives them from the position ids once per
-micro-batch (one copy to the host, on each stage); layers get them as arguments, so no layer waits for the device.
+micro-batch, on the device where it is told how many there are at most and how long they get (`DocumentBounds`), else
+with one copy to the host; layers get them as arguments, so no layer waits for the device.
 flex gets blocks of a mask and skips the empty ones; sdpa and eager get the whole mask, S x S. transformers builds both
 from the position ids, once per stage. Asked for off CUDA, varlen goes document by document through SDPA: no S x S
 mask, work only within documents. flex is refused there: PyTorch has no backward pass for it.
@@ -21,13 +22,16 @@ and varlen are for families that the catalogue shows to be right with them (`Fam
 the default kernel); what it does not know has the kernels with masks.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import re
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -41,6 +45,8 @@ from jllm.models.families import shown_by_lengths
 
 VARLEN = "varlen"
 CHOICES = ("auto", VARLEN, *sorted(kernels.FLASH), "flex_attention", "sdpa", "eager")
+_BOUNDS_MULTIPLE = 16
+"""Compiled layers see few numbers of documents."""
 # Signs in a family's own code of what SDPA has not: a soft cap and sinks.
 _BEYOND_SDPA = ("softcap=self", "s_aux=self")
 
@@ -114,40 +120,83 @@ def _takes_flash(family: type[PreTrainedModel], name: str) -> bool:
     return bool(family._supports_flash_attn) and (fitting is None or name in fitting)
 
 
-def packing(model: PreTrainedModel, positions: Tensor, *, are_rows_whole: bool = False) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentBounds:
+    """What is known of the documents of micro-batches before a device sees them.
+
+    Attributes:
+        most: documents that a micro-batch has at most, over all its rows; padding belongs to the last one of a row.
+        longest: tokens that a document has at most.
+    """
+
+    most: int
+    longest: int
+
+    @classmethod
+    def of(cls, positions: Iterable[Tensor]) -> Self:
+        """Of micro-batches with these position ids [B, S], which start at 0 in each document."""
+        found = [each.numpy() for each in positions]
+        return cls(
+            most=max(each.size - int(np.count_nonzero(each)) for each in found),
+            longest=max(int(each.max()) for each in found) + 1,
+        )
+
+    def bounds(self, is_start: Tensor) -> Tensor:
+        """The cumulative lengths [N + 1] of documents that start there ([B, S]), int32; those that are missing to the
+        most, rounded up, are empty ones at the end. The host waits for nothing."""
+        size = -(-self.most // _BOUNDS_MULTIPLE) * _BOUNDS_MULTIPLE + 1
+        found = torch.nonzero_static(is_start.flatten(), size=size, fill_value=is_start.numel())
+        return found[:, 0].to(torch.int32)
+
+
+def packing(
+    model: PreTrainedModel,
+    positions: Tensor,
+    *,
+    are_rows_whole: bool = False,
+    documents: DocumentBounds | None = None,
+) -> dict[str, Any]:
     """Arguments for the model's forward that tell documents apart; empty where masks are built from positions.
 
     A document starts where positions do not go on by one, and at the start of each row. Where it is known beforehand
-    that they go on throughout a row (`are_rows_whole`), nobody looks at them, and so nobody waits for the device.
+    that they go on throughout a row (`are_rows_whole`), nobody looks at them; where `documents` are known, the device
+    alone does. Neither waits for the device.
     """
     implementation = str(model.config._attn_implementation)
     if are_rows_whole:
         return _of_whole_rows(positions) if implementation.startswith("flash_attention") else {}
     if implementation != VARLEN and not implementation.startswith("flash_attention"):
         return _masks(model, positions) if _forgets_positions(type(model.base_model)) else {}  # type: ignore[arg-type]
-    on_host = positions.to("cpu")
-    is_start = torch.ones_like(on_host, dtype=torch.bool)
-    is_start[:, 1:] = on_host[:, 1:] != on_host[:, :-1] + 1
-    starts = is_start.flatten().nonzero().flatten()
-    if implementation == VARLEN and len(starts) == len(positions):
-        return {}  # one document a row: plain causal attention
-    lengths = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
-    longest = int((lengths[1:] - lengths[:-1]).max())
+    if documents is not None and positions.device.type == "cuda":
+        if implementation == VARLEN and documents.most == len(positions):
+            return {}  # one document a row: plain causal attention
+        return _by_bounds(documents.bounds(_starts(positions)), documents.longest)
+    is_start = _starts(positions.to("cpu"))
+    if implementation == VARLEN and int(is_start.sum()) == len(positions):
+        return {}
+    bounds = nn.functional.pad(is_start.flatten().nonzero()[:, 0], (0, 1), value=positions.numel()).to(torch.int32)
+    longest = int(bounds.diff().max())
     if positions.device.type == "cuda":
-        lengths = lengths.pin_memory().to(positions.device, non_blocking=True)
-    return {
-        "cu_seq_lens_q": lengths,
-        "cu_seq_lens_k": lengths,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+        bounds = bounds.pin_memory().to(positions.device, non_blocking=True)
+    return _by_bounds(bounds, longest)
+
+
+def _starts(positions: Tensor) -> Tensor:
+    """Where documents start, [B, S]."""
+    found = torch.ones_like(positions, dtype=torch.bool)
+    found[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return found
+
+
+def _by_bounds(bounds: Tensor, longest: int) -> dict[str, Any]:
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def _of_whole_rows(positions: Tensor) -> dict[str, Any]:
     """The same where each row [B, S] is one document."""
     rows, length = positions.shape
-    lengths = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=positions.device)
-    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": length, "max_length_k": length}
+    bounds = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=positions.device)
+    return _by_bounds(bounds, length)
 
 
 @functools.cache

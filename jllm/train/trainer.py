@@ -298,7 +298,7 @@ class TrainingRun:
         """Read a step, share it, and hear what any process asks for meanwhile."""
         told = self.saver.request() if self.saver is not None else Request.NOTHING
         step, facts = self.agreement.step(steps, self.requests.now() | told, DeviceUse.now())
-        self.told = facts.request
+        self.told, self.stage.documents = facts.request, facts.documents
         self.asked |= facts.request
         return step, facts
 

@@ -1,14 +1,19 @@
 """Attention of packed rows: documents by their lengths equal documents by a block mask, and each document alone."""
 
+import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from jllm.errors import UserError
-from jllm.models.attention import VARLEN, choose_attention, packing, takes_varlen
+from jllm.models import attention
+from jllm.models.attention import VARLEN, DocumentBounds, choose_attention, packing, takes_varlen
 from jllm.models.families import shown_by_lengths
 from jllm.models.legacy.alibi import AlibiLlamaForCausalLM
 from jllm.models.weights.source import causal_class
@@ -114,6 +119,26 @@ def test_documents_from_positions(tmp_path: Path) -> None:
     assert found["max_length_k"] == 5
     assert packing(model, torch.arange(6).repeat(2, 1)) == {}
     assert packing(load_chain(tmp_path, [0, 4])[0].model, positions) == {}
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 40))
+def test_bounds_are_known_without_a_look(rows: list[list[int]], further: int) -> None:
+    """What the device makes of positions, told most and longest, is what the host reads out of them."""
+    width = max(map(sum, rows))
+    # Padding belongs to the last document of a row.
+    rows = [[*row[:-1], row[-1] + width - sum(row)] for row in rows]
+    positions = torch.tensor([[place for length in row for place in range(length)] for row in rows])
+    known = DocumentBounds.of([positions])
+    lengths = [length for row in rows for length in row]
+    assert known == DocumentBounds(most=len(lengths), longest=max(lengths))
+    # Another micro-batch of the step may have more.
+    more = dataclasses.replace(known, most=known.most + further)
+    found = more.bounds(attention._starts(positions))
+    assert found.dtype == torch.int32
+    assert len(found) > more.most
+    expected = [0, *itertools.accumulate(lengths)]
+    assert found.tolist() == expected + [positions.numel()] * (len(found) - len(expected))
 
 
 def test_choice() -> None:

@@ -3,6 +3,10 @@
 Attach after the stage is loaded and sealed, and before activation checkpointing wraps its layers. The first matrices
 are drawn from (seed, name in the whole model), so any number of stages starts alike; the second ones are 0.
 
+Adapters are kept in a type of their own, fp32 as a rule, and multiply in that of what comes in, as under
+`torch.autocast`: fp32 products take as long on a GPU as those of the model itself, which are far larger. DoRA's, which
+norms are made of, stay in the adapters' own type.
+
 Guarantees: before the first step the stage computes what it computed without adapters. The stage's parameters keep
 their names (`jllm.models.pipeline.carving.plain_name`), those of the adapters are the ones in peft's file.
 Cost: rank × (inputs + outputs) numbers for each module.
@@ -16,8 +20,9 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
@@ -49,6 +54,8 @@ def attach_lora(model: PreTrainedModel, plan: LoraPlan, *, seed: int, dtype: tor
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and model.device.type != "meta":
             _draw(name, module, seed=seed, gaussian=plan.config.init_lora_weights == "gaussian")
+        if isinstance(module, LoraLayer) and not plan.config.use_dora:
+            _multiply_in_input_type(module)
     for name, parameter in model.named_parameters():
         trains = is_adapter(name) or ".modules_to_save." in name
         if trains:
@@ -60,6 +67,27 @@ def attach_lora(model: PreTrainedModel, plan: LoraPlan, *, seed: int, dtype: tor
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its name in a model, belongs to a LoRA layer."""
     return any(part.startswith("lora_") for part in name.split("."))
+
+
+class InputTypeLinear(nn.Linear):
+    """A linear map that multiplies in the type of its input, whatever its own is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+
+def _multiply_in_input_type(layer: LoraLayer) -> None:
+    """Have the two maps of an adapter take what comes in as it is; packed parameters multiply theirs by themselves."""
+    if isinstance(layer, ParamWrapper):
+        return
+    layer.cast_input_dtype_enabled = False
+    for maps in (layer.lora_A, layer.lora_B):
+        given = dict(maps).get(ADAPTER)
+        if isinstance(given, nn.Linear):
+            taken = InputTypeLinear(given.in_features, given.out_features, given.bias is not None, device="meta")
+            taken.weight, taken.bias = given.weight, given.bias
+            maps[ADAPTER] = taken.train(given.training)
 
 
 def _inject(model: PreTrainedModel, plan: LoraPlan, modules: list[str], packed: list[str]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from jllm.models.attention import packing
+from jllm.models.attention import DocumentBounds, packing
 from jllm.models.families import has_head_apart
 from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
 from jllm.models.pipeline.carving import published_names, structure_of
@@ -72,6 +72,8 @@ class PipelineStage(nn.Module):
         self.objective = objective
         self.is_frozen = is_frozen
         self._tell, self._are_rows_whole = tell, are_rows_whole
+        self.documents: DocumentBounds | None = None
+        """What is known of the micro-batches to come, where rows are not whole."""
         if head_apart is None:
             head_apart = has_head_apart(type(model))
         self._runs_whole = span.is_last and not head_apart
@@ -102,7 +104,8 @@ class PipelineStage(nn.Module):
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
-        arguments |= packing(self.model, positions, are_rows_whole=self._are_rows_whole) | self._unwanted
+        known: dict[str, Any] = {"are_rows_whole": self._are_rows_whole, "documents": self.documents}
+        arguments |= packing(self.model, positions, **known) | self._unwanted
         if self.span.is_first:
             ids, planes = bundle.hidden, bundle.planes
             if self._adds_ids:

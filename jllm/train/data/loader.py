@@ -22,7 +22,8 @@ import numpy as np
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
-from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, READ
+from jllm.models.attention import DocumentBounds
+from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, POSITION_IDS, READ
 from jllm.train.data.batching import LENGTH_MULTIPLE, MicroBatchRows, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.order import EpochOrder
@@ -49,6 +50,7 @@ class Step:
         length: the largest S.
         start: the cursor before the step.
         room: tokens that the micro-batches of this share could hold.
+        documents: of any micro-batch, where they are kept apart.
     """
 
     micro_batches: list[MicroBatch]
@@ -58,6 +60,7 @@ class Step:
     length: int
     start: Cursor
     room: int = 0
+    documents: DocumentBounds | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,6 +258,9 @@ class BatchShare:
             room=sum(each.input_ids.numel() for each in micro_batches)
             if self.budget is None
             else self.accumulation * self.budget.tokens,
+            documents=DocumentBounds.of(each.planes[POSITION_IDS] for each in micro_batches)
+            if self.block_mask
+            else None,
         )
 
     def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_longest: bool) -> MicroBatch:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jllm.errors import UserError
+from jllm.models.attention import DocumentBounds
 from jllm.parallel.collectives import Collectives
 from jllm.train.data.loader import ReadAhead, Step
 from jllm.train.lifecycle.ending import StoppedError
@@ -41,6 +42,7 @@ class StepFacts:
         request: what any process asks of all.
         devices: what each stage uses.
         room: tokens that the micro-batches of the whole world could hold.
+        documents: of any micro-batch of this process's pipeline, where they are kept apart.
     """
 
     waited: float
@@ -53,6 +55,7 @@ class StepFacts:
     request: Request
     devices: DevicesUse
     room: int
+    documents: DocumentBounds | None = None
 
     @property
     def rows_after(self) -> int:
@@ -80,12 +83,13 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 7
+        mine = [0] * 9
         if step is not None:
-            start = step.start
+            start, known = step.start, step.documents
             mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
+            mine += [known.most, known.longest] if known is not None else [0, 0]
         everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 8].any():
+        if everyone[:, 10].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -95,6 +99,7 @@ class Agreement(Collectives):
                 f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
             )
         rows, epoch, rows_before = views[0]
+        most, longest = everyone[self.place.reader, 7:9].tolist()
         return step, StepFacts(
             waited=waited,
             length=int(everyone[self.place.reader, 0]),
@@ -103,9 +108,10 @@ class Agreement(Collectives):
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 7].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 9:].tolist())),
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 9].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 11:].tolist())),
             room=int(readers[:, 6].sum()),
+            documents=DocumentBounds(most=most, longest=longest) if most else None,
         )
 
     def sees_one_folder(self, folder: Path) -> bool:

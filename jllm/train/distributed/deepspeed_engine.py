@@ -220,8 +220,15 @@ class TrainingEngine(PipelineEngine):
     def _iterator(self, micro_batches: Sequence[MicroBatch] | None) -> Iterator[Any] | None:
         if self.is_first_stage():
             assert micro_batches is not None
-            return iter([(batch.sent, None) for batch in micro_batches])
+            return ((self._on_device(batch.sent), None) for batch in micro_batches)
         return itertools.repeat((None, None)) if self.is_last_stage() else None
+
+    def _on_device(self, sent: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """What a micro-batch is sent as, on the device: from pinned memory, so that the host need not wait for what the
+        device does before the copy."""
+        if self.device.type != "cuda":
+            return sent
+        return tuple(each.pin_memory().to(self.device, non_blocking=True) for each in sent)
 
 
 # DeepSpeed finds the methods of its instructions in a table, not by name.

@@ -7,7 +7,11 @@ which is slower for it; nothing in others.
 import contextlib
 import os
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch._C._autograd import DeviceType
@@ -22,6 +26,8 @@ from jllm.train.records.kernels import PROFILE_NAME, Kernel, report
 from jllm.train.records.metrics import Recorder
 
 _SILENT = "99"
+_OF_A_WAIT = "called a synchronizing CUDA operation"
+"""In PyTorch's warning of it."""
 
 
 @contextlib.contextmanager
@@ -45,7 +51,8 @@ def _profiled(collectives: Collectives, config: TrainConfig, step: int, recorder
     is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     # PyTorch's profiler writes lines of its own to the console, and reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
-    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as watched:
+    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    with _host_waits(is_cuda) as host_waits, profile(activities=[activity]) as watched:
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
@@ -55,11 +62,45 @@ def _profiled(collectives: Collectives, config: TrainConfig, step: int, recorder
         for event in watched.events()
         if event.device_type == kind and event.cpu_parent is None
     ]
+    text = report(kernels, title=f"step {step}, stage {place.pipe}", seconds=seconds, host_waits=host_waits)
     path = folder / PROFILE_NAME.format(step=step, rank=place.rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, report(kernels, title=f"step {step}, stage {place.pipe}", seconds=seconds))
+        atomic.write_text(path, text)
     except OSError as error:
         recorder.warn(f"the profile of step {step} could not be written: {error.strerror}")
     else:
         recorder.event("profile", f"wrote {path}", step=step, file=str(path))
+
+
+@contextlib.contextmanager
+def _host_waits(is_cuda: bool) -> Iterator[Counter[str]]:
+    """How often the host waits for the device meanwhile, by file and line; what PyTorch tells of."""
+    found: Counter[str] = Counter()
+    if not is_cuda:
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def count(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if _OF_A_WAIT in str(message):
+                found[f"{'/'.join(Path(filename).parts[-3:])}:{lineno}"] += 1
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = count
+        warnings.filterwarnings("always", message=f".*{_OF_A_WAIT}")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)

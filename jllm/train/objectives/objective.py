@@ -79,4 +79,5 @@ class ObjectiveInUse:
         for name, value in sums.reported.items():
             known = self._reported.get(name)
             self._reported[name] = value if known is None else known + value
-        return sums.loss * torch.tensor(self._scale, dtype=torch.float32, device=sums.loss.device)
+        # Filled in by the device: a number that is copied there makes the host wait for all that comes before.
+        return sums.loss * torch.full((), self._scale, dtype=torch.float32, device=sums.loss.device)

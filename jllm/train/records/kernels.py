@@ -6,7 +6,7 @@ Times are the device's, in milliseconds. Kernels of several streams may overlap:
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 PROFILE_NAME = "profile-step-{step}-rank-{rank}.txt"
 MOST_KERNELS, MOST_GAPS = 40, 10
@@ -27,13 +27,14 @@ class Kernel:
     end: float
 
 
-def report(kernels: Sequence[Kernel], *, title: str, seconds: float) -> str:
+def report(kernels: Sequence[Kernel], *, title: str, seconds: float, host_waits: Mapping[str, int]) -> str:
     """The text.
 
     Args:
         kernels: of one device, in any order.
         title: the first line.
         seconds: that the step took, by the clock.
+        host_waits: how often the host waited for the device, by the place in the code.
     """
     if not kernels:
         return f"{title}: {seconds * 1000:.1f} ms, no kernels\n"
@@ -62,4 +63,6 @@ def report(kernels: Sequence[Kernel], *, title: str, seconds: float) -> str:
     lines += ["", f"waiting {sum(wait for wait, *_ in waits):.1f} ms between kernels, longest:"]
     for wait, before, after in sorted(waits, reverse=True)[:MOST_GAPS]:
         lines.append(f"{wait:10.2f}  after {before[: NAME_WIDTH // 2]}, before {after[: NAME_WIDTH // 2]}")
+    lines += ["", f"the host waited for the device {sum(host_waits.values())} times:"]
+    lines += [f"{host_waits[each]:10}  {each}" for each in sorted(host_waits, key=lambda each: -host_waits[each])]
     return "\n".join(lines) + "\n"

@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
 
-from jllm.models.adapters.lora import attach_lora, is_adapter
-from jllm.models.adapters.lora_plan import LoraChoice, LoraPlan, plan_lora
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+from jllm.models.adapters.lora import _multiply_in_input_type, attach_lora, is_adapter
+from jllm.models.adapters.lora_plan import ADAPTER, LoraChoice, LoraPlan, plan_lora
 from jllm.models.pipeline.carving import published_names
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.source import causal_class, read_config
@@ -78,3 +81,29 @@ def test_a_module_is_trained_whole(tmp_path: Path) -> None:
     assert names["lm_head.modules_to_save.weight"].requires_grad
     assert not names["model.embed_tokens.weight"].requires_grad
     assert torch.equal(names["lm_head.modules_to_save.weight"], names["model.embed_tokens.weight"])
+
+
+def test_products_in_the_type_of_the_input_are_those_of_autocast() -> None:
+    """A bf16 layer with fp32 adapters: outputs and gradients are those that peft gives under `torch.autocast`."""
+    found: dict[bool, list[torch.Tensor]] = {}
+    for is_ours in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"linear": torch.nn.Linear(24, 40, bias=False, dtype=torch.bfloat16)})
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["linear"]), model, ADAPTER)
+        layer = model["linear"]
+        assert isinstance(layer, LoraLayer)
+        torch.nn.init.normal_(layer.lora_B[ADAPTER].weight)
+        trained = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        for each in trained:
+            each.data = each.data.float()
+        if is_ours:
+            _multiply_in_input_type(layer)
+            assert [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight] == trained
+        inputs = torch.randn(16, 24).to(torch.bfloat16).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not is_ours):
+            output = layer(inputs)
+        assert output.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(output.float().square().sum(), [inputs, *trained])
+        assert [each.dtype for each in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+        found[is_ours] = [output.detach(), *gradients]
+    assert all(torch.equal(one, other) for one, other in zip(found[False], found[True], strict=True))
