@@ -42,6 +42,7 @@ def run_ours(
     name: str, setting: Setting, *, steps: int, further: list[str], scratch: Path, profile: Path | None = None
 ) -> dict[str, Any]:
     """Median tokens per second of the steps after warm-up, padding apart, and peak memory of the fullest device."""
+    steps += profile is not None  # one more, which is profiled and does not count
     llama(setting.shape).save_pretrained(scratch / "model")
     write_data(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
     command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.stages)]
@@ -61,7 +62,7 @@ def run_ours(
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     lines = (scratch / "log/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
-    kept = [record["tokens_per_second"] for record in records[WARM_UP:]]
+    kept = [record["tokens_per_second"] for record in records[WARM_UP : len(records) - (profile is not None)]]
     # The records have seconds of each step; what came before the first is the start and the compiling.
     took = time.time() - started - sum(record["seconds"] for record in records[1:])
     if profile is not None:
