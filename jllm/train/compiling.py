@@ -17,6 +17,7 @@ from jllm.guards import caches
 from jllm.models.compiled import BACKEND, CompiledLayers, Shape, compile_layers
 from jllm.models.families import shown_compiled
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.parallel.mesh import Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.batching import padded_length
@@ -43,7 +44,12 @@ class Compiling:
 
 
 def choose_compiling(
-    config: TrainConfig, family: type[PreTrainedModel], *, device: str, attention: str, is_quantised: bool
+    config: TrainConfig,
+    family: type[PreTrainedModel],
+    *,
+    device: str,
+    attention: str,
+    quantised: QuantisationPlan | None,
 ) -> Compiling:
     """What `--compile` means for a model of this family, on this device.
 
@@ -52,7 +58,7 @@ def choose_compiling(
         family: the family's own class.
         device: of the run.
         attention: the kernel that the family gets.
-        is_quantised: whether a part of the model is held in 4 or 8 bits.
+        quantised: what of the model is held in 4 or 8 bits.
     """
     shown = shown_compiled(family)
     if config.compile == "off":
@@ -65,8 +71,11 @@ def choose_compiling(
         why = f"the device is {torch.device(device).type}"
     elif config.precision not in _PRECISIONS:
         why = f"--precision {config.precision}"
-    elif is_quantised:
-        why = "the model is quantised"
+    elif quantised is not None and quantised.quantisation.bits == 8:
+        # It looks for outliers, and so waits for the device.
+        why = "the model is held in 8 bits"
+    elif quantised is not None and quantised.experts:
+        why = "packed experts are quantised"
     elif attention == "flex_attention":
         # It is compiled by itself. The masks of packed rows are functions, made anew for every micro-batch.
         why = "attention is flex_attention"

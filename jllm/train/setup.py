@@ -112,7 +112,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
             model_class,
             device=get_accelerator().current_device_name(),
             attention=attention,
-            is_quantised=quantisation is not None,
+            quantised=quantisation,
         ),
     )
 

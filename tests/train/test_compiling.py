@@ -10,6 +10,7 @@ from torch._inductor.runtime import cache_dir_utils
 
 from jllm.models.compiled import Shape
 from jllm.models.families import shown_compiled
+from jllm.models.weights.quantisation import Quantisation, QuantisationPlan
 from jllm.models.weights.source import causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.compiling import choose_compiling, keep_code_private, usual_shape
@@ -27,11 +28,11 @@ def choice(
     device: str = "cuda:0",
     *,
     attention: str = "varlen",
-    is_quantised: bool = False,
+    quantised: QuantisationPlan | None = None,
     **options: Any,
 ) -> str:
     kind = causal_class(tiny_config(family))
-    found = choose_compiling(config(**options), kind, device=device, attention=attention, is_quantised=is_quantised)
+    found = choose_compiling(config(**options), kind, device=device, attention=attention, quantised=quantised)
     assert found.is_on == found.said.startswith("decoder layers are compiled")
     return found.said
 
@@ -41,7 +42,14 @@ def test_choice() -> None:
     assert "the device is cpu (--compile on does it)" in choice(device="cpu")
     assert choice(device="cpu", compile="on") == "decoder layers are compiled"
     assert "--precision fp16" in choice(precision="fp16")
-    assert "the model is quantised" in choice(is_quantised=True)
+    maps, experts = frozenset({"model.layers.0.mlp.up_proj"}), frozenset({"model.layers.0.mlp.experts.down_proj"})
+    for bits, packed, said in (
+        (4, frozenset[str](), "decoder layers are compiled"),
+        (4, experts, "packed experts are quantised"),
+        (8, frozenset[str](), "held in 8 bits"),
+    ):
+        held = QuantisationPlan(quantisation=Quantisation(bits=bits), modules=maps, experts=packed)
+        assert said in choice(quantised=held)
     assert "attention is flex_attention" in choice("gpt_oss", attention="flex_attention")
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next")
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next", compile="on")
