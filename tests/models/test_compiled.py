@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from jllm.models import kernels
@@ -270,6 +272,67 @@ def test_what_fails_runs_as_it_is(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines] == ["LlamaDecoderLayer", "LlamaDecoderLayer", "LlamaRMSNorm"]
     assert all("no compiler here" in line for line in lines)
     assert all(state.failed for state in states)
+
+
+def test_what_fails_in_its_backward_pass_runs_as_it_is(tmp_path: Path) -> None:
+    """It is compiled, and its forward pass works: only running the code of the backward pass fails."""
+
+    def broken(*inputs: Any) -> Any:
+        raise RuntimeError("no way back\nand more")
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=lambda graph, inputs: broken
+    )
+    make_folder(tiny_config("llama", attention_dropout=0.5), tmp_path)
+    stages = load_chain(tmp_path, [0, 2, 4])
+    batches = [batch(), batch(packed=True), batch(3, 20)]
+    lines: list[str] = []
+    expected = []
+    for inputs in batches:
+        torch.manual_seed(0)
+        expected.append(chained_loss_and_gradients(stages, *inputs))
+    options: Any = {"usual": USUAL, "backend": backend, "warn": lines.append}
+    states = [compile_layers(stage.model, stage.span, **options) for stage in stages]
+    for inputs, values in zip(batches, expected, strict=True):
+        assert_equal(stages, values, inputs)
+    assert [line.split()[1] for line in lines] == ["LlamaDecoderLayer", "LlamaDecoderLayer", "LlamaRMSNorm"]
+    assert all(line.endswith("runs as it is: no way back") for line in lines)
+    assert all(state.failed for state in states)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_fails_is_recomputed_as_it_is(way: str, tmp_path: Path) -> None:
+    def broken(*inputs: Any) -> Any:
+        raise RuntimeError("no way back")
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=lambda graph, inputs: broken
+    )
+    make_folder(tiny_config("llama", num_hidden_layers=4), tmp_path)
+    [stage] = load_chain(tmp_path, [0, 4])
+    inputs = batch(packed=True)
+    expected = chained_loss_and_gradients([stage], *inputs)
+    lines: list[str] = []
+    apart = WAYS[way].get("attention_only", False)
+    options: Any = {"usual": USUAL, "backend": backend, "warn": lines.append, "attention_apart": apart}
+    compile_layers(stage.model, stage.span, **options)
+    checkpoint_activations(stage.model, stage.span, is_compiled=True, **WAYS[way])
+    assert_equal([stage], expected, inputs)
+    assert len(lines) == 2 + apart
+
+
+def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_compiler(tmp_path: Path) -> None:
+    def full(*inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    backend: Any = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=lambda graph, inputs: full
+    )
+    make_folder(tiny_config("llama"), tmp_path)
+    [stage] = load_chain(tmp_path, [0, 4])
+    compile_layers(stage.model, stage.span, usual=USUAL, backend=backend, warn=pytest.fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        stage(batch())
 
 
 def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
