@@ -14,8 +14,8 @@ forward and backward. Where compiling or that fails, layers of that kind run as 
 
 Guarantees: losses and gradients are those of the layers as they are, but for rounding and for the numbers that dropout
 draws; the catalogue says for which families that was shown (`Family.compiled`).
-Cost: seconds to minutes at the first step, on every process; less where the cache of code has it. Trials are a pass more
-of the first micro-batch.
+Cost: seconds to minutes at the first step, on every process; less where the cache of code has it. Trials are one pass
+more of the first micro-batch.
 """
 
 import functools

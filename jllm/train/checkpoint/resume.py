@@ -57,6 +57,7 @@ BINDING_OPTIONS = (
     "adam_eps",
     "gradient_clipping",
     "precision",
+    "fp8",
     "seed",
     "no_shuf",
     "block_mask",
