@@ -31,12 +31,14 @@ SPARK = ["pandas>=2.2", "pyspark>=4.0"]
 DEMO = [*TRAIN, "accelerate>=1", "gguf>=0.17", "sentencepiece>=0.2"]  # transformers reads GGUF files with them
 ADAPTERS = ["accelerate>=1", "bitsandbytes>=0.50", "gguf>=0.17", "peft>=0.21"]  # LoRA, and models in 4 and 8 bits
 OPTIMIZERS = ["bitsandbytes>=0.50", "schedulefree>=1.4", "torch-optimi>=0.3"]  # of --optimizer
-GPU = [*ADAPTERS, *OPTIMIZERS, "liger-kernel>=0.6"]
+FP8 = ["torchao>=0.17"]  # --fp8
+GPU = [*ADAPTERS, *FP8, *OPTIMIZERS, "liger-kernel>=0.6"]
 PLOT = ["matplotlib>=3.8"]  # PNGs of `jllm plot`
 REPORT = ["mlflow-skinny>=3", "trackio>=0.40", "wandb>=0.31"]  # --report_to
 DEV = [
     *ADAPTERS,
     *DEMO,
+    *FP8,
     *OPTIMIZERS,
     *SPARK,
     "duckdb>=1.3",
@@ -67,6 +69,7 @@ setup(
         "train": TRAIN,
         "adapters": ADAPTERS,
         "optimizers": OPTIMIZERS,
+        "fp8": FP8,
         "spark": SPARK,
         "gpu": GPU,
         "demo": DEMO,

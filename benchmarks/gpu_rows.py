@@ -43,6 +43,7 @@ class Setting:
         lora: adapters on all linear maps train instead of the model.
         recompute: of all layers.
         further: of our command line alone.
+        fp8: the recipe of our linear maps; the peer is then ours in bf16.
         stages: pipeline stages, on as many devices.
     """
 
@@ -55,6 +56,7 @@ class Setting:
     lora: bool = False
     recompute: bool = False
     further: tuple[str, ...] = ()
+    fp8: str | None = None
     stages: int = 1
 
     @property
@@ -66,12 +68,14 @@ class Setting:
 SETTINGS: Mapping[str, Setting] = {
     "wide-kahan": Setting(shape="wide", states="bf16"),
     "wide-masters": Setting(shape="wide"),
+    "wide-fp8": Setting(shape="wide", states="bf16", fp8="tensorwise"),
     "1b-kahan": Setting(shape="1b", states="bf16", rows=4),
     "1b-masters": Setting(shape="1b", rows=4),
     "1b-memory": Setting(shape="1b", states="bf16", rows=8),
     "packed": Setting(shape="1b", rows=4, mean_document=500),
     "lora-8b": Setting(shape="8b", lora=True),
     "two-stages": Setting(shape="wide", accumulation=16, stages=2),
+    "tiny-fp8": Setting(shape="tiny", rows=2, length=128, accumulation=2, fp8="tensorwise"),
     "tiny": Setting(shape="tiny", rows=2, length=128, accumulation=2),
 }
 
@@ -106,7 +110,7 @@ def flops_per_token(setting: Setting) -> float:
     if setting.mean_document is not None:
         lengths = np.array(documents(np.random.default_rng(0), 256 * setting.length, setting.mean_document), np.float64)
         length = float(np.square(lengths).sum() / lengths.sum())
-    return (4.0 if setting.lora else 6.0) * products + 6.0 * layers * width * length
+    return float((4 if setting.lora else 6) * products + 6 * layers * width * length)
 
 
 def documents(generator: np.random.Generator, tokens: int, mean: int) -> list[int]:

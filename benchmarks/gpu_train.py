@@ -2,15 +2,17 @@
 
     python benchmarks/gpu_train.py wide-kahan wide-masters
     python benchmarks/gpu_train.py 1b-kahan --rounds 2 --ours "--compile off"
+    python benchmarks/gpu_train.py wide-fp8
 
 Random weights and random tokens, bf16, 4,096 tokens a row, clipping at 1.0; `gpu_rows.py` has the settings. One JSON
 line a setting: tokens per second (median after warm-up), model FLOPs utilisation (of 989 TFLOP/s; `flops_per_token`),
 peak memory of the device's allocator and seconds to the first step of each, and their ratio; and what a product of
-8192 x 8192 x 8192 reaches on the card. With --profile FOLDER the kernels that take most of a step of ours go there, as
-text. "skipped" without CUDA devices enough.
+8192 x 8192 x 8192 reaches on the card. The peer of fp8 is ours in bf16. With --profile FOLDER the kernels that take
+most of a step of ours go there, as text. "skipped" without CUDA devices enough.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -55,6 +57,7 @@ def run_ours(
     command += ["--block_mask"] if setting.mean_document is not None else []
     command += ["--lora_dim", str(LORA_RANK)] if setting.lora else []
     command += ["--checkpoint_grad_interval", "1"] if setting.recompute else []
+    command += ["--fp8", setting.fp8] if setting.fp8 is not None else []
     command += ["--profile_step", str(steps)] if profile is not None else []
     started = time.time()
     done = subprocess.run([*command, *setting.further, *further], cwd=ROOT, capture_output=True, text=True)
@@ -77,8 +80,12 @@ def run_ours(
     }
 
 
-def run_peer(name: str, *, steps: int, further: list[str]) -> dict[str, Any]:
-    """The plain loop, in a process of its own."""
+def run_peer(name: str, setting: Setting, *, steps: int, further: list[str]) -> dict[str, Any]:
+    """The plain loop, in a process of its own; with fp8, ours without it."""
+    if setting.fp8 is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = dataclasses.replace(setting, fp8=None)
+            return run_ours(name, plain, steps=steps, further=further, scratch=Path(scratch))
     command = [sys.executable, str(ROOT / "benchmarks/gpu_loops.py"), name, "--steps", str(steps), *further]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -93,7 +100,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     peers: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         if not options.no_peer and setting.stages == 1:
-            peers.append(run_peer(name, steps=options.steps, further=options.peer.split()))
+            peers.append(run_peer(name, setting, steps=options.steps, further=options.peer.split()))
         with tempfile.TemporaryDirectory() as scratch:
             ours.append(
                 run_ours(
@@ -139,7 +146,7 @@ def product_rate() -> float:
 def main() -> None:
     """Measure, and print a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny, unless named")
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny ones, unless named")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ours", default="", help="further options of our command line")
@@ -149,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    for name in options.settings or [each for each in SETTINGS if each != "tiny"]:
+    for name in options.settings or [each for each in SETTINGS if not each.startswith("tiny")]:
         if torch.cuda.device_count() < SETTINGS[name].stages:
             print(json.dumps({"benchmark": "gpu_train", "setting": name, "skipped": "no CUDA devices enough"}))
             continue

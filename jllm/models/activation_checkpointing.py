@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.pipeline.trial import is_trial
 
 Forward = Callable[..., Any]
 
@@ -50,7 +51,7 @@ class Checkpointing:
     @property
     def is_active(self) -> bool:
         """Whether a forward pass now should be checkpointed."""
-        return self.is_enabled and torch.is_grad_enabled()
+        return self.is_enabled and torch.is_grad_enabled() and not is_trial()
 
     def run(self, function: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run `function`, keeping only its inputs, and run it again in the backward pass.

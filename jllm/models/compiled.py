@@ -9,11 +9,13 @@ from the shape alone and not from what ran before: a layer that runs again in th
 get the one that they had.
 
 What cannot be traced (attention that is recomputed alone, routers that are watched) runs between compiled pieces.
-Where compiling fails, layers of that kind run as they are, and a line says why.
+Before a compiled layer's first pass in training, and the first with other arguments, it is tried on what it was given,
+forward and backward. Where compiling or that fails, layers of that kind run as they are, and a line says why.
 
 Guarantees: losses and gradients are those of the layers as they are, but for rounding and for the numbers that dropout
 draws; the catalogue says for which families that was shown (`Family.compiled`).
-Cost: seconds to minutes at the first step, on every process; less where the cache of code has it.
+Cost: seconds to minutes at the first step, on every process; less where the cache of code has it. Trials are one pass
+more of the first micro-batch.
 """
 
 import functools
@@ -33,6 +35,7 @@ from transformers import PreTrainedModel
 from jllm.models.activation_checkpointing import find_attention
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.pipeline.trial import trial
 
 Forward = Callable[..., Any]
 
@@ -115,6 +118,7 @@ class _Kind:
             for is_usual in (True, False)
         }
         self._has_failed = {True: False, False: False}
+        self._tried: set[tuple[int, bool, frozenset[str]]] = set()
         self.reason = ""
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,14 +128,49 @@ class _Kind:
             return self._plain(layer, *self._further, *args, **kwargs)
         if is_usual:
             _as_constants(args, kwargs)
+        function = self._functions[is_usual]
+        if not self._works(function, layer, args, kwargs, is_usual=is_usual):
+            return self._plain(layer, *self._further, *args, **kwargs)
         try:
-            return self._functions[is_usual](layer, *self._further, *args, **kwargs)
+            return function(layer, *self._further, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            self._has_failed[is_usual] = True
-            if not self.reason:
-                self.reason = _said(error)
-                self._owner.warn(f"note: {self.name} is not compiled, and runs as it is: {self.reason}")
+            self._give_up(error, is_usual=is_usual)
         return self._plain(layer, *self._further, *args, **kwargs)
+
+    def _works(
+        self, function: Forward, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_usual: bool
+    ) -> bool:
+        """Whether it runs forward and backward; tried where that is news.
+
+        A backward pass that fails in a step cannot be made up for: by then the pipeline has gone on.
+        """
+        given = frozenset(name for name, value in kwargs.items() if any(True for _ in _tensors(value)))
+        about = (id(layer), is_usual, given)
+        if about in self._tried or not torch.is_grad_enabled():
+            return True
+        self._tried.add(about)
+        inputs = [*_tensors((args, kwargs))]
+        try:
+            with trial(inputs[0].device):
+                output = function(layer, *self._further, *args, **kwargs)
+                made = [each for each in _tensors(output) if each.requires_grad]
+                # Nothing is added to the gradients of parameters, which have hooks.
+                wanted = [each for each in inputs if each.requires_grad]
+                wanted = wanted or [each for each in layer.parameters() if each.requires_grad]
+                if made and wanted:
+                    torch.autograd.grad(made, wanted, [torch.zeros_like(each) for each in made], allow_unused=True)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of whatever the compiler wrote
+            self._give_up(error, is_usual=is_usual)
+            return False
+        return True
+
+    def _give_up(self, error: Exception, *, is_usual: bool) -> None:
+        self._has_failed[is_usual] = True
+        if not self.reason:
+            self.reason = _said(error)
+            self._owner.warn(f"note: {self.name} is not compiled, and runs as it is: {self.reason}")
 
 
 def compile_layers(
@@ -140,6 +179,7 @@ def compile_layers(
     *,
     usual: Shape | None = None,
     attention_apart: bool = False,
+    memory_budget: float = 1.0,
     tell: Callable[[str], object] = print,
     warn: Callable[[str], object] = print,
     backend: str = BACKEND,
@@ -153,11 +193,12 @@ def compile_layers(
         span: of the stage.
         usual: the shape of most micro-batches.
         attention_apart: whether attention is going to be recomputed alone: then it is compiled alone, too.
+        memory_budget: of what layers would keep for the backward pass, the share that they keep; of this process.
         tell: is given lines for people, as in `CompiledLayers`.
         warn: likewise.
         backend: likewise.
     """
-    _prepare_compiler()
+    _prepare_compiler(memory_budget)
     _CLOCK.listen()
     state = CompiledLayers(usual, tell, warn, backend)
     structure = structure_of(model)
@@ -259,7 +300,7 @@ def _said(error: Exception) -> str:
     return next(filter(None, lines), type(cause).__name__)[:200].rstrip(".:;")
 
 
-def _prepare_compiler() -> None:
+def _prepare_compiler(memory_budget: float) -> None:
     """Settings of this process's compiler."""
     from torch._dynamo import config as tracing
     from torch._functorch import config as graphs
@@ -271,6 +312,7 @@ def _prepare_compiler() -> None:
     tracing.fail_on_recompile_limit_hit = not tracing.suppress_errors
     # A backward pass that cannot be compiled fails with its forward pass, which can still run as it is.
     graphs.force_non_lazy_backward_lowering = True
+    graphs.activation_memory_budget = memory_budget
     if torch.are_deterministic_algorithms_enabled():
         from torch._inductor import config as inductor
 

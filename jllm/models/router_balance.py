@@ -24,6 +24,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.structure import find_routers
+from jllm.models.pipeline.trial import is_trial
 from jllm.parallel.mesh import Mesh
 
 
@@ -58,7 +59,7 @@ class RouterBalance:
 
     def _watch(self, name: str, router: nn.Module, index: int) -> None:
         def observe(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not module.training:  # an evaluation between two steps is not part of either
+            if not module.training or is_trial():  # an evaluation between two steps is not part of either
                 return None
             logits = output[index] if isinstance(output, tuple) else output
             loss, counts = balance_loss(logits, self._chosen, _chosen_experts(output, logits, self._chosen))

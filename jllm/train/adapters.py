@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -66,10 +67,24 @@ class LoraOfRun:
         from jllm.models.adapters.lora import attach_lora
         from jllm.models.adapters.peft_folder import load_adapter
 
-        attach_lora(model, self.plan, seed=self.config.seed, dtype=DTYPES[self.config.adapter_precision])
+        attach_lora(
+            model,
+            self.plan,
+            seed=self.config.seed,
+            dtype=DTYPES[self.config.adapter_precision],
+            multiplies_in_model_type=self._multiplies_in_model_type,
+        )
         if self.config.lora is not None and model.device.type != "meta":
             load_adapter(model, self.config.lora, self.plan.config, origin=self.origin, family=self.family)
         return None
+
+    @property
+    def _multiplies_in_model_type(self) -> bool:
+        if self.plan.config.use_dora:
+            return False
+        if self.config.lora_compute == "auto":
+            return bool(get_accelerator().device_name() == "cuda")
+        return self.config.lora_compute == "model"
 
     @property
     def folder(self) -> AdapterFolder:
@@ -81,6 +96,9 @@ class LoraOfRun:
         modules = len(self.plan.modules) + len(self.plan.parameters)
         rank, alpha = self.plan.config.r, self.plan.config.lora_alpha
         lines = [f"LoRA of rank {rank}, alpha {alpha:g}, on {modules} modules of a frozen model"]
+        if self._multiplies_in_model_type and self.config.adapter_precision != self.config.precision:
+            own, model = self.config.adapter_precision, self.config.precision
+            lines.append(f"adapters are {own}, and multiply in {model} (--lora_compute adapter: in {own})")
         return lines + [f"without an adapter: {line}" for line in self.plan.left_out]
 
 
@@ -187,12 +205,22 @@ def _find_lora(
         stored = read_adapter_config(config.lora)
         plan = targets_of(stored, origin, family)
         check_adapter(config.lora, plan, origin=origin, family=family)
+        _check_compute(config, plan, option=f"--lora {config.lora}, which has DoRA,")
         _check_quantised(plan, quantisation, option=f"--lora {config.lora}")
         return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
     choice = chosen_adapters(vars(config))
     plan = plan_lora(origin, family, choice)
+    _check_compute(config, plan, option="--use_dora")
     _check_quantised(plan, quantisation, option="--lora_target_modules")
     return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
+
+
+def _check_compute(config: TrainConfig, plan: "LoraPlan", *, option: str) -> None:
+    """Raises:
+    UserError: DoRA that is to multiply in the model's type.
+    """
+    if plan.config.use_dora and config.lora_compute == "model":
+        raise UserError(f"{option} and --lora_compute model: DoRA's norms need the adapters' own type; drop one")
 
 
 def _check_quantised(plan: "LoraPlan", quantisation: QuantisationPlan | None, *, option: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch._inductor.runtime import cache_dir_utils
 from transformers import PreTrainedModel
 
-from jllm.errors import say
+from jllm.errors import UserError, say
 from jllm.guards import caches
 from jllm.models.compiled import BACKEND, CompiledLayers, Shape, compile_layers
 from jllm.models.families import shown_compiled
@@ -59,6 +59,9 @@ def choose_compiling(
         device: of the run.
         attention: the kernel that the family gets.
         quantised: what of the model is held in 4 or 8 bits.
+
+    Raises:
+        UserError: layers are not compiled, and an option needs that they are.
     """
     shown = shown_compiled(family)
     if config.compile == "off":
@@ -83,6 +86,11 @@ def choose_compiling(
         why = f"not shown to be right for {family.__name__}"
     if why is None:
         return Compiling(is_on=True, said="decoder layers are compiled")
+    if config.activation_memory_budget < 1:
+        raise UserError(
+            f"--activation_memory_budget {config.activation_memory_budget:g} is for compiled layers, and they are not:"
+            f" {why}; give --compile on, or --checkpoint_grad_interval instead"
+        )
     return Compiling(is_on=False, said=f"decoder layers are not compiled: {why} (--compile on does it)")
 
 
@@ -114,6 +122,7 @@ def compile_stage(
         span,
         usual=usual_shape(config, shape, longest),
         attention_apart=config.checkpoint_grad_attention,
+        memory_budget=config.activation_memory_budget,
         tell=tell,
         warn=warn,
         backend=BACKEND,

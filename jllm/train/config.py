@@ -25,7 +25,7 @@ from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, chec
 from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
-from jllm.train.options.speed import SpeedOptions
+from jllm.train.options.speed import SpeedOptions, check_speed
 from jllm.train.options.steps import StepsOptions
 from jllm.train.records.sinks.names import services_of
 
@@ -61,6 +61,7 @@ class TrainConfig(
         check_quantisation(self)
         check_objective(self, self.precision)
         check_optimizer(self)
+        check_speed(self, self.precision, has_adapters=self.has_adapters)
         _check_adapters_in_run(self)
         if self.json and not self.dry_run:
             raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")

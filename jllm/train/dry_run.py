@@ -58,6 +58,7 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision
 from jllm.train.evaluate import open_evaluation_sets
+from jllm.train.fp8 import fp8_notes, use_fp8
 from jllm.train.fused_loss import fused_loss_note
 from jllm.train.lifecycle.run_folders import check_folders_are_free
 from jllm.train.objectives.cross_entropy import CrossEntropy
@@ -117,6 +118,7 @@ def dry_run(config: TrainConfig) -> None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
+    notes += fp8_notes(config, agreement, stage.model, stage.span, is_compiled=family.compiling.is_on)
     notes += [fused_loss_note(config, is_plain=stage.plain_head is not None), *check_weights_if_asked(config)]
 
     automatic = automatic_options(config, shape)
@@ -313,6 +315,7 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
             attn_implementation=family.attention,
         )
     tell = family.adapters.attach(model) if family.adapters is not None else None
+    use_fp8(model, span, config.fp8)
     setup.attach(model, span, config)
     select_trainable(model, span, setup.chosen_parameters(config))
     stage = PipelineStage(

@@ -31,6 +31,7 @@ from jllm.train.compiling import Compiling, choose_compiling, compile_stage, kee
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
+from jllm.train.fp8 import check_device, fp8_notes, use_fp8
 from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
@@ -87,6 +88,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         UserError: there is no such family, or it does not work with what the options ask for.
     """
     assert config.model is not None
+    check_device(config)
     model_config = read_model_config(config)
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     trained = copy.deepcopy(model_config)
@@ -129,7 +131,8 @@ class StagePlan:
         flops_per_token: operations of a forward and a backward pass of the whole model.
         parameters: of the whole model, what is attached to it included.
         notes: for people, a line each: what has adapters, whether layers are compiled, how much trains where that is
-            not everything, and of a stage that is built whether the loss is fused with the head.
+            not everything, and of a stage that is built what multiplies in fp8 and whether the loss is fused with the
+            head.
     """
 
     boundaries: list[int]
@@ -211,6 +214,8 @@ def plan_stages(
                 is_compiled=family.compiling.is_on,
                 cache=default_cache(),
                 is_fused=wants_fused_loss(config),
+                prepare=lambda model, span: use_fp8(model, span, config.fp8),
+                prepared=config.fp8,
             )
 
         costs = measure() if agreement is None else agreement.from_first_reader(measure)
@@ -314,6 +319,7 @@ def build_stage(
             quantisation=family.quantisation,
         )
     tell = family.adapters.attach(model) if family.adapters is not None else None
+    use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
         compile_stage(model, span, config, shape, agreement.place, longest_row)
     checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on)
@@ -328,12 +334,13 @@ def build_stage(
         tell=tell,
         are_rows_whole=not config.block_mask,
     )
-    fused = fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None)))
+    notes = fp8_notes(config, agreement, model, span, is_compiled=family.compiling.is_on)
+    notes.append(fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None))))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
-        plan=dataclasses.replace(plan, notes=(*plan.notes, fused)),
+        plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)),
         checkpointing=checkpointing,
         routers=routers,
         attached=frozenset(attached),

@@ -196,8 +196,13 @@ def test_rates_of_loraplus(ranks: Callable[[int], Ranks], folder: Path) -> None:
         np.testing.assert_allclose(adapter_in(folder / "out")[name], tensor, atol=1e-5, err_msg=name)
 
 
-def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path) -> None:
-    """Beside a bf16 model fp32 adapters have the loss and the gradients of one peft process, bit by bit or nearly."""
+@pytest.mark.parametrize("compute", ["adapter", "model"])
+def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path, compute: str) -> None:
+    """Beside a bf16 model fp32 adapters have the loss and the gradients of one peft process, bit by bit or nearly.
+
+    Multiplying in the model's type they have those of the process under autocast, but for the rounding of norms and
+    of the loss, which autocast has in fp32.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -211,6 +216,7 @@ def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path) -> None:
         "adam_eps": 1e-8,  # which sgd does not have
         "max_steps": 1,
         "attn_implementation": "eager",
+        "lora_compute": compute,
     }
     more |= {"learning_rate": 1.0, "gradient_clipping": 0.0, "seed": 7, "checkpoint": None, "log_dir": folder / "log"}
     options = lora_options(folder, "out", **more)
@@ -219,12 +225,14 @@ def test_a_base_in_bf16(ranks: Callable[[int], Ranks], folder: Path) -> None:
     adapted = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train()
     before = adapter_in(folder / "adapter")
     batches = batches_in_order(folder / "data", steps=1, global_batch=4, seed=7)
-    losses, _ = train_model(adapted, batches, options=options | {"gradient_clipping": 1e9})
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == "model"):
+        losses, _ = train_model(adapted, batches, options=options | {"gradient_clipping": 1e9})
     [record] = records(folder / "log")
-    np.testing.assert_allclose(record["loss"], losses[0], rtol=1e-6)
+    loss_off, gradient_off = (1e-6, 1e-3) if compute == "adapter" else (1e-3, 2e-2)
+    np.testing.assert_allclose(record["loss"], losses[0], rtol=loss_off)
     adapted.save_pretrained(folder / "expected")
     left, expected = adapter_in(folder / "out"), adapter_in(folder / "expected")
     for name in before:
         # With a rate of 1 the change is the gradient.
         ours, theirs = left[name] - before[name], expected[name] - before[name]
-        assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm()), name
+        assert float((ours - theirs).norm()) <= gradient_off * float(theirs.norm()), name

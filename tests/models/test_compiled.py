@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch import config as graphs_config
 
 from jllm.models import kernels
 from jllm.models.activation_checkpointing import checkpoint_activations
@@ -39,6 +42,8 @@ SIZE = float(os.environ.get("JLLM_TEST_SIZE", "1"))
 USUAL = Shape(2, 24)
 QUICK = "aot_eager"
 """Traces forward and backward passes, and writes no code for them."""
+PARTITIONED = "aot_eager_decomp_partition"
+"""And decides what is kept for the backward pass, as a run does."""
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +220,40 @@ def test_lora(tmp_path: Path, use_dora: bool, ways: dict[str, Any] | None) -> No
     assert use_dora or ways is not None or graphs() == 4
 
 
+def test_a_budget_of_memory(tmp_path: Path) -> None:
+    """Less is kept for the backward pass, down to a layer's inputs; losses and gradients are the same."""
+    make_folder(tiny_config("llama"), tmp_path)
+    inputs = batch()
+    kept = []
+    with graphs_config.patch(activation_memory_budget=1.0):
+        for budget in (1.0, 0.6, 0.0):
+            torch._dynamo.reset()
+            [stage] = load_chain(tmp_path, [0, 4])
+            expected = chained_loss_and_gradients([stage], *inputs)
+            compiled([stage], backend=PARTITIONED, memory_budget=budget)
+            assert_equal([stage], expected, inputs)
+            kept.append(kept_bytes(stage, inputs))
+    hidden = inputs[0].numel() * 32 * 4
+    assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
+    assert kept[2] < 4 * 3 * hidden
+
+
+def kept_bytes(stage: PipelineStage, inputs: tuple[Tensor, Tensor]) -> int:
+    """What compiled layers keep for the backward pass, parameters apart."""
+    parameters = {each.data_ptr() for each in stage.parameters()}
+    nodes = [stage(inputs).grad_fn]
+    seen, kept = set(), dict[int, int]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [each for each, _ in node.next_functions]
+        if "CompiledFunction" in node.name():
+            kept |= {each.data_ptr(): each.nbytes for each in node.saved_tensors}
+    return sum(size for place, size in kept.items() if place not in parameters)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised(tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[adapters]")
@@ -270,6 +309,51 @@ def test_what_fails_runs_as_it_is(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines] == ["LlamaDecoderLayer", "LlamaDecoderLayer", "LlamaRMSNorm"]
     assert all("no compiler here" in line for line in lines)
     assert all(state.failed for state in states)
+
+
+def failing_backward(error: Exception) -> Any:
+    """A compiler whose code works but for the backward pass, where it raises this when it is run."""
+
+    def fail(*inputs: Any) -> Any:
+        raise error
+
+    return aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        bw_compiler=lambda graph, inputs: make_boxed_func(fail),
+    )
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()] if SIZE > 1 else [{}, WAYS["attention offloaded"]])
+def test_what_fails_in_its_backward_pass_runs_as_it_is(tmp_path: Path, way: dict[str, Any]) -> None:
+    make_folder(tiny_config("llama", attention_dropout=0.5, num_hidden_layers=2), tmp_path)
+    [stage] = load_chain(tmp_path, [0, 2])
+    batches = [batch(packed=True), batch(3, 20)]
+    expected = []
+    for inputs in batches:
+        torch.manual_seed(0)
+        expected.append(chained_loss_and_gradients([stage], *inputs))
+    lines: list[str] = []
+    apart = way.get("attention_only", False)
+    backend = failing_backward(RuntimeError("no way back\nand more"))
+    options: Any = {"usual": USUAL, "backend": backend, "warn": lines.append, "attention_apart": apart}
+    state = compile_layers(stage.model, stage.span, **options)
+    if way:
+        checkpoint_activations(stage.model, stage.span, is_compiled=True, **way)
+    for inputs, values in zip(batches, expected, strict=True):
+        assert_equal([stage], values, inputs)
+    names = ["LlamaDecoderLayer", *(["LlamaAttention"] * apart), "LlamaRMSNorm"]
+    assert sorted(line.split()[1] for line in lines) == sorted(names)
+    assert all(line.endswith("runs as it is: no way back") for line in lines)
+    assert sorted(state.failed) == sorted(names)
+
+
+def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_compiler(tmp_path: Path) -> None:
+    make_folder(tiny_config("llama", num_hidden_layers=2), tmp_path)
+    [stage] = load_chain(tmp_path, [0, 2])
+    backend = failing_backward(torch.OutOfMemoryError("full"))
+    compile_layers(stage.model, stage.span, usual=USUAL, backend=backend, warn=pytest.fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        stage(batch())
 
 
 def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,3 +78,24 @@ def test_what_is_said() -> None:
     assert len(rest) == 1
     assert "packed experts" in rest[0]
     assert find_adapters(config(), origin, causal_class(origin)) is None
+
+
+def test_dora_multiplies_in_its_own_type() -> None:
+    llama = tiny_config("llama")
+    with pytest.raises(UserError, match=r"^--use_dora and --lora_compute model: DoRA's norms need"):
+        find_adapters(config(lora_dim=4, use_dora=True, lora_compute="model"), llama, causal_class(llama))
+    assert find_adapters(config(lora_dim=4, use_dora=True), llama, causal_class(llama)) is not None
+
+
+def test_the_type_that_adapters_multiply_in_is_said() -> None:
+    """Where it is not their own: on CPU `auto` is."""
+    llama = tiny_config("llama")
+
+    def said(**more: Any) -> str:
+        found = find_adapters(config(lora_dim=4, **more), llama, causal_class(llama))
+        assert found is not None
+        return "\n".join(found.said())
+
+    assert "adapters are fp32, and multiply in bf16 (--lora_compute adapter: in fp32)" in said(lora_compute="model")
+    for more in ({}, {"lora_compute": "adapter"}, {"lora_compute": "model", "precision": "fp32"}):
+        assert "multiply" not in said(**more)

@@ -8,6 +8,7 @@ import pytest
 import transformers
 from torch._inductor.runtime import cache_dir_utils
 
+from jllm.errors import UserError
 from jllm.models.compiled import Shape
 from jllm.models.families import shown_compiled
 from jllm.models.weights.quantisation import Quantisation, QuantisationPlan
@@ -54,6 +55,14 @@ def test_choice() -> None:
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next")
     assert "not shown to be right for Qwen3NextForCausalLM" in choice("qwen3_next", compile="on")
     assert choice(compile="off") == "decoder layers are not compiled: --compile off"
+
+
+def test_a_budget_needs_compiled_layers() -> None:
+    assert choice(activation_memory_budget=0.5) == choice()
+    with pytest.raises(UserError, match=r"^--activation_memory_budget 0.5 is for compiled layers, and --compile off"):
+        config(activation_memory_budget=0.5, compile="off")
+    with pytest.raises(UserError, match=r"^--activation_memory_budget 0.5 .* they are not: the device is cpu; give"):
+        choice(device="cpu", activation_memory_budget=0.5)
 
 
 def test_code_that_comes_with_a_model_was_shown_nothing_of() -> None:

@@ -66,12 +66,15 @@ def measure_costs(
     is_compiled: bool = False,
     cache: Path | None = None,
     is_fused: bool = False,
+    prepare: Callable[[PreTrainedModel, StageSpan], None] | None = None,
+    prepared: str = "off",
 ) -> Costs:
     """`costs` with seconds in place of estimated time.
 
     `objective` is what the last stage of the run computes, `is_fused` whether with the head's product. `cache` is the
     folder of kept times; None measures anew and stores nothing. `checkpoint_interval` and `checkpoint_attention` are
-    those of `jllm.models.activation_checkpointing`, `is_compiled` says whether layers are compiled.
+    those of `jllm.models.activation_checkpointing`, `is_compiled` says whether layers are compiled. `prepare` does to a
+    stage's model what the run does before that, and `prepared` is its name.
 
     Raises:
         UserError: the model cannot be split at all.
@@ -92,6 +95,7 @@ def measure_costs(
         "is_recomputed": bool(checkpoint_interval),
         "is_attention_recomputed": checkpoint_attention,
         "is_compiled": is_compiled,
+        "prepared": prepared,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -115,6 +119,8 @@ def measure_costs(
                 attn_implementation=attn_implementation,
                 family=family,
             )
+            if prepare is not None:
+                prepare(model, span)
             has_attention = bool(
                 find_attention(model.get_submodule(f"{structure_of(model).layers}.{span.first_layer}"))
             )

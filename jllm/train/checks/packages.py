@@ -32,3 +32,5 @@ def _needed(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
         yield f"--model {config.model}, which is quantised,", "bitsandbytes", "adapters"
     if config.optimizer in OF_OPTIMIZERS:
         yield f"--optimizer {config.optimizer}", OF_OPTIMIZERS[config.optimizer], "optimizers"
+    if config.fp8 != "off":
+        yield f"--fp8 {config.fp8}", "torchao", "fp8"

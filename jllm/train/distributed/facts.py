@@ -30,6 +30,7 @@ from jllm.train.shape import RunShape
 
 LIBRARIES = ("torch", "deepspeed", "transformers")
 OF_QUANTISED = ("bitsandbytes",)
+OF_FP8 = ("torchao",)
 ENVIRONMENT = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUDNN_DETERMINISTIC"),
     *("NCCL_ALGO", "NCCL_PROTO", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "DNNL_DEFAULT_FPMATH_MODE"),
@@ -66,7 +67,7 @@ def facts_of(config: TrainConfig, shape: RunShape) -> Facts:
     facts |= {
         "jllm": f"{jllm.__version__} (code {_code()})",
         "Python": platform.python_version(),
-        "the library": {name: _version(name) for name in (*LIBRARIES, *(OF_QUANTISED if config.load_in else ()))},
+        "the library": {name: _version(name) for name in _libraries(config)},
         "the device": _device(),
         "the environment variable": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "config.json": _read_json(config.model / "config.json"),
@@ -119,6 +120,10 @@ def _code() -> str:
     for path in sorted(root.rglob("*.py")):
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
+
+
+def _libraries(config: TrainConfig) -> tuple[str, ...]:
+    return (*LIBRARIES, *(OF_QUANTISED if config.load_in else ()), *(OF_FP8 if config.fp8 != "off" else ()))
 
 
 def _version(name: str) -> str | None:

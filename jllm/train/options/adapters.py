@@ -9,6 +9,7 @@ from jllm.train.limits import MOST_RATE
 
 INITIAL_VALUES = ("kaiming", "gaussian")
 ADAPTER_TYPES = ("fp32", "bf16")
+COMPUTE_TYPES = ("auto", "model", "adapter")
 MOST_RANK = 1 << 16
 
 
@@ -50,6 +51,12 @@ class AdaptersOptions:
         help="type of the adapters: fp32, or bf16 with fp32 masters [default: fp32; with --precision fp16 that, with"
         " fp32 masters]",
         choices=ADAPTER_TYPES,
+    )
+    lora_compute: str = option(
+        "auto",
+        help="type that adapters multiply in: the model's, as under autocast, or their own, slower on a GPU; auto: the"
+        " model's on CUDA; DoRA always has its own",
+        choices=COMPUTE_TYPES,
     )
     lora_weight_decay: float = option(
         0.0,

@@ -17,6 +17,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"lora": Path("adapter")}, "peft", "adapters"),
     ({"lora_dim": 4, "load_in_4bit": True}, "bitsandbytes", "adapters"),
     ({"lora_dim": 4, "load_in_8bit": True}, "bitsandbytes", "adapters"),
+    ({"fp8": "rowwise"}, "torchao", "fp8"),
     *(
         ({"optimizer": name, "lr_scheduler_type": "constant"}, package, "optimizers")
         for name, package in OF_OPTIMIZERS.items()
@@ -33,7 +34,7 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], 
 
 
 def test_others_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("peft", *OF_OPTIMIZERS.values()):
+    for package in ("peft", "torchao", *OF_OPTIMIZERS.values()):
         monkeypatch.setitem(sys.modules, package, None)
     for optimizer in set(OPTIMIZERS) - set(OF_OPTIMIZERS):
         check_packages(TrainConfig(model=Path("model"), train_data=("data",), optimizer=optimizer))
