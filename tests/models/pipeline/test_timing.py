@@ -80,6 +80,17 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         assert len(json.loads(caches.read(stored) or b"")["layers"]) == 4
 
 
+def test_stages_are_timed_as_the_run_has_them(tmp_path: Path, spans: list[StageSpan]) -> None:
+    """What the run does to its stages is done to these, and their times are kept apart."""
+    config, costs = costs_of("llama")
+    timing.measure_costs(config, costs, **TIMED, cache=tmp_path)
+    spans.clear()
+    seen: list[StageSpan] = []
+    more: dict[str, Any] = {"prepare": lambda model, span: seen.append(span), "prepared": "tensorwise"}
+    timing.measure_costs(config, costs, **TIMED, **more, cache=tmp_path)
+    assert seen == spans != []
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config, costs = costs_of("llama")
