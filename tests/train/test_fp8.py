@@ -1,5 +1,8 @@
 """What `--fp8` needs, what it is refused with, and what the start says of it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,13 @@ def test_maps_of_all_stages_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
     for stage in stages:
         [said] = fp8.fp8_notes(config_of(fp8="rowwise"), Both(Mesh()), stage.model, stage.span, is_compiled=True)
         assert said == "fp8: 28 of 28 linear maps of decoder layers (rowwise)"
+
+
+@pytest.mark.parametrize("module", ["jllm.train.setup", "jllm.models.weights.source"])
+def test_an_installed_torchao_says_nothing(module: str) -> None:
+    """transformers imports it, whatever a run asks for."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install .[fp8]")
+    code = f"import {module}, transformers.modeling_utils, sys; assert 'torchao' in sys.modules"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == done.stderr == ""
