@@ -22,7 +22,7 @@ demo-lora: .venv/.stamp-dev ## LoRA on questions and answers (DATA=FILE for othe
 	$(BIN)/python tools/demo_lora.py $(if $(DATA),--data $(DATA))
 
 test: .venv/.stamp-dev fetch-assets ## every test (PYTEST_ARGS="-k shuffle" for some; JLLM_TEST_SIZE sizes the slow ones)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 test-families: .venv/.stamp-dev ## every causal model type of transformers in stages, and docs/families.md (half an hour)
 	$(BIN)/python tools/test_families.py

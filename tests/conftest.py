@@ -1,7 +1,8 @@
-"""The real model that several tests need: converting it takes a while, so it is done once.
+"""The real model that several tests need, converted once; and how tests are dealt to cores.
 
 Tests run on all cores at a time, so none of them takes several: threads that wait for each other on cores that are busy
-make small products a hundred times slower.
+make small products a hundred times slower. A file's tests stay together, for they share what is dear to make; pages are
+one file of long tests that share nothing. What takes longest begins first, or one core would be left with it.
 """
 
 import os
@@ -13,7 +14,24 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("spark/", "pages/test_blocks.py", "distributed/", "models/test_compiled.py")
+"""Below `tests/`, what takes longest first."""
+APART = ("test_a_page_runs_from_top_to_bottom",)
+"""Tests whose cases share nothing."""
 GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group and order tests as the top of this file says, for `--dist loadgroup`."""
+
+    def turn(item: pytest.Item) -> int:
+        place = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((turn for turn, name in enumerate(LONGEST) if place.startswith(name)), len(LONGEST))
+
+    for item in items:
+        is_apart = getattr(item, "originalname", None) in APART
+        item.add_marker(pytest.mark.xdist_group(item.name if is_apart else item.path.name + str(item.path.parent.name)))
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from jllm.errors import UserError
-from jllm.models import attention
+from jllm.models import attention, kernels
 from jllm.models.attention import VARLEN, DocumentBounds, choose_attention, packing, takes_varlen
 from jllm.models.families import shown_by_lengths
 from jllm.models.legacy.alibi import AlibiLlamaForCausalLM
@@ -230,3 +230,25 @@ def test_flex_equals_eager(family: str, packed: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(found["flex_attention"][0], found["eager"][0], atol=1e-4, rtol=0)
     for name, gradient in found["eager"][1].items():
         torch.testing.assert_close(found["flex_attention"][1][name], gradient, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("further", [0, 40])
+def test_empty_documents_at_the_end_change_nothing(further: int) -> None:
+    """On CUDA the bounds of a micro-batch may go on behind its last document."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0] * 16, [*range(128)]], device="cuda")
+    known = DocumentBounds.of([positions.cpu()])
+    is_start = attention._starts(positions)
+    exact = torch.cat([is_start.flatten().nonzero()[:, 0], is_start.new_tensor([256], dtype=torch.int64)])
+    more = dataclasses.replace(known, most=known.most + further)
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(256, heads, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for heads in (8, 2, 2)
+    )
+    found = []
+    for bounds in (exact.to(torch.int32), more.bounds(is_start)):
+        attended = kernels.by_lengths(query, key, value, bounds, known.longest, None, None)
+        gradients = torch.autograd.grad(attended.float().square().sum(), (query, key, value))
+        found.append([attended, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
