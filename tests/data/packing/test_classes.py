@@ -12,7 +12,8 @@ from jllm.data.dataset.columns import IGNORE_INDEX
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.classes import ClassPacker
 from jllm.data.packing.conversations import ConversationPacker, split_long
-from jllm.data.packing.packers import Documents, Packer, StackPacker, WindowPacker
+from jllm.data.packing.documents import Documents
+from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 
 LENGTH = 9
 PREFIX, PAD = 1, 2

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.data.dataset.shards import IGNORE_INDEX
-from jllm.data.packing.packers import StackPacker, Stored, WindowPacker, with_affixes
+from jllm.data.packing.documents import with_affixes
+from jllm.data.packing.packers import StackPacker, WindowPacker
 from tests.data.packed_rows import documents_of, rows_of
 
 EXAMPLES = 60 * int(os.environ.get("JLLM_TEST_SIZE", "1"))

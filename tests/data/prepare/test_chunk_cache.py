@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare.chunk_cache import ChunkCache, read, write
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.sources.records import BadRecord

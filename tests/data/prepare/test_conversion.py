@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import conversion
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.conversion import Conversion

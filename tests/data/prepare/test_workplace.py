@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest, write_manifest
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import outputs
 from jllm.data.prepare.sink import ResumePoint, Sink
 from jllm.data.prepare.workplace import Workplace
