@@ -93,7 +93,8 @@ def trained_per_piece(documents: Documents, pieces: Pieces) -> Int64:
     sums = np.zeros(len(documents.labels) + 1, dtype=np.int64)
     np.cumsum(documents.labels != IGNORE_INDEX, out=sums[1:])
     untrained = np.minimum(pieces.sizes, 1 if pieces.masked is None else np.maximum(pieces.masked, 1))
-    return sums[pieces.starts + pieces.sizes] - sums[pieces.starts + untrained]
+    found: Int64 = sums[pieces.starts + pieces.sizes] - sums[pieces.starts + untrained]
+    return found
 
 
 def joined(ids: list[Int32], labels: list[Int32]) -> Documents:

@@ -266,7 +266,7 @@ class WindowPacker(WithoutRest):
         if len(self.prefix):
             assert labels is not None
             labels = labels.copy()
-            labels[offsets[:-1]] = IGNORE_INDEX
+            labels[offsets[:-1][np.diff(offsets) > 0]] = IGNORE_INDEX
             untrained = np.full(len(self.prefix), IGNORE_INDEX, dtype=np.int32)
             labels, _ = with_affixes(labels, offsets, untrained, self.prefix[:0])
             ids, offsets = with_affixes(ids, offsets, self.prefix, self.prefix[:0])

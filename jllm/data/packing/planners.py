@@ -46,6 +46,15 @@ class Planner(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+def _count(value: Any) -> int:
+    """Raises:
+    ValueError: what was read is no count.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a count is {value!r:.40}")
+    return value
+
+
 class PiecePlanner:
     """A row of each piece."""
 
@@ -69,7 +78,7 @@ class PiecePlanner:
         return mark, {"rows": first}, first
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._rows = int(state["rows"])
+        self._rows = _count(state["rows"])
 
 
 class StreamPlanner:
@@ -122,7 +131,7 @@ class StreamPlanner:
         return mark, {"tokens": tokens}, -(-tokens // self.step)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._tokens = self._begin = int(state["tokens"])
+        self._tokens = self._begin = _count(state["tokens"])
         self._next = -(-self._tokens // self.step)
 
 

@@ -25,12 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from jllm.data.packing.pieces import Block, Plan
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.prepare.reporting.bad_records import BadRecordLog
 from jllm.data.prepare.reporting.progress import Progress
 from jllm.data.prepare.reporting.totals import Totals, stopped_at
-from jllm.data.prepare.sink import Made, ResumePoint, Sink
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import ResumePoint, Sink
+from jllm.data.prepare.saving.writer import Made
 from jllm.data.prepare.work import ChunkError, ChunkTask, Counted, Group, GroupTask, Sent, Work
 from jllm.data.sources import chunks as chunks_
 from jllm.data.sources import read_ahead

@@ -18,7 +18,6 @@ from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.packing.packers import Packer
 from jllm.data.prepare import pretokenized, recipes
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import classes_of, columns_of, with_classes
 from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert, made_slots, sent_slots
@@ -41,7 +40,8 @@ from jllm.data.prepare.reporting.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.reporting.progress import Progress, summary
 from jllm.data.prepare.reporting.totals import Totals, check_bad_share, nothing_left
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
-from jllm.data.prepare.sink import Sink, SinkPlan
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import Sink, SinkPlan
 from jllm.data.prepare.work import Work
 from jllm.data.sources.identity import modified_at, record_of
 from jllm.data.sources.inputs import Source, resolve

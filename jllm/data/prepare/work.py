@@ -24,9 +24,9 @@ from jllm.data.dataset.file_writer import MadeGroup
 from jllm.data.dataset.shards import GroupFacts, made_group
 from jllm.data.packing.packers import Packer
 from jllm.data.packing.pieces import Block, Pieces, Plan
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import Holdout
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.chunks import opened
 from jllm.data.sources.records import LARGEST_RECORD, BadRecord, RefusedRecordError

@@ -19,7 +19,6 @@ from jllm.data.dataset.columns import Int32, Int64
 from jllm.data.tokenizer.backend import as_inert, for_fastokens, rewritten, with_short_merges
 from jllm.data.tokenizer.facts import TokenizerFacts, auto_tokenizer, without_notices
 
-
 os.environ["FASTOKENS_BPE_THREADS"] = "1"
 """fastokens reads it when it first encodes. A text is encoded by the thread that asks for it: threads of its own would
 spin while they wait, and would not be there in a forked process."""

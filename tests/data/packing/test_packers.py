@@ -1,6 +1,5 @@
 """Documents stacked and in windows: rows are what their definitions say."""
 
-import dataclasses
 import itertools
 import os
 
@@ -84,14 +83,11 @@ def test_half_stride_doubles_the_tokens() -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(lengths=st.lists(st.integers(0, 6), max_size=12), data=st.data(), labels=st.booleans(), stored=st.booleans())
+@given(lengths=st.lists(st.integers(0, 6), max_size=12), data=st.data(), labels=st.booleans())
 def test_documents_taken_are_those_documents(
-    lengths: list[int], data: st.DataObject, labels: bool, stored: bool
+    lengths: list[int], data: st.DataObject, labels: bool
 ) -> None:
     documents = documents_of(lengths, labels=labels)
-    if stored:
-        place = Stored(path="x", ids=0, labels=None, starts=documents.offsets[:-1])
-        documents = dataclasses.replace(documents, stored=place)
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=12)) if lengths else []
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(lengths))] * 2)))
     for numbers, found in (
@@ -107,9 +103,6 @@ def test_documents_taken_are_those_documents(
                 assert found.labels is not None
                 assert documents.labels is not None
                 assert found.labels[a:b].tolist() == documents.labels[first:last].tolist()
-            if stored:
-                assert found.stored is not None
-                assert found.stored.starts[place_] == first
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -16,11 +16,11 @@ import pytest
 
 from jllm.data.packing.documents import Documents
 from jllm.data.prepare import conversion
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.conversion import Conversion
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.prepare.holdout import Holdout
-from jllm.data.prepare.sink import ResumePoint
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import ResumePoint
 from jllm.data.sources import chunks
 from jllm.data.sources.inputs import resolve
 from tests.data.raw2ids_runs import documents, finished_files, tree, write_jsonl
@@ -85,9 +85,9 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data.prepare.chunk_cache import ChunkCache, Place
     from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
+    from jllm.data.prepare.saving.chunk_cache import ChunkCache, Place
     from jllm.data.sources import chunks
 
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)

@@ -1,22 +1,17 @@
 """Documents to a data set on disk: splits, files, and the point from which a killed run goes on.
 
 A `Sink` is fed what is known of the documents of one chunk after another (`packing/pieces.py`), and plans their rows. It
-cuts splits after `per_split` documents, files after `per_file` rows and row groups, and has others make the row groups.
-It writes them on a thread of its own, and finishes files on another one. Whenever a file is finished it commits: the
-file gets its name, then `state-<name>.json` says which files are finished and from which document on the rest must be
-fed again, with the planner's state there.
+cuts splits after `per_split` documents, files after `per_file` rows and row groups, and has others make the row groups
+and write them (`writer.py`). Whenever a file is finished and has its name, `state-<name>.json` says which files are
+finished and from which document on the rest must be fed again, with the planner's state there.
 
 Guarantees: the files depend on the documents and options alone; a file that is named in the state, or lies finished
 under its final name, is never written again.
-Cost: one flush to disk for each file, while the next one is written.
+Cost: numpy over the pieces of a chunk.
 """
 
-import collections
 import contextlib
 import dataclasses
-import os
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from jllm import atomic
-from jllm.data.dataset.files import sha256_of
-from jllm.data.dataset.manifest import FileEntry, entry_of_written
 from jllm.data.dataset.columns import COLUMNS, ordered
-from jllm.data.dataset.shards import ShardWriter, file_name, is_full, rows_of_group
+from jllm.data.dataset.manifest import FileEntry
+from jllm.data.dataset.shards import is_full, rows_of_group
 from jllm.data.packing.packers import Packer
 from jllm.data.packing.pieces import Block, Pieces, Plan
-from jllm.data.prepare.chunk_cache import ChunkCache, Place
-from jllm.data.prepare.work import Group
+from jllm.data.prepare.saving.chunk_cache import ChunkCache, Place
+from jllm.data.prepare.saving.writer import Made, Writer
 from jllm.errors import UserError
 from jllm.guards import notation
 from jllm.guards.typed import MALFORMED, check_fields
@@ -116,26 +110,9 @@ class SinkPlan:
 class Maker(Protocol):
     """Has row groups made."""
 
-    def make(self, plans: Sequence[Plan], done: "Callable[[Made], None]") -> None:
+    def make(self, plans: Sequence[Plan], done: Callable[[Made], None]) -> None:
         """Have a row group of these rows made; `done` is called with it, by the thread that feeds the sink."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A row group that is made, its bytes, and what is to be called when they are needed no more, by any thread."""
-
-    group: Group
-    data: memoryview
-    free: Callable[[], None]
-
-
-class _Ticket:
-    """A row group that is being made, and the file that it goes to: split, and number there."""
-
-    def __init__(self, split: str, index: int) -> None:
-        self.split, self.index = split, index
-        self.made: Made | None = None
 
 
 class Sink:
@@ -164,22 +141,15 @@ class Sink:
         """The number of the last source of whose begin the state is known, and that state."""
         self._restore()
         cache.needed_from(plan.name, self.resume.place)
+        self._file = ("", 0)  # split and number of the file that is open
         self._group: list[Plan] = []
         self._group_size = (0, 0)  # tokens, and bytes in further columns
-        self._order: collections.deque[_Ticket | tuple[Position, SplitState]] = collections.deque()
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._finishing: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._failure: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=work, name=f"{name}-{plan.name}", daemon=True)
-            for name, work in (("writer", self._write_loop), ("finisher", self._finish_loop))
-        ]
+        self._writer = Writer(plan.folder, plan.work, plan.packer, plan.codec, self._commit)
 
     def start(self, maker: Maker) -> None:
         """Begin to write, after processes were forked; `maker` has the row groups made."""
         self._maker = maker
-        for thread in self._threads:
-            thread.start()
+        self._writer.start()
 
     @property
     def _state_path(self) -> Path:
@@ -320,113 +290,30 @@ class Sink:
     def _end_group(self) -> None:
         if not self._group:
             return
-        ticket = _Ticket(*self._file)
-
-        def done(made: Made) -> None:
-            ticket.made = made
-            self._advance()
-
-        self._order.append(ticket)
-        plans, self._group, self._group_size = self._group, [], (0, 0)
         assert self._maker is not None
-        self._maker.make(plans, done)
+        plans, self._group, self._group_size = self._group, [], (0, 0)
+        self._maker.make(plans, self._writer.group(*self._file))
 
     def _close(self, position: Position, split: SplitState) -> None:
         """End the file that is open, if one is; then a later run goes on from here."""
         self._end_group()
-        self._order.append((position, split))
-        self._advance()
-
-    def _advance(self) -> None:
-        """Give the writer what is there, in order."""
-        while self._order:
-            first = self._order[0]
-            if isinstance(first, _Ticket) and first.made is None:
-                return
-            self._queue.put(self._order.popleft())
+        self._writer.end_file((position, split))
 
     def check(self) -> None:
         """Raises:
         BaseException: what went wrong on the threads that write.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._writer.check()
 
     @property
     def is_waiting(self) -> bool:
         """Whether row groups are being made."""
-        return bool(self._order)
+        return self._writer.is_waiting
 
-    # Writing, on a thread, and finishing, on another one.
-
-    def _write_loop(self) -> None:
-        writer: ShardWriter | None = None
-        final = self.plan.folder
-        try:
-            while (message := self._queue.get()) is not None and self._failure is None:
-                if isinstance(message, _Ticket):
-                    if writer is None:
-                        final = self.plan.folder / message.split / file_name(message.split, message.index, self.plan.codec)
-                        writer = self._opened(final)
-                    made = message.made
-                    assert made is not None
-                    writer.append(made.group.made, made.group.facts, made.data)
-                    message.made = None
-                    made.free()
-                else:
-                    finished, writer = writer, None
-                    self._finishing.put((finished, final, *message))
-            if writer is not None:
-                writer.__exit__(InterruptedError, InterruptedError(), None)
-        except BaseException as error:
-            self._fail(error, writer)
-        self._finishing.put(None)
-
-    def _opened(self, final: Path) -> ShardWriter:
-        packer = self.plan.packer
-        writer = ShardWriter(
-            self.plan.work / final.name, columns=packer.columns, further=packer.further, codec=self.plan.codec
-        )
-        return writer.__enter__()
-
-    def _finish_loop(self) -> None:
-        while (message := self._finishing.get()) is not None:
-            finished, final, position, split = message
-            if self._failure is not None:
-                if finished is not None:
-                    with contextlib.suppress(BaseException):
-                        finished.__exit__(InterruptedError, InterruptedError(), None)
-                continue
-            try:
-                if finished is not None:
-                    finished.__exit__(None, None, None)
-                    self._name(finished, final)
-                self._commit(position, split)
-            except BaseException as error:
-                self._fail(error, None)
-
-    def _fail(self, error: BaseException, writer: ShardWriter | None) -> None:
-        if self._failure is None:
-            self._failure = error
-        if writer is not None:
-            with contextlib.suppress(BaseException):  # the first error is the one to report
-                writer.__exit__(type(error), error, None)
-
-    def _name(self, writer: ShardWriter, final: Path) -> None:
-        """Move a finished file to its place, unless a run killed at this very point had put the same file there."""
-        if final.parent.is_symlink():
-            raise UserError(
-                f"-o {self.plan.folder}: {final.parent.name} in it is a link, which is not written through; remove it"
-            )
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.is_file() and sha256_of(final) == writer.statistics.sha256:
-            writer.path.unlink()
-        else:
-            os.replace(writer.path, final)
-            atomic.sync_file(final.parent)
-        self.entries.append(entry_of_written(final, self.plan.folder, writer.statistics))
-
-    def _commit(self, position: Position, split: SplitState) -> None:
+    def _commit(self, entry: FileEntry | None, mark: tuple[Position, SplitState]) -> None:
+        """Note a finished file, and from where a later run goes on; on the thread that finishes files."""
+        position, split = mark
+        self.entries += [entry] if entry is not None else []
         state = {
             "files": [dataclasses.asdict(entry) for entry in self.entries],
             "checkpoint": position[0].to_json(),
@@ -462,8 +349,6 @@ class Sink:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._maker is not None:
-            self._queue.put(None)
-            for thread in self._threads:
-                thread.join()
+            self._writer.stop()
         if kind is None:
             self.check()
