@@ -25,7 +25,7 @@ import socket
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from jllm.errors import UserError
@@ -34,6 +34,8 @@ _AT_ONCE = 2
 """Tasks that a worker has: the next one is there when it is done with one."""
 _BUFFER = 1 << 20
 _PR_SET_PDEATHSIG = 1
+_END = object()
+"""What threads are given when there is nothing more to do."""
 
 Callback = Callable[[Any, BaseException | None], None]
 """Is given the result of a task, or what it raised."""
@@ -127,9 +129,9 @@ class Workers:
         return sum(_AT_ONCE - len(worker.tasks) for worker in self._workers)
 
     @property
-    def idle(self) -> bool:
-        """Whether some worker has nothing to do."""
-        return any(not worker.tasks for worker in self._workers)
+    def busy(self) -> bool:
+        """Whether some worker has something to do."""
+        return any(worker.tasks for worker in self._workers)
 
     def submit(self, task: Any, callback: Callback) -> None:
         """Give a task to the worker that has least to do; only while `wants` is more than 0."""
@@ -138,6 +140,14 @@ class Workers:
         worker.tasks.append(callback)
         worker.send(task)
         self._watch(worker)
+
+    def broadcast(self, task: Any, callback: Callback) -> None:
+        """Give a task to every worker; only when none has anything to do."""
+        assert not self.busy
+        for worker in self._workers:
+            worker.tasks.append(callback)
+            worker.send(task)
+            self._watch(worker)
 
     def wake(self) -> None:
         """End a `step` that waits; from any thread."""
@@ -273,7 +283,7 @@ class _Thread:
         self._thread.start()
 
     def _run(self, work: Callable[[Any], Any], wake: Callable[[], None]) -> None:
-        while (task := self._given.get()) is not None and not self._ended:
+        while (task := self._given.get()) is not _END and not self._ended:
             self._results.put(_result_of(work, task))
             wake()
 
@@ -289,7 +299,7 @@ class _Thread:
 
     def end(self) -> None:
         self._ended = True
-        self._given.put(None)
+        self._given.put(_END)
 
     def wait(self) -> None:
         self._thread.join()
@@ -375,3 +385,32 @@ def _read(channel: socket.socket, size: int) -> bytearray:
             raise EOFError
         at += found
     return data
+
+
+def results_of(
+    count: int, work: Callable[[Any], Any], tasks: Iterable[Any], *, last: Any = None, threads: bool = False
+) -> list[Any]:
+    """The results of all tasks, in no order, and with `last` those of this task, which every worker gets at the end.
+
+    Raises:
+        BaseException: the first thing that a worker raised.
+    """
+    results: list[Any] = []
+
+    def done(result: Any, error: BaseException | None) -> None:
+        if error is not None:
+            raise error
+        results.append(result)
+
+    with Workers(count, work, threads=threads) as workers:
+        for task in tasks:
+            while not workers.wants:
+                workers.step()
+            workers.submit(task, done)
+        while workers.busy:
+            workers.step()
+        if last is not None:
+            workers.broadcast(last, done)
+        while workers.busy:
+            workers.step()
+    return results

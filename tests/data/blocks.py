@@ -45,7 +45,9 @@ class Inline:
         sink.feed(point, stem, block_of(self._folder, documents, point.place), self.packer.pieces(documents))
 
 
-def planned_rows(folder: Path, packer: Packer, parts: Sequence[Documents], cuts: Sequence[int]) -> list[dict[str, list[int]]]:
+def planned_rows(
+    folder: Path, packer: Packer, parts: Sequence[Documents], cuts: Sequence[int]
+) -> list[dict[str, list[int]]]:
     """The rows of documents that come in parts, made of plans that are cut at these rows."""
     planner = packer.planner()
     plans = []

@@ -28,7 +28,9 @@ PACKERS = {
     "best fit of conversations": lambda: BestFitPacker(6, labels=True, pad_to=4, conversations=True),
     "classes": lambda: ClassPacker(StackPacker(5), StackPacker(5), labels=False),
     "classes of conversations": lambda: ClassPacker(
-        BestFitPacker(6, labels=True, conversations=True), BestFitPacker(6, labels=True, conversations=True), labels=True
+        BestFitPacker(6, labels=True, conversations=True),
+        BestFitPacker(6, labels=True, conversations=True),
+        labels=True,
     ),
 }
 
@@ -54,7 +56,12 @@ def documents_of(lengths: list[int], seed: int, *, classes: bool) -> Documents:
     seed=st.integers(0, 1 << 20),
 )
 def test_planned_rows_are_those_of_the_packer(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, lengths: list[int], parts: list[int], cuts: list[int], seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    lengths: list[int],
+    parts: list[int],
+    cuts: list[int],
+    seed: int,
 ) -> None:
     if kind.startswith(("conv", "best", "classes of")):
         lengths = [max(1, length) for length in lengths]

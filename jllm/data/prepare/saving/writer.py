@@ -141,9 +141,10 @@ class Writer:
         return ShardWriter(path, columns=packer.columns, further=packer.further, codec=self._codec).__enter__()
 
     def _finish_all(self) -> None:
+        failed = False
         while (message := self._written.get()) is not None:
             writer, final, mark = message
-            if self._failure is not None:
+            if failed:  # nothing is committed behind what is not
                 _drop(writer)
                 continue
             try:
@@ -153,7 +154,7 @@ class Writer:
                     entry = self._named(writer, final)
                 self._commit(entry, mark)
             except BaseException as error:
-                self._failure = error
+                failed, self._failure = True, error
 
     def _named(self, writer: ShardWriter, final: Path) -> FileEntry:
         """Move a finished file to its place, unless a run killed at this very point had put the same file there."""
