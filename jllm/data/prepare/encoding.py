@@ -77,13 +77,15 @@ class PretrainEncoder:
     def __call__(self, chunk: Chunk, kind: str) -> Encoded:
         records = texts_of(parse_chunk(chunk, kind), kind, self.field)
         checks = self.engine.check(records.values, parse_special=self.parse_special, chunk=chunk.index)
-        documents = self.documents(records.values)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
+        documents = self.documents(records.values)
         return Encoded(documents=documents, bad=records.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)
 
     def documents(self, texts: list[str]) -> Documents:
-        """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked."""
+        """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked. The list is empty
+        then: a text may be as large as all else here."""
         ids, offsets = self.engine.encode(texts, parse_special=self.parse_special)
+        texts.clear()
         ids, offsets = with_affixes(ids, offsets, _ids(self.prefix), _ids(self.suffix))
         labels = None
         if self.masked_ids:

@@ -68,7 +68,8 @@ def read_chunks(
 
 
 def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
-    """A chunk with its bytes and lines, of which the first is 1 where it is planned.
+    """A chunk with its bytes and lines, of which the first is 1 where it is planned. A large one is read again where it
+    is parsed: its bytes need not stay longer than that.
 
     Raises:
         RefusedRecordError: a record is larger than `most`.
@@ -79,7 +80,8 @@ def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
     data = chunk.content
     if len(data) > most and (lines := _RECORD_BEYOND.get(kind, json_lines.record_beyond)(data, most)) is not None:
         raise too_large(most, 1 + lines)
-    return dataclasses.replace(chunk, data=data, line=1, end_line=1 + json_lines.count_lines(data))
+    kept = data if len(data) <= 4 * CHUNK_BYTES else len(data)
+    return dataclasses.replace(chunk, data=kept, line=1, end_line=1 + json_lines.count_lines(data))
 
 
 def _byte_chunks(
