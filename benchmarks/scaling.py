@@ -1,14 +1,14 @@
 """The data stages on 1, 2, 4, ... cores of this machine: one JSON line with a row for each stage and number of cores.
 
-* `documents` and `chat`: raw2ids, MB/s by the slope between a small and a large input, cores busy and CPU seconds a GB.
-* `main_share`: the share of the time in which the process that plans is busy, and `amdahl`, the speed-up over one worker
-  that this allows. On a machine of few cores these say what more of them would give.
+* `documents` and `chat`: raw2ids, MB/s by the slope between a small and a large input, cores busy, CPU seconds a GB.
+* `main_share`: the share of the time in which the process that plans is busy, and `amdahl`, the speed-up over one
+  worker that this allows. On a machine of few cores these say what more of them would give.
 * `memory_mib`: the highest proportional memory of all processes together.
 * `shuffle`: M tokens/s out of core; rows of 2049 tokens, `--shuffle_memory` as the cap.
 * `loop`: a plain loop over `tokenizers` on as many cores, and `ratio`, how many times its speed the documents have.
 
-The input is made of the Python files of the standard library, in any order and with other numbers in each copy, so that
-what engines remember of a text does not help with the next one. The same in every run.
+The input is made of the Python files of the standard library, in any order and with other numbers in each copy, so
+that what engines remember of a text does not help with the next one. The same in every run.
 
     python benchmarks/scaling.py [--cores 1,2,4] [--small 300] [--large 1500] [--plot scaling.svg]
 """
@@ -47,7 +47,7 @@ class BenchmarkConfig:
     tokenizer: str = option("qwen3", help="folder below JLLM_ASSETS/tokenizers, or a folder")
     cores: str = option("", help="numbers of cores by commas  [default: 1, 2, 4, ... and all]")
     stages: str = option(",".join(STAGES), help="stages by commas")
-    small: int = option(300, help="megabytes of the small input, for each doubling of cores beyond 4 twice as many")
+    small: int = option(300, help="megabytes of the small input")
     large: int = option(1500, help="megabytes of the large input")
     chat: int = option(400, help="megabytes of the large chat input; the small one is a quarter of it")
     tokens: int = option(400, help="million tokens of the shuffle")
@@ -76,13 +76,13 @@ def main(config: BenchmarkConfig) -> None:
         inputs = _inputs(folder, config, stages)
         for cores in counts:
             for stage in stages:
-                row = {"stage": stage, "cores": cores}
+                row: dict[str, Any] = {"stage": stage, "cores": cores}
                 row |= _shuffled(inputs, folder, config, cores) if stage == "shuffle" else _converted(
                     stage, inputs, tokenizer, folder, cores
                 )  # fmt: skip
                 if stage == "documents" and config.loop:
                     loop = _looped(inputs["loop"], config.tokenizer, cores)
-                    row |= {"loop_mb_s": round(loop, 1), "ratio": round(row["mb_s"] / loop, 1)}
+                    row |= {"loop_mb_s": round(loop, 1), "ratio": round(float(row["mb_s"]) / loop, 1)}
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
     finally:
@@ -178,7 +178,7 @@ def _inputs(folder: Path, config: BenchmarkConfig, stages: list[str]) -> dict[st
         from benchmarks.token_sets import write_set
 
         found["shuffle"] = write_set(
-            folder / "set" / "tokens", tokens=config.tokens * MEGABYTE, row_length=ROW, files=8
+            folder / "set" / "tokens", tokens=config.tokens * MEGABYTE, row_length=ROW, files=16
         )
     return found
 

@@ -5,8 +5,8 @@ A worker begins with this process's memory, copied only where either writes to i
 is large goes through `Slots`, memory that all share. One thread drives everything: `step` hands out tasks, takes
 results, and calls back.
 
-Guarantees: what a worker raises is raised by `step` or goes to the task's callback; a worker that ends by itself ends
-the command with one line; no worker outlives this process, however it ends, nor the block of `Workers`.
+Guarantees: what a worker raises goes to the task's callback; a worker that ends by itself ends the command with one
+line; no worker outlives this process, however it ends, nor the block of `Workers`, or holds a file or lock of its.
 Cost: a fork for each worker, 10 ms for 300 MB; 0.1 ms for a task. Fork before threads are started: they are not there
 in the workers.
 """
@@ -25,7 +25,7 @@ import socket
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from jllm.errors import UserError
@@ -79,12 +79,9 @@ class Workers:
         count: number of workers.
         work: a task to its result.
         threads: be threads of this process instead, which share one interpreter lock.
-        leave: descriptors that workers close: locks, which would be held as long as any of them lives.
     """
 
-    def __init__(
-        self, count: int, work: Callable[[Any], Any], *, threads: bool = False, leave: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, count: int, work: Callable[[Any], Any], *, threads: bool = False) -> None:
         self.count = count
         self._waiting: collections.deque[tuple[Any, Callback]] = collections.deque()
         self._selector = selectors.DefaultSelector()
@@ -99,8 +96,7 @@ class Workers:
         try:
             with _ready_to_fork():
                 for _ in range(count):
-                    held = [each.socket for each in self._workers if isinstance(each, _Process)]
-                    worker = _Process(work, [*held, self._ring, self._bell], leave)
+                    worker = _Process(work)
                     self._workers.append(worker)
                     self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         except BaseException:
@@ -190,7 +186,7 @@ class Workers:
 class _Process:
     """A forked worker, as its parent sees it. Sending never waits: a worker that sends a result does not read."""
 
-    def __init__(self, work: Callable[[Any], Any], held: Sequence[socket.socket], leave: Sequence[int]) -> None:
+    def __init__(self, work: Callable[[Any], Any]) -> None:
         self.tasks: collections.deque[Callback] = collections.deque()
         self.unsent: collections.deque[memoryview] = collections.deque()
         self._received = bytearray()
@@ -200,7 +196,7 @@ class _Process:
         parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            _run_worker(work, theirs, [each.fileno() for each in (*held, self.socket)] + list(leave), parent)
+            _run_worker(work, theirs, parent)
         theirs.close()
         self.socket.setblocking(False)
         self._ended = False
@@ -313,7 +309,7 @@ def _result_of(work: Callable[[Any], Any], task: Any) -> tuple[Any, BaseExceptio
 
 
 @contextlib.contextmanager
-def _ready_to_fork() -> Any:
+def _ready_to_fork() -> Iterator[None]:
     """What is alive is passed over by the workers' garbage collection, which would write to all of it."""
     _prctl()
     gc.collect()
@@ -330,7 +326,18 @@ def _prctl() -> Any:
     return ctypes.CDLL(None).prctl
 
 
-def _run_worker(work: Callable[[Any], Any], channel: socket.socket, close: Sequence[int], parent: int) -> NoReturn:
+def _let_go(kept: int) -> None:
+    """Close what the parent has open, but for its streams and `kept`: a lock is held, and a socket has no end, as long
+    as anybody has it. The numbers stay taken: objects that are copies of the parent's may close them."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in (0, 1, 2, kept, nothing):
+            with contextlib.suppress(OSError):  # that of the listing itself
+                os.fstat(int(name))
+                os.dup2(nothing, int(name))
+
+
+def _run_worker(work: Callable[[Any], Any], channel: socket.socket, parent: int) -> NoReturn:
     """The whole life of a worker."""
     code = 1
     try:
@@ -339,8 +346,7 @@ def _run_worker(work: Callable[[Any], Any], channel: socket.socket, close: Seque
             os._exit(1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for descriptor in close:
-            os.close(descriptor)
+        _let_go(channel.fileno())
         while True:
             data = _read(channel, 8)
             task = pickle.loads(_read(channel, int.from_bytes(data, "little")))

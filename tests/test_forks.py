@@ -1,6 +1,5 @@
 """Worker processes: what they share, what they raise, and that none is left."""
 
-import contextlib
 import functools
 import os
 import signal
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from jllm import forks
 from jllm.errors import UserError
 from jllm.forks import Slots, WorkerError, Workers
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
 
@@ -42,7 +42,7 @@ def work(task: Any) -> Any:
     if isinstance(task, str):
         raise UserError(task)
     if task is None:
-        raise Unsendable(1, 2)
+        raise UnsendableError(1, 2)
     return os.getpid() if task == 0 else task * 2
 
 
@@ -53,7 +53,7 @@ def test_results_and_mistakes_come_back(threads: bool) -> None:
         assert [found[number] for number in range(49)] == [2 * number for number in range(1, 50)]
         assert isinstance(found[49], UserError)
         assert str(found[49]) == "a mistake"
-        assert isinstance(found[50], Unsendable if threads else WorkerError)
+        assert isinstance(found[50], UnsendableError if threads else WorkerError)
         assert "1 and 2" in str(found[50])
         assert found[51] == b"x" * (10 << 20), "larger than what a socket holds, both ways"
         pids = set(results_of(workers, [0] * 20).values())
@@ -121,14 +121,19 @@ def test_no_worker_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> N
 def test_a_lock_is_not_held_by_workers(tmp_path: Path) -> None:
     import fcntl
 
-    with (tmp_path / "lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with Workers(1, lambda fd: _is_open(fd), leave=[held.fileno()]) as workers:
-            assert results_of(workers, [held.fileno()]) == {0: False}
+    held = (tmp_path / "lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with Workers(2, lambda task: time.sleep(task)) as workers, (tmp_path / "lock").open("w") as other:
+        results_of(workers, [0, 0])
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.close()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_open(descriptor: int) -> bool:
-    with contextlib.suppress(OSError):
-        os.fstat(descriptor)
-        return True
-    return False
+def test_all_results_and_the_last_ones() -> None:
+    found = forks.results_of(3, lambda task: (os.getpid(), task), range(20), last="end")
+    assert sorted(task for _, task in found if task != "end") == list(range(20))
+    assert len({pid for pid, task in found if task == "end"}) == 3
+    with pytest.raises(UserError, match=r"^wrong$"):
+        forks.results_of(2, work, [1, "wrong", 2])

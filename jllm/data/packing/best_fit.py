@@ -6,8 +6,9 @@ one token, so that every token but its first is still predicted once; no other d
 
 Guarantees: the bins are those of the textbook algorithm, rows with equal room being filled oldest first.
 Cost: a few operations and some 20 bytes of memory for each document (plus a short list for each row) where rows are
-planned, and the tokens stay on disk; `feed` holds them. The rooms are the bits of one integer, so that finding the smallest that fits is a shift and a lowest bit: L / 64
-machine words, which for rows of any usual length is faster than a segment tree in Python.
+planned, and the tokens stay on disk; `feed` holds them. The rooms are the bits of one integer, so that finding the
+smallest that fits is a shift and a lowest bit: L / 64 machine words, which for rows of any usual length is faster than
+a segment tree in Python.
 """
 
 import collections

@@ -15,8 +15,8 @@ from jllm.data.dataset.columns import Int32, Int64
 class Documents:
     """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
 
-    `labels` are the ids, or -100 where a token is not trained on; None where all are. `classes` are control classes, one
-    a document; None where nobody asked for them.
+    `labels` are the ids, or -100 where a token is not trained on; None where all are. `classes` are control classes,
+    one a document; None where nobody asked for them.
     """
 
     ids: Int32

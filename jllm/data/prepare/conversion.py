@@ -1,10 +1,10 @@
 """Sources to data sets: the loop of `raw2ids`.
 
-Chunks are planned or read in order, those of the next sources ahead of their turn, and encoded by workers, each of which
-saves what it made. What is known of them then (`work.Counted`) is taken in order, and fed to the sinks, which plan rows;
-row groups are made by the same workers, and written. What can be redone is bounded: every encoded chunk is on disk until
-the file with its last row is finished, so a killed run encodes again only the chunks that were being encoded, two for
-each worker.
+Chunks are planned or read in order, those of the next sources ahead of their turn, and encoded by workers, each of
+which saves what it made. What is known of them then (`work.Counted`) is taken in order, and fed to the sinks, which
+plan rows; row groups are made by the same workers, and written. What can be redone is bounded: every encoded chunk is
+on disk until the file with its last row is finished, so a killed run encodes again only the chunks that were being
+encoded, two for each worker.
 
 A chunk of one large record is begun ahead of its turn, so that the others need not wait for it.
 
@@ -75,7 +75,6 @@ class Conversion:
         cache: what earlier runs encoded, and this one does.
         cores: number of workers.
         threads: workers are threads of this process.
-        locks: descriptors that no worker may hold.
         stop_at_first_bad: `--on_error stop`.
         max_tokens: stop before the document that would take the data set beyond this many tokens.
         largest_record: bytes of the largest record that is read.
@@ -88,7 +87,6 @@ class Conversion:
     cache: ChunkCache
     cores: int
     threads: bool = False
-    locks: tuple[int, ...] = ()
     stop_at_first_bad: bool = False
     max_tokens: int | None = None
     largest_record: int = LARGEST_RECORD
@@ -205,7 +203,7 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
     totals = Totals.restored(first.totals, len(sinks))
     if run.log is not None:
         run.log.resume(first.place)
-    with Workers(run.cores, run.work, threads=run.threads, leave=run.locks) as workers:
+    with Workers(run.cores, run.work, threads=run.threads) as workers:
         tasks = _Queue(run, workers, sinks)
         for sink in sinks:
             sink.start(tasks)

@@ -374,7 +374,6 @@ class _Preparation:
             cache=cache,
             cores=self.cores,
             threads=config.threads,
-            locks=tuple(output.place.lock for output in self.outputs),
             stop_at_first_bad=config.on_error == "stop",
             max_tokens=config.max_tokens,
             largest_record=config.largest_record,

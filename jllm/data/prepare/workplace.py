@@ -45,12 +45,6 @@ class Workplace:
         self.work = folder / WORK_NAME
         self._lock: IO[str] | None = None
 
-    @property
-    def lock(self) -> int:
-        """The descriptor by which the folder is held."""
-        assert self._lock is not None
-        return self._lock.fileno()
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; created where it is missing.

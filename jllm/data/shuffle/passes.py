@@ -36,8 +36,10 @@ SCRATCH_SHARE = 2.7
 MAX_BUCKET = 512 << 20
 """Bytes of rows in a bucket: far below the 2^31 elements that an Arrow list column can address."""
 MIN_BUCKET = 4 << 20
-SCATTERER_BYTES = 48 << 20
-"""Of the cap, for each worker that throws rows to disk."""
+WORKER_BYTES, OWN_BYTES = 64 << 20, 24 << 20
+"""The least of the cap for each worker that is a process, and how much of that is its own, not for rows."""
+MOST_THREADS = 2
+"""More workers than these are processes: they would wait for the interpreter lock."""
 Item = TypeVar("Item")
 
 
@@ -121,31 +123,37 @@ class Passes:
 
     def _layout(self) -> ShuffleLayout:
         # A bucket in work takes twice its size: its slices, and the same rows joined. A third is for the writers.
-        room = self.resources.memory // (3 * self.resources.cores)
-        size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self.resources.cores)))
+        room = self._memory // (3 * self._workers)
+        size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self._workers)))
         return lay_out(self.edges, max(1, self.rows * size // self.raw_bytes))
 
     def _run(self, workers: int, work: Callable[[Any], Any], tasks: Iterable[Any], last: Any = None) -> list[Any]:
         """The results of all tasks; the first failure stops the others and is raised."""
         try:
-            return results_of(workers, work, tasks, last=last, threads=self._in_memory or workers == 1)
+            return results_of(workers, work, tasks, last=last, threads=self._in_memory or workers <= MOST_THREADS)
         except BaseException:
             self._stop.set()
             raise
 
     @property
-    def _scatterers(self) -> int:
-        """Workers of the first pass: no more than can hold rows enough that runs in buckets are worth a write."""
+    def _workers(self) -> int:
+        """Workers of each pass: no more than can hold rows enough that a bucket's share of them is worth a write."""
         cores = self.resources.cores
-        return cores if self._in_memory else max(1, min(cores, self.resources.memory // SCATTERER_BYTES))
+        return cores if self._in_memory else min(cores, max(MOST_THREADS, self.resources.memory // WORKER_BYTES))
+
+    @property
+    def _memory(self) -> int:
+        """What of the cap is for rows."""
+        own = 0 if self._in_memory or self._workers <= MOST_THREADS else OWN_BYTES * self._workers
+        return self.resources.memory - own
 
     def _scatter_all(self, layout: ShuffleLayout) -> list[Bucket]:
         wanted = np.zeros(len(layout.bounds), dtype=bool)
         for unit in layout.units:
             if any(block not in self.entries for block in unit.blocks):
                 wanted[unit.buckets.start : unit.buckets.stop] = True
-        workers = self._scatterers
-        allowance = 1 << 62 if self._in_memory else self.resources.memory // (2 * workers)
+        workers = self._workers
+        allowance = 1 << 62 if self._in_memory else self._memory // (2 * workers)
         mine = threading.local()  # of this worker, be it a thread or a process
 
         def work(task: _InputGroup | Path | str) -> Any:
@@ -207,7 +215,7 @@ class Passes:
             taken += count
 
     def _gather_all(self, layout: ShuffleLayout, buckets: list[Bucket]) -> None:
-        workers = min(self.resources.cores, len(layout.units))
+        workers = min(self._workers, len(layout.units))
 
         def work(unit: Unit) -> dict[int, FileEntry]:
             self._gather(unit, layout, buckets)

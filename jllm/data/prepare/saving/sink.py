@@ -1,9 +1,9 @@
 """Documents to a data set on disk: splits, files, and the point from which a killed run goes on.
 
-A `Sink` is fed what is known of the documents of one chunk after another (`packing/pieces.py`), and plans their rows. It
-cuts splits after `per_split` documents, files after `per_file` rows and row groups, and has others make the row groups
-and write them (`writer.py`). Whenever a file is finished and has its name, `state-<name>.json` says which files are
-finished and from which document on the rest must be fed again, with the planner's state there.
+A `Sink` is fed what is known of the documents of one chunk after another (`packing/pieces.py`), and plans their rows.
+It cuts splits after `per_split` documents, files after `per_file` rows and row groups, and has others make the row
+groups and write them (`writer.py`). Whenever a file is finished and has its name, `state-<name>.json` says which files
+are finished and from which document on the rest must be fed again, with the planner's state there.
 
 Guarantees: the files depend on the documents and options alone; a file that is named in the state, or lies finished
 under its final name, is never written again.
