@@ -12,7 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES, MOST_FILES = 450, 16
 
 GROUND = (
-    *("jllm", "jllm.atomic", "jllm.children", "jllm.errors", "jllm.machine", "jllm.options", "jllm.ranges"),
+    *(
+        "jllm",
+        "jllm.atomic",
+        "jllm.children",
+        "jllm.errors",
+        "jllm.forks",
+        "jllm.machine",
+        "jllm.options",
+        "jllm.ranges",
+    ),
     *("jllm.guards", "jllm.guards.caches", "jllm.guards.notation", "jllm.guards.tensors", "jllm.guards.typed"),
 )
 """What everything may import, and what imports nothing of ours but itself."""

@@ -61,28 +61,6 @@ def seal() -> None:
             os.environ.pop(name, None)
 
 
-class Sealed:
-    """While its block runs, processes that libraries start get the `environment` of children; then all is as before.
-
-    For the spawned processes of `multiprocessing`, whose environment cannot be given.
-    """
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in (SAFE_PATH, SEARCH_PATH)}
-        self._set(environment())
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._before)
-
-    def _set(self, values: "Mapping[str, str | None]") -> None:
-        for name in (SAFE_PATH, SEARCH_PATH):
-            value = values.get(name)
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _misleading(variables: "Mapping[str, str]") -> list[str]:
     """Those of `PLACES` that lead to the working folder."""
     given = [name for name in PLACES if name in variables]

@@ -52,7 +52,7 @@ class Chat:
             prefix=facts.prefix, eos_id=facts.eos_id, **plan,
         )  # fmt: skip
         assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-        self.encoder = ChatEncoder(assembler=lambda: assembler, plan=self.plan, formats=("messages",), fields={})
+        self.encoder = ChatEncoder(assembler=assembler, plan=self.plan, formats=("messages",), fields={})
 
     def encode(
         self, records: list[Any], format_name: str = "messages"

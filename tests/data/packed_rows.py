@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 
 
 def documents_of(lengths: list[int], labels: bool = False) -> Documents:

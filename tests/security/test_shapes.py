@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from jllm.data.packing.packers import StackPacker
-from jllm.data.prepare.chunk_cache import ChunkCache
-from jllm.data.prepare.sink import Sink, SinkPlan
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import Sink, SinkPlan
 from jllm.errors import UserError
 from jllm.models.weights.source import model_info, read_config
 from jllm.train.records.curves import plot
@@ -120,7 +120,7 @@ STATE: dict[str, Any] = {
 )
 def test_a_state_that_no_run_left(tmp_path: Path, change: dict[str, Any]) -> None:
     plan = SinkPlan(
-        folder=tmp_path / "out", work=tmp_path, name="main", packer=lambda: StackPacker(5), codec="zstd",
+        folder=tmp_path / "out", work=tmp_path, name="main", packer=StackPacker(5), codec="zstd",
         per_split=100, per_file=4,
     )  # fmt: skip
     path = tmp_path / "state-main.json"

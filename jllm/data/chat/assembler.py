@@ -11,10 +11,10 @@ import dataclasses
 
 import numpy as np
 
-from jllm.data.chat.render_workers import Rendered
+from jllm.data.chat.rendered import Rendered
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.columns import IGNORE_INDEX
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.tokenizer.checked_engine import CheckedEngine, EngineMismatchError
 from jllm.errors import UserError
 

@@ -38,6 +38,23 @@ class Output(Protocol):
     def tell(self) -> int: ...
 
 
+class MadeColumn(NamedTuple):
+    """A column of a row group that is made: what the footer says of it, its number of entries, and its bytes before and
+    after compression, page headers included."""
+
+    statistics: thrift.Encoded
+    entries: int
+    plain: int
+    packed: int
+
+
+class MadeGroup(NamedTuple):
+    """A row group that is made, perhaps by another process; its columns' bytes lie one behind the other."""
+
+    rows: int
+    columns: tuple[MadeColumn, ...]
+
+
 class _ColumnChunk(NamedTuple):
     """A column of a row group on its way to the file: what the footer says of it, and of each of its pages the entries,
     the size before compression, and what compression made of it."""
@@ -95,56 +112,51 @@ class ColumnFileWriter:
         """Make the pages of a column of a row group, and have them compressed."""
         pages, entries = zip(*_pages(column, array), strict=True)
         sizes = [len(page) for page in pages]
-        return _ColumnChunk(column, _statistics(column, array), entries, sizes, self._map(self._compress, pages))
+        codecs = [self._codec] * len(pages)
+        return _ColumnChunk(column, _statistics(column, array), entries, sizes, self._map(_compress, pages, codecs))
 
     def _finish(self, rows: int, chunks: "list[_ColumnChunk]") -> None:
         """Write what `_start` began."""
-        columns, sizes = [], []
-        for chunk in chunks:
-            column, size = self._write_chunk(chunk)
-            columns.append(column)
-            sizes.append(size)
+        begin = self._output.tell()
+        self._note(begin, MadeGroup(rows, tuple(_packed(chunk, self._output.write) for chunk in chunks)))
+
+    def append(self, group: MadeGroup, data: Any) -> None:
+        """Write a row group that `make_group` made of the columns of this file, in its codec."""
+        assert not self._started
+        begin = self._output.tell()
+        self._output.write(data)
+        self._note(begin, group)
+
+    def _note(self, begin: int, group: MadeGroup) -> None:
+        """Keep for the footer what was written of a row group from byte `begin` on."""
+        entries = []
+        for column, made in zip(self._columns, group.columns, strict=True):
+            facts = thrift.struct(
+                [
+                    (1, thrift.i32(_TYPE_NUMBERS[column.element])),
+                    (2, thrift.array([thrift.i32(PLAIN), thrift.i32(RLE)])),
+                    (3, thrift.array([thrift.text(name) for name in _path(column)])),
+                    (4, thrift.i32(_CODEC_NUMBERS[self._codec])),
+                    (5, thrift.i64(made.entries)),
+                    (6, thrift.i64(made.plain)),
+                    (7, thrift.i64(made.packed)),
+                    (9, thrift.i64(begin)),
+                    (12, made.statistics),
+                ]
+            )
+            entries.append(thrift.struct([(2, thrift.i64(begin)), (3, facts)]))
+            begin += made.packed
         self._groups.append(
             thrift.struct(
                 [
-                    (1, thrift.array(columns)),
-                    (2, thrift.i64(sum(plain for plain, _ in sizes))),
-                    (3, thrift.i64(rows)),
-                    (6, thrift.i64(sum(packed for _, packed in sizes))),
+                    (1, thrift.array(entries)),
+                    (2, thrift.i64(sum(made.plain for made in group.columns))),
+                    (3, thrift.i64(group.rows)),
+                    (6, thrift.i64(sum(made.packed for made in group.columns))),
                 ]
             )
         )
-        self._rows += rows
-
-    def _write_chunk(self, chunk: "_ColumnChunk") -> tuple[thrift.Encoded, tuple[int, int]]:
-        """Write a column of a row group; its entry for the footer, and its size before and after compression."""
-        begin = self._output.tell()
-        plain = 0
-        for count, size, packed in zip(chunk.entries, chunk.sizes, chunk.packed, strict=True):
-            header = page_header(size, len(packed), zlib.crc32(packed), count)
-            self._output.write(header)
-            self._output.write(packed)
-            plain += len(header) + size
-        written = self._output.tell() - begin
-        facts = thrift.struct(
-            [
-                (1, thrift.i32(_TYPE_NUMBERS[chunk.column.element])),
-                (2, thrift.array([thrift.i32(PLAIN), thrift.i32(RLE)])),
-                (3, thrift.array([thrift.text(name) for name in _path(chunk.column)])),
-                (4, thrift.i32(_CODEC_NUMBERS[self._codec])),
-                (5, thrift.i64(sum(chunk.entries))),
-                (6, thrift.i64(plain)),
-                (7, thrift.i64(written)),
-                (9, thrift.i64(begin)),
-                (12, chunk.statistics),
-            ]
-        )
-        return thrift.struct([(2, thrift.i64(begin)), (3, facts)]), (plain, written)
-
-    def _compress(self, page: NDArray[np.uint8]) -> pa.Buffer:
-        # Not one for all pages: threads must not share a codec.
-        codec = pa.Codec("lz4_raw" if self._codec == "lz4" else self._codec, 1 if self._codec == "zstd" else None)
-        return codec.compress(page)
+        self._rows += group.rows
 
     def close(self) -> None:
         """Write what is left, and the footer."""
@@ -163,6 +175,39 @@ class ColumnFileWriter:
             ]
         )[1]
         self._output.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
+
+
+def make_group(
+    columns: Sequence[Column], batch: pa.RecordBatch, codec: str, write: Callable[[Any], object]
+) -> MadeGroup:
+    """A batch of at least one row as a row group, for `ColumnFileWriter.append`; its bytes are given to `write`."""
+    made = []
+    for column in columns:
+        array = batch.column(column.name)
+        pages = (
+            (count, len(page), _compress(page, codec)) for page, count in _pages(column, array)
+        )  # each is compressed while it lies in the cache
+        entries, sizes, packed = zip(*pages, strict=True)
+        made.append(_packed(_ColumnChunk(column, _statistics(column, array), entries, list(sizes), packed), write))
+    return MadeGroup(batch.num_rows, tuple(made))
+
+
+def _packed(chunk: _ColumnChunk, write: Callable[[Any], object]) -> MadeColumn:
+    """Write the pages of a column, each behind its header."""
+    plain = written = 0
+    for count, size, packed in zip(chunk.entries, chunk.sizes, chunk.packed, strict=True):
+        header = page_header(size, len(packed), zlib.crc32(packed), count)
+        write(header)
+        write(packed)
+        plain += len(header) + size
+        written += len(header) + len(packed)
+    return MadeColumn(chunk.statistics, sum(chunk.entries), plain, written)
+
+
+def _compress(page: NDArray[np.uint8], name: str) -> pa.Buffer:
+    # Not one for all pages: threads must not share a codec.
+    codec = pa.Codec("lz4_raw" if name == "lz4" else name, 1 if name == "zstd" else None)
+    return codec.compress(page)
 
 
 def _pages(column: Column, array: pa.Array) -> Iterator[tuple[NDArray[np.uint8], int]]:

@@ -15,10 +15,10 @@ Cost: writing about 80 M tokens/s on one core (zstd level 1, no dictionary).
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from jllm.data.dataset.columns import conform as conform
 from jllm.data.dataset.columns import from_list_array as from_list_array
 from jllm.data.dataset.columns import schema as schema
 from jllm.data.dataset.columns import to_list_array as to_list_array
-from jllm.data.dataset.file_writer import ColumnFileWriter
+from jllm.data.dataset.file_writer import ColumnFileWriter, MadeGroup, make_group
 from jllm.data.dataset.files import CODECS as CODECS
 from jllm.data.dataset.files import CONTRACT_KEY as CONTRACT_KEY
 from jllm.data.dataset.files import CONTRACT_VERSION as CONTRACT_VERSION
@@ -76,6 +76,53 @@ class ShardStatistics:
     bytes: int
     sha256: str
     largest_id: int
+
+
+class GroupFacts(NamedTuple):
+    """Of a row group what `ShardStatistics` says of a file."""
+
+    tokens: int
+    trained: int
+    longest: int
+    largest_id: int
+
+    @classmethod
+    def of(cls, group: pa.RecordBatch) -> "GroupFacts":
+        ids, offsets = from_list_array(group.column(INPUT_IDS))
+        return cls(
+            tokens=int(real_lengths(group).sum()),
+            trained=count_trained(group),
+            longest=int(np.diff(offsets).max(initial=0)),
+            largest_id=int(ids.max(initial=0)),
+        )
+
+
+def rows_of_group(offsets: Int64, further: Int64 | None, tokens: int, further_bytes: int) -> int:
+    """How many rows go to a row group that holds `tokens` tokens and `further_bytes` already: the row that reaches a
+    budget closes the group, so the cuts depend on the rows alone.
+
+    Args:
+        offsets: [rows + 1] tokens in the rows before each.
+        further: [rows + 1] bytes in the further columns of the rows before each; None where there are no such columns.
+    """
+    rows = len(offsets) - 1
+    taken = min(int(np.searchsorted(offsets, files.ROW_GROUP_TOKENS - tokens)), rows)
+    if further is not None:
+        taken = min(taken, int(np.searchsorted(further, ROW_GROUP_FURTHER_BYTES - further_bytes)))
+    return taken
+
+
+def is_full(tokens: int, further_bytes: int) -> bool:
+    """Whether a row group that holds this much is closed."""
+    return tokens >= files.ROW_GROUP_TOKENS or further_bytes >= ROW_GROUP_FURTHER_BYTES
+
+
+def made_group(
+    columns: Sequence[Column], batches: Sequence[pa.RecordBatch], codec: str, write: Callable[[Any], object]
+) -> tuple[MadeGroup, GroupFacts]:
+    """A row group of these rows, for `ShardWriter.append`; its bytes are given to `write`."""
+    group = pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+    return make_group(columns, group, codec, write), GroupFacts.of(group)
 
 
 class _HashingFile:
@@ -127,8 +174,8 @@ class ShardWriter:
         self.statistics: ShardStatistics
         self._pending: list[pa.RecordBatch] = []
         self._pending_tokens = self._pending_bytes = 0
-        self._rows = self._tokens = self._trained = self._longest = 0
-        self._largest_id = 0
+        self._rows = 0
+        self._facts: list[GroupFacts] = []
 
     def __enter__(self) -> "ShardWriter":
         self._replacing = atomic.replacing(self.path)
@@ -150,17 +197,12 @@ class ShardWriter:
             batch = batch.cast(self.schema)
         while batch.num_rows:
             _, offsets = from_list_array(batch.column(INPUT_IDS))
-            room = files.ROW_GROUP_TOKENS - self._pending_tokens
             further = self._further_bytes(batch)
-            # The row that reaches a budget closes the group, so the cuts depend on the rows alone.
-            taken = min(int(np.searchsorted(offsets, room)), batch.num_rows)
-            if further is not None:
-                taken = min(taken, int(np.searchsorted(further, ROW_GROUP_FURTHER_BYTES - self._pending_bytes)))
-                self._pending_bytes += int(further[taken])
-            head = batch.slice(0, taken)
-            self._pending.append(head)
+            taken = rows_of_group(offsets, further, self._pending_tokens, self._pending_bytes)
+            self._pending.append(batch.slice(0, taken))
             self._pending_tokens += int(offsets[taken])
-            if self._pending_tokens >= files.ROW_GROUP_TOKENS or self._pending_bytes >= ROW_GROUP_FURTHER_BYTES:
+            self._pending_bytes += 0 if further is None else int(further[taken])
+            if is_full(self._pending_tokens, self._pending_bytes):
                 self._flush()
             batch = batch.slice(taken)
 
@@ -173,15 +215,17 @@ class ShardWriter:
         if not self._pending:
             return
         group = pa.Table.from_batches(self._pending, self.schema).combine_chunks().to_batches()[0]
-        ids, offsets = from_list_array(group.column(INPUT_IDS))
-        lengths = np.diff(offsets)
-        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
+        self._facts.append(GroupFacts.of(group))
         self._rows += group.num_rows
-        self._tokens += int(real_lengths(group).sum())
-        self._trained += count_trained(group)
-        self._longest = max(self._longest, int(lengths.max(initial=0)))
         self._writer.write(group)
         self._pending, self._pending_tokens, self._pending_bytes = [], 0, 0
+
+    def append(self, group: MadeGroup, facts: GroupFacts, data: Any) -> None:
+        """Append a row group that `made_group` made, perhaps in another process."""
+        assert not self._pending
+        self._writer.append(group, data)
+        self._facts.append(facts)
+        self._rows += group.rows
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
@@ -195,12 +239,12 @@ class ShardWriter:
                 raise
             self.statistics = ShardStatistics(
                 rows=self._rows,
-                tokens=self._tokens,
-                trained_tokens=self._trained,
-                longest_row=self._longest,
+                tokens=sum(facts.tokens for facts in self._facts),
+                trained_tokens=sum(facts.trained for facts in self._facts),
+                longest_row=max((facts.longest for facts in self._facts), default=0),
                 bytes=size,
                 sha256=self._file.hexdigest(),
-                largest_id=self._largest_id,
+                largest_id=max((facts.largest_id for facts in self._facts), default=0),
             )
         else:
             self._file.close()

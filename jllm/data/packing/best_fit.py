@@ -5,25 +5,25 @@ into the row with the smallest room that holds it. A document longer than a row 
 one token, so that every token but its first is still predicted once; no other document is cut.
 
 Guarantees: the bins are those of the textbook algorithm, rows with equal room being filled oldest first.
-Cost: a few operations and 12 bytes of memory for each document (plus a short list for each row); the tokens stay on
-disk. The rooms are the bits of one integer, so that finding the smallest that fits is a shift and a lowest bit: L / 64
-machine words, which for rows of any usual length is faster than a segment tree in Python.
+Cost: a few operations and some 20 bytes of memory for each document (plus a short list for each row) where rows are
+planned, and the tokens stay on disk; `feed` holds them. The rooms are the bits of one integer, so that finding the
+smallest that fits is a shift and a lowest bit: L / 64 machine words, which for rows of any usual length is faster than
+a segment tree in Python.
 """
 
 import collections
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
-from jllm.data.packing.conversations import padded_rows
-from jllm.data.packing.packers import Documents
-
-BATCH_TOKENS = 1 << 19
+from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int64, schema, to_list_array
+from jllm.data.packing.conversations import padded, padded_rows, pieces_of, split_long
+from jllm.data.packing.documents import Documents, spans
+from jllm.data.packing.pieces import Pieces, Plan, windows
+from jllm.data.packing.planners import BATCH_TOKENS, BestFitPlanner, Planner
 
 
 def best_fit(lengths: Sequence[int] | Int64, room: int) -> list[list[int]]:
@@ -68,8 +68,8 @@ class BestFitPacker:
     Args:
         length: tokens in a row.
         labels: the documents have labels.
-        prepare: applied to documents before they are packed; it may cut them.
         pad_to: pad every row to a multiple of this with `pad_id`; None leaves rows as long as they are.
+        conversations: documents longer than a row are continued as `ConversationPacker` does it.
     """
 
     whole = True
@@ -82,101 +82,82 @@ class BestFitPacker:
         labels: bool,
         pad_to: int | None = None,
         pad_id: int = 0,
-        prepare: Callable[[Documents], Documents] | None = None,
+        conversations: bool = False,
     ) -> None:
         self.length = length
-        self.prepare = prepare
+        self.conversations = conversations
         self.pad_to = pad_to
         self.pad_id = pad_id
         self.labels = labels or pad_to is not None
         self.columns: tuple[str, ...] = (INPUT_IDS, LABELS, CU_SEQLENS) if self.labels else (INPUT_IDS, CU_SEQLENS)
-        self._chunks: list[Documents] = []
+        self._held: list[Documents] = []
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
-        if self.prepare is not None:
-            documents = self.prepare(documents)
-        if documents.stored is not None:  # keep the offsets; the ids are read again when the rows are known
-            empty = np.empty(0, dtype=np.int32)
-            documents = Documents(ids=empty, offsets=documents.offsets, labels=empty, stored=documents.stored)
-        self._chunks.append(documents)
+        self._held.append(split_long(documents, self.length) if self.conversations else documents)
         return None
 
     def finish(self) -> Iterator[pa.RecordBatch]:
-        chunk, start, size = self._windows()
-        row_documents = best_fit(size, self.length)
-        at = 0
-        while at < len(row_documents):
-            end, tokens = at, 0
-            while end < len(row_documents) and tokens < BATCH_TOKENS:
-                tokens += self.length
-                end += 1
-            yield self._rows(row_documents[at:end], chunk, start, size)
-            at = end
-        self._chunks = []
+        documents = _joined(self._held)
+        self._held = []
+        pieces = windows(documents, self.length, self.length - 1)
+        rows = best_fit(pieces.sizes, self.length)
+        at_once = max(1, -(-BATCH_TOKENS // self.length))
+        for at in range(0, len(rows), at_once):
+            some = rows[at : at + at_once]
+            chosen = np.array([number for row in some for number in row], dtype=np.int64)
+            index, offsets = spans(pieces.starts[chosen], pieces.sizes[chosen])
+            labels = None if documents.labels is None else documents.labels[index]
+            counts = np.array([len(row) for row in some], dtype=np.int64)
+            yield self._rows(Documents(ids=documents.ids[index], offsets=offsets, labels=labels), counts)
 
-    def _windows(self) -> tuple[Int64, Int64, Int64]:
-        """The windows of all documents, one for a document that fits: number of the chunk, first token where it lies,
-        length."""
-        chunks, starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        step = self.length - 1
-        for number, documents in enumerate(self._chunks):
-            lengths = documents.lengths
-            count = 1 + np.maximum(0, -(-(lengths - self.length) // step))
-            owner = np.repeat(np.arange(len(lengths)), count)
-            begin = (np.arange(len(owner)) - (np.cumsum(count) - count)[owner]) * step
-            chunks.append(np.full(len(owner), number))
-            first = documents.offsets if documents.stored is None else documents.stored.starts
-            starts.append(first[owner] + begin)
-            sizes.append(np.minimum(self.length, lengths[owner] - begin))
-        return np.concatenate(chunks), np.concatenate(starts), np.concatenate(sizes)
+    def pieces(self, documents: Documents) -> Pieces:
+        if self.conversations:
+            return pieces_of(documents, self.length)
+        return windows(documents, self.length, self.length - 1)
 
-    def _rows(self, rows: list[list[int]], chunk: Int64, start: Int64, size: Int64) -> pa.RecordBatch:
-        windows = np.array([number for row in rows for number in row], dtype=np.int64)
-        counts = np.array([len(row) for row in rows], dtype=np.int64)
-        offsets = np.zeros(len(windows) + 1, dtype=np.int64)
-        np.cumsum(size[windows], out=offsets[1:])
-        ids = np.empty(offsets[-1], dtype=np.int32)
-        labels = np.empty(offsets[-1] if self.labels else 0, dtype=np.int32)
-        for k in np.lexsort((start[windows], chunk[windows])).tolist():
-            window = windows[k]
-            low, high = int(offsets[k]), int(offsets[k + 1])
-            self._read(self._chunks[int(chunk[window])], int(start[window]), ids[low:high], labels[low:high])
-        ends = np.zeros(len(rows) + 1, dtype=np.int64)
+    def planner(self) -> Planner:
+        return BestFitPlanner(self.length, lambda sizes: padded(sizes, self.pad_to), best_fit)
+
+    def rows(self, plan: Plan, documents: Documents) -> pa.RecordBatch:
+        assert plan.counts is not None
+        return self._rows(documents, plan.counts)
+
+    def _rows(self, pieces: Documents, counts: Int64) -> pa.RecordBatch:
+        """Rows of so many pieces each."""
+        labels = (pieces.ids if pieces.labels is None else pieces.labels) if self.labels else None
+        ends = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=ends[1:])
-        row_offsets = offsets[ends]
-        boundary_offsets = ends + np.arange(len(rows) + 1)
+        row_offsets = pieces.offsets[ends]
+        boundary_offsets = ends + np.arange(len(counts) + 1)
         boundaries = np.zeros(boundary_offsets[-1], dtype=np.int64)
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        boundaries[np.arange(len(windows)) + row_of + 1] = offsets[1:] - row_offsets[row_of]
-        packed = Documents(ids=ids, offsets=row_offsets, labels=labels if self.labels else None)
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        boundaries[np.arange(len(pieces)) + row_of + 1] = pieces.offsets[1:] - row_offsets[row_of]
         if self.pad_to is not None:
+            packed = Documents(ids=pieces.ids, offsets=row_offsets, labels=labels)
             return padded_rows(packed, boundaries, boundary_offsets, self.pad_to, self.pad_id)
-        columns = [to_list_array(ids, row_offsets)]
-        if self.labels:
+        columns = [to_list_array(pieces.ids, row_offsets)]
+        if labels is not None:
             columns.append(to_list_array(labels, row_offsets))
         columns.append(to_list_array(boundaries.astype(np.int32), boundary_offsets))
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
-
-    def _read(self, documents: Documents, start: int, ids: Int32, labels: Int32) -> None:
-        """Fill `ids` and `labels` with the tokens of a chunk from `start` on, counted where the chunk lies."""
-        if documents.stored is None:
-            ids[:] = documents.ids[start : start + len(ids)]
-            if self.labels:
-                given = documents.ids if documents.labels is None else documents.labels
-                labels[:] = given[start : start + len(ids)]
-            return
-        stored = documents.stored
-        descriptor = os.open(stored.path, os.O_RDONLY)
-        try:
-            os.preadv(descriptor, [ids.data.cast("B")], stored.ids + 4 * start)
-            if self.labels:
-                at = stored.ids if stored.labels is None else stored.labels
-                os.preadv(descriptor, [labels.data.cast("B")], at + 4 * start)
-        finally:
-            os.close(descriptor)
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _joined(parts: Sequence[Documents]) -> Documents:
+    """Documents one behind the other."""
+    ids = [part.ids for part in parts]
+    labels = [part.ids if part.labels is None else part.labels for part in parts]
+    has_labels = any(part.labels is not None for part in parts)
+    offsets = np.zeros(sum(map(len, parts)) + 1, dtype=np.int64)
+    np.cumsum(np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)]), out=offsets[1:])
+    empty = np.empty(0, dtype=np.int32)
+    return Documents(
+        ids=np.concatenate([empty, *ids]),
+        offsets=offsets,
+        labels=np.concatenate([empty, *labels]) if has_labels else None,
+    )

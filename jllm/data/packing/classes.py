@@ -7,6 +7,7 @@ Guarantees: padding, and what every row starts with, has class 0. Cost: packing 
 whole split whose classes differ within a chunk, a byte for each token.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from jllm.data.dataset.columns import CONTROL_CLASS, INPUT_IDS, Column, schema
-from jllm.data.packing.packers import Documents, Packer
+from jllm.data.packing.documents import Documents
+from jllm.data.packing.packers import Packer
+from jllm.data.packing.pieces import Pieces, Plan
+from jllm.data.packing.planners import Planner
 
 _MINE = "class_"
 """Before what the second packer has in a state."""
@@ -52,6 +56,16 @@ class ClassPacker:
     def finish(self) -> Iterator[pa.RecordBatch]:
         for rows, classes in zip(self._rows.finish(), self._classes.finish(), strict=True):
             yield self._together(rows, classes)
+
+    def pieces(self, documents: Documents) -> Pieces:
+        return self._rows.pieces(documents)
+
+    def planner(self) -> Planner:
+        return self._rows.planner()
+
+    def rows(self, plan: Plan, documents: Documents) -> pa.RecordBatch:
+        classes = dataclasses.replace(documents, ids=_of_tokens(documents), classes=None)
+        return self._together(self._rows.rows(plan, documents), self._classes.rows(plan, classes))
 
     def _together(self, rows: pa.RecordBatch, classes: pa.RecordBatch) -> pa.RecordBatch:
         return pa.RecordBatch.from_arrays(

@@ -16,89 +16,17 @@ data, so that a run can stop and go on:
 Cost: numpy over whole chunks, no Python object per token or per row.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, Int64, schema, to_list_array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
-    """Where documents lie on disk.
-
-    Attributes:
-        path: of the file.
-        ids, labels: the byte at which all ids and all labels in the file begin; None where there are no labels.
-        starts: number of each document's first token in the file.
-    """
-
-    path: str
-    ids: int
-    labels: int | None
-    starts: Int64
-
-    def take(self, chosen: Int64 | slice) -> "Stored":
-        return dataclasses.replace(self, starts=self.starts[chosen])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Documents:
-    """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
-
-    `labels` are the ids, or -100 where a token is not trained on; None where all are. `stored` says where the same ids
-    and labels lie on disk. `classes` are control classes, one a document; None where nobody asked for them.
-    """
-
-    ids: Int32
-    offsets: Int64
-    labels: Int32 | None = None
-    stored: Stored | None = None
-    classes: NDArray[np.int8] | None = None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> Int64:
-        return np.diff(self.offsets)
-
-    def slice(self, start: int, end: int) -> "Documents":
-        """Documents `start` to `end`, without a copy of the ids."""
-        low, high = int(self.offsets[start]), int(self.offsets[end])
-        return Documents(
-            ids=self.ids[low:high],
-            offsets=self.offsets[start : end + 1] - low,
-            labels=None if self.labels is None else self.labels[low:high],
-            stored=self.stored and self.stored.take(slice(start, end)),
-            classes=None if self.classes is None else self.classes[start:end],
-        )
-
-    def take(self, chosen: Int64) -> "Documents":
-        """The documents with these numbers, in this order."""
-        starts, lengths = self.offsets[:-1][chosen], self.lengths[chosen]
-        index, offsets = spans(starts, lengths)
-        return Documents(
-            ids=self.ids[index],
-            offsets=offsets,
-            labels=None if self.labels is None else self.labels[index],
-            stored=self.stored and self.stored.take(chosen),
-            classes=None if self.classes is None else self.classes[chosen],
-        )
-
-
-def spans(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
-    """The indices `starts[i] ... starts[i]+lengths[i]-1` of all spans in a row, and the offsets of each span in
-    them."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    index = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
-    return index, offsets
+from jllm.data.dataset.shards import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABELS, Int32, schema, to_list_array
+from jllm.data.packing.documents import Documents, spans, with_affixes
+from jllm.data.packing.pieces import Pieces, Plan, whole, windows
+from jllm.data.packing.planners import PiecePlanner, Planner, StreamPlanner
 
 
 class Packer(Protocol):
@@ -106,6 +34,9 @@ class Packer(Protocol):
 
     `columns` are those of the contract that its rows have, `further` the others. `whole` packers give no row before
     `finish`, and need all documents of the split for it.
+
+    Rows are made in one go by `feed` and `finish`, or in three steps that may be those of three processes: `pieces` of
+    documents, a plan of the `planner`, its rows. Both ways give the same rows.
     """
 
     whole: bool
@@ -125,6 +56,18 @@ class Packer(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+    def pieces(self, documents: Documents) -> Pieces:
+        """What rows are made of, of documents that lie in a block as they are given here."""
+        ...
+
+    def planner(self) -> Planner:
+        """What decides for a split which rows there are."""
+        ...
+
+    def rows(self, plan: Plan, documents: Documents) -> pa.RecordBatch:
+        """The rows of a plan, of which `documents` are the pieces."""
+        ...
 
 
 class WithoutRest:
@@ -189,6 +132,17 @@ class StackPacker:
         if wanted and not self.drop_tail:
             nothing = self._ids[:0]
             yield self._take(1, left, nothing, nothing)
+
+    def pieces(self, documents: Documents) -> Pieces:
+        return whole(documents)
+
+    def planner(self) -> Planner:
+        return StreamPlanner(self.step, extra=len(self.prefix), drop_tail=self.drop_tail)
+
+    def rows(self, plan: Plan, documents: Documents) -> pa.RecordBatch:
+        fresh = StackPacker(self.length, labels=self.labels, prefix=tuple(self.prefix.tolist()))
+        made = [fresh.feed(documents), *(fresh.finish() if plan.ends else ())]
+        return pa.Table.from_batches([each for each in made if each is not None]).combine_chunks().to_batches()[0]
 
     def _take(self, rows: int, width: int, ids: Int32, labels: Int32) -> pa.RecordBatch:
         """The next `rows` rows, of `width` stream tokens each; `ids` and `labels` continue the stream."""
@@ -277,45 +231,44 @@ class WindowPacker(WithoutRest):
         self.columns: tuple[str, ...] = (INPUT_IDS, LABELS) if self.labels else (INPUT_IDS,)
 
     def feed(self, documents: Documents) -> pa.RecordBatch | None:
-        lengths = documents.lengths
-        windows = 1 + np.maximum(0, -(-(lengths - self.room) // self.stride))
-        document = np.repeat(np.arange(len(documents)), windows)
-        first = np.cumsum(windows) - windows
-        begin = (np.arange(len(document)) - first[document]) * self.stride
-        size = np.minimum(self.room, lengths[document] - begin)
-        if self.drop_tail:
-            kept = (size == self.room) | (windows[document] == 1)
-            document, begin, size = document[kept], begin[kept], size[kept]
-        if len(size) == 0:
+        pieces = self.pieces(documents)
+        if len(pieces) == 0:
             return None
-        index, offsets = spans(documents.offsets[document] + begin, size)
+        index, offsets = spans(pieces.starts, pieces.sizes)
         ids = documents.ids[index]
-        labels = (ids if documents.labels is None else documents.labels[index]) if self.labels else None
+        labels = None if documents.labels is None else documents.labels[index]
+        return self._rows(Documents(ids=ids, offsets=offsets, labels=labels))
+
+    def pieces(self, documents: Documents) -> Pieces:
+        pieces = windows(documents, self.room, self.stride)
+        if not self.drop_tail:
+            return pieces
+        assert pieces.counts is not None
+        document = np.repeat(np.arange(len(documents)), pieces.counts)
+        kept = (pieces.sizes == self.room) | (pieces.counts[document] == 1)
+        return Pieces(
+            starts=pieces.starts[kept],
+            sizes=pieces.sizes[kept],
+            counts=np.bincount(document[kept], minlength=len(documents)),
+            classes=None if pieces.classes is None else pieces.classes[kept],
+        )
+
+    def planner(self) -> Planner:
+        return PiecePlanner(lambda sizes: sizes + len(self.prefix))
+
+    def rows(self, plan: Plan, documents: Documents) -> pa.RecordBatch:
+        return self._rows(documents)
+
+    def _rows(self, pieces: Documents) -> pa.RecordBatch:
+        """A row of each."""
+        ids, offsets = pieces.ids, pieces.offsets
+        labels = (ids if pieces.labels is None else pieces.labels) if self.labels else None
         if len(self.prefix):
             assert labels is not None
             labels = labels.copy()
-            labels[offsets[:-1]] = IGNORE_INDEX
+            labels[offsets[:-1][np.diff(offsets) > 0]] = IGNORE_INDEX
             untrained = np.full(len(self.prefix), IGNORE_INDEX, dtype=np.int32)
             labels, _ = with_affixes(labels, offsets, untrained, self.prefix[:0])
             ids, offsets = with_affixes(ids, offsets, self.prefix, self.prefix[:0])
         columns = [to_list_array(ids, offsets)] + ([] if labels is None else [to_list_array(labels, offsets)])
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
-
-
-def with_affixes(values: Int32, offsets: Int64, prefix: Int32, suffix: Int32) -> tuple[Int32, Int64]:
-    """Each span `values[offsets[i]:offsets[i+1]]` with `prefix` before and `suffix` behind it."""
-    extra = len(prefix) + len(suffix)
-    if extra == 0:
-        return values, offsets
-    count = len(offsets) - 1
-    moved = offsets + extra * np.arange(count + 1)
-    result = np.empty(moved[-1], dtype=np.int32)
-    own = np.ones(moved[-1], dtype=bool)
-    for position, item in enumerate(prefix):
-        result[moved[:-1] + position] = item
-        own[moved[:-1] + position] = False
-    for position, item in enumerate(suffix):
-        result[moved[1:] - len(suffix) + position] = item
-        own[moved[1:] - len(suffix) + position] = False
-    result[own] = values
-    return result, moved

@@ -11,16 +11,14 @@ numpy over the ids.
 import dataclasses
 import fnmatch
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import CONTROL_CLASS
 from jllm.data.dataset.further import FurtherColumns
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.holdout import document_hashes
 from jllm.data.sources.chunk import Chunk
@@ -101,12 +99,8 @@ class ClassEncoder:
     encoder: ChunkEncoder
     classes: tuple[int | None, ...]
 
-    def begin(self, chunk: Chunk, kind: str) -> Future[Any] | None:
-        """See `ChunkEncoder`."""
-        return self.encoder.begin(chunk, kind)
-
-    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
-        encoded = self.encoder(chunk, kind, begun)
+    def __call__(self, chunk: Chunk, kind: str) -> Encoded:
+        encoded = self.encoder(chunk, kind)
         documents, given = encoded.documents, self.classes[chunk.source]
         classes = random_classes(documents) if given is RANDOM else np.full(len(documents), given, dtype=np.int8)
         return dataclasses.replace(encoded, documents=dataclasses.replace(documents, classes=classes))

@@ -19,7 +19,7 @@ from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.shards import ShardWriter
 from jllm.data.dataset.token_counts import count_trained
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import with_classes
@@ -156,7 +156,7 @@ def _encoder(
             config, facts, recipes.date_of(config, template, None) or "1970-01-01", short_cut=True
         )
         assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-        encoder = recipes.chat_encoder(config, lambda: assembler, plan=plan, formats=formats, pool=None)
+        encoder = recipes.chat_encoder(config, assembler, plan=plan, formats=formats)
         told.tell("format", [*dict.fromkeys(formats)], f"format: {', '.join(dict.fromkeys(formats))}")
         told.tell("template", name, f"template: {name}")
         warnings = [*recipes.template_warnings(plan)]

@@ -1,28 +1,25 @@
 """Chunks of records to documents of token ids: what runs on every core.
 
 An encoder is the work for one chunk: parse, encode, end each document. It has no state and touches no file, so it runs
-on threads here and inside Spark executors elsewhere.
+in worker processes here and inside Spark executors elsewhere.
 
 * `PretrainEncoder`: texts, each a document.
-* `ChatEncoder`: conversations. Rendering is Python and runs in worker processes, which know neither the engine nor its
-  tables; encoding runs in the process that owns them, one call for all text of a chunk.
+* `ChatEncoder`: conversations, rendered, and encoded in one call for all text of a chunk.
 * `pretokenized.IdsEncoder`: rows that hold ids already.
 
 Cost: dominated by the engine, or by rendering; the rest is numpy over whole chunks.
 """
 
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from jllm.data.chat.assembler import Assembler
-from jllm.data.chat.render_workers import Rendered, render_chunk
+from jllm.data.chat.rendered import render_chunk
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.dataset.columns import IGNORE_INDEX, Int32
-from jllm.data.packing.packers import Documents, with_affixes
+from jllm.data.packing.documents import Documents, with_affixes
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import BadRecord, RefusedRecordError, texts_of
@@ -53,12 +50,8 @@ class Encoded:
 class ChunkEncoder(Protocol):
     """The work for one chunk."""
 
-    def begin(self, chunk: Chunk, kind: str) -> Future[Any] | None:
-        """Begin what other processes do; None where they do nothing."""
-        ...
-
-    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
-        """The documents of a chunk of a source of this kind; `begun` is what `begin` gave."""
+    def __call__(self, chunk: Chunk, kind: str) -> Encoded:
+        """The documents of a chunk of a source of this kind."""
         ...
 
 
@@ -81,19 +74,18 @@ class PretrainEncoder:
     parse_special: bool = False
     masked_ids: frozenset[int] = frozenset()
 
-    def begin(self, chunk: Chunk, kind: str) -> None:
-        """See `ChunkEncoder`: all is done in this process."""
-
-    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
+    def __call__(self, chunk: Chunk, kind: str) -> Encoded:
         records = texts_of(parse_chunk(chunk, kind), kind, self.field)
         checks = self.engine.check(records.values, parse_special=self.parse_special, chunk=chunk.index)
-        documents = self.documents(records.values)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
+        documents = self.documents(records.values)
         return Encoded(documents=documents, bad=records.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)
 
     def documents(self, texts: list[str]) -> Documents:
-        """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked."""
+        """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked. The list is empty
+        then: a text may be as large as all else here."""
         ids, offsets = self.engine.encode(texts, parse_special=self.parse_special)
+        texts.clear()
         ids, offsets = with_affixes(ids, offsets, _ids(self.prefix), _ids(self.suffix))
         labels = None
         if self.masked_ids:
@@ -126,35 +118,24 @@ class ChatEncoder:
     """Chat records to conversations of ids: the encoder of `-t ft`.
 
     Attributes:
-        assembler: waits for the engine, opened for chat, so that it treats every added token in a text as ordinary.
+        assembler: with the engine, opened for chat, so that it treats every added token in a text as ordinary.
         formats: of the records of each source, by its index.
         fields: role → field, for the format `fields`.
-        pool: worker processes (or threads) that render, or None to render in the calling thread.
         longest, refuse_longer: drop conversations of more tokens, or refuse them; None keeps all.
         names: of the sources, by their index, for messages.
     """
 
-    assembler: Callable[[], Assembler]
+    assembler: Assembler
     plan: RenderPlan
     formats: tuple[str, ...]
     fields: dict[str, str]
-    pool: Executor | None = None
     longest: int | None = None
     refuse_longer: bool = False
     names: tuple[str, ...] = ()
 
-    def begin(self, chunk: Chunk, kind: str) -> Future[Rendered] | None:
-        """Begin to render a chunk in a worker process; None where there is none."""
-        if self.pool is None:
-            return None
-        return self.pool.submit(render_chunk, *self._work(chunk, kind))
-
-    def _work(self, chunk: Chunk, kind: str) -> tuple[Any, ...]:
-        return chunk, kind, self.formats[chunk.source], self.fields, self.plan
-
-    def __call__(self, chunk: Chunk, kind: str, begun: Future[Rendered] | None = None) -> Encoded:
-        rendered = render_chunk(*self._work(chunk, kind)) if begun is None else begun.result()
-        documents, checks = self.assembler().assemble(rendered, chunk=chunk.index)
+    def __call__(self, chunk: Chunk, kind: str) -> Encoded:
+        rendered = render_chunk(chunk, kind, self.formats[chunk.source], self.fields, self.plan)
+        documents, checks = self.assembler.assemble(rendered, chunk=chunk.index)
         counts = {"records": rendered.records, "checks": checks, **rendered.notes}
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest

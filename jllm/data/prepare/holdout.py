@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 
 FOLDER = "_eval"
 _STRETCH = 1 << 15  # small enough to stay in the cache
@@ -43,12 +43,9 @@ class Holdout:
     fraction: float | None
     seed: int
 
-    def dealt(self, documents: Documents) -> list[Documents]:
-        """The documents of the data set that was asked for, and, where there is one, of the held-out one."""
-        if self.fraction is None:
-            return [documents]
-        chosen = held_out(documents, self.fraction, self.seed)
-        return [documents.take(np.flatnonzero(wanted)) for wanted in (~chosen, chosen)]
+    def held_out(self, documents: Documents) -> NDArray[np.bool_] | None:
+        """Which of the documents are held out; None where there is no data set for them."""
+        return None if self.fraction is None else held_out(documents, self.fraction, self.seed)
 
 
 def held_out(documents: Documents, fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -11,8 +11,6 @@ Cost: numpy over whole chunks, no Python object for a token or a row.
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,7 @@ from jllm.data.dataset.columns import CU_SEQLENS, IGNORE_INDEX, INPUT_IDS, LABEL
 from jllm.data.dataset.foreign import check_type, list_column
 from jllm.data.dataset.further import is_list
 from jllm.data.dataset.training_marks import ATTENTION_MASK, marks_trained, says_what_is_trained
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.sources.chunk import Chunk
@@ -151,17 +149,10 @@ class IdsEncoder:
     masked_ids: frozenset[int]
     others: ChunkEncoder | None
 
-    def begin(self, chunk: Chunk, kind: str) -> Future[Any] | None:
-        """See `encoding.ChunkEncoder`."""
-        if kind == KIND:
-            return None
-        assert self.others is not None
-        return self.others.begin(chunk, kind)
-
-    def __call__(self, chunk: Chunk, kind: str, begun: Future[Any] | None = None) -> Encoded:
+    def __call__(self, chunk: Chunk, kind: str) -> Encoded:
         if kind != KIND:
             assert self.others is not None
-            return self.others(chunk, kind, begun)
+            return self.others(chunk, kind)
         documents, bad = self._documents(chunk.data, chunk.line, f"-i {self.names[chunk.source]}")
         return Encoded(
             documents=documents,

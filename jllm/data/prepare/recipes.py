@@ -7,8 +7,7 @@ same encoder and packer (`pretrain_encoder`, `chat_encoder`, `packer_of`) and fe
 import datetime
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jllm.data.chat.formats import QUESTION_ANSWER, commonest_format
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.classes import ClassPacker
-from jllm.data.packing.conversations import ConversationPacker, split_long
+from jllm.data.packing.conversations import ConversationPacker
 from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.encoding import ChatEncoder, PretrainEncoder, pretrain_affixes
@@ -91,25 +90,23 @@ def pretrain_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, engine: Check
 
 def chat_encoder(
     config: Raw2IdsConfig,
-    assembler: Callable[[], Assembler],
+    assembler: Assembler,
     *,
     plan: RenderPlan,
     formats: tuple[str, ...],
-    pool: Executor | None,
     names: tuple[str, ...] = (),
 ) -> ChatEncoder:
     """What encodes a chunk of conversations.
 
     Args:
-        assembler: waits for the engine, opened with `inert=True`.
-        plan, formats, pool, names: how, what, and where conversations are rendered; see `ChatEncoder`.
+        assembler: with the engine, opened with `inert=True`.
+        plan, formats, names: how and what conversations are rendered; see `ChatEncoder`.
     """
     return ChatEncoder(
         assembler=assembler,
         plan=plan,
         formats=formats,
         fields=field_map(config),
-        pool=pool,
         longest=None if config.overlong == "split" else config.max_len,
         refuse_longer=config.overlong == "error",
         names=names,
@@ -160,7 +157,7 @@ def _plain_packer(config: Raw2IdsConfig, sequence_prefix: tuple[int, ...], *, pa
             labels=chat or labels,
             pad_to=pad_to,
             pad_id=pad_id,
-            prepare=(lambda documents: split_long(documents, config.max_len)) if chat else None,
+            conversations=chat,
         )
     if chat:
         return ConversationPacker(config.max_len, pad_to=pad_to, pad_id=pad_id, filter_rows=config.filter)

@@ -1,31 +1,27 @@
 """`raw2ids` from its options to its manifest: what to read, with which engine, into which folder, and the report.
 
-The order of things: resolve the input, start the processes that render conversations, load the tokenizer (in a child
-process, while the engines are built), hold the output folder, convert, write the manifest, remove the work folder.
-Conversations are rendered ahead of the engine, which is there after a second. When a fast path fails its proof in the
-middle of a run, the run starts over without it (`restart.py`).
+The order of things: resolve the input, load the tokenizer (in a child process, while the engines are built), hold the
+output folder, fork the workers, which share the engines, convert, write the manifest, remove the work folder. When a
+fast path fails its proof in the middle of a run, the run starts over without it (`restart.py`).
 """
 
 import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
+from jllm.data.packing.packers import Packer
 from jllm.data.prepare import pretokenized, recipes
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import classes_of, columns_of, with_classes
-from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert
-from jllm.data.prepare.encoding import ChatEncoder, ChunkEncoder
+from jllm.data.prepare.conversion import Conversion, UnreadableSourceError, convert, made_slots, sent_slots
+from jllm.data.prepare.encoding import ChunkEncoder
 from jllm.data.prepare.holdout import Holdout
 from jllm.data.prepare.outputs import (
     NAMES_OF_OUR_FOLDERS,
@@ -44,7 +40,9 @@ from jllm.data.prepare.reporting.bad_records import BadRecordLog, check_target
 from jllm.data.prepare.reporting.progress import Progress, summary
 from jllm.data.prepare.reporting.totals import Totals, check_bad_share, nothing_left
 from jllm.data.prepare.restart import WAYS_OUT, Attempt, attempts
-from jllm.data.prepare.sink import Sink, SinkPlan
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import Sink, SinkPlan
+from jllm.data.prepare.work import Work
 from jllm.data.sources.identity import modified_at, record_of
 from jllm.data.sources.inputs import Source, resolve
 from jllm.data.tokenizer.checked_engine import CheckedEngine, check_for_chat, open_engine
@@ -68,7 +66,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
         classes_of(config.control_class, sources)
     output = config.output or beside(config, sources)
     cores = usable_cores(config.cores)
-    use_cores(cores)
+    use_cores(1)  # each worker has one
     outputs = outputs_of(config, output)
     refuse_overlap(config.input, sources, outputs)
     given = pretokenized.recognised(config, sources)
@@ -80,8 +78,6 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
     loading = TokenizerLoading(config.tokenizer, trust_remote_code=config.trust_remote_code)
     try:
         with contextlib.ExitStack() as held:
-            renders = given.chat and not config.threads and not is_done
-            renderers = held.enter_context(render_workers.workers(cores if renders else 1))
             early = None
             if config.engine != "hf" and not is_done:
                 early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
@@ -91,7 +87,7 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
             for each in outputs:
                 held.enter_context(each.place.locked())
             # Before anything is removed, the run finds out what is wrong with its options.
-            run = _Preparation(config, given, facts, outputs, cores, progress, early, renderers, formats)
+            run = _Preparation(config, given, facts, outputs, cores, progress, early, formats)
             if config.clean:
                 run.clean()
             try:
@@ -137,7 +133,6 @@ class _Preparation:
         cores: int,
         progress: Progress,
         early: EarlyEngines | None,
-        renderers: Executor | None,
         formats: tuple[str, ...],
     ) -> None:
         self.config = config
@@ -149,7 +144,6 @@ class _Preparation:
         self.cores = cores
         self.progress = progress
         self.early = early
-        self.renderers = renderers
         self.formats = formats
         self.chat = given.chat
         self.log = BadRecordLog(self.place.work)
@@ -222,13 +216,19 @@ class _Preparation:
         encoder: ChunkEncoder | None = None
         suffix: tuple[int, ...] | None = None
         prefix: tuple[int, ...] = ()
-        if self.chat:  # conversations are rendered while the engine is being opened
+        if self.chat:
             date = self.identity["date"] or "1970-01-01"
             plan = recipes.render_plan(config, self.facts, date, short_cut=attempt.short_cut)
-            opening = ThreadPoolExecutor(1, thread_name_prefix="engine")
-            assembler = opening.submit(self._open_assembler, attempt)
-            opening.shutdown(wait=False)
-            encoder = self._chat_encoder(plan, assembler.result)
+            self._warn_of(plan)
+            lengths = TokenLengths(self.facts)  # while the early engines are being built
+            engine = self._open_engine(attempt)
+            encoder = recipes.chat_encoder(
+                config,
+                Assembler(engine=engine, lengths=lengths),
+                plan=plan,
+                formats=self.formats,
+                names=tuple(source.name for source in self.sources),
+            )
         else:
             engine = self._open_engine(attempt)
             prefix = recipes.sequence_prefix(config, engine, self.facts)
@@ -246,8 +246,6 @@ class _Preparation:
             if config.bad_records is not None:
                 self.log.write_to(config.bad_records)
         self._refuse_changes()
-        if self.chat:
-            engine = assembler.result().engine
         self._refuse_nothing(entries, totals)
         if config.on_error == "auto":
             check_bad_share(totals)
@@ -274,11 +272,8 @@ class _Preparation:
         reason = attempt.record_of(engine)["reason"]
         if self.config.engine == "auto" and reason:
             say(f"engine: hf, not fastokens: {reason}", file=sys.stderr, flush=True)
+        engine.load()
         return engine
-
-    def _open_assembler(self, attempt: Attempt) -> Assembler:
-        lengths = TokenLengths(self.facts)  # while the early engines are being built
-        return Assembler(engine=self._open_engine(attempt), lengths=lengths)
 
     def _leave_nothing(self) -> None:
         for output in self.outputs:
@@ -357,8 +352,8 @@ class _Preparation:
             self.place.work,
             vocab_size=self.facts.vocab_size,
             sinks=[output.name for output in self.outputs],
-            wide=config.packing == "best_fit",
         )
+        packer = recipes.packer_of(config, self.facts, prefix, labels=self.given.labels)
         of_records = None if self.chat else (config.text_field.split(".")[0],)
         run = Conversion(
             sources=self.sources,
@@ -366,10 +361,19 @@ class _Preparation:
                 self.given.columns(number) if each.kind == pretokenized.KIND else of_records
                 for number, each in enumerate(self.sources)
             ],
-            encoder=encoder,
+            work=Work(
+                encoder,
+                cache,
+                Holdout(fraction=config.eval_fraction, seed=config.seed),
+                packer,
+                codec=config.compress,
+                largest_record=config.largest_record,
+                sent=sent_slots(self.sources, self.cores),
+                made=made_slots(self.cores),
+            ),
             cache=cache,
-            workers=self.cores,
-            holdout=Holdout(fraction=config.eval_fraction, seed=config.seed),
+            cores=self.cores,
+            threads=config.threads,
             stop_at_first_bad=config.on_error == "stop",
             max_tokens=config.max_tokens,
             largest_record=config.largest_record,
@@ -378,7 +382,7 @@ class _Preparation:
         sinks: list[Sink] = []
         try:
             with contextlib.ExitStack() as stack:
-                sinks += [stack.enter_context(Sink(self._sink_plan(each, prefix), cache)) for each in self.outputs]
+                sinks += [stack.enter_context(Sink(self._sink_plan(each, packer), cache)) for each in self.outputs]
                 totals = convert(run, sinks, self.progress)
         except UnreadableSourceError as error:
             for sink in sinks:
@@ -390,30 +394,25 @@ class _Preparation:
             raise
         return [sink.entries for sink in sinks], totals
 
-    def _sink_plan(self, output: OutputSet, prefix: tuple[int, ...]) -> SinkPlan:
+    def _sink_plan(self, output: OutputSet, packer: Packer) -> SinkPlan:
         config = self.config
         return SinkPlan(
             folder=output.place.folder,
             work=output.place.work,
             name=output.name,
-            packer=lambda: recipes.packer_of(config, self.facts, prefix, labels=self.given.labels),
+            packer=packer,
             codec=config.compress,
             per_split=_part_of(config.num, output.share),
             per_file=_part_of(config.batch_size, output.share),
             max_rows=config.max_rows,
-            threads=self.cores,
         )
 
-    def _chat_encoder(self, plan: RenderPlan, assembler: Callable[[], Assembler]) -> ChatEncoder:
+    def _warn_of(self, plan: RenderPlan) -> None:
         self.warnings = recipes.template_warnings(plan)
         for warning in self.warnings:
             say(f"warning: {warning}", file=sys.stderr, flush=True)
         if self.config.format == "auto":
             say(f"format: {', '.join(dict.fromkeys(self.formats))}", file=sys.stderr, flush=True)
-        names = tuple(source.name for source in self.sources)
-        return recipes.chat_encoder(
-            self.config, assembler, plan=plan, formats=self.formats, pool=self.renderers, names=names
-        )
 
 
 def _part_of(count: int, share: float) -> int:

@@ -1,11 +1,12 @@
 """The two passes of a shuffle: rows into buckets, buckets into blocks. See `data_set.py` for what they add up to."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import queue
+import itertools
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from jllm.data.shuffle.layout import ShuffleLayout, Unit, block_edges, destinati
 from jllm.data.shuffle.mix import Copies
 from jllm.data.shuffle.scatter import Bucket, OrderedRows, Positions, Scatter
 from jllm.data.shuffle.survey import survey
+from jllm.forks import results_of
 from jllm.guards import notation
 from jllm.guards.typed import MALFORMED, check_fields
 from jllm.machine import require_disk
@@ -34,6 +36,10 @@ SCRATCH_SHARE = 2.7
 MAX_BUCKET = 512 << 20
 """Bytes of rows in a bucket: far below the 2^31 elements that an Arrow list column can address."""
 MIN_BUCKET = 4 << 20
+WORKER_BYTES, OWN_BYTES = 64 << 20, 24 << 20
+"""The least of the cap for each worker that is a process, and how much of that is its own, not for rows."""
+MOST_THREADS = 2
+"""More workers than these are processes: they would wait for the interpreter lock."""
 Item = TypeVar("Item")
 
 
@@ -47,16 +53,12 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _InputGroup:
-    """A row group to scatter: the number of its first row in the input, and of its first taken row in the output.
-
-    `sha256` is that of the whole file, to be checked before its first row group; None with the others.
-    """
+    """A row group to scatter: the number of its first row in the input, and of its first taken row in the output."""
 
     path: Path
     group: int
     first_row: int
     first_taken: int
-    sha256: str | None = None
 
 
 class Passes:
@@ -121,62 +123,71 @@ class Passes:
 
     def _layout(self) -> ShuffleLayout:
         # A bucket in work takes twice its size: its slices, and the same rows joined. A third is for the writers.
-        room = self.resources.memory // (3 * self.resources.cores)
-        size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self.resources.cores)))
+        room = self._memory // (3 * self._workers)
+        size = min(MAX_BUCKET, max(room, MIN_BUCKET), max(MIN_BUCKET, self.raw_bytes // (4 * self._workers)))
         return lay_out(self.edges, max(1, self.rows * size // self.raw_bytes))
 
-    def _parallel(self, workers: int, function: Any) -> list[Any]:
-        """Run `function(worker)` in `workers` threads; the first failure stops the others and is raised."""
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(function, worker) for worker in range(workers)]
-            try:
-                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-                return [future.result() for future in futures]
-            except BaseException:
-                self._stop.set()
-                raise
+    def _run(self, workers: int, work: Callable[[Any], Any], tasks: Iterable[Any], last: Any = None) -> list[Any]:
+        """The results of all tasks; the first failure stops the others and is raised."""
+        try:
+            return results_of(workers, work, tasks, last=last, threads=self._in_memory or workers <= MOST_THREADS)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    @property
+    def _workers(self) -> int:
+        """Workers of each pass: no more than can hold rows enough that a bucket's share of them is worth a write."""
+        cores = self.resources.cores
+        return cores if self._in_memory else min(cores, max(MOST_THREADS, self.resources.memory // WORKER_BYTES))
+
+    @property
+    def _memory(self) -> int:
+        """What of the cap is for rows."""
+        own = 0 if self._in_memory or self._workers <= MOST_THREADS else OWN_BYTES * self._workers
+        return self.resources.memory - own
 
     def _scatter_all(self, layout: ShuffleLayout) -> list[Bucket]:
         wanted = np.zeros(len(layout.bounds), dtype=bool)
         for unit in layout.units:
             if any(block not in self.entries for block in unit.blocks):
                 wanted[unit.buckets.start : unit.buckets.stop] = True
-        tasks: queue.SimpleQueue[_InputGroup] = queue.SimpleQueue()
-        for task in self._groups():
-            tasks.put(task)
-        workers = self.resources.cores
-        allowance = 1 << 62 if self._in_memory else self.resources.memory // (2 * workers)
+        workers = self._workers
+        allowance = 1 << 62 if self._in_memory else self._memory // (2 * workers)
+        mine = threading.local()  # of this worker, be it a thread or a process
 
-        def work(worker: int) -> Scatter:
-            scatter = Scatter(
-                bounds=layout.bounds,
-                wanted=wanted,
-                allowance=allowance,
-                scratch=self.scratch,
-                worker=worker,
-                compressed=self.raw_bytes > SCRATCH_SHARE * self.input_bytes,
-            )
-            reader: ShardReader | None = None
-            while not self._stop.is_set():
-                try:
-                    task = tasks.get_nowait()
-                except queue.Empty:
-                    break
-                if task.sha256 is not None and sha256_of(task.path) != task.sha256:
-                    raise restore(f"{task.path}{OTHER_CONTENT}")
-                if reader is None or reader.path != task.path:
-                    reader = ShardReader(task.path, columns=self.compact.schema.names)
-                self._scatter_group(scatter, reader, task)
-            if not self._in_memory:
-                scatter.spill()
-            return scatter
+        def work(task: _InputGroup | Path | str) -> Any:
+            if isinstance(task, Path):
+                if sha256_of(task) != self.checksums[task]:
+                    raise restore(f"{task}{OTHER_CONTENT}")
+                return None
+            if not hasattr(mine, "scatter"):
+                mine.reader = None
+                mine.scatter = Scatter(
+                    bounds=layout.bounds,
+                    wanted=wanted,
+                    allowance=allowance,
+                    scratch=self.scratch,
+                    worker=threading.get_native_id(),
+                    compressed=self.raw_bytes > SCRATCH_SHARE * self.input_bytes,
+                )
+            scatter: Scatter = mine.scatter
+            if isinstance(task, str):
+                if not self._in_memory:
+                    scatter.spill()
+                return scatter.slices, scatter.files
+            if mine.reader is None or mine.reader.path != task.path:
+                mine.reader = ShardReader(task.path, columns=self.compact.schema.names)
+            self._scatter_group(scatter, mine.reader, task)
+            return None
 
-        scatters = self._parallel(workers, work)
+        tasks = itertools.chain((shard.path for shard in self.shards), self._groups())
+        found = [each for each in self._run(workers, work, tasks, last="end") if each is not None]
         del self.positions  # the second pass has its memory for the buckets
         return [
             Bucket(
-                slices=[rows for scatter in scatters for rows in scatter.slices.pop(bucket, [])],
-                files=[scatter.files[bucket] for scatter in scatters if bucket in scatter.files],
+                slices=[rows for slices, _ in found for rows in slices.pop(bucket, [])],
+                files=[files[bucket] for _, files in found if bucket in files],
             )
             for bucket in range(len(layout.bounds))
         ]
@@ -186,8 +197,7 @@ class Passes:
         for shard in self.shards:
             row = shard.first_row
             for group, rows in enumerate(shard.rows_of_groups):
-                checksum = None if group else self.checksums[shard.path]
-                yield _InputGroup(path=shard.path, group=group, first_row=row, first_taken=taken, sha256=checksum)
+                yield _InputGroup(path=shard.path, group=group, first_row=row, first_taken=taken)
                 taken += rows if self.copies is None else int(self.copies[row : row + rows].sum())
                 row += rows
 
@@ -205,34 +215,39 @@ class Passes:
             taken += count
 
     def _gather_all(self, layout: ShuffleLayout, buckets: list[Bucket]) -> None:
-        tasks: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-        for unit in layout.units:
-            tasks.put(unit)
+        workers = min(self._workers, len(layout.units))
 
-        def work(worker: int) -> None:
-            while not self._stop.is_set():
-                try:
-                    self._gather(tasks.get_nowait(), layout, buckets)
-                except queue.Empty:
-                    break
+        def work(unit: Unit) -> dict[int, FileEntry]:
+            self._gather(unit, layout, buckets)
+            return {block: self.entries[block] for block in unit.blocks if block in self.entries}
 
-        self._parallel(min(self.resources.cores, len(layout.units)), work)
+        for entries in self._run(workers, work, layout.units):
+            self.entries |= entries
 
     def _gather(self, unit: Unit, layout: ShuffleLayout, buckets: list[Bucket]) -> None:
-        ahead = len(layout.units) < self.resources.cores  # a core is idle: let it prepare the next bucket
-        rows = _UnitRows(unit, layout, buckets, rows_at_once=self._rows_at_once, ahead=ahead)
+        # Cores are idle where there are few blocks: let them prepare the next bucket, and compress pages.
+        spare = self.resources.cores // len(layout.units)
+        rows = _UnitRows(
+            unit, layout, buckets, rows_at_once=self._rows_at_once, ahead=len(layout.units) < self.resources.cores
+        )
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(spare)) if spare > 1 else None
+            self._write_blocks(unit, rows, pool)
+
+    def _write_blocks(self, unit: Unit, rows: "_UnitRows", pool: concurrent.futures.Executor | None) -> None:
         for block in unit.blocks:
-            if block in self.entries:
+            if block in self.entries or self._stop.is_set():
                 continue
-            with self._writer(block) as writer:
+            with self._writer(block, pool) as writer:
                 for batch in rows.between(self.edges[block], self.edges[block + 1]):
                     writer.write(self.compact.unpack(batch))
             entry = entry_of_written(self._path(block), self.folder, writer.statistics)
             atomic.write_json(self._entry_path(block), dataclasses.asdict(entry))
             self.entries[block] = entry
 
-    def _writer(self, block: int) -> ShardWriter:
-        return ShardWriter(self._path(block), columns=self.columns, further=self.further.carried, codec=CODEC)
+    def _writer(self, block: int, pool: concurrent.futures.Executor | None) -> ShardWriter:
+        further = self.further.carried
+        return ShardWriter(self._path(block), columns=self.columns, further=further, codec=CODEC, pool=pool)
 
     @property
     def _rows_at_once(self) -> int:

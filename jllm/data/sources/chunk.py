@@ -1,6 +1,6 @@
 """A chunk: consecutive whole records of one source, what one worker is given at a time.
 
-Cost: a chunk of a plain local file goes to another process without its bytes, which are read there again.
+Cost: a chunk of a plain local file may be planned without its bytes, which are read where they are needed.
 """
 
 import dataclasses
@@ -19,11 +19,10 @@ class Chunk:
         source: index of the source.
         index: number of the chunk in the source.
         line: line (row, element) number of its first record, from 1.
-        data: the bytes, a list of JSON elements' bytes, or an Arrow table.
+        data: the bytes, a list of JSON elements' bytes, or an Arrow table; or of bytes in `file` the number alone.
         end: where the next chunk starts: decompressed bytes, or rows.
-        end_line: line number there.
-        file: a local file in which the bytes stand before `end`: another process reads them there, which costs
-            less than sending them. None: they are sent.
+        end_line: line number there; 0 where nobody has counted lines yet, and `line` is not known.
+        file: a local file in which the bytes stand before `end`.
     """
 
     source: int
@@ -34,12 +33,13 @@ class Chunk:
     end_line: int
     file: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ if self.file is None else {**self.__dict__, "data": len(self.data)}
+    @property
+    def is_counted(self) -> bool:
+        return self.end_line > 0
 
     @property
     def content(self) -> Any:
-        """`data`, read again where this process was sent its length alone.
+        """`data`, read where only its length is there.
 
         Raises:
             UserError: it is no longer there.

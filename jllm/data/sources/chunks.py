@@ -1,8 +1,8 @@
 """A source in chunks: consecutive whole records, about 4 MiB of them, cut without parsing them.
 
 A record may have any size, a chunk can be parsed and encoded on any thread, and reading can start again at any chunk.
-Text and JSON lines are cut here, at places that `text.py` and `json_lines.py` find; JSON lists and Parquet files cut
-themselves (`json_list.py`, `parquet.py`).
+Text and JSON lines are cut here, at places that `text.py` and `json_lines.py` find, or planned from a few bytes of each
+chunk (`plain_files.py`); JSON lists and Parquet files cut themselves (`json_list.py`, `parquet.py`).
 
 Guarantees: the chunks of a source are a function of its content alone. A record of more than `most` bytes is refused
 before it is held as a whole.
@@ -10,9 +10,10 @@ Cost: one pass over the bytes; memory for one chunk, or one record where that is
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from jllm.data.sources import first_bytes, json_lines, json_list, parquet, text
+from jllm.data.sources import first_bytes, json_lines, json_list, parquet, plain_files, text
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.inputs import STDIN, Source, safe, without_password
 from jllm.data.sources.records import LARGEST_RECORD, RefusedRecordError, too_large
@@ -40,6 +41,7 @@ def read_chunks(
     index: int = 0,
     columns: Sequence[str] | None = None,
     most: int = LARGEST_RECORD,
+    planned: bool = False,
 ) -> Iterator[Chunk]:
     """The chunks of a source, from where an earlier chunk ended (`Chunk.end`, `Chunk.end_line`).
 
@@ -48,6 +50,7 @@ def read_chunks(
         start, line, index: where to start: byte (row), its line, and the number of the first chunk.
         columns: Parquet columns to read; None reads all.
         most: bytes of the largest record, decompressed (`--max_record`).
+        planned: chunks of a plain local file come without their bytes, and without lines: `opened` brings both.
 
     Raises:
         UserError: the source cannot be read: it is damaged, cut short, or not what its name says; or holds a larger
@@ -57,14 +60,33 @@ def read_chunks(
         if source.kind in ("parquet", "ids"):
             yield from parquet.chunks(source, number, start, index, columns, CHUNK_BYTES)
         else:
-            yield from _byte_chunks(source, number, start, line, index, most)
+            yield from _byte_chunks(source, number, start, line, index, most, planned)
     except RefusedRecordError as error:
         raise error.of(without_password(source.path)) from None
     except reading_errors() as error:
         raise UserError(f"-i {without_password(source.path)}: cannot be read: {safe(error)}") from None
 
 
-def _byte_chunks(source: Source, number: int, start: int, line: int, index: int, most: int) -> Iterator[Chunk]:
+def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
+    """A chunk with its bytes and lines, of which the first is 1 where it is planned. A large one is read again where it
+    is parsed: its bytes need not stay longer than that.
+
+    Raises:
+        RefusedRecordError: a record is larger than `most`.
+        UserError: the bytes are no longer there.
+    """
+    if chunk.is_counted:
+        return chunk
+    data = chunk.content
+    if len(data) > most and (lines := _RECORD_BEYOND.get(kind, json_lines.record_beyond)(data, most)) is not None:
+        raise too_large(most, 1 + lines)
+    kept = data if len(data) <= 4 * CHUNK_BYTES else len(data)
+    return dataclasses.replace(chunk, data=kept, line=1, end_line=1 + json_lines.count_lines(data))
+
+
+def _byte_chunks(
+    source: Source, number: int, start: int, line: int, index: int, most: int, planned: bool
+) -> Iterator[Chunk]:
     stream = open_source(source)
     kind = source.kind
     is_plain = source.compression is None and source.is_local and not source.once
@@ -90,6 +112,11 @@ def _byte_chunks(source: Source, number: int, start: int, line: int, index: int,
                 )
                 return
             kind = "jsonl"  # under the name of .json
+        if planned and is_plain and plain_files.can_be_planned(stream):
+            yield from plain_files.chunks(
+                stream, source.path, number, position, line, index, CHUNK_BYTES, most, _LAST_BOUNDARY[kind]
+            )
+            return
         last_boundary, record_beyond = _LAST_BOUNDARY[kind], _RECORD_BEYOND[kind]
         searched, window = 0, CHUNK_BYTES
         while True:

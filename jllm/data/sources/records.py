@@ -32,11 +32,22 @@ class RefusedRecordError(UserError):
 
     def __init__(self, before: str, line: int, after: str, *, name: str | None = None) -> None:
         super().__init__(f"{before} {f'line {line}' if name is None else f'{name}:{line}'} {after}")
-        self.before, self.line, self.after = before, line, after
+        self.before, self.line, self.after, self.name = before, line, after, name
 
-    def of(self, name: str) -> "RefusedRecordError":
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _refused, (self.before, self.line, self.after, self.name)
+
+    def of(self, name: str | None) -> "RefusedRecordError":
         """The same of a source of this name."""
         return RefusedRecordError(self.before, self.line, self.after, name=name)
+
+    def behind(self, line: int) -> "RefusedRecordError":
+        """The same where what it was found in begins at this line."""
+        return RefusedRecordError(self.before, self.line + line - 1, self.after, name=self.name)
+
+
+def _refused(before: str, line: int, after: str, name: str | None) -> RefusedRecordError:
+    return RefusedRecordError(before, line, after, name=name)
 
 
 LARGEST_RECORD = 128 << 20

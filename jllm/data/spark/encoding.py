@@ -17,7 +17,7 @@ from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.formats import SAMPLE, commonest_format
 from jllm.data.chat.token_spans import TokenLengths
 from jllm.data.dataset.columns import Int64
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.prepare.control_classes import with_classes
@@ -219,7 +219,7 @@ def _opened_encoder(config: Raw2IdsConfig, attempt: Attempt, facts: TokenizerFac
             encoder = recipes.pretrain_encoder(config, facts, engine)
         else:
             assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
-            encoder = recipes.chat_encoder(config, lambda: assembler, **chat)
+            encoder = recipes.chat_encoder(config, assembler, **chat)
         _opened.clear()
         _opened[key] = encoder, prefix, attempt.record_of(engine)
     return _opened[key]

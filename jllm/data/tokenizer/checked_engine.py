@@ -55,6 +55,11 @@ class CheckedEngine:
         self._reference = reference
         self._for_special = for_special or engine
 
+    def load(self) -> None:
+        """Load now what checks need, so that processes that are forked share it."""
+        if self._reference is not None:
+            self._reference.load()
+
     def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
         return (self._for_special if parse_special else self.engine).encode(texts, parse_special=parse_special)
 

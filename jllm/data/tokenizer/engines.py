@@ -19,6 +19,10 @@ from jllm.data.dataset.columns import Int32, Int64
 from jllm.data.tokenizer.backend import as_inert, for_fastokens, rewritten, with_short_merges
 from jllm.data.tokenizer.facts import TokenizerFacts, auto_tokenizer, without_notices
 
+os.environ["FASTOKENS_BPE_THREADS"] = "1"
+"""fastokens reads it when it first encodes. A text is encoded by the thread that asks for it: threads of its own would
+spin while they wait, and would not be there in a forked process."""
+
 
 class TokenizerEngine(Protocol):
     """Encodes texts to one flat array of ids and the offsets of each text in it."""
@@ -141,9 +145,10 @@ class FastEngine:
 
 
 def use_cores(cores: int) -> None:
-    """Limit the threads of both engines; takes effect before the first text is encoded in this process."""
+    """Limit the threads of the reference; takes effect before the first text is encoded in this process. One core means
+    no thread beside the one that asks."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if cores > 1 else "false"
 
 
 def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:

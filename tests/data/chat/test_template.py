@@ -16,7 +16,7 @@ from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.marks import CLOSE, OPEN
 from jllm.data.chat.records.conversation import BadRecordError
-from jllm.data.chat.render_workers import renderer_of
+from jllm.data.chat.rendered import renderer_of
 from jllm.data.chat.template import compile_template
 from jllm.data.chat.template_bounds import Limit
 from jllm.data.tokenizer.checked_engine import CheckedEngine

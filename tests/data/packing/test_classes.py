@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from jllm.data.dataset.columns import IGNORE_INDEX
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.classes import ClassPacker
-from jllm.data.packing.conversations import ConversationPacker, split_long
-from jllm.data.packing.packers import Documents, Packer, StackPacker, WindowPacker
+from jllm.data.packing.conversations import ConversationPacker
+from jllm.data.packing.documents import Documents
+from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 
 LENGTH = 9
 PREFIX, PAD = 1, 2
@@ -29,9 +30,7 @@ def made(kind: str, *, twin: bool) -> Packer:
         "conversations": lambda: ConversationPacker(LENGTH, filter_rows=True),
         "conversations, padded": lambda: ConversationPacker(LENGTH, pad_to=4, pad_id=pad),
         "best fit": lambda: BestFitPacker(LENGTH, labels=True, pad_to=4, pad_id=pad),
-        "best fit of conversations": lambda: BestFitPacker(
-            LENGTH, labels=True, prepare=lambda documents: split_long(documents, LENGTH)
-        ),
+        "best fit of conversations": lambda: BestFitPacker(LENGTH, labels=True, conversations=True),
     }
     packer: Packer = packers[kind]()
     return packer

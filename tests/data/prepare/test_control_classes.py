@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare.control_classes import RANDOM, classes_of, parsed, random_classes
 from jllm.data.sources.inputs import resolve
 from jllm.errors import UserError

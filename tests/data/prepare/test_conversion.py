@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import conversion
-from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.conversion import Conversion
 from jllm.data.prepare.encoding import Encoded
-from jllm.data.prepare.holdout import Holdout
-from jllm.data.prepare.sink import ResumePoint
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import ResumePoint
 from jllm.data.sources import chunks
+from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.chunks import opened
 from jllm.data.sources.inputs import resolve
 from tests.data.raw2ids_runs import documents, finished_files, tree, write_jsonl
 
@@ -85,9 +86,9 @@ def test_stopped_at_every_block(
     tmp_path: Path, byte_tokenizer: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance: stop after each block in turn, and encode no block twice but those in flight."""
-    from jllm.data.prepare.chunk_cache import ChunkCache, Place
     from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
+    from jllm.data.prepare.saving.chunk_cache import ChunkCache, Place
     from jllm.data.sources import chunks
 
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)
@@ -98,6 +99,7 @@ def test_stopped_at_every_block(
         "type": "pretrain",
         "max_len": 65,
         "cores": 2,
+        "threads": True,
     }
     values |= {"num": 220, "batch_size": 30, "stack": "--stack" in options, "quiet": True}
     values |= {"packing": "best_fit" if "best_fit" in options else "none"}
@@ -150,7 +152,7 @@ def test_a_source_is_read_from_the_first_chunk_that_was_not_saved(
     for number in saved:
         encoded = Encoded(
             documents=nothing, bad=[], counts={"number": number}, end=whole[number].end,
-            end_line=whole[number].end_line,
+            end_line=whole[number].end_line - whole[number].line + 1,
         )  # fmt: skip
         ChunkCache(tmp_path, vocab_size=5, sinks=["main"]).save((0, number), encoded)
     begun: list[int] = []
@@ -162,13 +164,15 @@ def test_a_source_is_read_from_the_first_chunk_that_was_not_saved(
 
     monkeypatch.setattr(conversion, "read_chunks", read)
     run = Conversion(
-        sources=[source], columns=[None], cache=ChunkCache(tmp_path, vocab_size=5, sinks=["main"]), workers=1,
-        encoder=None, holdout=Holdout(fraction=None, seed=0),  # type: ignore[arg-type]
+        sources=[source], columns=[None], cache=ChunkCache(tmp_path, vocab_size=5, sinks=["main"]), cores=1,
+        work=None,  # type: ignore[arg-type]
     )  # fmt: skip
     point = ResumePoint(chunk=first, start=whole[first].end - len(whole[first].data), line=whole[first].line)
     items = list(conversion._saved_and_read(run, point, 0))
     gap = next(number for number in range(first, 7) if number not in saved)
     assert begun == [gap]
-    assert [item.counts["number"] if isinstance(item, Encoded) else item for item in items] == [
-        number if number in saved else whole[number] for number in range(first, 6)
-    ]
+    found = [item.index if isinstance(item, Chunk) else item[0].counts["number"] for item in items]
+    assert found == list(range(first, 6))
+    planned = [item for item in items if isinstance(item, Chunk)]
+    assert [item.index for item in planned] == [number for number in range(first, 6) if number not in saved]
+    assert [opened(item, "jsonl", 1 << 20).data for item in planned] == [whole[item.index].data for item in planned]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, ShardReader
-from jllm.data.packing.packers import Documents
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare import holdout
 from jllm.data.prepare.holdout import held_out
 from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl

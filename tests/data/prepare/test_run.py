@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,9 +238,9 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jllm.data.prepare import sink
     from jllm.data.prepare.config import Raw2IdsConfig
     from jllm.data.prepare.run import prepare
+    from jllm.data.prepare.saving import writer
     from jllm.errors import UserError
 
     source = write_jsonl(tmp_path / "some.jsonl", documents(300))
@@ -247,18 +248,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path, byte_tokenizer: Path, monkeypat
         input=(str(source),), tokenizer=str(byte_tokenizer), type="pretrain", stack=True, max_len=65, num=100,
         output=tmp_path / "out", quiet=True,
     )  # fmt: skip
-    write = sink.ShardWriter.write
+    append = writer.ShardWriter.append
 
-    def full(self: sink.ShardWriter, batch: object) -> None:
+    def full(self: writer.ShardWriter, *group: Any) -> None:
         if self.path.name.startswith("some-00001"):
             raise OSError(28, "No space left on device")
-        write(self, batch)  # type: ignore[arg-type]
+        append(self, *group)
 
-    monkeypatch.setattr(sink.ShardWriter, "write", full)
+    monkeypatch.setattr(writer.ShardWriter, "append", full)
     with pytest.raises(UserError, match="disk is full"):
         prepare(config)
     assert len(finished_files(tmp_path / "out")) == 1
-    monkeypatch.setattr(sink.ShardWriter, "write", write)
+    monkeypatch.setattr(writer.ShardWriter, "append", append)
     kept = finished_files(tmp_path / "out")
     prepare(config)
     assert kept.items() <= finished_files(tmp_path / "out").items()

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from jllm.data.dataset.manifest import read_manifest, write_manifest
-from jllm.data.packing.packers import Documents
 from jllm.data.prepare import outputs
-from jllm.data.prepare.sink import ResumePoint, Sink
+from jllm.data.prepare.saving.sink import ResumePoint, Sink
 from jllm.data.prepare.workplace import Workplace
 from jllm.data.sources import identity
 from jllm.data.sources.chunks import CHUNK_BYTES
@@ -189,8 +188,8 @@ def test_a_damaged_file_that_a_killed_run_had_begun(
     line = ["-i", tmp_path / "in", "-o", tmp_path / "out", *words]
     feed = Sink.feed
 
-    def killed(self: Sink, point: ResumePoint, stem: str, fed: Documents) -> None:
-        feed(self, point, stem, fed)
+    def killed(self: Sink, point: ResumePoint, *fed: Any) -> None:
+        feed(self, point, *fed)
         if point.place == (1, 1):
             raise RuntimeError("killed")
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,27 @@ def out_of_core(monkeypatch: pytest.MonkeyPatch) -> Resources:
     """A cap that nothing fits under, with buckets of a few rows."""
     monkeypatch.setattr(passes, "MIN_BUCKET", 1 << 10)
     return Resources(cores=2, memory=8 << 10)
+
+
+@pytest.mark.parametrize("cores", [1, 3, 8])
+def test_the_number_of_processes_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    source = open_data_set(make_set(tmp_path / "a", 1000, files=5))
+    shuffle_set(source, tmp_path / "1/out", blocks=3, seed=7, resources=AMPLE)
+    monkeypatch.setattr(passes, "MIN_BUCKET", 1 << 10)
+    monkeypatch.setattr(passes, "WORKER_BYTES", 1 << 10)
+    monkeypatch.setattr(passes, "OWN_BYTES", 1 << 8)
+    begun: list[int] = []
+    results_of = passes.results_of
+
+    def counted(count: int, *arguments: Any, threads: bool, **named: Any) -> list[Any]:
+        begun.append(0 if threads else count)
+        return results_of(count, *arguments, threads=threads, **named)
+
+    monkeypatch.setattr(passes, "results_of", counted)
+    shuffle_set(source, tmp_path / "2/out", blocks=3, seed=7, resources=Resources(cores=cores, memory=8 << 10))
+    assert begun == ([0, 0] if cores == 1 else [cores, 3])
+    assert content(tmp_path / "2/out") == content(tmp_path / "1/out")
+    assert not (tmp_path / "2/out/.scratch").exists()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 257, 1000])

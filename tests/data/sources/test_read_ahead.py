@@ -76,7 +76,7 @@ def test_small_files_are_encoded_at_the_same_time(
     monkeypatch.setattr(recipes, "PretrainEncoder", Slow)
     config = Raw2IdsConfig(
         input=(str(tmp_path / "in"),), tokenizer=str(byte_tokenizer), type="pretrain", cores=2, quiet=True,
-        output=tmp_path / "out",
+        output=tmp_path / "out", threads=True,
     )  # fmt: skip
     prepare(config)
     assert rows_of(tmp_path / "out") == reference_stream(byte_tokenizer, texts)

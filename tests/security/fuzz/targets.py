@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.chat.formats import commonest_format
-from jllm.data.chat.render_workers import render_chunk
+from jllm.data.chat.rendered import render_chunk
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set, read_manifest
 from jllm.data.dataset.reader import ShardReader

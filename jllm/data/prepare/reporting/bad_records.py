@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jllm import atomic
-from jllm.data.prepare.chunk_cache import Place
+from jllm.data.prepare.saving.chunk_cache import Place
 from jllm.data.prepare.workplace import BAD_RECORDS
 from jllm.data.sources.inputs import Source
 from jllm.data.sources.records import BadRecord

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jllm.data.dataset.columns import Int64
-from jllm.data.prepare.encoding import Encoded
+from jllm.data.prepare.work import Counted
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError, printable
 
@@ -117,7 +117,7 @@ class Totals:
         totals.encoded_bytes = 0
         return totals
 
-    def add(self, name: str, encoded: Encoded, size: int, fresh: bool) -> None:
+    def add(self, name: str, encoded: Counted, size: int, fresh: bool) -> None:
         """Count a chunk of `size` bytes of the source `name`, but for its documents; `fresh` where this run encoded
         it."""
         self.read_bytes += size

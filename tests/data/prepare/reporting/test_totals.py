@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.packing.packers import Documents
-from jllm.data.prepare.encoding import Encoded
+from jllm.data.packing.pieces import Block, Pieces
 from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share, length_bucket
-from jllm.data.prepare.sink import ResumePoint
+from jllm.data.prepare.saving.sink import ResumePoint
+from jllm.data.prepare.work import Counted
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
 from tests.data.raw2ids_runs import documents, raw2ids
@@ -70,16 +70,19 @@ def test_tallies_are_sums_and_quantiles(chunks: list[list[int]], share: float) -
 )
 def test_totals_survive_a_restart_between_any_chunks(chunks: list[tuple[int, list[str], bool]]) -> None:
     """As plain data and as JSON; a snapshot does not change with what is counted after it."""
-    nothing = Documents(ids=np.empty(0, np.int32), offsets=np.zeros(1, np.int64))
+    nothing = np.empty(0, np.int64)
     whole, restarted = (Totals.restored({}, 2) for _ in range(2))
     for size, kinds, fresh in chunks:
         bad = [BadRecord(kind=kind, line=line, detail="x") for line, kind in enumerate(kinds)]
-        encoded = Encoded(documents=nothing, bad=bad, counts={"records": 10}, end=0, end_line=0)
+        counted = Counted(
+            block=Block("", 0, 4, None), lengths=nothing, held_out=None, pieces=Pieces(starts=nothing, sizes=nothing),
+            bad=bad, counts={"records": 10}, end=0, lines=0, fresh=fresh,
+        )  # fmt: skip
         before = whole.snapshot()
         frozen = json.dumps(ResumePoint(totals=before).to_json())
-        whole.add("a.jsonl", encoded, size, fresh)
+        whole.add("a.jsonl", counted, size, fresh)
         whole.sets[0].add(0, np.array([size + 1]))
-        restarted.add("a.jsonl", encoded, size, fresh)
+        restarted.add("a.jsonl", counted, size, fresh)
         restarted.sets[0].add(0, np.array([size + 1]))
         assert json.dumps(ResumePoint(totals=before).to_json()) == frozen
         restarted = Totals.restored(json.loads(json.dumps(dataclasses.asdict(restarted))), 2)

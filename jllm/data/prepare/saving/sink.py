@@ -1,33 +1,31 @@
 """Documents to a data set on disk: splits, files, and the point from which a killed run goes on.
 
-A `Sink` is fed the documents of one chunk after another. It cuts splits after `per_split` documents and files after
-`per_file` rows, and writes on a thread of its own. Whenever a file is finished it commits: the file gets its name, then
-`state-<name>.json` says which files are finished and from which document on the rest must be fed again, with the
-packer's state there.
+A `Sink` is fed what is known of the documents of one chunk after another (`packing/pieces.py`), and plans their rows.
+It cuts splits after `per_split` documents, files after `per_file` rows and row groups, and has others make the row
+groups and write them (`writer.py`). Whenever a file is finished and has its name, `state-<name>.json` says which files
+are finished and from which document on the rest must be fed again, with the planner's state there.
 
 Guarantees: the files depend on the documents and options alone; a file that is named in the state, or lies finished
 under its final name, is never written again.
-Cost: one flush to disk for each file; memory for a few chunks.
+Cost: numpy over the pieces of a chunk.
 """
 
 import contextlib
 import dataclasses
-import os
-import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import pyarrow as pa
+import numpy as np
 
 from jllm import atomic
-from jllm.data.dataset.files import sha256_of
-from jllm.data.dataset.manifest import FileEntry, entry_of_written
-from jllm.data.dataset.shards import ShardWriter, file_name
-from jllm.data.packing.packers import Documents, Packer
-from jllm.data.prepare.chunk_cache import ChunkCache, Place
+from jllm.data.dataset.columns import COLUMNS, ordered
+from jllm.data.dataset.manifest import FileEntry
+from jllm.data.dataset.shards import is_full, rows_of_group
+from jllm.data.packing.packers import Packer
+from jllm.data.packing.pieces import Block, Pieces, Plan
+from jllm.data.prepare.saving.chunk_cache import ChunkCache, Place
+from jllm.data.prepare.saving.writer import Made, Writer
 from jllm.errors import UserError
 from jllm.guards import notation
 from jllm.guards.typed import MALFORMED, check_fields
@@ -72,8 +70,8 @@ class SplitState:
 
     Attributes:
         name: `<stem>-00000`; empty between splits.
-        documents, rows: documents fed and rows given so far.
-        packer: the packer's state.
+        documents, rows: documents fed and rows planned so far.
+        packer: the planner's state.
         stems: number of splits begun for each stem.
     """
 
@@ -92,23 +90,29 @@ class SinkPlan:
         folder: of the data set.
         work: hidden folder for unfinished files and the state, on the same file system.
         name: of the sink, in the state's file name.
-        packer: makes the packer of a split.
+        packer: makes the rows.
         codec: compression of the shards.
         per_split: documents in a split.
         per_file: rows in a file.
         max_rows: stop after this many rows.
-        threads: compress pages at the same time; with one thread among several that encode, writing would fall behind.
     """
 
     folder: Path
     work: Path
     name: str
-    packer: Callable[[], Packer]
+    packer: Packer
     codec: str
     per_split: int
     per_file: int
     max_rows: int | None = None
-    threads: int = 1
+
+
+class Maker(Protocol):
+    """Has row groups made."""
+
+    def make(self, plans: Sequence[Plan], done: Callable[[Made], None]) -> None:
+        """Have a row group of these rows made; `done` is called with it, by the thread that feeds the sink."""
+        ...
 
 
 class Sink:
@@ -126,18 +130,26 @@ class Sink:
         self._resume_document = 0
         self._split = SplitState()
         self._split_start: tuple[Position, SplitState] | None = None
-        self._packer = plan.packer()
+        self._planner = plan.packer.planner()
+        self._has_further = any(
+            each.name not in COLUMNS for each in ordered(plan.packer.columns, plan.packer.further)
+        )  # which is the control class of each token
+        self._maker: Maker | None = None
         self._cache = cache
         self._skip_rows = 0
         self._at_begin: tuple[int, dict[str, Any] | None] | None = (0, None)
         """The number of the last source of whose begin the state is known, and that state."""
         self._restore()
         cache.needed_from(plan.name, self.resume.place)
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
-        self._failure: BaseException | None = None
-        self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="compress") if plan.threads > 1 else None
-        self._thread = threading.Thread(target=self._write_loop, name=f"writer-{plan.name}", daemon=True)
-        self._thread.start()
+        self._file = ("", 0)  # split and number of the file that is open
+        self._group: list[Plan] = []
+        self._group_size = (0, 0)  # tokens, and bytes in further columns
+        self._writer = Writer(plan.folder, plan.work, plan.packer, plan.codec, self._commit)
+
+    def start(self, maker: Maker) -> None:
+        """Begin to write, after processes were forked; `maker` has the row groups made."""
+        self._maker = maker
+        self._writer.start()
 
     @property
     def _state_path(self) -> Path:
@@ -160,7 +172,7 @@ class Sink:
             self._split = SplitState(**state["split"])
             self._check_state()
             if self._split.packer:
-                self._packer.restore(self._split.packer)
+                self._planner.restore(self._split.packer)
         except MALFORMED as error:
             raise self._no_state(error) from None
         folder = f"{self._split.name}/"
@@ -193,28 +205,29 @@ class Sink:
         """Whether `max_rows` is reached: nothing more needs to be fed."""
         return self.plan.max_rows is not None and self.rows_total >= self.plan.max_rows
 
-    def feed(self, point: ResumePoint, stem: str, documents: Documents) -> None:
+    def feed(self, point: ResumePoint, stem: str, block: Block, pieces: Pieces) -> None:
         """Take the documents of one chunk; those before the resume point are passed over.
 
         Args:
             point: the point before the chunk.
             stem: of its source.
+            block, pieces: where the documents lie, and what rows may be made of them.
         """
         if point.place < self.resume.place:
             return
         done = self._resume_document if point.place == self.resume.place else 0
-        while done < len(documents) and not self.full:
+        count = pieces.documents
+        while done < count and not self.full:
             if not self._split.name:
                 number = self._split.stems.get(stem, 0)
                 stems = {**self._split.stems, stem: number + 1}
                 self._split = SplitState(name=f"{stem}-{number:05d}", stems=stems)
-                self._packer = self.plan.packer()
-            taken = min(len(documents) - done, self.plan.per_split - self._split.documents)
-            before = self._before((point, done))
+                self._planner = self.plan.packer.planner()
+            taken = min(count - done, self.plan.per_split - self._split.documents)
+            mark = ((point, done), dataclasses.replace(self._split))
             if self._split.documents == 0:
-                self._split_start = before
-            fed = documents if taken == len(documents) else documents.slice(done, done + taken)
-            self._emit(self._packer.feed(fed), before)
+                self._split_start = mark
+            self._emit(self._planner.feed(block, pieces.of_documents(done, done + taken), mark))
             done += taken
             self._split.documents += taken
             if self._split.documents == self.plan.per_split:
@@ -224,109 +237,88 @@ class Sink:
         """Finish the split that is open, if one is; `following` is the position of what comes next."""
         if (following[0].place, following[1]) <= (self.resume.place, self._resume_document):
             return  # read again for another sink; what is open here begins later
-        if not self._split.name:
-            self._put(("close", following, self._split))
-            return
-        before = self._split_start if self._packer.whole else self._before(following)
-        assert before is not None
-        for batch in self._packer.finish():
-            self._emit(batch, before)
+        if self._split.name:
+            for plan in self._planner.finish():
+                self._emit(plan)
         self._split = SplitState(stems=self._split.stems)
-        self._put(("close", following, self._split))
+        self._close(following, self._split)
 
-    def _before(self, position: Position) -> tuple[Position, SplitState]:
-        return position, dataclasses.replace(self._split, packer=self._packer.state())
+    def _before(self) -> tuple[Position, SplitState]:
+        """From where a later run would make the rows behind those that are planned."""
+        if self._planner.whole:
+            assert self._split_start is not None
+            return self._split_start
+        (position, split), state, rows = self._planner.before(self._split.rows)
+        return position, dataclasses.replace(split, rows=rows, packer=state)
 
-    def _emit(self, batch: pa.RecordBatch | None, before: tuple[Position, SplitState]) -> None:
-        """Hand rows to the writer, cut at the ends of files; `before` is from where a later run would make them
-        again."""
-        if batch is None:
+    def _emit(self, plan: Plan | None) -> None:
+        """Have rows made, cut at the ends of files."""
+        if plan is None:
             return
         name = self._split.name
         if self.plan.max_rows is not None:
-            batch = batch.slice(0, max(0, self.plan.max_rows - self.rows_total))
-        self.rows_total += batch.num_rows
-        while batch.num_rows:
+            plan = plan.slice(0, min(len(plan), max(0, self.plan.max_rows - self.rows_total)))
+        self.rows_total += len(plan)
+        while len(plan):
             index, used = divmod(self._split.rows, self.plan.per_file)
-            head = batch.slice(0, self.plan.per_file - used)
-            batch = batch.slice(head.num_rows)
-            self._split.rows += head.num_rows
-            skipped = min(self._skip_rows, head.num_rows)
+            size = min(len(plan), self.plan.per_file - used)
+            head, plan = plan.slice(0, size), plan.slice(size, len(plan))
+            self._split.rows += size
+            skipped = min(self._skip_rows, size)
             self._skip_rows -= skipped
-            if skipped == head.num_rows:
+            if skipped == size:
                 continue
-            assert skipped == 0  # finished files are whole, and batches are cut at their ends
-            self._put(("rows", name, index, head))
-            if used + head.num_rows == self.plan.per_file:
-                self._put(("close", *before))
+            assert skipped == 0  # finished files are whole, and rows are cut at their ends
+            self._add(name, index, head)
+            if used + size == self.plan.per_file:
+                self._close(*self._before())
 
-    def _put(self, message: tuple[Any, ...]) -> None:
-        while self._failure is None:
-            try:
-                self._queue.put(message, timeout=0.5)
-                return
-            except queue.Full:
-                continue
-        raise self._failure
+    def _add(self, split: str, index: int, plan: Plan) -> None:
+        """Add rows to the row group of a file that is open, which is closed as `ShardWriter` would."""
+        while len(plan):
+            offsets = np.concatenate([[0], np.cumsum(plan.lengths)])
+            taken = rows_of_group(offsets, 4 * offsets if self._has_further else None, *self._group_size)
+            self._group.append(plan.slice(0, taken))
+            tokens, further = self._group_size
+            added = int(offsets[taken])
+            self._group_size = (tokens + added, further + 4 * added if self._has_further else 0)
+            self._file = (split, index)
+            if is_full(*self._group_size):
+                self._end_group()
+            plan = plan.slice(taken, len(plan))
 
-    # Writing, on its own thread.
+    def _end_group(self) -> None:
+        if not self._group:
+            return
+        assert self._maker is not None
+        plans, self._group, self._group_size = self._group, [], (0, 0)
+        self._maker.make(plans, self._writer.group(*self._file))
 
-    def _write_loop(self) -> None:
-        writer: ShardWriter | None = None
-        final = self.plan.folder
-        while True:
-            message = self._queue.get()
-            try:
-                if message[0] == "stop":
-                    if writer is not None:
-                        writer.__exit__(InterruptedError, InterruptedError(), None)
-                    return
-                if message[0] == "rows":
-                    _, split, index, batch = message
-                    if writer is None:
-                        final = self.plan.folder / split / file_name(split, index, self.plan.codec)
-                        writer = ShardWriter(
-                            self.plan.work / final.name,
-                            columns=self._packer.columns,
-                            further=self._packer.further,
-                            codec=self.plan.codec,
-                            pool=self._pool,
-                        )
-                        writer.__enter__()
-                    writer.write(batch)
-                else:
-                    if writer is not None:
-                        finished, writer = writer, None
-                        finished.__exit__(None, None, None)
-                        self._name(finished, final)
-                    self._commit(message[1], message[2])
-            except BaseException as error:
-                self._failure = error
-                if writer is not None:
-                    with contextlib.suppress(BaseException):  # the first error is the one to report
-                        writer.__exit__(type(error), error, None)
-                return
+    def _close(self, position: Position, split: SplitState) -> None:
+        """End the file that is open, if one is; then a later run goes on from here."""
+        self._end_group()
+        self._writer.end_file((position, split))
 
-    def _name(self, writer: ShardWriter, final: Path) -> None:
-        """Move a finished file to its place, unless a run killed at this very point had put the same file there."""
-        if final.parent.is_symlink():
-            raise UserError(
-                f"-o {self.plan.folder}: {final.parent.name} in it is a link, which is not written through; remove it"
-            )
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.is_file() and sha256_of(final) == writer.statistics.sha256:
-            writer.path.unlink()
-        else:
-            os.replace(writer.path, final)
-            atomic.sync_file(final.parent)
-        self.entries.append(entry_of_written(final, self.plan.folder, writer.statistics))
+    def check(self) -> None:
+        """Raises:
+        BaseException: what went wrong on the threads that write.
+        """
+        self._writer.check()
 
-    def _commit(self, position: Position, split: SplitState) -> None:
+    @property
+    def is_waiting(self) -> bool:
+        """Whether row groups are being made."""
+        return self._writer.is_waiting
+
+    def _commit(self, entry: FileEntry | None, mark: tuple[Position, SplitState]) -> None:
+        """Note a finished file, and from where a later run goes on; on the thread that finishes files."""
+        position, split = mark
+        self.entries += [entry] if entry is not None else []
         state = {
             "files": [dataclasses.asdict(entry) for entry in self.entries],
             "checkpoint": position[0].to_json(),
             "document": position[1],
-            "split": {**dataclasses.asdict(split), "packer": _plain(split.packer)},
+            "split": dataclasses.asdict(split),
         }
         atomic.write_json(self._state_path, state)
         self._remember_begin(state)
@@ -356,18 +348,7 @@ class Sink:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        while self._thread.is_alive():
-            try:
-                self._queue.put(("stop",), timeout=0.5)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
-        if self._pool is not None:
-            self._pool.shutdown()
-        if kind is None and self._failure is not None:
-            raise self._failure
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
+        if self._maker is not None:
+            self._writer.stop()
+        if kind is None:
+            self.check()

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllm.data.dataset.manifest import open_data_set
-from jllm.data.packing.packers import StackPacker, WindowPacker
-from jllm.data.prepare.chunk_cache import ChunkCache
+from jllm.data.packing.packers import Packer, StackPacker, WindowPacker
 from jllm.data.prepare.config import CODECS
-from jllm.data.prepare.sink import ResumePoint, Sink, SinkPlan
+from jllm.data.prepare.saving.chunk_cache import ChunkCache
+from jllm.data.prepare.saving.sink import ResumePoint, Sink, SinkPlan
+from tests.data.blocks import Inline
 from tests.data.packed_rows import documents_of
 from tests.data.raw2ids_runs import documents, raw2ids, reference_stream, rows_of, tree, write_jsonl
 
@@ -53,20 +54,24 @@ def test_files_do_not_show_where_a_run_was_stopped(
 ) -> None:  # fmt: skip
     """Splits and files are cut at documents and rows alone; a run that goes on begins where the state says."""
     folder = tmp_path_factory.mktemp("sink")
+    packer: Packer = StackPacker(5) if stack else WindowPacker(5)
 
     def run(name: str, stop: int | None) -> Sink:
         place = folder / name
         (place / "work").mkdir(parents=True, exist_ok=True)
         plan = SinkPlan(
             folder=place / "out", work=place / "work", name="main", codec="zstd", per_split=per_split,
-            per_file=per_file, packer=lambda: StackPacker(5) if stack else WindowPacker(5),
+            per_file=per_file, packer=packer,
         )  # fmt: skip
         cache = ChunkCache(place / "work", vocab_size=10, sinks=["main"])
+        inline = Inline(place / "work", packer)
         with Sink(plan, cache) as sink:
+            sink.start(inline)
             for number in range(sink.resume.chunk, len(chunks)):
                 if number == stop:
                     raise StopError
-                sink.feed(ResumePoint(chunk=number, start=number), "a", documents_of(chunks[number]))
+                point = ResumePoint(chunk=number, start=number)
+                inline.feed(sink, point, "a", documents_of(chunks[number]))
             sink.end_split((ResumePoint(source=1), 0))
         return sink
 
@@ -94,13 +99,15 @@ def test_a_resume_point_is_read_as_it_was_written() -> None:
 
 def test_rows_end_where_they_must(tmp_path: Path) -> None:
     plan = SinkPlan(
-        folder=tmp_path / "out", work=tmp_path, name="main", packer=lambda: WindowPacker(5), codec="zstd",
+        folder=tmp_path / "out", work=tmp_path, name="main", packer=WindowPacker(5), codec="zstd",
         per_split=100, per_file=4, max_rows=6,
     )  # fmt: skip
+    inline = Inline(tmp_path, plan.packer)
     with Sink(plan, ChunkCache(tmp_path, vocab_size=10, sinks=["main"])) as sink:
-        sink.feed(ResumePoint(), "a", documents_of([3] * 5))
+        sink.start(inline)
+        inline.feed(sink, ResumePoint(), "a", documents_of([3] * 5))
         assert not sink.full
-        sink.feed(ResumePoint(chunk=1), "a", documents_of([3] * 5))
+        inline.feed(sink, ResumePoint(chunk=1), "a", documents_of([3] * 5))
         assert sink.full
         sink.end_split((ResumePoint(source=1), 0))
     assert [entry.rows for entry in sink.entries] == [4, 2]
@@ -109,14 +116,16 @@ def test_rows_end_where_they_must(tmp_path: Path) -> None:
 def test_what_goes_wrong_while_writing_is_raised(tmp_path: Path) -> None:
     (tmp_path / "out").touch()  # where a folder has to be
     plan = SinkPlan(
-        folder=tmp_path / "out", work=tmp_path, name="main", packer=lambda: WindowPacker(5), codec="zstd",
+        folder=tmp_path / "out", work=tmp_path, name="main", packer=WindowPacker(5), codec="zstd",
         per_split=1, per_file=1,
     )  # fmt: skip
+    inline = Inline(tmp_path, plan.packer)
 
     def run() -> None:
         with Sink(plan, ChunkCache(tmp_path, vocab_size=10, sinks=["main"])) as sink:
+            sink.start(inline)
             for number in range(20):
-                sink.feed(ResumePoint(chunk=number), "a", documents_of([3]))
+                inline.feed(sink, ResumePoint(chunk=number), "a", documents_of([3]))
 
     with pytest.raises(OSError, match="out"):
         run()

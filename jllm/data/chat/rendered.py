@@ -1,24 +1,13 @@
-"""One chunk of chat records to text that is ready to be encoded: what runs in worker processes.
-
-A worker imports neither Arrow nor an engine, so that it starts fast and stays small (about 60 MB).
-"""
+"""One chunk of chat records to text that is ready to be encoded."""
 
 import array
 import collections
-import contextlib
 import dataclasses
-import itertools
-import multiprocessing
-import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.children import Sealed
 from jllm.data.chat.formats import read_conversation
 from jllm.data.chat.records.conversation import MORE, BadRecordError
 from jllm.data.chat.rendering import RenderPlan
@@ -27,7 +16,6 @@ from jllm.data.chat.short_cut import ConversationRenderer
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import BadRecord
-from jllm.machine import collect_rarely
 
 _CHECK_CHARACTERS = 8192
 _MOST_NOTES = 64
@@ -35,7 +23,7 @@ _MOST_NOTES = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """The conversations of a chunk, ready to be encoded; plain data, cheap to hand to another process.
+    """The conversations of a chunk, ready to be encoded.
 
     Attributes:
         texts: all segments of text.
@@ -60,57 +48,6 @@ class Rendered:
     sample: tuple[int, str] | None
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """On the way to another process the texts are one: pickling many small ones takes longer than all else here."""
-        joined = "".join(self.texts)
-        if not joined.isascii():  # slices of other texts are looked through for their widest letter
-            return self.__dict__
-        return {**self.__dict__, "texts": (joined, np.array([0, *itertools.accumulate(map(len, self.texts))]))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["texts"], tuple):
-            joined, ends = state["texts"]
-            cuts = ends.tolist()
-            state = {**state, "texts": [joined[begin:end] for begin, end in itertools.pairwise(cuts)]}
-        self.__dict__.update(state)
-
-
-@contextlib.contextmanager
-def workers(count: int) -> Iterator[Executor | None]:
-    """Processes that render; they start at once, so that they are there when the first chunk comes. None for one."""
-    if count == 1:
-        yield None
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as ends:
-        with Sealed():  # all of the pool's processes start here
-            pool = ends.enter_context(ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin_worker))
-            for _ in range(count):
-                pool.submit(get_ready)  # a process is started when there is work for it
-        try:
-            yield pool
-        finally:  # a run that has enough rows, or failed, needs nothing of what was begun ahead
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    collect_rarely()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process that waits for work does not notice that nobody is left to give it some: a killed command would leave
-    its workers behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def get_ready() -> None:
-    """Import what rendering needs: this module, with what it imports, and Jinja."""
-    import jinja2  # noqa: F401
-
 
 def renderer_of(plan: RenderPlan) -> ConversationRenderer:
     """The renderer of a plan, one for each thread: compiling a template takes longer than rendering a chunk."""
@@ -124,7 +61,7 @@ _local = threading.local()
 
 
 def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, str], plan: RenderPlan) -> Rendered:
-    """Parse and render the records of a chunk; the work of a worker process."""
+    """Parse and render the records of a chunk."""
     renderer = renderer_of(plan)
     renderer.begin_chunk()
     style = renderer.style

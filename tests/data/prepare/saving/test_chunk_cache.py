@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.data.packing.packers import Documents
-from jllm.data.prepare.chunk_cache import ChunkCache, read, write
+from jllm.data.packing.documents import Documents
 from jllm.data.prepare.encoding import Encoded
+from jllm.data.prepare.saving.chunk_cache import ChunkCache, read, write
 from jllm.data.sources.records import BadRecord
 
 EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
@@ -46,36 +46,36 @@ def same(one: Encoded, other: Encoded) -> bool:
 @given(
     rows=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=6),
     labels=st.booleans(),
-    wide=st.booleans(),
     vocab_size=st.sampled_from([1 << 16, 200_000]),
     bad=st.integers(0, 2),
     classes=st.booleans(),
     torn=st.floats(0, 1, exclude_max=True),
 )
 def test_there_and_back_or_torn(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], labels: bool, wide: bool, vocab_size: int,
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], labels: bool, vocab_size: int,
     bad: int, classes: bool, torn: float,
 ) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("cache") / "block-00000-0000000"
     encoded = encoded_of(rows, labels, bad, classes=classes)
-    write(path, encoded, vocab_size, wide=wide)
+    block = write(path, encoded, vocab_size)
     found = read(path)
     assert found is not None
-    assert same(found, encoded)
-    stored = found.documents.stored
-    if wide:
-        assert stored is not None
-        assert (
-            np.fromfile(path, np.int32, len(encoded.documents.ids), offset=stored.ids).tolist()
-            == encoded.documents.ids.tolist()
-        )
+    assert same(found[0], encoded)
+    assert found[1] == block
+    kind = np.uint16 if block.width == 2 else np.int32
+    count = len(encoded.documents.ids)
+    assert np.fromfile(path, kind, count, offset=block.ids).tolist() == encoded.documents.ids.tolist()
+    if block.labels is not None:
+        bits = np.unpackbits(np.fromfile(path, np.uint8, -(-count // 8), offset=block.labels), count=count)
+        assert encoded.documents.labels is not None
+        assert bits.tolist() == (encoded.documents.labels != -100).tolist()
     data = path.read_bytes()
     at = int(torn * len(data))
     path.write_bytes(data[:at])
     short = read(path)  # white space at the end may be missing
-    assert short is None or same(short, encoded)
-    if encoded.documents.ids.any() and stored is not None:
-        path.write_bytes(data[: stored.ids] + b"\0" * (len(data) - stored.ids))  # pages that never reached the disk
+    assert short is None or same(short[0], encoded)
+    if encoded.documents.ids.any():
+        path.write_bytes(data[: block.ids] + b"\0" * (len(data) - block.ids))  # pages that never reached the disk
         assert read(path) is None
 
 
@@ -83,21 +83,14 @@ def test_a_chunk_is_loaded_once_and_only_from_an_earlier_run(tmp_path: Path) -> 
     encoded = encoded_of([[1, 2]], False)
     first = ChunkCache(tmp_path, vocab_size=10, sinks=["main"])
     assert first.load((0, 0)) is None
-    assert first.save((0, 0), encoded) is encoded
+    first.save((0, 0), encoded)
     assert first.load((0, 0)) is None
     second = ChunkCache(tmp_path, vocab_size=10, sinks=["main"])
     found = second.load((0, 0))
     assert found is not None
-    assert same(found, encoded)
+    assert same(found[0], encoded)
     assert second.load((0, 0)) is None
     assert [path.name for path in tmp_path.iterdir()] == ["block-00000-0000000"]
-
-
-def test_wide_chunks_are_handed_on_as_they_lie_on_disk(tmp_path: Path) -> None:
-    cache = ChunkCache(tmp_path, vocab_size=10, sinks=["main"], wide=True)
-    saved = cache.save((1, 2), encoded_of([[1, 2]], True))
-    assert saved.documents.stored is not None
-    assert saved.documents.stored.path == str(cache.path((1, 2)))
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
