@@ -32,7 +32,7 @@ from jllm.data.prepare.reporting.totals import Totals, stopped_at
 from jllm.data.prepare.saving.chunk_cache import ChunkCache
 from jllm.data.prepare.saving.sink import ResumePoint, Sink
 from jllm.data.prepare.saving.writer import Made
-from jllm.data.prepare.work import ChunkError, ChunkTask, Counted, RowGroup, GroupTask, SentContent, Work
+from jllm.data.prepare.work import ChunkError, ChunkTask, Counted, GroupTask, RowGroup, SentContent, Work
 from jllm.data.sources import chunks as chunks_
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
