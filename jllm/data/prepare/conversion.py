@@ -32,7 +32,7 @@ from jllm.data.prepare.reporting.totals import Totals, stopped_at
 from jllm.data.prepare.saving.chunk_cache import ChunkCache
 from jllm.data.prepare.saving.sink import ResumePoint, Sink
 from jllm.data.prepare.saving.writer import Made
-from jllm.data.prepare.work import ChunkError, ChunkTask, Counted, Group, GroupTask, Sent, Work
+from jllm.data.prepare.work import ChunkError, ChunkTask, Counted, GroupTask, RowGroup, SentContent, Work
 from jllm.data.sources import chunks as chunks_
 from jllm.data.sources import read_ahead
 from jllm.data.sources.chunk import Chunk
@@ -115,7 +115,7 @@ class _Queue:
             plans, done = self._groups.popleft()
             self._workers.submit(GroupTask(plans, slot), functools.partial(self._made, slot, done))
 
-    def _made(self, slot: int, done: Any, group: Group, error: BaseException | None) -> None:
+    def _made(self, slot: int, done: Any, group: RowGroup, error: BaseException | None) -> None:
         slots = self._run.work.made
         assert slots is not None
         if error is not None:
@@ -157,7 +157,7 @@ class _Queue:
 
         self._workers.submit(ChunkTask(chunk, kind, sent), done)
 
-    def _sent(self, chunk: Chunk) -> tuple[Chunk, Sent | None]:
+    def _sent(self, chunk: Chunk) -> tuple[Chunk, SentContent | None]:
         """The chunk with its content in shared memory, where there is room."""
         slots, data = self._run.work.sent, chunk.data
         is_table = isinstance(data, pa.Table)
@@ -173,7 +173,7 @@ class _Queue:
             return chunk, None
         with slots.memory(slot, len(content)) as view:
             view[:] = memoryview(content).cast("B")
-        return dataclasses.replace(chunk, data=0, file=None), Sent(slot, len(content), is_table)
+        return dataclasses.replace(chunk, data=0, file=None), SentContent(slot, len(content), is_table)
 
     def step(self, timeout: float | None = None) -> None:
         """Wait for something to be done, and have done what can be."""
@@ -279,7 +279,7 @@ def _in_order(run: Conversion, point: ResumePoint, tasks: _Queue) -> Generator[t
     readers = [functools.partial(_saved_and_read, run, point, number) for number in numbers]
     here = [number - point.source for number in numbers if run.sources[number].once or _is_planned(run.sources[number])]
     with contextlib.closing(read_ahead.in_order(readers, here)) as items:
-        plan = _Plan((numbers[index], item) for index, item in items)
+        plan = _Upcoming((numbers[index], item) for index, item in items)
         lines = {point.source: point.line}
         taken = 0
         while True:
@@ -307,7 +307,7 @@ def _in_order(run: Conversion, point: ResumePoint, tasks: _Queue) -> Generator[t
             raise plan.failure
 
 
-class _Plan:
+class _Upcoming:
     """The chunks to come, numbered in order, of which large ones are begun before their turn."""
 
     def __init__(self, items: Iterator[tuple[int, Item]]) -> None:

@@ -74,7 +74,7 @@ class ChunkError(Exception):
     """The bytes of a chunk cannot be read, or are not what they may be; the reason is its argument."""
 
 
-class Sent(NamedTuple):
+class SentContent(NamedTuple):
     """The content of a chunk on its way to a worker: in a part of shared memory, `is_table` as Arrow's stream."""
 
     slot: int
@@ -87,7 +87,7 @@ class ChunkTask(NamedTuple):
 
     chunk: Chunk
     kind: str
-    sent: Sent | None
+    sent: SentContent | None
 
 
 class GroupTask(NamedTuple):
@@ -97,7 +97,7 @@ class GroupTask(NamedTuple):
     slot: int
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """A row group that is made: its bytes are the first `size` of the part that was named, or a file."""
 
     made: MadeGroup
@@ -161,7 +161,7 @@ class Work:
         encoded = dataclasses.replace(encoded, bad=bad, end_line=encoded.end_line - line + 1)
         return self.counted(encoded, self._cache.save(place, encoded), fresh=True)
 
-    def _received(self, sent: Sent) -> Any:
+    def _received(self, sent: SentContent) -> Any:
         assert self.sent is not None
         with self.sent.memory(sent.slot, sent.size) as view:
             data = bytes(view)
@@ -182,7 +182,7 @@ class Work:
             fresh=fresh,
         )
 
-    def group(self, task: GroupTask) -> Group:
+    def group(self, task: GroupTask) -> RowGroup:
         """Make a row group."""
         rows = [self._packer.rows(plan, plan.documents()) for plan in task.plans]
         parts: list[Any] = []
@@ -190,13 +190,13 @@ class Work:
         size = sum(map(len, parts))
         assert self.made is not None
         if size > self.made.size:
-            return Group(made, facts, size, self._in_file(parts))
+            return RowGroup(made, facts, size, self._in_file(parts))
         with self.made.memory(task.slot, size) as view:
             at = 0
             for part in parts:
                 view[at : at + len(part)] = memoryview(part).cast("B")
                 at += len(part)
-        return Group(made, facts, size, None)
+        return RowGroup(made, facts, size, None)
 
     def _in_file(self, parts: Sequence[Any]) -> Path:
         path = self._cache.folder / f".group-{os.getpid()}-{next(self._files)}.tmp"

@@ -22,7 +22,7 @@ from jllm.data.dataset.files import sha256_of
 from jllm.data.dataset.manifest import FileEntry, entry_of_written
 from jllm.data.dataset.shards import ShardWriter, file_name
 from jllm.data.packing.packers import Packer
-from jllm.data.prepare.work import Group
+from jllm.data.prepare.work import RowGroup
 from jllm.errors import UserError
 
 
@@ -30,7 +30,7 @@ from jllm.errors import UserError
 class Made:
     """A row group that is made, its bytes, and what is to be called when they are needed no more, by any thread."""
 
-    group: Group
+    group: RowGroup
     data: memoryview
     free: Callable[[], None]
 
