@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from jllm.data.dataset.manifest import (
     Manifest,
     Tokenizer,
     entry_of_written,
-    one_template,
+    inherited,
     one_tokenizer,
     open_data_set,
     read_manifest,
@@ -156,7 +157,7 @@ def describe(
     paths = list_shards(folder) if amended is None else [folder / entry.path for entry in amended.files]
     if not paths and amended is None:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
-    recorded, template = _recorded(folder)
+    recorded, facts = _recorded(folder)
     if amended is not None and recorded is not None and tokenizer is not None and not recorded.is_same(tokenizer):
         raise UserError(
             f"--tokenizer {tokenizer.name}: {folder} was made with another ({recorded.name}, {recorded.sha256[:12]});"
@@ -188,7 +189,7 @@ def describe(
             tokenizer=made_with,
             further=further,
             labels_checked=True,
-            chat_template=template,
+            **facts,
         )
     if as_it_is is None:
         write_manifest(folder, manifest)
@@ -235,16 +236,17 @@ def _commonest_end(found: Sequence[Described], special_ids: Collection[int]) -> 
     return None
 
 
-def _recorded(folder: Path) -> tuple[Tokenizer | None, str | None]:
-    """Tokenizer and chat template of a folder's manifest, or of those of the data sets in it, which must agree."""
+def _recorded(folder: Path) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """Tokenizer, and what else is inherited, of a folder's manifest, or of those of the data sets in it, which must
+    agree."""
     try:
         manifest = read_manifest(folder)
     except UserError:  # edited by hand; that is what this command repairs
-        return None, None
+        return None, {}
     if manifest is not None:
-        return manifest.tokenizer, manifest.chat_template
+        return manifest.tokenizer, inherited([DataSet(folder=folder, manifest=manifest)])
     sets = [DataSet(folder=place, manifest=manifest) for place, manifest in sets_in(folder).items()]
-    return one_tokenizer(sets), one_template(sets)
+    return one_tokenizer(sets), inherited(sets)
 
 
 def warnings_about(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ reads for each file; it finds files that are missing, added, or changed in size 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ COLUMNS_KEY, LEFT_OUT_KEY = "columns", "columns_left_out"
 MISSING, CHANGED = ": listed in the manifest and not there", ": changed since its manifest was written"
 OTHER_CONTENT = ": the content does not match its checksum"
 NO_FURTHER = FurtherColumns()
+DOCUMENTS, CHAT, PREFERENCE = "documents", "chat", "preference"
+KINDS = {"pretrain": DOCUMENTS, "ft": CHAT, "preference": PREFERENCE}
+"""What rows are, by the `--type` that they were made with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ class Manifest:
     Attributes:
         labels_checked: every label of a token that can be predicted was found to be its id or -100.
         chat_template: what conversations were rendered with.
+        kind: what rows are (`KINDS`); None where nobody recorded it, or they are of several kinds.
+        reference: what made the reference log-probabilities of preference pairs; None where there are none.
     """
 
     command: str
@@ -114,6 +119,8 @@ class Manifest:
     further: FurtherColumns = NO_FURTHER
     labels_checked: bool = False
     chat_template: str | None = None
+    kind: str | None = None
+    reference: dict[str, Any] | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def total(self, name: str) -> int | None:
@@ -153,6 +160,8 @@ class Manifest:
             "longest_row": self.longest_row,
             **({"largest_id": self.largest_id, "labels_checked": True} if self.labels_checked else {}),
             **({"chat_template": self.chat_template} if self.chat_template is not None else {}),
+            **({"kind": self.kind} if self.kind is not None else {}),
+            **({"reference": self.reference} if self.reference is not None else {}),
             **({COLUMNS_KEY: self.further.types} if self.further.carried else {}),
             **({LEFT_OUT_KEY: dict(self.further.left_out)} if self.further.left_out else {}),
             **self.extra,
@@ -174,6 +183,8 @@ class Manifest:
             lists = [*(self.tokenizer.probe_ids or {}).values(), [*(self.tokenizer.added_tokens or {}).values()]]
             if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in lists):
                 raise TypeError("probe_ids are no lists of ids, or added_tokens no ids")
+        if self.kind not in (None, *KINDS.values()) or not isinstance(self.reference, dict | None):
+            raise TypeError("kind or reference is none that there is")
         if not isinstance(self.command, str) or not isinstance(self.options, dict):
             raise TypeError("made_by is no command with options")
         if not all(isinstance(source, dict) for source in self.sources):
@@ -185,6 +196,7 @@ class Manifest:
             raise UserError(f"{path}: manifest format {value.get('format')!r}; this version reads {FORMAT_VERSION}")
         known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row", "largest_id"}
         known |= {"sources", "fingerprint", "files", COLUMNS_KEY, LEFT_OUT_KEY, "labels_checked", "chat_template"}
+        known |= {"kind", "reference"}
         try:
             manifest = cls(
                 command=value["made_by"]["command"],
@@ -198,6 +210,8 @@ class Manifest:
                 ),
                 labels_checked=value.get("labels_checked") is True,
                 chat_template=value.get("chat_template"),
+                kind=value.get("kind"),
+                reference=value.get("reference"),
                 extra={key: item for key, item in value.items() if key not in known},
             )
             manifest._check_types()
@@ -347,7 +361,7 @@ def _joined(folder: Path, shards: list[Path]) -> Manifest:
         sources=tuple(sources),
         further=common(further),
         labels_checked=not missing and all(manifest.labels_checked for manifest in sets.values()),
-        chat_template=one_template(data_sets),
+        **inherited(data_sets),
     )
 
 
@@ -394,6 +408,39 @@ def one_template(sets: Iterable[DataSet]) -> str | None:
     """The chat template of all sets that name one; None where none does, or two differ."""
     templates = {data_set.manifest.chat_template for data_set in sets} - {None}
     return templates.pop() if len(templates) == 1 else None
+
+
+def one_kind(sets: Iterable[DataSet]) -> str | None:
+    """What the rows of all sets are; None where nobody knows, or they are of several kinds.
+
+    Raises:
+        UserError: preference pairs among others: what trains on the one does not train on the other.
+    """
+    kinds: dict[str | None, DataSet] = {}
+    for data_set in sets:
+        kinds.setdefault(data_set.manifest.kind, data_set)
+    if PREFERENCE in kinds and len(kinds) > 1:
+        other = next(kind for kind in kinds if kind != PREFERENCE)
+        raise UserError(
+            f"{kinds[PREFERENCE].folder} has preference pairs, and {kinds[other].folder} {other or 'other rows'}; keep"
+            " them apart"
+        )
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+def one_reference(sets: Iterable[DataSet]) -> dict[str, Any] | None:
+    """What made the reference log-probabilities of all sets; None where there are none, or several made them."""
+    found = [data_set.manifest.reference for data_set in sets]
+    return found[0] if found and all(each == found[0] for each in found) else None
+
+
+def inherited(sets: Sequence[DataSet]) -> dict[str, Any]:
+    """What a manifest has of the sets whose rows it lists, as arguments: template, kind, reference.
+
+    Raises:
+        UserError: as `one_kind`.
+    """
+    return {"chat_template": one_template(sets), "kind": one_kind(sets), "reference": one_reference(sets)}
 
 
 def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:

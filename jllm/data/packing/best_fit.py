@@ -11,6 +11,7 @@ machine words, which for rows of any usual length is faster than a segment tree 
 """
 
 import collections
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -70,6 +71,8 @@ class BestFitPacker:
         labels: the documents have labels.
         prepare: applied to documents before they are packed; it may cut them.
         pad_to: pad every row to a multiple of this with `pad_id`; None leaves rows as long as they are.
+        pairs: the documents are preference pairs (`Documents.cuts`), and none is longer than a row: each becomes two
+            documents of one row.
     """
 
     whole = True
@@ -83,9 +86,11 @@ class BestFitPacker:
         pad_to: int | None = None,
         pad_id: int = 0,
         prepare: Callable[[Documents], Documents] | None = None,
+        pairs: bool = False,
     ) -> None:
         self.length = length
         self.prepare = prepare
+        self.pairs = pairs
         self.pad_to = pad_to
         self.pad_id = pad_id
         self.labels = labels or pad_to is not None
@@ -97,7 +102,7 @@ class BestFitPacker:
             documents = self.prepare(documents)
         if documents.stored is not None:  # keep the offsets; the ids are read again when the rows are known
             empty = np.empty(0, dtype=np.int32)
-            documents = Documents(ids=empty, offsets=documents.offsets, labels=empty, stored=documents.stored)
+            documents = dataclasses.replace(documents, ids=empty, labels=empty)
         self._chunks.append(documents)
         return None
 
@@ -144,10 +149,11 @@ class BestFitPacker:
         ends = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(counts, out=ends[1:])
         row_offsets = offsets[ends]
+        document_ends, ends = self._document_ends(windows, offsets), ends * (2 if self.pairs else 1)
         boundary_offsets = ends + np.arange(len(rows) + 1)
         boundaries = np.zeros(boundary_offsets[-1], dtype=np.int64)
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        boundaries[np.arange(len(windows)) + row_of + 1] = offsets[1:] - row_offsets[row_of]
+        row_of = np.repeat(np.arange(len(rows)), np.diff(ends))
+        boundaries[np.arange(len(document_ends)) + row_of + 1] = document_ends - row_offsets[row_of]
         packed = Documents(ids=ids, offsets=row_offsets, labels=labels if self.labels else None)
         if self.pad_to is not None:
             return padded_rows(packed, boundaries, boundary_offsets, self.pad_to, self.pad_id)
@@ -156,6 +162,15 @@ class BestFitPacker:
             columns.append(to_list_array(labels, row_offsets))
         columns.append(to_list_array(boundaries.astype(np.int32), boundary_offsets))
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
+
+    def _document_ends(self, windows: Int64, offsets: Int64) -> Int64:
+        """Where the documents of rows end, in these windows one behind the other."""
+        if not self.pairs:
+            return offsets[1:]
+        cuts = np.concatenate([each.cuts for each in self._chunks if each.cuts is not None])
+        assert len(cuts) == sum(map(len, self._chunks)), "a pair is never split"
+        found: Int64 = np.stack([offsets[:-1] + cuts[windows], offsets[1:]], axis=1).ravel()
+        return found
 
     def _read(self, documents: Documents, start: int, ids: Int32, labels: Int32) -> None:
         """Fill `ids` and `labels` with the tokens of a chunk from `start` on, counted where the chunk lies."""

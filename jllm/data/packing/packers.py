@@ -52,7 +52,8 @@ class Documents:
     """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
 
     `labels` are the ids, or -100 where a token is not trained on; None where all are. `stored` says where the same ids
-    and labels lie on disk. `classes` are control classes, one a document; None where nobody asked for them.
+    and labels lie on disk. `classes` are control classes, one a document; None where nobody asked for them. `cuts` say
+    of preference pairs, each of them one document here, where the rejected conversation begins in it.
     """
 
     ids: Int32
@@ -60,6 +61,7 @@ class Documents:
     labels: Int32 | None = None
     stored: Stored | None = None
     classes: NDArray[np.int8] | None = None
+    cuts: Int64 | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -77,6 +79,7 @@ class Documents:
             labels=None if self.labels is None else self.labels[low:high],
             stored=self.stored and self.stored.take(slice(start, end)),
             classes=None if self.classes is None else self.classes[start:end],
+            cuts=None if self.cuts is None else self.cuts[start:end],
         )
 
     def take(self, chosen: Int64) -> "Documents":
@@ -89,7 +92,13 @@ class Documents:
             labels=None if self.labels is None else self.labels[index],
             stored=self.stored and self.stored.take(chosen),
             classes=None if self.classes is None else self.classes[chosen],
+            cuts=None if self.cuts is None else self.cuts[chosen],
         )
+
+    def in_pairs(self) -> "Documents":
+        """Documents 2k and 2k + 1 as one, with the place where the second begins."""
+        assert len(self) % 2 == 0
+        return dataclasses.replace(self, offsets=self.offsets[::2], cuts=self.lengths[::2])
 
 
 def spans(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:

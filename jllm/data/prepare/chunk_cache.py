@@ -2,7 +2,7 @@
 encode anew.
 
 A file is a head in JSON and arrays as they lie in memory: ids, offsets, labels, as bits where they need not be read
-from the file again, and control classes. It is mapped, not read.
+from the file again, control classes, and where pairs are cut. It is mapped, not read.
 
 Guarantees: a file is there whole or not at all; one that is torn, because it is not flushed to disk, is not taken.
 Cost: writing and a sum over the arrays; 2 or 4 bytes a token on disk.
@@ -88,8 +88,11 @@ def write(path: Path, encoded: Encoded, vocab_size: int, *, wide: bool = False) 
         arrays.append(documents.labels if wide else np.packbits(documents.labels != IGNORE_INDEX))
     if documents.classes is not None:
         arrays.append(documents.classes)
+    if documents.cuts is not None:
+        arrays.append(documents.cuts)
     head = {
         "labels": documents.labels is not None,
+        **({"cuts": True} if documents.cuts is not None else {}),
         "bad": [dataclasses.astuple(record) for record in encoded.bad],
         "counts": encoded.counts,
         "end": encoded.end,
@@ -135,6 +138,7 @@ def read(path: Path, *, check: bool = True) -> Encoded | None:
     labels = None
     offsets = np.array(arrays[1])
     has_labels = bool(head["labels"])
+    cuts = np.array(arrays.pop()) if head.get("cuts") else None
     classes = arrays[3 if has_labels else 2] if len(arrays) > 2 + has_labels else None
     stored: Stored | None = None
     if arrays[0].dtype == np.int32 and (not has_labels or arrays[2].dtype == np.int32):
@@ -146,7 +150,7 @@ def read(path: Path, *, check: bool = True) -> Encoded | None:
         trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     return Encoded(
-        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored, classes=classes),
+        documents=Documents(ids=ids, offsets=offsets, labels=labels, stored=stored, classes=classes, cuts=cuts),
         bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
         counts=head["counts"],
         end=head["end"],

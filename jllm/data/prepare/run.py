@@ -19,7 +19,7 @@ from jllm.data.chat import render_workers
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
-from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
+from jllm.data.dataset.manifest import KINDS, FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.chunk_cache import ChunkCache
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -345,6 +345,7 @@ class _Preparation:
                 for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
+            kind=KINDS[self.config.type],
             further=columns_of(self.config.control_class),
             chat_template=plan.template if plan is not None else None,
             extra=extra,
@@ -357,7 +358,7 @@ class _Preparation:
             self.place.work,
             vocab_size=self.facts.vocab_size,
             sinks=[output.name for output in self.outputs],
-            wide=config.packing == "best_fit",
+            wide=config.is_best_fit,
         )
         of_records = None if self.chat else (config.text_field.split(".")[0],)
         run = Conversion(
