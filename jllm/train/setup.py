@@ -19,7 +19,7 @@ from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, s
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
-from jllm.models.router_balance import RouterBalance, attach_router_balance
+from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
@@ -32,6 +32,7 @@ from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
+from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
@@ -199,7 +200,8 @@ def plan_stages(
             return measure_costs(
                 family.config,
                 costs,
-                objective=ObjectiveInUse(training_objective(config)),
+                # Pairs cost what tokens do; and a batch that is made up has none.
+                objective=ObjectiveInUse(CrossEntropy() if config.has_pairs else training_objective(config)),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -263,6 +265,7 @@ class Built:
         routers: what watches the routers of a mixture of experts; None where nothing does.
         attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
+        attention: the implementation that the model has.
     """
 
     stage: PipelineStage
@@ -271,6 +274,11 @@ class Built:
     routers: RouterBalance | None
     attached: frozenset[str]
     adapters: Adapters | None
+    attention: str
+
+    def router_record(self, agreement: Agreement) -> dict[str, Any]:
+        """What the record of a step has of the routers, on all processes; nothing where nothing watches them."""
+        return {} if self.routers is None else summary(agreement.gather(self.routers.take()), agreement.mesh)
 
 
 def build_stage(
@@ -324,7 +332,7 @@ def build_stage(
         span,
         objective,
         read=planes_of(config),
-        is_frozen=family.adapters is not None,
+        is_frozen=family.adapters is not None or config.write_ref_logps is not None,
         tell=tell,
         are_rows_whole=not config.block_mask,
     )
@@ -338,6 +346,7 @@ def build_stage(
         routers=routers,
         attached=frozenset(attached),
         adapters=family.adapters,
+        attention=family.attention,
     )
 
 
@@ -377,6 +386,7 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,
         attached_only=config.has_adapters,
+        nothing=config.write_ref_logps is not None,
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from jllm.commands.raw2ids import main as raw2ids_command
-from jllm.data.dataset.manifest import PREFERENCE, open_data_set, verify
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import PREFERENCE, open_data_set
 from jllm.data.dataset.shards import INPUT_IDS, ShardReader
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig

@@ -1,4 +1,5 @@
-"""Makes the manifest of a folder that somebody else wrote, or changed, by reading all of it.
+"""Makes the manifest of a folder that somebody else wrote, or changed, by reading all of it; and reads all of a set to
+see whether it is what its manifest says.
 
 A manifest that is there is never replaced unasked; one that this command made, and would make so again, is left as
 it is. With a tokenizer one that lacks what is recorded today gets it,
@@ -23,14 +24,17 @@ from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, LABELS, In
 from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards, sha256_of
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
+    JOINED,
     MANIFEST_NAME,
     OTHER_CONTENT,
     DataSet,
     FileEntry,
     Manifest,
     Tokenizer,
+    changed,
     entry_of_written,
     inherited,
+    listed,
     one_tokenizer,
     open_data_set,
     read_manifest,
@@ -272,3 +276,44 @@ def warnings_about(folder: Path) -> list[str]:
 
 def _has_success(path: Path, folder: Path) -> bool:
     return any((parent / "_SUCCESS").exists() for parent in path.parents if parent.is_relative_to(folder))
+
+
+def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:
+    """Read every file; all problems found, one line each. A file without a checksum is one."""
+
+    def of_file(entry: FileEntry) -> str | None:
+        path = data_set.folder / entry.path
+        try:
+            if problem := changed(path, entry):
+                return problem
+            if entry.sha256 is None:
+                return f"{path}: has no checksum; give it one with: jllm manifest --force {data_set.folder}"
+            matches = sha256_of(path) == entry.sha256
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return None if matches else f"{path}: the content does not match its checksum"
+
+    with ThreadPoolExecutor(cores) as pool:
+        return [problem for problem in pool.map(of_file, data_set.manifest.files) if problem is not None]
+
+
+def verify_folder(folder: Path, *, cores: int = 1) -> DataSet:
+    """A data set of which every file was read and found to be what its manifest says, or that of the set it is in.
+
+    Raises:
+        UserError: a file is missing, added or damaged, all of which are named, or nobody ever took its checksum.
+    """
+    data_set, added = listed(folder)
+    if data_set.manifest.command == JOINED and None in {entry.sha256 for entry in data_set.manifest.files}:
+        raise UserError(
+            f"{folder}: has no {MANIFEST_NAME} that says what its files must be; make one with: jllm manifest {folder}"
+        )
+    problems = [*(f"{folder / name}: not in the manifest" for name in added), *verify(data_set, cores=cores)]
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} of {len(data_set.manifest.files) + len(added)} files are not what they must"
+            f" be: {'; '.join(problems)}; restore them, or make the data set again"
+        )
+    return data_set

@@ -7,20 +7,20 @@ of the data, such as a training run's position, is bound to that fingerprint.
 
 A folder without a manifest (written by Spark, or put together by hand from several sets) is a data set too:
 `open_data_set` joins the manifests found below it and reads the footers of the rest. Opening costs two small
-reads for each file; it finds files that are missing, added, or changed in size or footer. `verify` reads everything.
+reads for each file; it finds files that are missing, added, or changed in size or footer.
+`jllm.data.dataset.describe.verify` reads everything.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.files import footer_of, list_shards, sha256_of
+from jllm.data.dataset.files import footer_of, list_shards
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardStatistics
@@ -283,11 +283,11 @@ def open_data_set(folder: Path) -> DataSet:
     Raises:
         UserError: no folder, no shards, or files that are missing, changed, or not in the manifest.
     """
-    data_set, added = _listed(folder)
+    data_set, added = listed(folder)
     if added:
         raise not_described(folder, added[0])
     for entry in data_set.manifest.files:
-        if problem := _changed(folder / entry.path, entry):
+        if problem := changed(folder / entry.path, entry):
             raise restore(problem)
     return data_set
 
@@ -304,7 +304,7 @@ def restore(problem: str) -> UserError:
     return UserError(f"{problem}; restore it, or make the data set again")
 
 
-def _listed(folder: Path) -> tuple[DataSet, list[str]]:
+def listed(folder: Path) -> tuple[DataSet, list[str]]:
     """A data set whose files nobody has looked at yet, and the shards that its manifest does not name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a data set")
@@ -318,7 +318,7 @@ def _listed(folder: Path) -> tuple[DataSet, list[str]]:
     return DataSet(folder=folder, manifest=manifest), sorted(present - {entry.path for entry in manifest.files})
 
 
-def _changed(path: Path, entry: FileEntry) -> str | None:
+def changed(path: Path, entry: FileEntry) -> str | None:
     """What a look at its size and footer finds wrong with a file."""
     if not path.is_file():
         return f"{path}{MISSING}"
@@ -441,44 +441,3 @@ def inherited(sets: Sequence[DataSet]) -> dict[str, Any]:
         UserError: as `one_kind`.
     """
     return {"chat_template": one_template(sets), "kind": one_kind(sets), "reference": one_reference(sets)}
-
-
-def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:
-    """Read every file; all problems found, one line each. A file without a checksum is one."""
-
-    def of_file(entry: FileEntry) -> str | None:
-        path = data_set.folder / entry.path
-        try:
-            if problem := _changed(path, entry):
-                return problem
-            if entry.sha256 is None:
-                return f"{path}: has no checksum; give it one with: jllm manifest --force {data_set.folder}"
-            matches = sha256_of(path) == entry.sha256
-        except UserError as error:
-            return str(error)
-        except OSError as error:
-            return f"{path}: {error.strerror}"
-        return None if matches else f"{path}: the content does not match its checksum"
-
-    with ThreadPoolExecutor(cores) as pool:
-        return [problem for problem in pool.map(of_file, data_set.manifest.files) if problem is not None]
-
-
-def verify_folder(folder: Path, *, cores: int = 1) -> DataSet:
-    """A data set of which every file was read and found to be what its manifest says, or that of the set it is in.
-
-    Raises:
-        UserError: a file is missing, added or damaged, all of which are named, or nobody ever took its checksum.
-    """
-    data_set, added = _listed(folder)
-    if data_set.manifest.command == JOINED and None in {entry.sha256 for entry in data_set.manifest.files}:
-        raise UserError(
-            f"{folder}: has no {MANIFEST_NAME} that says what its files must be; make one with: jllm manifest {folder}"
-        )
-    problems = [*(f"{folder / name}: not in the manifest" for name in added), *verify(data_set, cores=cores)]
-    if problems:
-        raise UserError(
-            f"{folder}: {len(problems)} of {len(data_set.manifest.files) + len(added)} files are not what they must"
-            f" be: {'; '.join(problems)}; restore them, or make the data set again"
-        )
-    return data_set

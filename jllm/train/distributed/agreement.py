@@ -41,6 +41,7 @@ class StepFacts:
         request: what any process asks of all.
         devices: what each stage uses.
         room: tokens that the micro-batches of the whole world could hold.
+        pairs: preference pairs in the whole world; 0 where rows are no pairs.
     """
 
     waited: float
@@ -53,6 +54,12 @@ class StepFacts:
     request: Request
     devices: DevicesUse
     room: int
+    pairs: int = 0
+
+    @property
+    def terms(self) -> int:
+        """What the loss is a mean over: pairs, or trained tokens."""
+        return self.pairs or self.trained_tokens
 
     @property
     def rows_after(self) -> int:
@@ -80,12 +87,13 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 7
+        mine = [0] * 8
         if step is not None:
             start = step.start
-            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
+            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows]
+            mine += [step.room, step.pairs]
         everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 8].any():
+        if everyone[:, 9].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -103,9 +111,10 @@ class Agreement(Collectives):
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 7].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 9:].tolist())),
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 8].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 10:].tolist())),
             room=int(readers[:, 6].sum()),
+            pairs=int(readers[:, 7].sum()),
         )
 
     def sees_one_folder(self, folder: Path) -> bool:

@@ -1,0 +1,132 @@
+"""Packed pairs in a pipeline are trained as padded, unpacked ones by plain transformers, however they are divided."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jllm.train.options.objective import PREFERENCE_LOSSES
+from tests.data.pairs import Pair, pairs_of_row, random_pairs, write_pairs
+from tests.distributed.ranks import Ranks
+from tests.distributed.reference import batches_in_order
+from tests.distributed.runs import options_of, records, train_rank
+from tests.fixtures import tiny_llama
+
+STEPS, RATE = 4, 0.05
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, pairs, and the same with references, in two files each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    tiny_llama(folder / "model", tied=True)
+    write_pairs(folder / "data", random_pairs(40, vocab=97, longest=8), length=52, per_file=9)
+    answer = Ranks(1).run(train_rank, options_of(folder, write_ref_logps=folder / "ref", pipe_parallel_size=1))
+    assert answer == [None]
+    return folder
+
+
+def steps_of(data: Path, global_batch: int, steps: int = STEPS) -> list[list[Pair]]:
+    """The pairs of each step, by the rows alone."""
+    batches = batches_in_order(data, steps=steps, global_batch=global_batch, seed=7)
+    plain = [[{name: each.tolist() for name, each in row.items()} for row in rows] for rows in batches]
+    return [[pair for row in rows for pair in pairs_of_row(row)] for rows in plain]
+
+
+def run_options(folder: Path, out: Path, loss: str, **more: Any) -> dict[str, Any]:
+    settings = {
+        "train_data": (str(folder / "ref"),),
+        "loss": loss,
+        "optimizer": "sgd",
+        "learning_rate": RATE,
+        "gradient_clipping": 0.0,
+        "lr_scheduler_type": "constant",
+        "num_warmup_steps": 0,
+        "seed": 7,
+        "max_steps": STEPS,
+        "output_dir": out,
+    }
+    return options_of(folder, settings, **more)
+
+
+def assert_trained_alike(out: Path, folder: Path, batches: list[list[Pair]], **loss: Any) -> list[dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    from tests.distributed.pairs_reference import train_on_pairs
+
+    losses, norms, weights = train_on_pairs(folder / "model", batches, rate=RATE, **loss)
+    found = records(out / "log")
+    np.testing.assert_allclose([each["loss"] for each in found], losses, rtol=3e-6)
+    np.testing.assert_allclose([each["grad_norm"] for each in found], norms, rtol=1e-4)
+    exported: dict[str, Any] = {}
+    for path in out.glob("*.safetensors"):
+        exported |= load_file(path)
+    assert exported
+    for name, tensor in exported.items():
+        np.testing.assert_allclose(tensor.numpy(), weights[name].numpy(), atol=3e-6, err_msg=name)
+    assert [each["pairs"] for each in found] == [len(pairs) for pairs in batches]
+    return found
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.3},
+    "ipo": {"beta": 0.7},
+    "orpo": {"beta": 0.4},
+    "simpo": {"beta": 1.5, "gamma": 0.3},
+    "apo_zero": {"beta": 0.5},
+    "apo_down": {"beta": 0.5, "ftx": 0.2},
+}
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+def test_every_loss_on_two_stages(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, kind: str) -> None:
+    """Of unequal micro-batches, 4 of one row a step."""
+    given = LOSSES[kind]
+    options = {"beta": given["beta"], "simpo_gamma": given.get("gamma"), "pref_ftx": given.get("ftx")}
+    more = run_options(folder, tmp_path / "out", kind, gradient_accumulation_steps=4, **options)
+    assert ranks(2).run(train_rank, more) == [None, None]
+    batches = steps_of(folder / "ref", 4)
+    assert len({len(pairs) for pairs in batches}) > 1
+    assert_trained_alike(tmp_path / "out", folder, batches, kind=kind, **given)
+
+
+LAYOUTS = {
+    "one process, four rows": (1, {"pipe_parallel_size": 1, "per_device_train_batch_size": 4}),
+    "fused": (1, {"pipe_parallel_size": 1, "per_device_train_batch_size": 4, "fused_loss": "on"}),
+    "2 x 2": (4, {"gradient_accumulation_steps": 2}),
+    "ZeRO-1, checkpointed": (2, {"pipe_parallel_size": 1, "gradient_accumulation_steps": 2, "zero_stage": 1,
+                                 "checkpoint_grad_interval": 1}),
+    "overlapped": (2, {"gradient_accumulation_steps": 4, "schedule": "overlapped"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, layout: str) -> None:
+    """Steps of four rows, whatever the micro-batches and pipelines; smoothed DPO."""
+    world, more = LAYOUTS[layout]
+    options = run_options(folder, tmp_path / "out", "dpo", label_smoothing=0.1, pref_ftx=0.5, **more)
+    assert ranks(world).run(train_rank, options) == [None] * world
+    loss = {"kind": "dpo", "beta": 0.1, "smoothing": 0.1, "ftx": 0.5}
+    found = assert_trained_alike(tmp_path / "out", folder, steps_of(folder / "ref", 4), **loss)
+    assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_first_step_of_dpo(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:
+    """From the reference itself: ln 2, and no margins; then they rise. Evaluations tell the same."""
+    evaluated = {"eval_data": (f"all={folder / 'ref'}",), "steps_per_eval": 4}
+    options = run_options(folder, tmp_path / "out", "dpo", gradient_accumulation_steps=4, **evaluated)
+    assert ranks(2).run(train_rank, options) == [None, None]
+    first, *_, last = records(tmp_path / "out/log")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    for name in ("chosen", "rejected", "margins"):
+        assert first[f"rewards/{name}"] == pytest.approx(0, abs=1e-5)
+    assert last["rewards/margins"] > 0.01
+    before, after = records(tmp_path / "out/log", "eval_loss")
+    assert before["eval_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert before["eval_pairs"] == after["eval_pairs"] == 40
+    assert after["rewards/margins"] > 0
+    assert after["rewards/margins"] == pytest.approx(after["rewards/chosen"] - after["rewards/rejected"])
+    assert after["rewards/accuracies"] > 0.5
+    assert after["logps/chosen"] < 0
