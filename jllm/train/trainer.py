@@ -264,12 +264,11 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
-        for line in (*warnings_of(self.data, *self.eval_data.values()), *self.cadence.unwatched(self.step)):
-            self.recorder.say(f"warning: {line}")
-        say_templates(self.config, facts, self.recorder)
         sets = self.data, self.eval_data.values(), self.cadence, self.epochs
-        for line in warnings_of_share(*sets, step=self.step, total_steps=self.total_steps):
+        share = warnings_of_share(*sets, step=self.step, total_steps=self.total_steps)
+        for line in (*warnings_of(self.data, *sets[1]), *self.cadence.unwatched(self.step), *share):
             self.recorder.warn(line)
+        say_templates(self.config, facts, self.recorder)
         if self.saver is not None and self.saver.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:

@@ -11,9 +11,10 @@ directions are from orthonormal), `control_decay`; of preference pairs `pairs` (
 `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the share of pairs whose chosen answer has the larger
 reward), `logps/chosen` and `logps/rejected`; a step of `--skip_train_steps` has no loss. Evaluation records have
 `step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`, `perplexity`, `accuracy`, `seconds` and
-more of `jllm.train.evaluate`; of pairs `eval_pairs` and the same as in training. Events have `event`, what happened, and `step`, the last one that was made. A resumed
-run goes on in the same file, after the records of steps it is about to repeat are dropped; events stay. A step that
-ends the run because its loss or gradient is not finite is recorded too; NaN and infinity are text.
+more of `jllm.train.evaluate`; of pairs `eval_pairs` and the same as in training. Events have `event`, what happened,
+and `step`, the last one that was made. A resumed run goes on in the same file, after the records of steps it is about
+to repeat are dropped; events stay. A step that ends the run because its loss or gradient is not finite is recorded too;
+NaN and infinity are text.
 
 Only the first process records; on the others every method does nothing. No sink ends a run: a full disk is waited for,
 and a service that is away is passed over.
