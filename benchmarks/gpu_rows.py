@@ -140,7 +140,7 @@ class PairLengths:
 
 
 def pair_lengths(generator: np.random.Generator, mean: int, most: int) -> PairLengths:
-    """A pair whose sides have `mean` tokens on average, three tenths of them the prompt, and together at most `most`."""
+    """A pair whose sides have `mean` tokens on average, three tenths of it the prompt, and together at most `most`."""
     while True:
         parts = [8 + int(generator.exponential(share * mean - 8)) for share in (0.3, 0.7, 0.7)]
         pair = PairLengths(prompt=parts[0], chosen=parts[1], rejected=parts[2])

@@ -10,8 +10,8 @@ each, and their ratio. With --profile FOLDER the kernels that take most of a ste
 without CUDA devices enough.
 
 `dpo` trains packed preference pairs, with references that the trainer writes before, beside plain packed training of
-the same shape (`packed`) and a padded loop written like TRL's. Where documents are packed, the utilisation is of what is
-computed: attention inside documents, the head where tokens are trained on, nothing twice.
+the same shape (`packed`) and a padded loop written like TRL's. Where documents are packed, the utilisation is of what
+is computed: attention inside documents, the head where tokens are trained on, nothing twice.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def run_ours(
     if setting.mean_document is not None:
         share = statistics.median(record["trained_tokens"] / record["tokens"] for record in records)
         flops = flops_per_token(setting.shape, attended_length(scratch / "data"), share=share)
-        found |= {"head_share": round(share, 3), "mfu": round(statistics.median(kept) * flops / PEAK, 4)}
+        found |= {"head_share": round(share, 3), "mfu": float(f"{statistics.median(kept) * flops / PEAK:.4g}")}
     if setting.pairs:
         last = records[-1]
         found |= {"loss_first": records[0]["loss"], "margin_last": last["rewards/margins"], "references_s": references}
@@ -164,7 +164,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
         found |= {
             "packed": packed,
             "mfu_ratio_to_packed": round(ours[-1]["mfu"] / packed["mfu"], 3),
-            "memory_ratio_to_packed": round(ours[-1]["memory_gib"] / packed["memory_gib"], 3),
+            "memory_ratio_to_packed": round(ours[-1]["memory_gib"] / max(packed["memory_gib"], 0.1), 3),
         }
     if peers:
         found["peer"] = peers[-1]
@@ -173,7 +173,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
             if setting.mean_document is None:
                 found["peer_mfu"] = round(peer * flops, 4)
             found["ratio"] = round(speed / peer, 3)
-            found["memory_ratio"] = round(ours[-1]["memory_gib"] / peers[-1]["memory_gib"], 3)
+            found["memory_ratio"] = round(ours[-1]["memory_gib"] / max(peers[-1]["memory_gib"], 0.1), 3)
     return found
 
 
