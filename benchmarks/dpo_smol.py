@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS, STEPS, ROWS, LENGTH = 16, 30, 2, 512
+PAIRS, STEPS, ROWS, LENGTH = 16, 30, 1, 1536
 GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -54,7 +54,8 @@ def measured(folder: Path, data: Path, model: Path, rate: float) -> dict[str, An
     before, after = (line for line in lines if "eval_loss" in line)
 
     def mean(some: list[dict[str, Any]], name: str) -> float:
-        return round(sum(each[name] * each["pairs"] for each in some) / sum(each["pairs"] for each in some), 4)
+        total = sum(each[name] * each["pairs"] for each in some)
+        return round(float(total / sum(each["pairs"] for each in some)), 4)
 
     epoch = max(1, round(1 / steps[0]["epoch"]))
     return {

@@ -103,4 +103,5 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
         end = sample(folder, tmp_path / "x.jsonl", *more, check=False)
         assert end.returncode == 2, (more, end.stderr)
         assert said in end.stderr
-        assert end.stderr.count("\n") <= 2
+        assert "Traceback" not in end.stderr
+        assert sum(line.startswith("error: ") for line in end.stderr.splitlines()) == 1

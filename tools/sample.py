@@ -1,9 +1,9 @@
 """Answers of a model to prompts, scored by a function of yours: preference pairs or the best answers, as JSON lines.
 
-    python tools/sample.py --model run/output --prompts prompts.jsonl --reward reward.py -n 8 -o pairs.jsonl
+    python tools/sample.py --model run/output --prompts prompts.jsonl --reward my-reward.py -n 8 -o pairs.jsonl
 
-`reward.py` has a function `reward(prompt, answers)`, which gives one number for each answer. A line of `--prompts` is
-an object whose field `prompt` (`--field`) is a text or a list of messages. What is written (`--write`):
+`my-reward.py` has a function `reward(prompt, answers)`, which gives one number for each answer. A line of `--prompts`
+is an object whose field `prompt` (`--field`) is a text or a list of messages. What is written (`--write`):
 
 * `preference`: the best answer as `chosen`, the worst as `rejected`; for `raw2ids -t preference`
 * `best`: the best answer, as `messages`; for `raw2ids -t ft` (best of n)
@@ -53,16 +53,10 @@ class SampleConfig:
         from jllm.options import check_ranges
 
         check_ranges(self)
-        if not (self.model / "config.json").is_file():
-            raise UserError(f"--model {self.model}: no config.json in it; give a Hugging Face folder")
-        if not self.prompts.is_file():
-            raise UserError(f"--prompts {self.prompts}: no such file; give JSON lines with a prompt each")
         if self.reward is None and self.write != "rejected":
             raise UserError(f"--write {self.write} needs --reward, a Python file with reward(prompt, answers)")
         if self.write == "preference" and self.answers < 2:
             raise UserError(f"--answers {self.answers}: a pair has two answers; give at least 2")
-        if self.output.resolve() == self.prompts.resolve():
-            raise UserError(f"--output {self.output}: is the file of the prompts; give another")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +71,7 @@ class Told:
 @command(SampleConfig, name="sample")
 def main(config: SampleConfig) -> None:
     """Sample answers to prompts, score them, and write pairs or the best ones."""
+    check_files(config)
     reward = load_reward(config.reward) if config.reward is not None else None
     records = list(read_prompts(config))
     done = take_up(config)
@@ -107,6 +102,18 @@ def main(config: SampleConfig) -> None:
         f"{config.output}: {told.written:,} records written; {len(told.left_out):,} prompts left out, whose answers do"
         f" not differ{some}; {told.cut:,} answers had no end within {config.max_new_tokens} tokens"
     )
+
+
+def check_files(config: SampleConfig) -> None:
+    """Raises:
+    UserError: there is no model or no prompts, or the output is the file of the prompts.
+    """
+    if not (config.model / "config.json").is_file():
+        raise UserError(f"--model {config.model}: no config.json in it; give a Hugging Face folder")
+    if not config.prompts.is_file():
+        raise UserError(f"--prompts {config.prompts}: no such file; give JSON lines with a prompt each")
+    if config.output.resolve() == config.prompts.resolve():
+        raise UserError(f"--output {config.output}: is the file of the prompts; give another")
 
 
 def read_prompts(config: SampleConfig) -> Iterator[dict[str, Any]]:
@@ -206,17 +213,13 @@ def take_up(config: SampleConfig) -> int:
     if not plan.is_file():
         raise UserError(f"--output {config.output}: is there already; remove it, or give another file")
     if plan.read_text(encoding="utf-8") != options:
-        raise UserError(
-            f"--output {config.output}: was begun with other options; remove it and {plan}, or give another"
-        )
+        raise UserError(f"--output {config.output}: was begun with other options; remove it, and {plan}")
     batches, end, at = 0, 0, 0
     with config.output.open("rb") as file:
         for line in file:
             at += len(line)
             if line.startswith(b'{"batch"') and line.endswith(b"\n"):
                 batches, end = batches + 1, at
-    if at and not end and not (config.output.read_bytes()[:10].startswith(b'{"index"')):
-        raise UserError(f"--output {config.output}: not what this command left; remove it, or give another file")
     with config.output.open("r+b") as file:
         file.truncate(end)
     return batches

@@ -30,7 +30,7 @@ from jllm.train.advice import PipelineAdvice
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
-from jllm.train.distributed.agreement import Agreement
+from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
@@ -128,6 +128,7 @@ class StagePlan:
         stages: the same in numbers.
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
+        head_flops: those among them of the head.
         parameters: of the whole model, what is attached to it included.
         notes: for people, a line each: what has adapters, whether layers are compiled, how much trains where that is
             not everything, and of a stage that is built whether the loss is fused with the head.
@@ -138,8 +139,15 @@ class StagePlan:
     stages: list[StageFacts]
     warnings: tuple[str, ...]
     flops_per_token: float
+    head_flops: float
     parameters: Parameters
     notes: tuple[str, ...]
+
+    def flops_of(self, facts: StepFacts) -> float:
+        """Operations for each token of a step: of pairs only the trained positions come to the head."""
+        if not facts.pairs:
+            return self.flops_per_token
+        return self.flops_per_token - self.head_flops * (1 - facts.trained_tokens / max(facts.tokens, 1))
 
 
 def plan_stages(
@@ -167,6 +175,7 @@ def plan_stages(
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
     dtype, quantisation = DTYPES[config.precision], family.quantisation
+    text = family.config.get_text_config(decoder=True)
     costs = estimate_costs(
         family.config,
         sequence_length=length,
@@ -243,6 +252,7 @@ def plan_stages(
         stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation, overlaps=config.overlaps),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
+        head_flops=6.0 * text.hidden_size * text.vocab_size,
         parameters=parameters,
         notes=tuple(notes),
     )

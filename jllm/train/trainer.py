@@ -349,7 +349,7 @@ class TrainingRun:
             rate=rate,
             seconds=seconds,
             rows_of_epoch=self.data.facts.num_rows,
-            flops_per_token=self.plan.flops_per_token,
+            flops_per_token=self.plan.flops_of(facts),
             world_size=self.shape.mesh.world_size,
         )
         consumed = {"consumed_tokens": self.consumed_tokens, "consumed_rows": self.consumed_rows}

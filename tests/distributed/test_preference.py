@@ -1,5 +1,6 @@
 """Packed pairs in a pipeline are trained as padded, unpacked ones by plain transformers, however they are divided."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,31 @@ def test_orpo_learns_without_a_reference(ranks: Callable[[int], Ranks], tmp_path
     found = records(tmp_path / "log")
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     assert found[-1]["rewards/margins"] > found[0]["rewards/margins"]
+
+
+def test_qlora_too(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:
+    """In 4 bits the reference is the model in 4 bits, written before or made on the way; another one is refused."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[adapters]")
+    given = {**LORA, "load_in_4bit": True, "output_dir": None, "no_shuf": True, "checkpoint_grad_interval": 1}
+    write = {"write_ref_logps": tmp_path / "ref", "lora_dim": 4, "load_in_4bit": True, "pipe_parallel_size": 1}
+    assert ranks(1).run(train_rank, options_of(folder, write)) == [None]
+    for name, data in (("own", folder / "data"), ("written", tmp_path / "ref")):
+        options = run_options(folder, tmp_path, "dpo", **given, train_data=(str(data),), log_dir=tmp_path / name)
+        assert ranks(2).run(train_rank, options) == [None, None]
+    for one, other in zip(records(tmp_path / "own"), records(tmp_path / "written"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+        assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=2e-5)
+    options = run_options(folder, tmp_path, "dpo", **given, log_dir=tmp_path / "no")
+    answers = ranks(2).run(train_rank, options)
+    assert "were made with --precision fp32, and this run has fp32, load_in_4bit" in answers[0]
+
+
+@pytest.mark.skipif(int(os.environ.get("JLLM_TEST_SIZE", "1")) < 2, reason="compiles for a minute; JLLM_TEST_SIZE=2")
+def test_compiled(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:
+    """Compiled layers, with and without adapters on."""
+    for name, more in (("plain", {}), ("compiled", {"compile": "on"})):
+        options = run_options(folder, tmp_path, "dpo", **LORA, **more, train_data=(str(folder / "data"),),
+                              pipe_parallel_size=1, output_dir=None, log_dir=tmp_path / name)  # fmt: skip
+        assert ranks(1).run(train_rank, options) == [None]
+    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)

@@ -30,7 +30,7 @@ from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
 from jllm.train.objectives.logit_rows import RowLoss, compiles, losses_of
 
-_ALIGNED = 64
+ALIGNED = 64
 """Rows of logits start at multiples of so many elements, and chunks have multiples of so many tokens, where they can:
 products of other shapes are several times slower on GPUs."""
 _SCALED_AT_ONCE = 2**24
@@ -145,8 +145,8 @@ class LogitChunks:
         self._is_of_one_shape = compiles(weight.device)
         if self._is_of_one_shape:
             # Whatever the number of tokens: each shape would be compiled for itself.
-            self.size = max(self.size // _ALIGNED * _ALIGNED, 1)
-            rows, width = self.size, -(-vocabulary // _ALIGNED) * _ALIGNED
+            self.size = max(self.size // ALIGNED * ALIGNED, 1)
+            rows, width = self.size, -(-vocabulary // ALIGNED) * ALIGNED
         else:
             rows, width = min(self.size, tokens), vocabulary
         self._logits = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)[:, :vocabulary]

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
-from jllm.train.objectives.fused import LogitChunks
+from jllm.train.objectives.fused import ALIGNED, LogitChunks
 from jllm.train.objectives.logit_rows import RowLoss
 
 _ONE = 2.0**32
@@ -55,9 +56,12 @@ def document_sums(hidden: Tensor, head: Head, labels: Tensor, documents: Tensor,
     """
     tokens, targets = hidden.flatten(0, -2), labels.flatten()
     trained = (targets != IGNORE_INDEX).nonzero()[:, 0]
-    if not len(trained):
-        trained = trained.new_zeros(1)  # one stays, so that everything has its gradient
+    count = len(trained)
+    # One is there always, so that everything has its gradient; products of odd shapes are slow on GPUs.
+    aligned = 1 if tokens.device.type == "cpu" else ALIGNED
+    trained = pad(trained, (0, max(-count % aligned, (count == 0) * aligned)))
     tokens, targets, numbers = (each.index_select(0, trained) for each in (tokens, targets, documents.flatten()))
+    targets[count:] = IGNORE_INDEX
     logps = _fused(tokens, head, targets) if is_fused and head.plain is not None else _chunked(tokens, head, targets)
     size = labels.numel() + labels.numel() % 2
     counts = torch.zeros(size, dtype=torch.int64, device=labels.device)
