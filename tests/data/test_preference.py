@@ -144,7 +144,7 @@ def test_workers_and_padding_leave_no_trace_in_pairs(tmp_path: Path, byte_tokeni
     assert len(pairs_of(one)) == 40
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, byte_tokenizer: Path) -> None:
+def test_splits_and_runs_are_the_same_to_the_byte(tmp_path: Path, byte_tokenizer: Path) -> None:
     source = write_records(tmp_path / "x.jsonl", records(200))
     common = ("-i", source, "--tokenizer", byte_tokenizer, "--chat_template", "chatml", "-t", "preference",
               "--max_len", 300, "-n", 60, "--cores", 1)  # fmt: skip

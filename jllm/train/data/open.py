@@ -329,6 +329,7 @@ def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:
     row = DEFAULT_ROW if config.seq_len is None else config.seq_len + 1
     output = path.with_name(f"{path.name.split('.')[0]}_{config.model.resolve().name}_{row}")
     kind = ["--type", "pretrain", "--stack"] if _is_text(path) else ["--type", "ft", "--filter"]
+    kind = ["--type", "preference"] if config.has_pairs else kind
     command = children.python("-m", "jllm.raw2ids", "--input", str(path), "--output", str(output))
     command += ["--tokenizer", str(config.model), "--max_len", str(row), *kind]
     # The converter is a program of its own, not a rank of this run.

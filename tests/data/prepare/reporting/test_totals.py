@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jllm.data.dataset.token_counts import length_bucket
 from jllm.data.packing.packers import Documents
 from jllm.data.prepare.encoding import Encoded
-from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share, length_bucket
+from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share
 from jllm.data.prepare.sink import ResumePoint
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError
