@@ -4,7 +4,7 @@
 
 `--data` is a JSON list of LLaMA-Factory's preference records (`conversations`, `chosen`, `rejected`). The 16 shortest
 pairs are trained on for 30 steps of SmolLM2-135M-Instruct (`make assets`), by `raw2ids -t preference`,
-`--write_ref_logps` and `--loss dpo` as people call them; 16 more are held out. One JSON line: loss of the first step,
+`--write_ref_logps` and `--loss dpo` as people call them; 8 more are held out. One JSON line: loss of the first step,
 accuracy and margins over the first and the last epoch, and the held-out figures. It asks for an accuracy of at least
 0.9 and for margins that rise. "skipped" without the data or the assets. Some minutes on two cores.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS, STEPS, ROWS, LENGTH = 16, 30, 1, 1536
+PAIRS, HELD, STEPS, ROWS, LENGTH, LONGEST = 16, 8, 30, 1, 512, 2048
 GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -39,10 +39,13 @@ def size_of(record: dict[str, Any]) -> int:
 def measured(folder: Path, data: Path, model: Path, rate: float) -> dict[str, Any]:
     """Train, and tell."""
     records = sorted(json.loads(data.read_text(encoding="utf-8")), key=size_of)
-    for name, some in (("train", records[:PAIRS]), ("held", records[PAIRS : 2 * PAIRS])):
+    for name, some, length in (
+        ("train", records[:PAIRS], LENGTH),
+        ("held", records[PAIRS : PAIRS + HELD], LONGEST),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
         call("-m", "jllm", "raw2ids", "-i", folder / f"{name}.json", "-o", folder / name, "--tokenizer", model,
-             "-t", "preference", "--max_len", LENGTH, "--overlong", "error")  # fmt: skip
+             "-t", "preference", "--max_len", length, "--overlong", "error")  # fmt: skip
         call("-m", "jllm", "train", "-m", model, "--train_data", folder / name, "--precision", "fp32",
              "--write_ref_logps", folder / f"{name}-ref")  # fmt: skip
     call("-m", "jllm", "train", "-m", model, "--train_data", folder / "train-ref", "--eval_data",
@@ -75,7 +78,7 @@ def main() -> None:
     """Measure, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--rate", type=float, default=1e-5)
+    parser.add_argument("--rate", type=float, default=2e-5)
     options = parser.parse_args()
     assets = Path(os.environ.get("JLLM_ASSETS") or Path.home() / ".cache" / "jllm-assets")
     for path, way in ((options.data, "give --data FILE"), (assets / GGUF, "make assets")):

@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
+from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
@@ -51,7 +52,12 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
     """
     assert config.model is not None
     if config.block_mask:
-        check_block_mask(read_model_config(config))
+        try:
+            check_block_mask(read_model_config(config))
+        except UserError as error:
+            raise UserError(
+                f"pairs of a row must not see each other: {error}" if config.has_pairs else f"{error}"
+            ) from None
     return model_info(
         config.model,
         trust_remote_code=config.trust_remote_code,

@@ -155,3 +155,37 @@ def test_an_evaluation_set_too(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     said = refusal(of_run(folder, eval_data=(f"held={tmp_path / 'held'}",)))
     assert said.startswith("--eval_data held: its ref_logps were made by model (000000000000)")
+
+
+def test_options_go_with_their_losses() -> None:
+    for more, said in (
+        ({"beta": 0.1}, "--beta 0.1: --loss cross_entropy has none"),
+        ({"loss": "orpo", "label_smoothing": 0.1}, "--label_smoothing 0.1: --loss orpo has none; give --loss dpo"),
+        ({"loss": "dpo", "simpo_gamma": 1.0}, "--simpo_gamma 1: --loss dpo has none; give --loss simpo"),
+        ({"pref_ftx": 0.1}, "--pref_ftx 0.1: --loss cross_entropy has none"),
+        ({"loss": "dpo", "loss_gamma": 2.0}, "--loss_gamma 2: --loss dpo has none"),
+        ({"loss": "dpo", "label_smoothing": 0.6}, "--label_smoothing 0.6"),
+        ({"loss": "dpo", "beta": 0.0}, "--beta 0"),
+        ({"loss": "dpo", "control_adapter_rank": 2}, "--control_adapter_rank trains on classes of text"),
+        ({"loss": "dpo", "write_ref_logps": Path("x")}, "--write_ref_logps trains nothing"),
+    ):
+        with pytest.raises(UserError) as error:
+            TrainConfig(model=Path("m"), train_data=("d",), **more)  # type: ignore[arg-type]
+        assert said in str(error.value)
+
+
+def test_defaults() -> None:
+    for loss, beta in (("dpo", 0.1), ("orpo", 0.1), ("simpo", 2.0)):
+        config = TrainConfig(model=Path("m"), train_data=("d",), loss=loss)
+        assert config.resolved_beta == beta
+        assert config.block_mask
+        assert config.needs_reference == (loss == "dpo")
+    assert not TrainConfig(model=Path("m"), train_data=("d",)).block_mask
+
+
+def test_families_that_mix_documents_are_refused(tmp_path: Path) -> None:
+    from tests.models.tiny import tiny_config
+
+    tiny_config("mamba").save_pretrained(tmp_path / "model")
+    said = refusal({"model": tmp_path / "model", "train_data": ("d",), "loss": "orpo", "init": True})
+    assert "mamba" in said
