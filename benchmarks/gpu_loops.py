@@ -3,6 +3,10 @@
 transformers' model with Liger's fused linear cross-entropy, every decoder layer compiled, cuDNN's attention first, and
 torch's fused AdamW, clipping at 1.0. `fp32` states: bf16 weights, an fp32 copy that the optimizer updates, and fp32
 sums of the gradients, without autocast. Prints one JSON line for the loop that it is asked for.
+
+The loop of preference pairs is written like TRL's: chosen and rejected sides one batch, padded to the longest one, all
+logits there, log-probabilities row by row; neither compiled nor with Liger, as is TRL's default. Its references are
+given, as ours are.
 """
 
 import argparse
@@ -22,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_rows import LORA_RANK, RATE, SETTINGS, WARM_UP, Setting, documents, llama  # noqa: E402
+from benchmarks.gpu_rows import LORA_RANK, RATE, SETTINGS, WARM_UP, Setting, documents, llama, pair_lengths  # noqa: E402
 
 MicroBatch = tuple[Tensor, Tensor]
 """Ids and labels, [B, S] each."""
@@ -107,6 +111,75 @@ def micro_batches(setting: Setting) -> Iterator[MicroBatch]:
         held = [length]
 
 
+PAIRS_AT_ONCE = 4
+"""Pairs of a micro-batch of the padded loop."""
+
+
+def pair_batches(setting: Setting, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Ids, attention mask and the mask of answers [2 x pairs, S]: chosen sides first, padded to the longest."""
+    assert setting.mean_document is not None
+    generator = np.random.default_rng(0)
+    while True:
+        lengths = [pair_lengths(generator, setting.mean_document, setting.length) for _ in range(PAIRS_AT_ONCE)]
+        sides = torch.tensor([each.sides[which] for which in (0, 1) for each in lengths], device=device)
+        prompts = torch.tensor([each.prompt for _ in (0, 1) for each in lengths], device=device)
+        longest = int(sides.max())
+        ids = torch.randint(0, setting.vocabulary, (len(sides), longest), device=device)
+        places = torch.arange(longest, device=device)
+        there = places < sides[:, None]
+        yield ids, there.long(), there & (places >= prompts[:, None])
+
+
+def dpo_loss(model: nn.Module, ids: Tensor, there: Tensor, answers: Tensor, beta: float = 0.1) -> Tensor:
+    """The mean over pairs; the references are given numbers."""
+    logits = model(input_ids=ids, attention_mask=there, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:]
+    # Row by row, as TRL does in bf16, for which the stable way needs all of log-softmax.
+    rows = [row.log_softmax(-1).gather(-1, labels[:, None])[:, 0] for row, labels in zip(logits, targets, strict=True)]
+    sums = (torch.stack(rows) * answers[:, 1:]).sum(-1)
+    chosen, rejected = (sums - sums.detach()).chunk(2)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def run_pairs(setting: Setting, *, steps: int, device: str) -> dict[str, Any]:
+    """As `run`, of the padded loop over preference pairs; tokens are those of both sides, padding apart."""
+    from transformers import LlamaForCausalLM
+
+    started = time.perf_counter()
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(
+            llama(setting.shape), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    trained = [*model.train().parameters()]
+    optimizer = WithMasters(trained)
+    batches = pair_batches(setting, device)
+    speeds, first = [], 0.0
+    # As many pairs a step as fill the rows of ours.
+    count = max(1, setting.rows * setting.length * setting.accumulation // (2 * setting.mean_document * PAIRS_AT_ONCE))  # type: ignore[operator]
+    for step in range(steps):
+        begun, tokens = time.perf_counter(), 0
+        for _ in range(count):
+            ids, there, answers = next(batches)
+            tokens += int(there.sum())
+            (dpo_loss(model, ids, there, answers) / count).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(optimizer.masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        speeds.append(tokens / (time.perf_counter() - begun))
+        if step == 0:
+            first = time.perf_counter() - started
+    kept = speeds[WARM_UP:]
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return {
+        "tokens_per_second": round(statistics.median(kept)),
+        "spread": round((max(kept) - min(kept)) / statistics.median(kept), 3),
+        "memory_gib": round(memory / 2**30, 1),
+        "first_step_s": round(first, 1),
+    }
+
+
 def run(setting: Setting, *, steps: int, is_liger: bool, is_compiled: bool) -> dict[str, Any]:
     """Median tokens per second of the steps after warm-up, padding apart, and peak memory in GiB."""
     started = time.perf_counter()
@@ -148,6 +221,10 @@ def main() -> None:
     parser.add_argument("--no_liger", action="store_true")
     parser.add_argument("--no_compile", action="store_true")
     options = parser.parse_args()
+    if SETTINGS[options.setting].pairs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(json.dumps(run_pairs(SETTINGS[options.setting], steps=options.steps, device=device)))
+        return
     found = run(
         SETTINGS[options.setting],
         steps=options.steps,

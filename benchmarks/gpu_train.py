@@ -9,6 +9,10 @@ line a setting: tokens per second (median after warm-up), model FLOPs utilisatio
 peak memory of the device's allocator and seconds to the first step of each, and their ratio; and what a product of
 8192 x 8192 x 8192 reaches on the card. The peer of fp8 is ours in bf16. With --profile FOLDER the kernels that take
 most of a step of ours go there, as text. "skipped" without CUDA devices enough.
+
+`dpo` trains packed preference pairs, with references that the trainer writes before, beside plain packed training of
+the same shape (`packed`) and a padded loop written like TRL's. Where documents are packed, the utilisation is of what
+is computed: attention inside documents, the head where tokens are trained on, nothing twice.
 """
 
 import argparse
@@ -32,9 +36,11 @@ from benchmarks.gpu_rows import (  # noqa: E402
     SETTINGS,
     WARM_UP,
     Setting,
+    attended_length,
     flops_per_token,
     llama,
     write_data,
+    write_pairs,
 )
 
 PEAK = 989e12
@@ -45,16 +51,22 @@ def run_ours(
 ) -> dict[str, Any]:
     """Median tokens per second of the steps after warm-up, padding apart, and peak memory of the fullest device."""
     steps += profile is not None  # one more, which is profiled and does not count
-    llama(setting.shape).save_pretrained(scratch / "model")
-    write_data(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
+    write = write_pairs if setting.pairs else write_data
+    write(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
     command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.stages)]
-    command += ["-m", str(scratch / "model"), "--init", "--train_data", str(scratch / "data")]
+    if setting.pairs:
+        write_weights(scratch / "model", setting)
+        command += ["-m", str(scratch / "model"), "--loss", "dpo", "--train_data", str(scratch / "ref")]
+        references = write_references(scratch, setting, further)
+    else:
+        llama(setting.shape).save_pretrained(scratch / "model")
+        command += ["-m", str(scratch / "model"), "--init", "--train_data", str(scratch / "data")]
     command += ["--pipe_parallel_size", str(setting.stages), "--seq_len", str(setting.length)]
     command += ["--micro_batch_size", str(setting.rows), "--learning_rate", str(RATE)]
     command += ["--gradient_accumulation_steps", str(setting.accumulation), "--max_steps", str(steps)]
     command += ["--log_dir", str(scratch / "log")]
     command += ["--optimizer", "adamw_kahan"] if setting.states == "bf16" else []
-    command += ["--block_mask"] if setting.mean_document is not None else []
+    command += ["--block_mask"] if setting.mean_document is not None and not setting.pairs else []
     command += ["--lora_dim", str(LORA_RANK)] if setting.lora else []
     command += ["--checkpoint_grad_interval", "1"] if setting.recompute else []
     command += ["--fp8", setting.fp8] if setting.fp8 is not None else []
@@ -72,12 +84,47 @@ def run_ours(
         profile.mkdir(parents=True, exist_ok=True)
         for path in (scratch / "log").glob("profile*.txt"):
             shutil.copy(path, profile / f"{name}-{path.name}")
-    return {
+    found: dict[str, Any] = {
         "tokens_per_second": round(statistics.median(kept)),
         "spread": round((max(kept) - min(kept)) / statistics.median(kept), 3),
         "memory_gib": round(max(max(record["memory_mib"]) for record in records) / 1024, 1),
         "first_step_s": round(took, 1),
     }
+    attended = float(setting.length)
+    if setting.mean_document is not None:
+        found["head_share"] = round(statistics.median(each["trained_tokens"] / each["tokens"] for each in records), 3)
+        attended = attended_length(scratch / "data")
+    flops = flops_per_token(setting, attended=attended, share=found.get("head_share", 1.0))
+    found["mfu"] = float(f"{statistics.median(kept) * flops / (PEAK * setting.stages):.4g}")
+    if setting.pairs:
+        last = records[-1]
+        found |= {"loss_first": records[0]["loss"], "margin_last": last["rewards/margins"], "references_s": references}
+    return found
+
+
+def write_weights(folder: Path, setting: Setting) -> None:
+    """A model folder with random weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(llama(setting.shape), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_references(scratch: Path, setting: Setting, further: list[str]) -> float:
+    """The set with references; seconds of the whole command."""
+    command = [sys.executable, "-m", "jllm", "train", "-m", str(scratch / "model")]
+    command += ["--train_data", str(scratch / "data"), "--write_ref_logps", str(scratch / "ref")]
+    command += ["--micro_batch_size", str(setting.rows), "--seq_len", str(setting.length)]
+    started = time.time()
+    done = subprocess.run([*command, *further], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return round(time.time() - started, 1)
 
 
 def run_peer(name: str, setting: Setting, *, steps: int, further: list[str]) -> dict[str, Any]:
@@ -112,17 +159,28 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
                     profile=options.profile,
                 )
             )
-    flops = flops_per_token(setting) / (PEAK * setting.stages)
     found: dict[str, Any] = {"benchmark": "gpu_train", "setting": name, "ours": ours[-1]}
     speed = statistics.median(each["tokens_per_second"] for each in ours)
-    found["mfu"] = round(speed * flops, 4)
+    if setting.pairs:
+        # Plain packed training of the same shape, in the same call.
+        plain = name.replace("dpo", "packed")
+        with tempfile.TemporaryDirectory() as scratch:
+            packed = run_ours(
+                plain, SETTINGS[plain], steps=options.steps, further=options.ours.split(), scratch=Path(scratch)
+            )
+        found |= {
+            "packed": packed,
+            "mfu_ratio_to_packed": round(ours[-1]["mfu"] / packed["mfu"], 3),
+            "memory_ratio_to_packed": round(ours[-1]["memory_gib"] / max(packed["memory_gib"], 0.1), 3),
+        }
     if peers:
         found["peer"] = peers[-1]
         if "failed" not in peers[-1]:
             peer = statistics.median(each["tokens_per_second"] for each in peers)
-            found["peer_mfu"] = round(peer * flops, 4)
+            if setting.mean_document is None:
+                found["peer_mfu"] = round(ours[-1]["mfu"] * peer / ours[-1]["tokens_per_second"], 4)
             found["ratio"] = round(speed / peer, 3)
-            found["memory_ratio"] = round(ours[-1]["memory_gib"] / peers[-1]["memory_gib"], 3)
+            found["memory_ratio"] = round(ours[-1]["memory_gib"] / max(peers[-1]["memory_gib"], 0.1), 3)
     return found
 
 
@@ -146,22 +204,25 @@ def product_rate() -> float:
 def main() -> None:
     """Measure, and print a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but tiny ones, unless named")
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="all but the tiny ones, unless named")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ours", default="", help="further options of our command line")
     parser.add_argument("--peer", default="", help="further options of the loop")
     parser.add_argument("--no_peer", action="store_true")
+    parser.add_argument("--on_cpu", action="store_true", help="run the tiny settings where there is no GPU, as a trial")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of ours")
     options = parser.parse_args()
     import torch
 
     for name in options.settings or [each for each in SETTINGS if not each.startswith("tiny")]:
-        if torch.cuda.device_count() < SETTINGS[name].stages:
+        if torch.cuda.device_count() < SETTINGS[name].stages and not (options.on_cpu and name.startswith("tiny")):
             print(json.dumps({"benchmark": "gpu_train", "setting": name, "skipped": "no CUDA devices enough"}))
             continue
-        found = {"device": torch.cuda.get_device_name(), "product_tflops": round(product_rate() / 1e12)}
-        torch.cuda.empty_cache()
+        found: dict[str, Any] = {"device": "cpu"}
+        if torch.cuda.is_available():
+            found = {"device": torch.cuda.get_device_name(), "product_tflops": round(product_rate() / 1e12)}
+            torch.cuda.empty_cache()
         print(json.dumps({**found, **compared(name, options)}), flush=True)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from jllm.data.dataset.manifest import KINDS as ROW_KINDS
 from jllm.data.dataset.manifest import Manifest
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -141,7 +142,7 @@ class SparkPreparation:
         self.place = JobPlace(self.files, config.output, work=WORK_NAME, command=COMMAND)
         self._refuse_overlap()
         self.facts = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-        if config.type == "ft":
+        if config.is_chat:
             check_for_chat(self.facts)
 
     def _sources(self) -> list[Source]:
@@ -169,7 +170,7 @@ class SparkPreparation:
     def result(self) -> tuple[Manifest, str]:
         """The manifest, of this run or an earlier one, and what is said of it."""
         with self.place.held(driver_of(self.spark)):
-            template = recipes.template_text(self.config, self.facts) if self.config.type == "ft" else ""
+            template = recipes.template_text(self.config, self.facts) if self.config.is_chat else ""
             earlier = self.place.begun(("options", "tokenizer", "sources"))
             began = None if self.config.clean else (earlier or {}).get("date")
             self.date = recipes.date_of(self.config, template, began)
@@ -205,7 +206,7 @@ class SparkPreparation:
             "options": options,
             "tokenizer": self.facts.sha256,
             "rules": RULES,
-            "template": recipes.template_hashes(self.config, self.facts) if self.config.type == "ft" else None,
+            "template": recipes.template_hashes(self.config, self.facts) if self.config.is_chat else None,
             "sources": [self._recorded(each) for each in self.sources],
             "date": self.date,
         }
@@ -272,6 +273,7 @@ class SparkPreparation:
             files=entries,
             tokenizer=dataclasses.replace(self.facts.for_manifest, document_end=suffix[-1] if suffix else None),
             labels_checked=True,
+            kind=ROW_KINDS[self.config.type],
             further=columns_of(self.config.control_class),
             chat_template=chat["plan"].template if chat else None,
             sources=tuple(
@@ -342,7 +344,7 @@ class SparkPreparation:
     def _chat_arguments(self, groups: Sequence[SourceGroup], given: Sequence[Any]) -> dict[str, Any]:
         """How conversations are read and rendered, decided once, on the driver."""
         config = self.config
-        if config.type != "ft":
+        if not config.is_chat:
             return {}
         asked = recipes.format_asked_for(config)
         formats = (asked,) * len(self.sources) if asked else self._formats(groups, given)
@@ -400,7 +402,7 @@ class SparkPreparation:
 
     def _document_suffix(self) -> tuple[int, ...] | None:
         """The ids that documents end in, as the tasks have them; None for conversations."""
-        if self.config.type == "ft":
+        if self.config.is_chat:
             return None
         engine = open_engine(self.facts, "hf", trust_remote_code=self.config.trust_remote_code)
         return recipes.affixes_of(self.config, self.facts, engine)[1]

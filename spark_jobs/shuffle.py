@@ -269,6 +269,8 @@ class SparkShuffle:
             further=further,
             labels_checked=True,
             chat_template=manifest.chat_template,
+            kind=manifest.kind,
+            reference=manifest.reference,
         )
         return self.place.finish(staged, result, "zstd")
 

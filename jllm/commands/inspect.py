@@ -28,7 +28,8 @@ class InspectConfig:
 def main(config: InspectConfig) -> None:
     """Show a data set: summary, row lengths, decoded rows with the trained part coloured; --verify checks every
     byte."""
-    from jllm.data.dataset.manifest import open_data_set, verify_folder
+    from jllm.data.dataset.describe import verify_folder
+    from jllm.data.dataset.manifest import open_data_set
     from jllm.data.show import show_rows, show_summary
     from jllm.data.tokenizer.decoding import make_decoder
     from jllm.machine import usable_cores

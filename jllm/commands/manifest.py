@@ -30,8 +30,7 @@ def main(config: ManifestConfig) -> None:
     A manifest that is there is replaced with --force only; --tokenizer adds what it lacks of a tokenizer's facts. With
     --verify, read every file and compare it with the manifest instead.
     """
-    from jllm.data.dataset.describe import describe, warnings_about
-    from jllm.data.dataset.manifest import verify_folder
+    from jllm.data.dataset.describe import describe, verify_folder, warnings_about
     from jllm.machine import usable_cores
 
     if config.verify:

@@ -3,8 +3,11 @@
 Cost: lengths read the ids of every row; shown rows read the shards up to the last of them.
 """
 
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, Int64, from_list_array
+from jllm.data.dataset.columns import COLUMNS, INPUT_IDS, REF_LOGPS, Int64, from_list_array
 from jllm.data.dataset.describe import further_columns
-from jllm.data.dataset.manifest import JOINED, DataSet
+from jllm.data.dataset.manifest import JOINED, PREFERENCE, DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.errors import printable, say
 
@@ -33,8 +36,9 @@ def show_summary(data: DataSet) -> None:
         UserError: a file cannot be read.
     """
     manifest = data.manifest
+    kind = f" of {manifest.kind}{' pairs' * (manifest.kind == PREFERENCE)}" if manifest.kind is not None else ""
     made = "no manifest" if manifest.command == JOINED else f"made by {manifest.command}"
-    say(f"{data.folder}: {manifest.rows:,} rows in {len(manifest.files):,} files, {made}")
+    say(f"{data.folder}: {manifest.rows:,} rows{kind} in {len(manifest.files):,} files, {made}")
     if manifest.tokenizer:
         say(f"  tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids")
     for name in ("tokens", "trained_tokens"):
@@ -43,6 +47,8 @@ def show_summary(data: DataSet) -> None:
     for name in ("documents", "document_tokens", "engine", "chat"):
         if manifest.extra.get(name):
             say(f"  {name} {_fact(manifest.extra[name])}")
+    if manifest.reference is not None:
+        say(f"  reference {_fact(manifest.reference)}")
     for kind, found in (manifest.extra.get("bad_records") or {}).items():
         say(f"  bad {found['count']:,} x {kind}; first: {found['examples'][0] if found['examples'] else 'unknown'}")
     further = further_columns(data.paths, data.folder)
@@ -101,7 +107,7 @@ def _ids(path: Path) -> Iterator[pa.RecordBatch]:
 
 def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0, color: str = "auto") -> None:
     """Print rows `start` to `start + rows`: decoded (None: their ids), with trained tokens green and padding dim, and
-    below them their further columns."""
+    below them their further columns; preference pairs side by side."""
     colored = color == "always" or (color == "auto" and sys.stdout.isatty())
     number = 0
     for path in data.paths:
@@ -110,7 +116,8 @@ def show_rows(data: DataSet, decode: Decode | None, *, rows: int, start: int = 0
                 for row in batch.slice(max(0, start - number)).to_pylist():
                     if rows <= 0:
                         return
-                    show_row(max(number, start), row, decode or _plain, colored=colored)
+                    show = show_pairs if data.manifest.kind == PREFERENCE else show_row
+                    show(max(number, start), row, decode or _plain, colored=colored)
                     start, rows = start + 1, rows - 1
             number += batch.num_rows
 
@@ -148,6 +155,33 @@ def show_row(number: int, row: dict[str, Any], decode: Decode, *, colored: bool)
     say("".join(shown), styled=True)
     for name in [name for name in row if name not in COLUMNS]:
         say(f"{name}: {_value(row[name])}")
+
+
+def show_pairs(number: int, row: dict[str, Any], decode: Decode, *, colored: bool) -> None:
+    """Print the pairs of one row: the prompt, and below it the chosen answer beside the rejected one."""
+    bounds = row["cu_seqlens"]
+    width = (min(shutil.get_terminal_size((120, 24)).columns, 200) - 3) // 2
+    say(
+        f"--- row {number}: {bounds[-1]} tokens, {len(bounds) // 2} pairs, {len(row['input_ids']) - bounds[-1]} padding"
+    )
+    references = row.get(REF_LOGPS.name)
+    for first in range(0, len(bounds) - 2, 2):
+        sides, heads, prompt = [], [], ""
+        for which, side in enumerate(("chosen", "rejected")):
+            begin, end = bounds[first + which : first + which + 2]
+            ids, labels = row["input_ids"][begin:end], row["labels"][begin:end]
+            answer = next((at for at, label in enumerate(labels) if label >= 0), len(ids))
+            prompt = printable(decode(ids[:answer]))
+            reference = f", reference {references[first + which]:.2f}" if references else ""
+            trained = sum(label >= 0 for label in labels[1:])
+            heads.append(f"{side}: {len(ids)} tokens, {trained} trained{reference}")
+            lines = printable(decode(ids[answer:])).split("\n")
+            sides.append([part for line in lines for part in textwrap.wrap(line, width) or [""]])
+        say(f"pair {first // 2}, prompt: {prompt}")
+        say(f"{heads[0]:<{width}} | {heads[1]}")
+        for left, right in itertools.zip_longest(*sides, fillvalue=""):
+            both = (f"{left:<{width}}", right)
+            say(f"{TRAINED}{both[0]}{PLAIN} | {TRAINED}{both[1]}{PLAIN}" if colored else " | ".join(both), styled=True)
 
 
 def _value(value: Any) -> str:

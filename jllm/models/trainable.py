@@ -33,6 +33,8 @@ class ParameterChoice:
     layers_to_transform: str | None = None
     attached_only: bool = False
     """The model itself is frozen; what is attached to it trains."""
+    nothing: bool = False
+    """All of it is frozen: the model runs forward only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,8 @@ def choose(
     Raises:
         UserError: as `matching`, or nothing is left to train.
     """
+    if choice.nothing:
+        return []
     kept = matching(parameters, choice, layers=layers, num_layers=num_layers, attached=attached)
     if not kept:
         raise UserError(

@@ -76,6 +76,12 @@ class Collectives:
         dist.all_reduce(numbers, group=self._group)
         return numbers.tolist()  # type: ignore[no-any-return]
 
+    def sums(self, values: list[float]) -> list[float]:
+        """The sums of fp64 numbers, equally many on all processes: added in the order of ranks, so always the same."""
+        gathered = [torch.zeros(len(values), dtype=torch.float64) for _ in self.mesh.ranks]
+        dist.all_gather(gathered, torch.tensor(values, dtype=torch.float64), group=self._group)
+        return [sum(each) for each in zip(*(part.tolist() for part in gathered), strict=True)]
+
     @property
     def node(self) -> int:
         """This process's node, by its first process: the launcher numbers those of a node without gaps."""

@@ -52,6 +52,8 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.has_pairs:  # the sides of a pair, and pairs of a row, must not see each other
+            object.__setattr__(self, "block_mask", True)
         if self.model is None:
             raise UserError("--model is missing; give the Hugging Face folder of the model")
         if not self.train_data and self.num_train_epochs > 0:
@@ -63,6 +65,7 @@ class TrainConfig(
         check_optimizer(self)
         check_speed(self, self.precision, has_adapters=self.has_adapters)
         _check_adapters_in_run(self)
+        _check_pairs(self)
         if self.json and not self.dry_run:
             raise UserError("--json prints what --dry_run finds; give --dry_run too, or drop it")
         if self.batch_size_tokens is not None:
@@ -293,6 +296,25 @@ def _check_what_follows_steps(config: TrainConfig) -> None:
                 f"--{name} with --optimizer schedule_free, which evaluates an average that it would not reach; give"
                 " another optimizer"
             )
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    """Raises:
+    UserError: options that say nothing of preference pairs, or of writing references of them.
+    """
+    if config.has_pairs and config.has_control:
+        what = f"--loss {config.loss}" if config.is_preference else "--write_ref_logps"
+        raise UserError(f"--control_adapter_rank trains on classes of text, and {what} on pairs; drop one of them")
+    if config.write_ref_logps is None:
+        return
+    without_meaning = ("eval_data", "checkpoint", "resume_ckpt", "from_ckpt", "output_dir", "log_dir", "max_steps",
+                       "batch_size_tokens", "dist_data", "clean", "init")  # fmt: skip
+    for name in without_meaning:
+        if getattr(config, name):
+            raise UserError(f"--write_ref_logps reads --train_data once, forward only; drop --{name}")
+    given = weighted_folders(config)
+    if len(given) != 1 or given[0].weight != 1:
+        raise UserError("--write_ref_logps writes one data set at a time; give one --train_data, without a weight")
 
 
 def _check_folders(config: TrainConfig) -> None:

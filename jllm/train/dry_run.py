@@ -65,6 +65,8 @@ from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import parameter_groups
 from jllm.train.optim.schedules import warmup_steps
+from jllm.train.preference.identity import check_references
+from jllm.train.preference.writing import check_target
 from jllm.train.records.metrics import clock
 from jllm.train.records.throughput import peak_flops
 from jllm.train.shape import RunShape, automatic_options, resolve_shape
@@ -112,6 +114,8 @@ def dry_run(config: TrainConfig) -> None:
     steps = _Steps(config, shape, agreement, model) if config.num_train_epochs > 0 else None
     keep_code_private()
     family = setup.find_family(config)
+    if steps is not None:
+        steps.check_references(attention=family.attention)
     plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)
     stage = _whole_stage(config, family, plan)
     if config.from_ckpt is not None:
@@ -216,16 +220,30 @@ class _Steps:
             self.lines.append("rows, steps and tokens are known when that is done")
         candidates = find_resume_points(config, agreement)
         self._rule = batching_rule(candidates, agreement)
-        data = self._open(config, shape, agreement, model, training)
+        if config.write_ref_logps is not None:
+            check_target(config)
+        data = self._data = self._open(config, shape, agreement, model, training)
+        self._evaluated: dict[str, Data] = {}
         shards = tuple(item for item, path in zip(config.eval_data, evaluation, strict=True) if not _is_text(path))
         if shards:
             opened = open_evaluation_sets(dataclasses.replace(config, eval_data=shards), shape, agreement, model)
+            self._evaluated = opened
             self.warnings += [f"warning: {line}" for each in opened.values() for line in each.facts.warnings]
         self.resumed = self._open_newest(candidates)
         if config.resume_ckpt is not None:
             self.lines.append(f"goes on from {self.resumed.folder}" if self.resumed else "no checkpoint: starts afresh")
-        if data is not None:
+        if data is not None and config.write_ref_logps is None:
             self._count(data)
+        elif data is not None:
+            self.longest_row = data.facts.longest_row
+            self.lines.append(f"writes {config.write_ref_logps}: {data.facts.num_rows:,} rows, forward only")
+
+    def check_references(self, *, attention: str) -> None:
+        """Raises:
+        UserError: as a run, of reference log-probabilities of another model.
+        """
+        if self._data is not None:
+            check_references(self._config, Alone(self._shape.mesh), self._data, self._evaluated, attention=attention)
 
     def _open_newest(self, candidates: list[Path]) -> CheckpointReader | None:
         """The first checkpoint whose index is intact. What the files hold is compared when the run reads it."""

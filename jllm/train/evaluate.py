@@ -10,7 +10,7 @@ least one trained token: without any, every model would have the same loss. Cost
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jllm.errors import UserError
 from jllm.models.weights.source import ModelInfo
@@ -30,6 +30,8 @@ MICRO_BATCHES_PER_STAGE = 4
 """A forward-only pass keeps one micro-batch a stage, so a step may have many: the pipeline fills and drains rarely."""
 
 
+LARGE_SHARE = 0.15
+"""Where evaluations take more of a run's time, the run says so."""
 PERCENTILES = (10, 50, 90, 99)
 """Of losses and entropies, in the records."""
 Exchange = Callable[[Iterator[Step] | None], tuple[Step | None, StepFacts]]
@@ -126,10 +128,30 @@ def evaluate(
     )
 
 
-def mean_loss(evaluations: Iterable[Evaluation]) -> float:
+class MeanLoss(Protocol):
+    """What an evaluation of any kind tells: a mean, and over how many tokens or pairs it is."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+def mean_loss(evaluations: Iterable[MeanLoss]) -> float:
     """The loss over all sets' tokens together."""
     found = list(evaluations)
     return sum(each.loss * each.tokens for each in found) / sum(each.tokens for each in found)
+
+
+def warnings_of_share(
+    training: Data, evaluation: Iterable[Data], cadence: Cadence, epochs: EpochSteps, *, step: int, total_steps: int
+) -> list[str]:
+    """What to say of evaluations that take much of a run's time; the arguments are those of `evaluation_share`."""
+    share = evaluation_share(training, evaluation, cadence, epochs, step=step, total_steps=total_steps)
+    if share <= LARGE_SHARE:
+        return []
+    return [f"evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"]
 
 
 def evaluation_share(

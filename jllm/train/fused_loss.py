@@ -9,10 +9,26 @@ from deepspeed.accelerator import get_accelerator
 from jllm.errors import UserError
 from jllm.train.config import TrainConfig
 from jllm.train.objectives.cross_entropy import CrossEntropy
+from jllm.train.objectives.objective import Objective
+from jllm.train.objectives.preference import PairLoss, Preference
+from jllm.train.options.objective import GAMMA_OF_SIMPO
 
 
-def training_objective(config: TrainConfig) -> CrossEntropy:
+def pair_loss(config: TrainConfig) -> PairLoss:
+    """What a pair adds to the loss of a run."""
+    return PairLoss(
+        kind=config.loss,
+        beta=config.resolved_beta,
+        smoothing=config.label_smoothing or 0.0,
+        gamma=GAMMA_OF_SIMPO if config.simpo_gamma is None else config.simpo_gamma,
+        ftx=config.pref_ftx or 0.0,
+    )
+
+
+def training_objective(config: TrainConfig) -> Objective:
     """What a run minimises."""
+    if config.is_preference:
+        return Preference(pair_loss(config), is_fused=wants_fused_loss(config))
     return CrossEntropy(config.loss, config.loss_gamma or 1.0, is_fused=wants_fused_loss(config))
 
 

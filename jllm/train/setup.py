@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
+from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
 from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
@@ -19,7 +20,7 @@ from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, s
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
-from jllm.models.router_balance import RouterBalance, attach_router_balance
+from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
@@ -30,9 +31,10 @@ from jllm.train.advice import PipelineAdvice
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
-from jllm.train.distributed.agreement import Agreement
+from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.fp8 import check_device, fp8_notes, use_fp8
 from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fused_loss
+from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
@@ -51,7 +53,12 @@ def read_model_info(config: TrainConfig) -> ModelInfo:
     """
     assert config.model is not None
     if config.block_mask:
-        check_block_mask(read_model_config(config))
+        try:
+            check_block_mask(read_model_config(config))
+        except UserError as error:
+            raise UserError(
+                f"pairs of a row must not see each other: {error}" if config.has_pairs else f"{error}"
+            ) from None
     return model_info(
         config.model,
         trust_remote_code=config.trust_remote_code,
@@ -129,6 +136,7 @@ class StagePlan:
         stages: the same in numbers.
         warnings: for people, a line each: what makes stages wait, and what would help.
         flops_per_token: operations of a forward and a backward pass of the whole model.
+        head_flops: those among them of the head.
         parameters: of the whole model, what is attached to it included.
         notes: for people, a line each: what has adapters, whether layers are compiled, how much trains where that is
             not everything, and of a stage that is built what multiplies in fp8 and whether the loss is fused with the
@@ -140,8 +148,15 @@ class StagePlan:
     stages: list[StageFacts]
     warnings: tuple[str, ...]
     flops_per_token: float
+    head_flops: float
     parameters: Parameters
     notes: tuple[str, ...]
+
+    def flops_of(self, facts: StepFacts) -> float:
+        """Operations for each token of a step: of pairs only the trained positions come to the head."""
+        if not facts.pairs:
+            return self.flops_per_token
+        return self.flops_per_token - self.head_flops * (1 - facts.trained_tokens / max(facts.tokens, 1))
 
 
 def plan_stages(
@@ -169,6 +184,7 @@ def plan_stages(
     if config.batch_size_tokens is not None:
         rows = max(1, config.batch_size_tokens // length)
     dtype, quantisation = DTYPES[config.precision], family.quantisation
+    text = family.config.get_text_config(decoder=True)
     costs = estimate_costs(
         family.config,
         sequence_length=length,
@@ -202,7 +218,8 @@ def plan_stages(
             return measure_costs(
                 family.config,
                 costs,
-                objective=ObjectiveInUse(training_objective(config)),
+                # Pairs cost what tokens do; and a batch that is made up has none.
+                objective=ObjectiveInUse(CrossEntropy() if config.has_pairs else training_objective(config)),
                 sequence_length=length,
                 micro_batch_size=rows,
                 dtype=dtype,
@@ -246,6 +263,7 @@ def plan_stages(
         stages=stage_facts(costs, boundaries, micro_batches=shape.accumulation, overlaps=config.overlaps),
         warnings=PipelineAdvice(config, shape, family.config, costs, boundaries, memory_limit=limit).warnings(),
         flops_per_token=operations / (length * rows),
+        head_flops=6.0 * text.hidden_size * text.vocab_size,
         parameters=parameters,
         notes=tuple(notes),
     )
@@ -268,6 +286,7 @@ class Built:
         routers: what watches the routers of a mixture of experts; None where nothing does.
         attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
+        attention: the implementation that the model has.
     """
 
     stage: PipelineStage
@@ -276,6 +295,11 @@ class Built:
     routers: RouterBalance | None
     attached: frozenset[str]
     adapters: Adapters | None
+    attention: str
+
+    def router_record(self, agreement: Agreement) -> dict[str, Any]:
+        """What the record of a step has of the routers, on all processes; nothing where nothing watches them."""
+        return {} if self.routers is None else summary(agreement.gather(self.routers.take()), agreement.mesh)
 
 
 def build_stage(
@@ -330,7 +354,7 @@ def build_stage(
         span,
         objective,
         read=planes_of(config),
-        is_frozen=family.adapters is not None,
+        is_frozen=family.adapters is not None or config.write_ref_logps is not None,
         tell=tell,
         are_rows_whole=not config.block_mask,
     )
@@ -345,6 +369,7 @@ def build_stage(
         routers=routers,
         attached=frozenset(attached),
         adapters=family.adapters,
+        attention=family.attention,
     )
 
 
@@ -384,6 +409,7 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         frozen_modules=config.frozen_modules,
         layers_to_transform=config.layers_to_transform,
         attached_only=config.has_adapters,
+        nothing=config.write_ref_logps is not None,
     )
 
 

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from jllm import __version__
 from jllm.errors import UserError, say
-from jllm.models.router_balance import summary
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel import peers
 from jllm.train import setup
@@ -35,14 +34,14 @@ from jllm.train.checkpoint.state import TrainingState
 from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
-from jllm.train.data.open import epoch_steps, open_training_data, read_training_steps, warnings_of
+from jllm.train.data.open import Data, epoch_steps, open_training_data, read_training_steps, warnings_of
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
 from jllm.train.distributed.facts import join_alike
 from jllm.train.distributed.profiling import watched_step
 from jllm.train.dry_run import dry_run
-from jllm.train.evaluate import Evaluation, evaluate, evaluation_share, mean_loss, open_evaluation_sets
+from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets, warnings_of_share
 from jllm.train.exporting import convert, export_run, say_templates
 from jllm.train.fused_loss import training_objective
 from jllm.train.lifecycle.clean import remove_earlier_runs
@@ -53,6 +52,9 @@ from jllm.train.objectives.objective import ObjectiveInUse, step_scale
 from jllm.train.optim.after_step import follow_updates, record_of_adapters
 from jllm.train.optim.optimizers import build_optimizer
 from jllm.train.optim.schedules import learning_rate, set_learning_rate, warmup_steps
+from jllm.train.preference.identity import check_references
+from jllm.train.preference.in_run import PairEvaluation, pairs_of_run
+from jllm.train.preference.writing import write_references
 from jllm.train.records.config_record import record_options
 from jllm.train.records.metrics import Recorder
 from jllm.train.records.sinks.choice import reporters_of
@@ -60,9 +62,6 @@ from jllm.train.records.step_record import record_of_step
 from jllm.train.records.throughput import DeviceUse
 from jllm.train.shape import RunShape, resolve_shape
 from jllm.train.triggers import Cadence, EarlyStop, NanGuard, SpikeWatch
-
-LARGE_EVALUATION_SHARE = 0.15
-"""Where evaluations take more of a run's time, the run says so."""
 
 
 def run(config: TrainConfig) -> int:
@@ -84,6 +83,9 @@ def run(config: TrainConfig) -> int:
         say(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:
         convert(config, shape, agreement, model_info)
+        return 0
+    if config.write_ref_logps is not None:
+        write_references(config, shape, agreement, model_info)
         return 0
     agreement.from_first_reader(lambda: check_folders_are_free(config))
     run = agreement.from_first_reader(lambda: run_id(config))
@@ -119,6 +121,7 @@ class TrainingRun:
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
         )
         self.stage, self.plan = self.built.stage, self.built.plan
+        check_references(config, agreement, self.data, self.eval_data, attention=self.built.attention)
         self.exported = setup.exported_folder(config, model_info, self.built.adapters)
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
@@ -138,6 +141,7 @@ class TrainingRun:
         if candidates:
             self._resume(candidates)
         self.had_ended = self.step == self.total_steps or self.early_stop.stops
+        self.pairs = pairs_of_run(self.engine, self.objective, agreement, self.data, config, step=self.step)
         self.good = self._position()
         self.cadence = Cadence(config, epochs=self.epochs, total_steps=self.total_steps)
         self.requests = Requests(config, is_first=agreement.place.is_first, world_size=shape.mesh.world_size)
@@ -260,33 +264,31 @@ class TrainingRun:
             f" {self._micro_batch()} in each; {facts.num_rows:,} rows, {self.epochs.counts[0]:,} steps an epoch,"
             f" {self.total_steps:,} steps"
         )
-        for line in (*warnings_of(self.data, *self.eval_data.values()), *self.cadence.unwatched(self.step)):
-            self.recorder.say(f"warning: {line}")
+        sets = self.data, self.eval_data.values(), self.cadence, self.epochs
+        share = warnings_of_share(*sets, step=self.step, total_steps=self.total_steps)
+        for line in (*warnings_of(self.data, *sets[1]), *self.cadence.unwatched(self.step), *share):
+            self.recorder.warn(line)
         say_templates(self.config, facts, self.recorder)
-        share = evaluation_share(
-            self.data, self.eval_data.values(), self.cadence, self.epochs, step=self.step, total_steps=self.total_steps
-        )
-        if share > LARGE_EVALUATION_SHARE:
-            self.recorder.warn(
-                f"evaluation takes about {share:.0%} of the run; raise --steps_per_eval, or cut --eval_data"
-            )
         if self.saver is not None and self.saver.saves_alone:
             self.recorder.say("each node has a --checkpoint folder of its own, and keeps its own part there")
         if self.resumed is not None:
-            for problem in self.resumed.damaged:
-                self.recorder.warn(f"{problem}; the checkpoint before it is taken")
-            folder = self.resumed.reader.folder
-            self.recorder.event("resume", f"going on from {folder} after step {self.step}", checkpoint=str(folder))
-            if self.other_length is not None:
-                self.recorder.say(self.other_length)
-            if self.had_ended:
-                how = "stopped early (more --early_stop goes on)" if self.early_stop.stops else "is complete"
-                self.recorder.say(f"the run {how}: nothing is left to train")
-            if self.fresh_optimizer:
-                self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
+            self._introduce_resumed(self.resumed)
         log_dir = self.config.resolved_log_dir
         if self.agreement.place.is_first and log_dir is not None:
             record_options(log_dir, self.config, self.shape, first_step=self.step + 1)
+
+    def _introduce_resumed(self, resumed: Intact) -> None:
+        for problem in resumed.damaged:
+            self.recorder.warn(f"{problem}; the checkpoint before it is taken")
+        folder = resumed.reader.folder
+        self.recorder.event("resume", f"going on from {folder} after step {self.step}", checkpoint=str(folder))
+        if self.other_length is not None:
+            self.recorder.say(self.other_length)
+        if self.had_ended:
+            how = "stopped early (more --early_stop goes on)" if self.early_stop.stops else "is complete"
+            self.recorder.say(f"the run {how}: nothing is left to train")
+        if self.fresh_optimizer:
+            self.recorder.say("the optimizer's state starts afresh: the checkpoint does not have all of it")
 
     def _micro_batch(self, length: int | None = None) -> str:
         """The size of a micro-batch, for people."""
@@ -315,17 +317,15 @@ class TrainingRun:
         peers.at_step(number)
         step, facts = self._exchange(steps)
         rate = learning_rate(self.config, number, self.total_steps)
-        loss, norm = None, None
+        loss, norm, pairs = None, None, {}
         if self.built.checkpointing is not None and self.config.no_checkpoint_grad_step:
             self.built.checkpointing.is_enabled = number <= self.config.no_checkpoint_grad_step
         if number not in self.skipped:
             set_learning_rate(self.engine.optimizer, rate)
-            scale = step_scale(
-                trained_tokens=facts.trained_tokens,
-                micro_batches=self.shape.accumulation,
-                data_parallel_size=self.shape.mesh.data,
-            )
-            self.objective.use(self.training, scale=scale, gradient=self.engine.gradient_scale)
+            count = self.shape.accumulation
+            scale = step_scale(terms=facts.terms, micro_batches=count, data_parallel_size=self.shape.mesh.data)
+            training = self.pairs.objective(step, facts.length, count) if self.pairs else self.training
+            self.objective.use(training, scale=scale, gradient=self.engine.gradient_scale)
             if self.built.routers is not None:
                 self.built.routers.scale = self.engine.gradient_scale
             try:
@@ -335,7 +335,11 @@ class TrainingRun:
                 error.add_note(f"micro-batches of {self._micro_batch(facts.length)}")
                 raise
             norm = self.engine.gradient_norm
-        self._advance(facts)
+            pairs = self.pairs.sums().record() if self.pairs else {}
+        self.step += 1
+        self.consumed_tokens += facts.tokens
+        self.consumed_rows += facts.rows
+        self.cursor = Cursor(epoch=facts.epoch, rows=facts.rows_after)
         seconds = time.perf_counter() - started
         record = record_of_step(
             facts,
@@ -345,12 +349,14 @@ class TrainingRun:
             rate=rate,
             seconds=seconds,
             rows_of_epoch=self.data.facts.num_rows,
-            flops_per_token=self.plan.flops_per_token,
+            flops_per_token=self.plan.flops_of(facts),
             world_size=self.shape.mesh.world_size,
         )
         consumed = {"consumed_tokens": self.consumed_tokens, "consumed_rows": self.consumed_rows}
         adapters = record_of_adapters(self.after_step, self.agreement, step=self.step)
-        self.recorder.train(record | self._router_balance() | adapters | consumed)
+        self.recorder.train(record | pairs | self.built.router_record(self.agreement) | adapters | consumed)
+        for line in self.pairs.watch.warnings(self.step, pairs) if self.pairs else ():
+            self.recorder.warn(line)
         if loss is not None and norm is not None:  # after the record, which is the last one where the guard stops
             # A loss scaler finds its scale by overflowing, so with fp16 the norm may be infinite.
             warning = self.nan_guard.check(self.step, loss, norm if self.config.precision != "fp16" else 0.0)
@@ -358,16 +364,10 @@ class TrainingRun:
             if warning or spike:
                 self.recorder.event("bad_step" if warning else "spike", warning or spike, message=warning or spike)
 
-    def _router_balance(self) -> dict[str, Any]:
-        if self.built.routers is None:
-            return {}
-        return summary(self.agreement.gather(self.built.routers.take()), self.shape.mesh)
-
-    def _advance(self, facts: StepFacts) -> None:
-        self.step += 1
-        self.consumed_tokens += facts.tokens
-        self.consumed_rows += facts.rows
-        self.cursor = Cursor(epoch=facts.epoch, rows=facts.rows_after)
+    def _evaluation_of(self, data: Data) -> Evaluation | PairEvaluation | None:
+        if self.pairs:
+            return self.pairs.evaluate(data, self._exchange)
+        return evaluate(self.engine, self.objective, self.agreement, data, self._exchange)
 
     def _position(self) -> Position:
         return Position(
@@ -389,11 +389,11 @@ class TrainingRun:
 
         Where the run is asked to end meanwhile, the evaluation is given up, and stays to be made.
         """
-        results: list[Evaluation] = []
+        results: list[Evaluation | PairEvaluation] = []
         with self.state.averaged():
             for name, data in self.eval_data.items():
                 started = time.perf_counter()
-                result = evaluate(self.engine, self.objective, self.agreement, data, self._exchange)
+                result = self._evaluation_of(data)
                 if result is None:
                     return False
                 results.append(result)

@@ -23,7 +23,8 @@ def rows_in_order(folder: Path, *, seed: int, epoch: int, shuffle: bool = True) 
                     for i in range(len(batch))
                 ]
             )
-            sizes.append(4 * sum(len(batch.column(name).values) for name in batch.schema.names))
+            lists = (getattr(batch.column(name), "values", batch.column(name)) for name in batch.schema.names)
+            sizes.append(4 * sum(map(len, lists)))
     order = epoch_order(
         np.array([len(group) for group in groups]),
         np.array(sizes),

@@ -49,6 +49,11 @@ def _chats(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def _pairs(path: Path) -> None:
+    rows = [{"prompt": f"q {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def _folder_of_chats(path: Path) -> None:
     path.mkdir()
     _chats(path / "talk.jsonl")
@@ -102,6 +107,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "good.jsonl": _documents,
     "bad.jsonl": _documents,
     "other.jsonl": _documents,
+    "pairs.jsonl": _pairs,
     "corpus.parquet": _parquet,
     "corpus/wiki.jsonl": _documents,
     "data-eval": _set,

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jllm.commands.raw2ids import main as local_command
-from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set, verify
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import MANIFEST_NAME, open_data_set
 from jllm.data.prepare.config import Raw2IdsConfig
 from tests.data.sets import make_set
 from tests.spark.file_systems import mounted

@@ -12,13 +12,15 @@ import pytest
 from click.testing import CliRunner
 
 from jllm.commands.raw2ids import main as raw2ids_command
-from jllm.data.dataset.manifest import open_data_set, verify
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import PREFERENCE, open_data_set
 from jllm.data.dataset.shards import INPUT_IDS, ShardReader
 from jllm.data.prepare import recipes
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.tokenizer.checked_engine import open_engine
 from jllm.data.tokenizer.facts import load_tokenizer
 from jllm.errors import UserError
+from tests.data.pairs import Pair, pairs_of_row
 from tests.data.sets import table_of
 from tests.spark.lying_daemon import LIE
 
@@ -212,3 +214,29 @@ def test_a_mistake_that_a_worker_finds_is_one_line(spark: Any, tokenizer: Path, 
     with pytest.raises(UserError, match=r"^--overlong error: the conversation at chat.jsonl:1 has"):
         run(spark, SparkRaw2IdsConfig(**common, output=str(tmp_path / "spark"), overlong="error"))
     assert not (tmp_path / "spark").exists()
+
+
+def test_pairs_as_locally(spark: Any, tokenizer: Path, tmp_path: Path) -> None:
+    """Preference pairs: the same ones, each whole in a row; and shuffled they are what the local command makes."""
+    from spark_jobs.raw2ids import SparkRaw2IdsConfig, run
+    from spark_jobs.shuffle import SparkShuffleConfig
+    from spark_jobs.shuffle import run as shuffle
+
+    records = [{"prompt": f"{n} fox", "chosen": f"yes {'dog ' * (n % 7)}{n}", "rejected": "no"} for n in range(60)]
+    records.append({"prompt": "p", "chosen": "same", "rejected": "same"})
+    given = write_jsonl(tmp_path / "pairs.jsonl", records)
+    common = {"input": (given,), "tokenizer": str(tokenizer), "type": "preference", "max_len": 128}
+    manifest = run(spark, SparkRaw2IdsConfig(**common, chat_template="chatml", output=str(tmp_path / "spark")))
+    assert manifest.kind == PREFERENCE
+    assert manifest.extra["bad_records"]["identical pair"]["count"] == 1
+    arguments = ["-i", given, "--tokenizer", str(tokenizer), "-t", "preference", "--max_len", "128"]
+    ours = local(tmp_path / "local", *arguments, "--chat_template", "chatml")
+
+    def pairs(folder: Path) -> list[Pair]:
+        return sorted(pair for row in table_of(folder).to_pylist() for pair in pairs_of_row(row))
+
+    assert pairs(tmp_path / "spark") == pairs(ours)
+    assert len(pairs(ours)) == 60
+    config = SparkShuffleConfig(data=str(ours), output=str(tmp_path / "sf"), num_block=2, seed=1)
+    assert shuffle(spark, config).kind == PREFERENCE
+    assert pairs(tmp_path / "sf") == pairs(ours)

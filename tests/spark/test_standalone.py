@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jllm.data.dataset.manifest import open_data_set, verify
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import open_data_set
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from tests.data.raw2ids_runs import documents, raw2ids, rows_of, write_jsonl
 from tests.data.sets import table_of

@@ -9,7 +9,7 @@
 | `completion` | `{"prompt", "completion"}`: two texts, no template |
 | `fields` | texts or lists of messages in fields of their own (`--field_map user=question,assistant=answer`) |
 
-Preference pairs (`chosen`, `rejected`) are recognised, and none of these.
+Preference pairs (`chosen`, `rejected`) are recognised, and none of these; `records/pairs.py` reads them.
 
 Guarantees: what a record says comes out, is counted by name, or the record is a `BadRecordError`, never a guess. What
 its messages say is read in one place for all formats (`records/messages.py`), and so is what stands beside them
@@ -157,7 +157,7 @@ SAMPLE = 100
 """So many records are looked at to find out their format."""
 QUESTION_ANSWER = {"system": "system", "user": "question", "assistant": "answer"}
 PAIRS = "preference pairs"
-"""What records with a chosen and a rejected answer look like; no format of `READERS`."""
+"""What records with a chosen and a rejected answer look like; no format of `READERS`: `read_pair` reads them."""
 
 
 def format_of(record: Any) -> str | None:
@@ -201,7 +201,8 @@ def commonest_format(records: Iterable[Any], where: str) -> str:
     if commonest == PAIRS:
         pair = next(record for record in looked_at if format_of(record) == PAIRS)
         raise UserError(
-            f"{where}: its records are preference pairs (chosen, rejected), not conversations; {_way(pair)}"
+            f"{where}: its records are preference pairs (chosen, rejected), not conversations; give -t preference to"
+            f" train on both answers; {_way(pair)}"
         )
     return commonest
 

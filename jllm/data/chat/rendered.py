@@ -4,12 +4,14 @@ import array
 import collections
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jllm.data.chat.formats import read_conversation
-from jllm.data.chat.records.conversation import MORE, BadRecordError
+from jllm.data.chat.formats import PAIRS, read_conversation
+from jllm.data.chat.records.conversation import MORE, BadRecordError, Conversation, ReadingStyle
+from jllm.data.chat.records.pairs import read_pair
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.segments import FlatSegments
 from jllm.data.chat.short_cut import ConversationRenderer
@@ -74,24 +76,27 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
     notes: collections.Counter[str] = collections.Counter()
     for record, line in zip(records.values, records.lines, strict=True):
         try:
-            conversation = read_conversation(record, format_name, fields, style)
-            found, whole = renderer.flat(conversation)
-            if not found.spans and not any(found.trained):
+            conversations = _conversations_of(record, format_name, fields, style)
+            rendered = [renderer.flat(each) for each in conversations]
+            if not all(found.spans or any(found.trained) for found, _ in rendered):
                 raise BadRecordError("no answer", "nothing in it is trained on")
+            if len(rendered) == 2 and rendered[0][0] == rendered[1][0]:
+                raise BadRecordError("identical pair", "the template makes the same text of both answers")
         except BadRecordError as error:
             bad.append(BadRecord(kind=error.kind, line=line, detail=error.detail))
             continue
-        if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
-            sample = (len(offsets) - 1, whole)
-        for name, times in conversation.notes.items() if conversation.notes else ():
-            notes[name if name in notes or len(notes) < _MOST_NOTES else MORE] += times
-        before = len(texts)
-        texts += found.texts
-        sequence.extend(found.controls)
-        trained += found.trained
-        spans += [(before + number, start, end) for number, start, end in found.spans]
-        offsets.append(len(sequence))
-        lines.append(line)
+        for conversation, (found, whole) in zip(conversations, rendered, strict=True):
+            if sample is None and whole is not None and len(whole) <= _CHECK_CHARACTERS:
+                sample = (len(offsets) - 1, whole)
+            for name, times in conversation.notes.items() if conversation.notes else ():
+                notes[name if name in notes or len(notes) < _MOST_NOTES else MORE] += times
+            before = len(texts)
+            texts += found.texts
+            sequence.extend(found.controls)
+            trained += found.trained
+            spans += [(before + number, start, end) for number, start, end in found.spans]
+            offsets.append(len(sequence))
+            lines.append(line)
     bad.sort(key=lambda item: item.line)
     return Rendered(
         texts=texts,
@@ -105,3 +110,12 @@ def render_chunk(chunk: Chunk, kind: str, format_name: str, fields: dict[str, st
         sample=sample,
         notes=dict(notes),
     )
+
+
+def _conversations_of(
+    record: Any, format_name: str, fields: dict[str, str], style: ReadingStyle
+) -> tuple[Conversation, ...]:
+    """What a record is rendered to: one conversation, or of a preference pair the chosen and the rejected one."""
+    if format_name == PAIRS:
+        return read_pair(record, fields, style)
+    return (read_conversation(record, format_name, fields, style),)

@@ -78,6 +78,10 @@ class Column:
 
 CONTROL_CLASS = Column(name="control_class")
 """The further column that control adapters know: of each token 1, -1, or 0, where they are off."""
+REF_LOGPS = Column(name="ref_logps", element=FLOAT32)
+"""The further column of preference pairs: of each document the log-probability of its answer under the reference."""
+REF_LABELS = Column(name="ref_labels", is_list=False)
+"""The further column beside it: a checksum of the row that the numbers were made of."""
 SOURCE_TAG = Column(name="source", element=TEXT, is_list=False)
 """The further column that mixing knows: the tag of a row's source. Null and empty both mean that it has none."""
 

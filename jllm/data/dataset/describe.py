@@ -1,4 +1,5 @@
-"""Makes the manifest of a folder that somebody else wrote, or changed, by reading all of it.
+"""Makes the manifest of a folder that somebody else wrote, or changed, by reading all of it; and reads all of a set to
+see whether it is what its manifest says.
 
 A manifest that is there is never replaced unasked; one that this command made, and would make so again, is left as
 it is. With a tokenizer one that lacks what is recorded today gets it,
@@ -14,6 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +24,17 @@ from jllm.data.dataset.columns import COLUMNS, CU_SEQLENS, INPUT_IDS, LABELS, In
 from jllm.data.dataset.files import ROW_GROUP_TOKENS, list_shards, sha256_of
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.manifest import (
+    JOINED,
     MANIFEST_NAME,
     OTHER_CONTENT,
     DataSet,
     FileEntry,
     Manifest,
     Tokenizer,
+    changed,
     entry_of_written,
-    one_template,
+    inherited,
+    listed,
     one_tokenizer,
     open_data_set,
     read_manifest,
@@ -156,7 +161,7 @@ def describe(
     paths = list_shards(folder) if amended is None else [folder / entry.path for entry in amended.files]
     if not paths and amended is None:
         raise UserError(f"{folder}: no Parquet shards below it; make some with: python -m jllm.raw2ids")
-    recorded, template = _recorded(folder)
+    recorded, facts = _recorded(folder)
     if amended is not None and recorded is not None and tokenizer is not None and not recorded.is_same(tokenizer):
         raise UserError(
             f"--tokenizer {tokenizer.name}: {folder} was made with another ({recorded.name}, {recorded.sha256[:12]});"
@@ -188,7 +193,7 @@ def describe(
             tokenizer=made_with,
             further=further,
             labels_checked=True,
-            chat_template=template,
+            **facts,
         )
     if as_it_is is None:
         write_manifest(folder, manifest)
@@ -235,16 +240,17 @@ def _commonest_end(found: Sequence[Described], special_ids: Collection[int]) -> 
     return None
 
 
-def _recorded(folder: Path) -> tuple[Tokenizer | None, str | None]:
-    """Tokenizer and chat template of a folder's manifest, or of those of the data sets in it, which must agree."""
+def _recorded(folder: Path) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """Tokenizer, and what else is inherited, of a folder's manifest, or of those of the data sets in it, which must
+    agree."""
     try:
         manifest = read_manifest(folder)
     except UserError:  # edited by hand; that is what this command repairs
-        return None, None
+        return None, {}
     if manifest is not None:
-        return manifest.tokenizer, manifest.chat_template
+        return manifest.tokenizer, inherited([DataSet(folder=folder, manifest=manifest)])
     sets = [DataSet(folder=place, manifest=manifest) for place, manifest in sets_in(folder).items()]
-    return one_tokenizer(sets), one_template(sets)
+    return one_tokenizer(sets), inherited(sets)
 
 
 def warnings_about(folder: Path) -> list[str]:
@@ -270,3 +276,44 @@ def warnings_about(folder: Path) -> list[str]:
 
 def _has_success(path: Path, folder: Path) -> bool:
     return any((parent / "_SUCCESS").exists() for parent in path.parents if parent.is_relative_to(folder))
+
+
+def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:
+    """Read every file; all problems found, one line each. A file without a checksum is one."""
+
+    def of_file(entry: FileEntry) -> str | None:
+        path = data_set.folder / entry.path
+        try:
+            if problem := changed(path, entry):
+                return problem
+            if entry.sha256 is None:
+                return f"{path}: has no checksum; give it one with: jllm manifest --force {data_set.folder}"
+            matches = sha256_of(path) == entry.sha256
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return None if matches else f"{path}: the content does not match its checksum"
+
+    with ThreadPoolExecutor(cores) as pool:
+        return [problem for problem in pool.map(of_file, data_set.manifest.files) if problem is not None]
+
+
+def verify_folder(folder: Path, *, cores: int = 1) -> DataSet:
+    """A data set of which every file was read and found to be what its manifest says, or that of the set it is in.
+
+    Raises:
+        UserError: a file is missing, added or damaged, all of which are named, or nobody ever took its checksum.
+    """
+    data_set, added = listed(folder)
+    if data_set.manifest.command == JOINED and None in {entry.sha256 for entry in data_set.manifest.files}:
+        raise UserError(
+            f"{folder}: has no {MANIFEST_NAME} that says what its files must be; make one with: jllm manifest {folder}"
+        )
+    problems = [*(f"{folder / name}: not in the manifest" for name in added), *verify(data_set, cores=cores)]
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} of {len(data_set.manifest.files) + len(added)} files are not what they must"
+            f" be: {'; '.join(problems)}; restore them, or make the data set again"
+        )
+    return data_set

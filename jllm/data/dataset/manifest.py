@@ -7,20 +7,20 @@ of the data, such as a training run's position, is bound to that fingerprint.
 
 A folder without a manifest (written by Spark, or put together by hand from several sets) is a data set too:
 `open_data_set` joins the manifests found below it and reads the footers of the rest. Opening costs two small
-reads for each file; it finds files that are missing, added, or changed in size or footer. `verify` reads everything.
+reads for each file; it finds files that are missing, added, or changed in size or footer.
+`jllm.data.dataset.describe.verify` reads everything.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jllm import __version__, atomic
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.files import footer_of, list_shards, sha256_of
+from jllm.data.dataset.files import footer_of, list_shards
 from jllm.data.dataset.further import FurtherColumns, common
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.shards import ShardStatistics
@@ -35,6 +35,9 @@ COLUMNS_KEY, LEFT_OUT_KEY = "columns", "columns_left_out"
 MISSING, CHANGED = ": listed in the manifest and not there", ": changed since its manifest was written"
 OTHER_CONTENT = ": the content does not match its checksum"
 NO_FURTHER = FurtherColumns()
+DOCUMENTS, CHAT, PREFERENCE = "documents", "chat", "preference"
+KINDS = {"pretrain": DOCUMENTS, "ft": CHAT, "preference": PREFERENCE}
+"""What rows are, by the `--type` that they were made with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ class Manifest:
     Attributes:
         labels_checked: every label of a token that can be predicted was found to be its id or -100.
         chat_template: what conversations were rendered with.
+        kind: what rows are (`KINDS`); None where nobody recorded it, or they are of several kinds.
+        reference: what made the reference log-probabilities of preference pairs; None where there are none.
     """
 
     command: str
@@ -114,6 +119,8 @@ class Manifest:
     further: FurtherColumns = NO_FURTHER
     labels_checked: bool = False
     chat_template: str | None = None
+    kind: str | None = None
+    reference: dict[str, Any] | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def total(self, name: str) -> int | None:
@@ -153,6 +160,8 @@ class Manifest:
             "longest_row": self.longest_row,
             **({"largest_id": self.largest_id, "labels_checked": True} if self.labels_checked else {}),
             **({"chat_template": self.chat_template} if self.chat_template is not None else {}),
+            **({"kind": self.kind} if self.kind is not None else {}),
+            **({"reference": self.reference} if self.reference is not None else {}),
             **({COLUMNS_KEY: self.further.types} if self.further.carried else {}),
             **({LEFT_OUT_KEY: dict(self.further.left_out)} if self.further.left_out else {}),
             **self.extra,
@@ -174,6 +183,8 @@ class Manifest:
             lists = [*(self.tokenizer.probe_ids or {}).values(), [*(self.tokenizer.added_tokens or {}).values()]]
             if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in lists):
                 raise TypeError("probe_ids are no lists of ids, or added_tokens no ids")
+        if self.kind not in (None, *KINDS.values()) or not isinstance(self.reference, dict | None):
+            raise TypeError("kind or reference is none that there is")
         if not isinstance(self.command, str) or not isinstance(self.options, dict):
             raise TypeError("made_by is no command with options")
         if not all(isinstance(source, dict) for source in self.sources):
@@ -185,6 +196,7 @@ class Manifest:
             raise UserError(f"{path}: manifest format {value.get('format')!r}; this version reads {FORMAT_VERSION}")
         known = {"format", "made_by", "tokenizer", "rows", "tokens", "trained_tokens", "longest_row", "largest_id"}
         known |= {"sources", "fingerprint", "files", COLUMNS_KEY, LEFT_OUT_KEY, "labels_checked", "chat_template"}
+        known |= {"kind", "reference"}
         try:
             manifest = cls(
                 command=value["made_by"]["command"],
@@ -198,6 +210,8 @@ class Manifest:
                 ),
                 labels_checked=value.get("labels_checked") is True,
                 chat_template=value.get("chat_template"),
+                kind=value.get("kind"),
+                reference=value.get("reference"),
                 extra={key: item for key, item in value.items() if key not in known},
             )
             manifest._check_types()
@@ -269,11 +283,11 @@ def open_data_set(folder: Path) -> DataSet:
     Raises:
         UserError: no folder, no shards, or files that are missing, changed, or not in the manifest.
     """
-    data_set, added = _listed(folder)
+    data_set, added = listed(folder)
     if added:
         raise not_described(folder, added[0])
     for entry in data_set.manifest.files:
-        if problem := _changed(folder / entry.path, entry):
+        if problem := changed(folder / entry.path, entry):
             raise restore(problem)
     return data_set
 
@@ -290,7 +304,7 @@ def restore(problem: str) -> UserError:
     return UserError(f"{problem}; restore it, or make the data set again")
 
 
-def _listed(folder: Path) -> tuple[DataSet, list[str]]:
+def listed(folder: Path) -> tuple[DataSet, list[str]]:
     """A data set whose files nobody has looked at yet, and the shards that its manifest does not name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a data set")
@@ -304,7 +318,7 @@ def _listed(folder: Path) -> tuple[DataSet, list[str]]:
     return DataSet(folder=folder, manifest=manifest), sorted(present - {entry.path for entry in manifest.files})
 
 
-def _changed(path: Path, entry: FileEntry) -> str | None:
+def changed(path: Path, entry: FileEntry) -> str | None:
     """What a look at its size and footer finds wrong with a file."""
     if not path.is_file():
         return f"{path}{MISSING}"
@@ -347,7 +361,7 @@ def _joined(folder: Path, shards: list[Path]) -> Manifest:
         sources=tuple(sources),
         further=common(further),
         labels_checked=not missing and all(manifest.labels_checked for manifest in sets.values()),
-        chat_template=one_template(data_sets),
+        **inherited(data_sets),
     )
 
 
@@ -396,42 +410,34 @@ def one_template(sets: Iterable[DataSet]) -> str | None:
     return templates.pop() if len(templates) == 1 else None
 
 
-def verify(data_set: DataSet, *, cores: int = 1) -> list[str]:
-    """Read every file; all problems found, one line each. A file without a checksum is one."""
-
-    def of_file(entry: FileEntry) -> str | None:
-        path = data_set.folder / entry.path
-        try:
-            if problem := _changed(path, entry):
-                return problem
-            if entry.sha256 is None:
-                return f"{path}: has no checksum; give it one with: jllm manifest --force {data_set.folder}"
-            matches = sha256_of(path) == entry.sha256
-        except UserError as error:
-            return str(error)
-        except OSError as error:
-            return f"{path}: {error.strerror}"
-        return None if matches else f"{path}: the content does not match its checksum"
-
-    with ThreadPoolExecutor(cores) as pool:
-        return [problem for problem in pool.map(of_file, data_set.manifest.files) if problem is not None]
-
-
-def verify_folder(folder: Path, *, cores: int = 1) -> DataSet:
-    """A data set of which every file was read and found to be what its manifest says, or that of the set it is in.
+def one_kind(sets: Iterable[DataSet]) -> str | None:
+    """What the rows of all sets are; None where nobody knows, or they are of several kinds.
 
     Raises:
-        UserError: a file is missing, added or damaged, all of which are named, or nobody ever took its checksum.
+        UserError: preference pairs among others: what trains on the one does not train on the other.
     """
-    data_set, added = _listed(folder)
-    if data_set.manifest.command == JOINED and None in {entry.sha256 for entry in data_set.manifest.files}:
+    kinds: dict[str | None, DataSet] = {}
+    for data_set in sets:
+        kinds.setdefault(data_set.manifest.kind, data_set)
+    if PREFERENCE in kinds and len(kinds) > 1:
+        other = next(kind for kind in kinds if kind != PREFERENCE)
         raise UserError(
-            f"{folder}: has no {MANIFEST_NAME} that says what its files must be; make one with: jllm manifest {folder}"
+            f"{kinds[PREFERENCE].folder} has preference pairs, and {kinds[other].folder} {other or 'other rows'}; keep"
+            " them apart"
         )
-    problems = [*(f"{folder / name}: not in the manifest" for name in added), *verify(data_set, cores=cores)]
-    if problems:
-        raise UserError(
-            f"{folder}: {len(problems)} of {len(data_set.manifest.files) + len(added)} files are not what they must"
-            f" be: {'; '.join(problems)}; restore them, or make the data set again"
-        )
-    return data_set
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+def one_reference(sets: Iterable[DataSet]) -> dict[str, Any] | None:
+    """What made the reference log-probabilities of all sets; None where there are none, or several made them."""
+    found = [data_set.manifest.reference for data_set in sets]
+    return found[0] if found and all(each == found[0] for each in found) else None
+
+
+def inherited(sets: Sequence[DataSet]) -> dict[str, Any]:
+    """What a manifest has of the sets whose rows it lists, as arguments: template, kind, reference.
+
+    Raises:
+        UserError: as `one_kind`.
+    """
+    return {"chat_template": one_template(sets), "kind": one_kind(sets), "reference": one_reference(sets)}

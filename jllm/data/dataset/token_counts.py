@@ -1,5 +1,8 @@
 """How many tokens rows have, and how many of them are trained on."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -33,3 +36,19 @@ def count_trained(batch: pa.RecordBatch) -> int:
         for start, end in zip(real_ends[real_ends < ends], ends[real_ends < ends], strict=True):
             trained[start:end] = False
     return int(np.count_nonzero(trained))
+
+
+def length_bucket(lengths: Any) -> Any:
+    """Numbers whose order is that of the lengths, and of which there are few."""
+    coarse = 256 + np.ceil((np.log2(np.maximum(lengths, 1)) - 8) * 32)
+    return np.where(lengths <= 256, lengths, coarse).astype(np.int64)
+
+
+def quantile_length(buckets: Mapping[int, int], share: float) -> int:
+    """The length that this share of what was counted by `length_bucket` does not exceed, within 3 %."""
+    wanted, seen = share * sum(buckets.values()), 0
+    for bucket in sorted(buckets):
+        seen += buckets[bucket]
+        if seen >= wanted:
+            return bucket if bucket <= 256 else int(2 ** ((bucket - 256) / 32 + 8))
+    return 0

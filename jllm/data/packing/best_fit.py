@@ -21,7 +21,7 @@ import pyarrow as pa
 from jllm.data.dataset.columns import Column
 from jllm.data.dataset.shards import CU_SEQLENS, INPUT_IDS, LABELS, Int64, schema, to_list_array
 from jllm.data.packing.conversations import padded, padded_rows, pieces_of, split_long
-from jllm.data.packing.documents import Documents, spans
+from jllm.data.packing.documents import Documents, concatenated, spans
 from jllm.data.packing.pieces import Pieces, Plan, windows
 from jllm.data.packing.planners import BATCH_TOKENS, BestFitPlanner, Planner
 
@@ -70,6 +70,8 @@ class BestFitPacker:
         labels: the documents have labels.
         pad_to: pad every row to a multiple of this with `pad_id`; None leaves rows as long as they are.
         conversations: documents longer than a row are continued as `ConversationPacker` does it.
+        pairs: the documents are preference pairs (`Documents.cuts`), and none is longer than a row: each becomes two
+            documents of one row.
     """
 
     whole = True
@@ -83,9 +85,11 @@ class BestFitPacker:
         pad_to: int | None = None,
         pad_id: int = 0,
         conversations: bool = False,
+        pairs: bool = False,
     ) -> None:
         self.length = length
         self.conversations = conversations
+        self.pairs = pairs
         self.pad_to = pad_to
         self.pad_id = pad_id
         self.labels = labels or pad_to is not None
@@ -107,8 +111,9 @@ class BestFitPacker:
             chosen = np.array([number for row in some for number in row], dtype=np.int64)
             index, offsets = spans(pieces.starts[chosen], pieces.sizes[chosen])
             labels = None if documents.labels is None else documents.labels[index]
+            cuts = None if pieces.cuts is None else pieces.cuts[chosen]
             counts = np.array([len(row) for row in some], dtype=np.int64)
-            yield self._rows(Documents(ids=documents.ids[index], offsets=offsets, labels=labels), counts)
+            yield self._rows(Documents(ids=documents.ids[index], offsets=offsets, labels=labels, cuts=cuts), counts)
 
     def pieces(self, documents: Documents) -> Pieces:
         if self.conversations:
@@ -128,10 +133,11 @@ class BestFitPacker:
         ends = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=ends[1:])
         row_offsets = pieces.offsets[ends]
+        document_ends, ends = self._document_ends(pieces), ends * (2 if self.pairs else 1)
         boundary_offsets = ends + np.arange(len(counts) + 1)
         boundaries = np.zeros(boundary_offsets[-1], dtype=np.int64)
-        row_of = np.repeat(np.arange(len(counts)), counts)
-        boundaries[np.arange(len(pieces)) + row_of + 1] = pieces.offsets[1:] - row_offsets[row_of]
+        row_of = np.repeat(np.arange(len(counts)), np.diff(ends))
+        boundaries[np.arange(len(document_ends)) + row_of + 1] = document_ends - row_offsets[row_of]
         if self.pad_to is not None:
             packed = Documents(ids=pieces.ids, offsets=row_offsets, labels=labels)
             return padded_rows(packed, boundaries, boundary_offsets, self.pad_to, self.pad_id)
@@ -140,6 +146,14 @@ class BestFitPacker:
             columns.append(to_list_array(labels, row_offsets))
         columns.append(to_list_array(boundaries.astype(np.int32), boundary_offsets))
         return pa.RecordBatch.from_arrays(columns, schema=schema(self.columns))
+
+    def _document_ends(self, pieces: Documents) -> Int64:
+        """Where the documents of rows end, in these pieces one behind the other."""
+        if not self.pairs:
+            return pieces.offsets[1:]
+        assert pieces.cuts is not None
+        found: Int64 = np.stack([pieces.offsets[:-1] + pieces.cuts, pieces.offsets[1:]], axis=1).ravel()
+        return found
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -160,4 +174,5 @@ def _joined(parts: Sequence[Documents]) -> Documents:
         ids=np.concatenate([empty, *ids]),
         offsets=offsets,
         labels=np.concatenate([empty, *labels]) if has_labels else None,
+        cuts=concatenated([part.cuts for part in parts]),
     )

@@ -4,6 +4,8 @@ Cost: numpy over whole arrays, no Python object for a token.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +18,15 @@ class Documents:
     """Documents in order: document i is `ids[offsets[i]:offsets[i+1]]`.
 
     `labels` are the ids, or -100 where a token is not trained on; None where all are. `classes` are control classes,
-    one a document; None where nobody asked for them.
+    one a document; None where nobody asked for them. `cuts` say of preference pairs, each of them one document here,
+    where the rejected conversation begins in it.
     """
 
     ids: Int32
     offsets: Int64
     labels: Int32 | None = None
     classes: NDArray[np.int8] | None = None
+    cuts: Int64 | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -39,6 +43,7 @@ class Documents:
             offsets=self.offsets[start : end + 1] - low,
             labels=None if self.labels is None else self.labels[low:high],
             classes=None if self.classes is None else self.classes[start:end],
+            cuts=None if self.cuts is None else self.cuts[start:end],
         )
 
     def take(self, chosen: Int64) -> "Documents":
@@ -50,7 +55,20 @@ class Documents:
             offsets=offsets,
             labels=None if self.labels is None else self.labels[index],
             classes=None if self.classes is None else self.classes[chosen],
+            cuts=None if self.cuts is None else self.cuts[chosen],
         )
+
+    def in_pairs(self) -> "Documents":
+        """Documents 2k and 2k + 1 as one, with the place where the second begins."""
+        assert len(self) % 2 == 0
+        return dataclasses.replace(self, offsets=self.offsets[::2], cuts=self.lengths[::2])
+
+
+def concatenated(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """What each of several parts has of something, one behind the other; None where none has it."""
+    found = [part for part in parts if part is not None]
+    assert not found or len(found) == len(parts), "all have it, or none"
+    return np.concatenate(found) if found else None
 
 
 def spans(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:

@@ -44,6 +44,7 @@ class Pieces:
         masked: [P] how many tokens at a piece's beginning are not trained on here, because they are in another piece;
             None where that is so for no piece.
         classes: [P] the control class of each; None where nobody asked for them.
+        cuts: [P] where in each piece, a preference pair, the rejected conversation begins; None where they are none.
     """
 
     starts: Int64
@@ -51,6 +52,7 @@ class Pieces:
     counts: Int64 | None = None
     masked: Int64 | None = None
     classes: NDArray[np.int8] | None = None
+    cuts: Int64 | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -82,6 +84,7 @@ class Pieces:
             sizes=self.sizes[index],
             masked=None if self.masked is None else self.masked[index],
             classes=None if self.classes is None else self.classes[index],
+            cuts=None if self.cuts is None else self.cuts[index],
         )
 
 
@@ -93,6 +96,7 @@ def whole(documents: Documents) -> Pieces:
 def windows(documents: Documents, room: int, stride: int) -> Pieces:
     """Each document in windows of at most `room` tokens that start `stride` tokens apart; one where it fits."""
     lengths = documents.lengths
+    assert documents.cuts is None or lengths.max(initial=0) <= room, "a pair is never split"
     counts = 1 + np.maximum(0, -(-(lengths - room) // stride))
     document = np.repeat(np.arange(len(lengths)), counts)
     first = np.cumsum(counts) - counts
@@ -102,6 +106,7 @@ def windows(documents: Documents, room: int, stride: int) -> Pieces:
         sizes=np.minimum(room, lengths[document] - begin),
         counts=counts,
         classes=None if documents.classes is None else documents.classes[document],
+        cuts=documents.cuts,
     )
 
 
@@ -164,7 +169,7 @@ class Plan:
         if pieces.masked is not None and labels is not None:
             for piece in np.flatnonzero(pieces.masked).tolist():
                 labels[offsets[piece] : offsets[piece] + pieces.masked[piece]] = IGNORE_INDEX
-        return Documents(ids=ids, offsets=offsets, labels=labels, classes=pieces.classes)
+        return Documents(ids=ids, offsets=offsets, labels=labels, classes=pieces.classes, cuts=pieces.cuts)
 
 
 def planned(block: Block, pieces: Pieces, lengths: Int64) -> Plan:

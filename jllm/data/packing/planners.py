@@ -16,6 +16,7 @@ import numpy as np
 
 from jllm.data.dataset.columns import Int64
 from jllm.data.packing import pieces as pieces_
+from jllm.data.packing.documents import concatenated
 from jllm.data.packing.pieces import Block, Pieces, Plan
 
 Mark = Any
@@ -164,6 +165,7 @@ class BestFitPlanner:
             masked = np.concatenate(none)
         if self._parts and self._parts[0][1].classes is not None:
             classes = np.concatenate([each.classes for _, each in self._parts if each.classes is not None])
+        cuts = concatenated([each.cuts for _, each in self._parts])
         rows = self._pack(sizes, self._room)
         at_once = max(1, -(-BATCH_TOKENS // self._room))
         for at in range(0, len(rows), at_once):
@@ -179,6 +181,7 @@ class BestFitPlanner:
                     sizes=sizes[chosen],
                     masked=None if masked is None else masked[chosen],
                     classes=None if classes is None else classes[chosen],
+                    cuts=None if cuts is None else cuts[chosen],
                 ),
                 counts=counts,
                 lengths=self._length(np.add.reduceat(sizes[chosen], np.cumsum(counts) - counts)),

@@ -26,7 +26,12 @@ class Raw2IdsConfig:
     output: Path | None = option(
         None, "-o", help="data set folder  [default: beside the input, <stem>_<tokenizer>]", metavar="FOLDER"
     )
-    type: str = option("ft", "-t", help="ft: chat fine-tuning; pretrain: documents", choices=("ft", "pretrain"))
+    type: str = option(
+        "ft",
+        "-t",
+        help="ft: chat fine-tuning; pretrain: documents; preference: pairs of a chosen and a rejected answer",
+        choices=("ft", "pretrain", "preference"),
+    )
     input_format: str | None = option(
         None, help="format of the input, where names do not say it", choices=("text", "jsonl", "json", "parquet", "ids")
     )
@@ -41,7 +46,7 @@ class Raw2IdsConfig:
     max_len: int = option(2048, group="Rows", help="row length in tokens, before the label shift", metavar="N")
     packing: str = option(
         "none",
-        help="best_fit: documents or conversations whole, in as few rows as possible",
+        help="best_fit: documents or conversations whole, in as few rows as possible (preference: always)",
         choices=("none", "best_fit"),
     )
     pad: bool = option(False, help="ft, best_fit: pad rows to max_len; cu_seqlens says where the padding starts")
@@ -73,8 +78,8 @@ class Raw2IdsConfig:
     )
     field_map: str | None = option(
         None,
-        help="ft: user=FIELD,assistant=FIELD[,system=FIELD,tools=FIELD], or messages=FIELD; dots lead into objects and"
-        " lists",
+        help="ft: user=FIELD,assistant=FIELD[,system=FIELD,tools=FIELD], or messages=FIELD; preference:"
+        " [prompt=FIELD,]chosen=FIELD,rejected=FIELD[,system=FIELD,tools=FIELD]; dots lead into objects and lists",
         metavar="MAP",
     )
     join: str = option(
@@ -86,7 +91,11 @@ class Raw2IdsConfig:
     )
     train_on: str = option("all", help="ft: answers to train on", choices=("all", "last"))
     train_on_prompt: bool = option(False, help="ft: train on everything")
-    overlong: str = option("split", help="ft: conversations longer than max_len", choices=("split", "drop", "error"))
+    overlong: str | None = option(
+        None,
+        help="conversations, or pairs (both sides together), longer than max_len  [default: split; preference: drop]",
+        choices=("split", "drop", "error"),
+    )
     filter: bool = option(False, help="ft: drop rows with at most one trained token")
     date: str | None = option(None, help="ft: date for templates that show one  [default: today]", metavar="2026-01-31")
 
@@ -157,9 +166,11 @@ class Raw2IdsConfig:
             raise UserError("--cores 0: give the number of workers, or a negative number for all cores")
         if self.stack and self.type != "pretrain":
             raise UserError("--stack: only for -t pretrain; conversations are packed with --packing best_fit")
+        if self.type == "preference":
+            self._check_preference()
         if self.packing != "none" and (self.stack or self.stride or self.sequence_prefix):
             raise UserError("--packing best_fit: not together with --stack, --stride or --sequence_prefix")
-        if self.type == "ft":
+        if self.is_chat:
             for name in (
                 "stride",
                 "doc_prefix",
@@ -193,10 +204,46 @@ class Raw2IdsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: give at least 1")
-        if self.format != "auto" and self.type != "ft":
+        if self.format != "auto" and self.type == "pretrain":
             raise UserError(f"--format {self.format}: only for -t ft; --input_format says what a file is")
         if self.format not in ("auto", "fields") and self.field_map:
             raise UserError(f"--format {self.format}: not together with --field_map, which is the format fields")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether records are conversations, or pairs of them."""
+        return self.type != "pretrain"
+
+    @property
+    def is_best_fit(self) -> bool:
+        """Whether rows are packed best-fit, as pairs always are."""
+        return self.packing == "best_fit" or self.type == "preference"
+
+    @property
+    def overlong_way(self) -> str:
+        """`--overlong`, or its default."""
+        return self.overlong or ("drop" if self.type == "preference" else "split")
+
+    def _check_preference(self) -> None:
+        """Raises:
+        UserError: an option that has no meaning for pairs.
+        """
+        if self.overlong == "split":
+            raise UserError("--overlong split: a preference pair is never split; give drop or error")
+        if self.format != "auto":
+            raise UserError(
+                f"--format {self.format}: -t preference finds out by itself what a pair looks like; name its fields"
+                " with --field_map prompt=..,chosen=..,rejected=.., or drop it"
+            )
+        if self.input_format == "ids":
+            raise UserError("--input_format ids: -t preference reads texts and messages; give these")
+        for name, why in (
+            ("train_on_prompt", "both sides of a pair repeat the prompt, which is not trained on"),
+            ("filter", "each side of a pair has a trained answer"),
+            ("control_class", "control adapters are not trained on pairs"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"--{name}: not for -t preference: {why}; drop it")
 
     @property
     def largest_record(self) -> int:

@@ -26,7 +26,7 @@ from jllm.data.prepare.control_classes import with_classes
 from jllm.data.prepare.encoding import ChunkEncoder, Encoded
 from jllm.data.prepare.outputs import NAMES_OF_OUR_FOLDERS
 from jllm.data.prepare.reporting.totals import describe
-from jllm.data.show import show_row
+from jllm.data.show import show_pairs, show_row
 from jllm.data.sources.chunk import Chunk, first_records, size_of
 from jllm.data.sources.chunks import read_chunks
 from jllm.data.sources.inputs import Source, resolve
@@ -126,11 +126,12 @@ def dry_run(config: Raw2IdsConfig) -> None:
     decode = make_decoder(config.tokenizer, facts.for_manifest)
     told.tell("rows", rows)
     for number, row in enumerate(() if told.is_json else rows):
-        show_row(number, row, decode, colored=False)
+        (show_pairs if config.type == "preference" else show_row)(number, row, decode, colored=False)
     tokens = sum(int(each.offsets[-1]) for each in documents)
     trained = sum(count_trained(batch) for batch in batches)
     made = sum(batch.num_rows for batch in batches)
-    line = f"{count:,} documents, {tokens:,} tokens, {trained:,} trained in {made:,} rows"
+    what = "pairs" if config.type == "preference" else "documents"
+    line = f"{count:,} {what}, {tokens:,} tokens, {trained:,} trained in {made:,} rows"
     told.tell("sample", {"documents": count, "tokens": tokens, "trained": trained, "rows": made}, line)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -4,7 +4,7 @@ An encoder is the work for one chunk: parse, encode, end each document. It has n
 in worker processes here and inside Spark executors elsewhere.
 
 * `PretrainEncoder`: texts, each a document.
-* `ChatEncoder`: conversations, rendered, and encoded in one call for all text of a chunk.
+* `ChatEncoder`: conversations, or preference pairs of them, rendered, and encoded in one call for all text of a chunk.
 * `pretokenized.IdsEncoder`: rows that hold ids already.
 
 Cost: dominated by the engine, or by rendering; the rest is numpy over whole chunks.
@@ -19,6 +19,7 @@ from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendered import render_chunk
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.dataset.columns import IGNORE_INDEX, Int32
+from jllm.data.dataset.token_counts import length_bucket
 from jllm.data.packing.documents import Documents, with_affixes
 from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.parsing import parse_chunk
@@ -123,6 +124,7 @@ class ChatEncoder:
         fields: role → field, for the format `fields`.
         longest, refuse_longer: drop conversations of more tokens, or refuse them; None keeps all.
         names: of the sources, by their index, for messages.
+        pairs: the records are preference pairs, each of which becomes one document with a cut.
     """
 
     assembler: Assembler
@@ -132,21 +134,41 @@ class ChatEncoder:
     longest: int | None = None
     refuse_longer: bool = False
     names: tuple[str, ...] = ()
+    pairs: bool = False
 
     def __call__(self, chunk: Chunk, kind: str) -> Encoded:
         rendered = render_chunk(chunk, kind, self.formats[chunk.source], self.fields, self.plan)
         documents, checks = self.assembler.assemble(rendered, chunk=chunk.index)
         counts = {"records": rendered.records, "checks": checks, **rendered.notes}
+        what, lines, ways = "conversation", rendered.lines, "use --overlong split or drop"
+        if self.pairs:
+            counts |= lengths_of_sides(documents)
+            documents = documents.in_pairs()
+            what, lines, ways = "preference pair", lines[::2], "use --overlong drop"
         if self.longest is not None and len(documents):
             over = documents.lengths > self.longest
             if over.any() and self.refuse_longer:
                 first = int(np.argmax(over))
                 raise RefusedRecordError(
-                    "--overlong error: the conversation at",
-                    rendered.lines[first],
-                    f"has {int(documents.lengths[first])} tokens; raise --max_len, or use --overlong split or drop",
+                    f"--overlong error: the {what} at",
+                    lines[first],
+                    f"has {int(documents.lengths[first])} tokens; raise --max_len, or {ways}",
                     name=self.names[chunk.source] if self.names else None,
                 )
             counts["overlong"] = int(over.sum())
             documents = documents.take(np.flatnonzero(~over))
         return Encoded(documents=documents, bad=rendered.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)
+
+
+SIDES = ("chosen", "rejected")
+LENGTHS = {side: f"{side} length " for side in SIDES}
+"""Begins the names under which the lengths of each side of pairs are counted, the bucket behind it."""
+
+
+def lengths_of_sides(documents: Documents) -> dict[str, int]:
+    """How many conversations there are of each length, of chosen ones (even) and rejected ones (odd)."""
+    found: dict[str, int] = {}
+    for number, side in enumerate(SIDES):
+        buckets, counts = np.unique(length_bucket(documents.lengths[number::2]), return_counts=True)
+        found |= {f"{LENGTHS[side]}{bucket}": int(count) for bucket, count in zip(buckets, counts, strict=True)}
+    return found

@@ -126,7 +126,7 @@ def beside(config: Raw2IdsConfig, sources: list[Source]) -> Path:
 
 def recorded_options(config: Raw2IdsConfig) -> dict[str, Any]:
     """The options that decide what is made, as plain data."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | {"overlong": config.overlong_way}
     absent = NOT_IN_THE_MANIFEST if config.eval_fraction is not None else (*NOT_IN_THE_MANIFEST, "seed")
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return {key: value for key, value in plain.items() if key not in absent}

@@ -35,7 +35,7 @@ READ = (INPUT_IDS, LABELS, ATTENTION_MASK)
 """The columns that are read of such a source, beside those that mark what is trained on."""
 _NO_FLAG = 2
 """Stands for what is neither 0 nor 1 in a column of marks."""
-CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "instruction", "prompt", "question", "chosen")
 """What a table of chat records has, one of them at least."""
 
 
@@ -83,6 +83,10 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
         marked: tuple[str, ...] = ()
         if source.kind in ("parquet", KIND) and (made_of or source.kind == KIND):
             schema = open_parquet(source).schema_arrow
+            if config.type == "preference" and INPUT_IDS in schema.names:
+                raise UserError(
+                    f"-i {source.name}: has {INPUT_IDS}; -t preference reads texts and messages; give these"
+                )
             if source.kind == KIND or (INPUT_IDS in schema.names and not set(made_of) & set(schema.names)):
                 marked = _check_columns(schema, source)
                 source = dataclasses.replace(source, kind=KIND)
@@ -91,7 +95,7 @@ def recognised(config: Raw2IdsConfig, sources: list[Source]) -> Input:
                 refuse_columns(source, made_of, schema.names)
         found.append(source)
         marks.append(marked)
-    chat = config.type == "ft" and any(source.kind != KIND for source in found)
+    chat = config.is_chat and any(source.kind != KIND for source in found)
     given = Input(sources=found, marks=tuple(marks), labels=labels, chat=chat)
     if given.some and (config.doc_prefix is not None or config.doc_suffix is not None):
         option = "doc_prefix" if config.doc_prefix is not None else "doc_suffix"
@@ -286,8 +290,8 @@ def ids_encoder(config: Raw2IdsConfig, facts: TokenizerFacts, given: Input, othe
         facts=facts,
         names=tuple(source.name for source in given.sources),
         longest=None if config.stack else config.max_len,
-        refuse_longer=config.type == "ft" and config.overlong == "error",
-        labels=config.type == "ft" or config.mask_tokens or given.labels,
+        refuse_longer=config.is_chat and config.overlong_way == "error",
+        labels=config.is_chat or config.mask_tokens or given.labels,
         masked_ids=facts.special_ids if config.mask_tokens else frozenset(),
         others=others,
     )

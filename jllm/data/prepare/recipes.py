@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.builtin_templates import TEMPLATES
-from jllm.data.chat.formats import QUESTION_ANSWER, commonest_format
+from jllm.data.chat.formats import PAIRS, QUESTION_ANSWER, commonest_format
+from jllm.data.chat.records.pairs import CHOSEN, PAIR_FIELDS, REJECTED
 from jllm.data.chat.rendering import Renderer, RenderPlan
 from jllm.data.packing.best_fit import BestFitPacker
 from jllm.data.packing.classes import ClassPacker
@@ -107,9 +108,10 @@ def chat_encoder(
         plan=plan,
         formats=formats,
         fields=field_map(config),
-        longest=None if config.overlong == "split" else config.max_len,
-        refuse_longer=config.overlong == "error",
+        longest=None if config.overlong_way == "split" else config.max_len,
+        refuse_longer=config.overlong_way == "error",
         names=names,
+        pairs=config.type == "preference",
     )
 
 
@@ -144,20 +146,21 @@ def packer_of(
     if not config.control_class:
         return packer
     classes = _plain_packer(config, (0,) * len(sequence_prefix), pad_id=0, labels=labels)
-    return ClassPacker(packer, classes, labels=config.type == "ft")
+    return ClassPacker(packer, classes, labels=config.is_chat)
 
 
 def _plain_packer(config: Raw2IdsConfig, sequence_prefix: tuple[int, ...], *, pad_id: int, labels: bool) -> Packer:
     labels = labels or config.mask_tokens
     pad_to = config.max_len if config.pad else config.pad_to_multiple_of
-    chat = config.type == "ft"
-    if config.packing == "best_fit":
+    chat, pairs = config.is_chat, config.type == "preference"
+    if config.is_best_fit:
         return BestFitPacker(
             config.max_len,
             labels=chat or labels,
             pad_to=pad_to,
             pad_id=pad_id,
-            conversations=chat,
+            conversations=chat and not pairs,
+            pairs=pairs,
         )
     if chat:
         return ConversationPacker(config.max_len, pad_to=pad_to, pad_id=pad_id, filter_rows=config.filter)
@@ -173,23 +176,29 @@ def _plain_packer(config: Raw2IdsConfig, sequence_prefix: tuple[int, ...], *, pa
 
 
 def field_map(config: Raw2IdsConfig) -> dict[str, str]:
-    """`--field_map user=question,assistant=answer` as role → field."""
+    """`--field_map user=question,assistant=answer` as role → field; for pairs `prompt`, `chosen`, ... → field."""
+    pairs = config.type == "preference"
     if not config.field_map:
-        return QUESTION_ANSWER
+        return {} if pairs else QUESTION_ANSWER
+    known = PAIR_FIELDS if pairs else ("system", "user", "assistant", "messages", "tools")
     fields = {}
     for pair in config.field_map.split(","):
         role, equals, field = pair.partition("=")
-        if not equals or role.strip() not in ("system", "user", "assistant", "messages", "tools") or not field.strip():
+        if not equals or role.strip() not in known or not field.strip():
             raise UserError(
-                f"--field_map {config.field_map}: write role=field,..., roles being system, user, assistant, messages"
-                " and tools"
+                f"--field_map {config.field_map}: write role=field,..., roles being {', '.join(known[:-1])} and"
+                f" {known[-1]}"
             )
         fields[role.strip()] = field.strip()
+    if pairs and not {CHOSEN, REJECTED} <= fields.keys():
+        raise UserError(f"--field_map {config.field_map}: a pair has a chosen and a rejected answer; name both fields")
     return fields
 
 
 def format_asked_for(config: Raw2IdsConfig) -> str | None:
     """The format of the records that the options say; None where the records have to say it."""
+    if config.type == "preference":
+        return PAIRS
     if config.field_map:
         return "fields"
     return None if config.format == "auto" else config.format

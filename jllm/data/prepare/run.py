@@ -15,7 +15,7 @@ from typing import Any
 from jllm.data.chat.assembler import Assembler
 from jllm.data.chat.rendering import RenderPlan
 from jllm.data.chat.token_spans import TokenLengths
-from jllm.data.dataset.manifest import FileEntry, Manifest, open_data_set, write_manifest
+from jllm.data.dataset.manifest import KINDS, FileEntry, Manifest, open_data_set, write_manifest
 from jllm.data.packing.packers import Packer
 from jllm.data.prepare import pretokenized, recipes
 from jllm.data.prepare.config import Raw2IdsConfig
@@ -340,6 +340,7 @@ class _Preparation:
                 for source, count in zip(self.identity["sources"], counted, strict=False)
             ),
             labels_checked=True,
+            kind=KINDS[self.config.type],
             further=columns_of(self.config.control_class),
             chat_template=plan.template if plan is not None else None,
             extra=extra,

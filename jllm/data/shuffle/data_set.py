@@ -27,7 +27,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jllm import atomic
-from jllm.data.dataset.manifest import MANIFEST_NAME, DataSet, Manifest, open_data_set, read_manifest, write_manifest
+from jllm.data.dataset.manifest import (
+    MANIFEST_NAME,
+    DataSet,
+    Manifest,
+    inherited,
+    open_data_set,
+    read_manifest,
+    write_manifest,
+)
 from jllm.data.shuffle.mix import ALL_ONCE, Recipe, select_rows
 from jllm.data.shuffle.passes import SCRATCH_NAME, Passes
 from jllm.data.shuffle.passes import Resources as Resources
@@ -94,7 +102,7 @@ def shuffle_set(
         sources=({"name": data_set.name, "fingerprint": data_set.manifest.fingerprint},),
         further=job.further,
         labels_checked=True,
-        chat_template=data_set.manifest.chat_template,
+        **inherited([data_set]),
     )
     write_manifest(folder, manifest)
     clear_traces(folder)

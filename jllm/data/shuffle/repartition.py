@@ -26,7 +26,7 @@ from jllm.data.dataset.manifest import (
     FileEntry,
     Manifest,
     data_sets_below,
-    one_template,
+    inherited,
     one_tokenizer,
     read_manifest,
     sets_in,
@@ -155,7 +155,7 @@ def make_plan(folder: Path, partitions: int | None, partition_tokens: int | None
         sources=names,
         further=further,
         labels_checked=all(data_set.manifest.labels_checked for data_set in sets),
-        chat_template=one_template(sets),
+        **inherited(sets),
         extra={
             "id": identity,
             "blocks": [[block.set_name, block.index] for partition in dealt for block in partition],

@@ -210,9 +210,7 @@ def _opened_encoder(config: Raw2IdsConfig, attempt: Attempt, facts: TokenizerFac
     key = f"{facts.sha256} {config} {attempt} {chat}"
     if key not in _opened:
         use_cores(1)  # Spark runs a worker on every core
-        engine = open_engine(
-            facts, attempt.engine, inert=config.type == "ft", trust_remote_code=config.trust_remote_code
-        )
+        engine = open_engine(facts, attempt.engine, inert=config.is_chat, trust_remote_code=config.trust_remote_code)
         prefix = recipes.sequence_prefix(config, engine, facts)
         encoder: ChunkEncoder
         if config.type == "pretrain":

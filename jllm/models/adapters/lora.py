@@ -12,9 +12,11 @@ their names (`jllm.models.pipeline.carving.plain_name`), those of the adapters a
 Cost: rank × (inputs + outputs) numbers for each module.
 """
 
+import contextlib
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,6 +73,24 @@ def attach_lora(
             parameter.data = parameter.data.to(dtype)
         if parameter.is_floating_point():
             parameter.requires_grad_(trains)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute what the stage's model computes without its adapters, and with the modules that are trained whole as they
+    were.
+
+    peft's own switch also turns gradients off and on again; here nothing but what a forward pass does changes.
+    """
+    found: list[Any] = [each for each in model.modules() if isinstance(each, LoraLayer | ModulesToSaveWrapper)]
+    before = [each._disable_adapters for each in found]
+    for each in found:
+        each._disable_adapters = True
+    try:
+        yield
+    finally:
+        for each, was in zip(found, before, strict=True):
+            each._disable_adapters = was
 
 
 def is_adapter(name: str) -> bool:

@@ -21,6 +21,9 @@ INPUT_IDS = "input_ids"
 """The token itself; only where layers look at it."""
 CONTROL_CLASS = "control_class"
 """The class of the token that follows each token, 0 where that is not trained on; only with control adapters."""
+DOCUMENTS = "documents"
+"""The number of each token's document in the micro-batch, and what is known of the document beside it; only with
+preference pairs (`jllm.train.objectives.preference`)."""
 
 READ = (LABELS, POSITION_IDS)
 """The planes of a micro-batch as it is read, beside its input ids."""

@@ -43,6 +43,10 @@ from jllm.train.shape import RunShape
 BINDING_OPTIONS = (
     "loss",
     "loss_gamma",
+    "beta",
+    "label_smoothing",
+    "simpo_gamma",
+    "pref_ftx",
     "dropout",
     "optimizer",
     "module_learning_rate",

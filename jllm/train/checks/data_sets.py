@@ -7,8 +7,8 @@ Cost: none but for a set whose manifest does not count trained tokens: that one 
 
 from collections.abc import Sequence
 
-from jllm.data.dataset.columns import CONTROL_CLASS
-from jllm.data.dataset.manifest import DataSet
+from jllm.data.dataset.columns import CONTROL_CLASS, REF_LOGPS
+from jllm.data.dataset.manifest import PREFERENCE, DataSet
 from jllm.data.dataset.reader import ShardReader
 from jllm.data.dataset.token_counts import count_trained
 from jllm.errors import UserError
@@ -35,6 +35,7 @@ def check_data_sets(
     for each, data_set in zip(given, sets, strict=True):
         check_ids(data_set, model.vocab_size)
         _check_length(data_set, config, model)
+        _check_kind(data_set, config)
         if config.has_control:
             _check_classes(data_set)
         if data_set.manifest.rows == 0:
@@ -48,6 +49,54 @@ def check_data_sets(
             raise UserError(
                 f"no token of {data_set.folder} is a target (labels mask them all, or rows have one token); give a set"
                 " with something to predict"
+            )
+    if config.needs_reference:
+        _check_references(sets)
+
+
+def _check_kind(data_set: DataSet, config: TrainConfig) -> None:
+    """Refuse pairs where single rows are trained on, and the reverse; pairs without what the loss compares with.
+
+    Raises:
+        UserError: as said.
+    """
+    kind, further, folder = data_set.manifest.kind, data_set.manifest.further, data_set.folder
+    if not config.has_pairs:
+        if kind == PREFERENCE or REF_LOGPS in further.carried:
+            raise UserError(
+                f"{folder} has preference pairs, of which --loss {config.loss} would train on the rejected answers too;"
+                " give --loss dpo, or another one of pairs"
+            )
+        return
+    asked = f"--loss {config.loss}" if config.is_preference else "--write_ref_logps"
+    if kind not in (PREFERENCE, None):
+        raise UserError(
+            f"{asked} takes preference pairs, and {folder} has {kind}; make the shards with raw2ids -t preference"
+        )
+    if not config.needs_reference:
+        return
+    again = f"--model {config.model} --train_data {folder} --write_ref_logps FOLDER"
+    if (REF_LOGPS in further.carried) != (data_set.manifest.reference is not None):
+        raise UserError(
+            f"{folder}: nothing says which model made its {REF_LOGPS.name}; make them again with: jllm train {again}"
+        )
+    if data_set.manifest.reference is None and not config.has_adapters:
+        raise UserError(
+            f"{asked} compares with a reference, and {folder} has none (no column {REF_LOGPS.name}); make them with:"
+            f" jllm train {again}, and train on that folder; or give --loss orpo or simpo, or --lora_dim"
+        )
+
+
+def _check_references(sets: Sequence[DataSet]) -> None:
+    """Raises:
+    UserError: sets whose references are of several models, or that some have and others have not.
+    """
+    first = sets[0]
+    for data_set in sets[1:]:
+        if data_set.manifest.reference != first.manifest.reference:
+            raise UserError(
+                f"{first.folder} and {data_set.folder} do not have {REF_LOGPS.name} of the same model; make those of"
+                " both with the same --write_ref_logps"
             )
 
 
@@ -98,7 +147,12 @@ def _check_classes(data_set: DataSet) -> None:
 
 def warnings_about_columns(sets: Sequence[DataSet], config: TrainConfig) -> list[str]:
     """Columns with a meaning of which a run makes no use, one line each."""
-    return [
+    found = [
+        f"{data_set.folder} has {REF_LOGPS.name}, which --loss {config.loss} does not look at"
+        for data_set in sets
+        if REF_LOGPS in data_set.manifest.further.carried and config.is_preference and not config.needs_reference
+    ]
+    return found + [
         f"{data_set.folder} has control classes, which only --control_adapter_rank looks at"
         for data_set in sets
         if CONTROL_CLASS in data_set.manifest.further.carried and not config.has_control

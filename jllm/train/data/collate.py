@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX, Int64
-from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, POSITION_IDS, READ, Bundle, Planes
+from jllm.models.pipeline.bundle import CONTROL_CLASS, DOCUMENTS, LABELS, POSITION_IDS, READ, Bundle, Planes
 from jllm.train.data.rows import Row
 
 
@@ -25,11 +25,14 @@ class MicroBatch:
     Attributes:
         input_ids: [B, S] int64.
         planes: each [B, S] int64: labels (shifted, `IGNORE_INDEX` where not trained on), position ids, and what else
-            was asked for: control classes (shifted as labels are, 0 where not trained on).
+            was asked for: control classes (shifted as labels are, 0 where not trained on), and the documents of pairs
+            (`jllm.train.objectives.preference`).
+        documents: of the rows, one after the other: how many each has; only with the plane of documents.
     """
 
     input_ids: Tensor
     planes: Planes
+    documents: tuple[int, ...] = ()
 
     @property
     def sent(self) -> tuple[Tensor, Tensor]:
@@ -63,6 +66,9 @@ def collate(
     labels[batch_of, place_of, starts[later] - 1] = IGNORE_INDEX
     if CONTROL_CLASS in planes:
         _fill_classes(stacked[:, planes.index(CONTROL_CLASS)], rows, labels)
+    counts: list[tuple[int, ...]] = [()] * shape[0]
+    if DOCUMENTS in planes:
+        counts = _fill_documents(stacked[:, planes.index(DOCUMENTS)], rows)
     positions = np.arange(input_ids.size).reshape(shape)
     if block_mask:
         # Each position less the start of its document; padding continues the last document.
@@ -71,8 +77,8 @@ def collate(
     else:
         position_ids[:] = positions[0, 0]
     return [
-        MicroBatch(input_ids=torch.from_numpy(ids), planes=Planes(planes, torch.from_numpy(numbers)))
-        for ids, numbers in zip(input_ids, stacked, strict=True)
+        MicroBatch(input_ids=torch.from_numpy(ids), planes=Planes(planes, torch.from_numpy(numbers)), documents=count)
+        for ids, numbers, count in zip(input_ids, stacked, counts, strict=True)
     ]
 
 
@@ -84,6 +90,28 @@ def _fill_classes(classes: Int64, rows: Sequence[Row | None], labels: Int64) -> 
             number, within = divmod(place, classes.shape[1])
             classes[number, within, : max(len(row.classes) - 1, 0)] = row.classes[1:]
     classes[labels == IGNORE_INDEX] = 0
+
+
+def _fill_documents(plane: Int64, rows: Sequence[Row | None]) -> list[tuple[int, ...]]:
+    """Number the documents of each micro-batch [M, B, S], and put what is known of each beside the number at its first
+    token: the bits of its reference log-probability. Padding goes on with the last document. How many each row has."""
+    plane[:] = 0
+    counts: list[tuple[int, ...]] = []
+    for number, micro_batch in enumerate(plane):
+        first, found = 0, []
+        for place, numbers in enumerate(micro_batch):
+            row = rows[number * len(micro_batch) + place]
+            size = len(row.boundaries) - 1 if row is not None and row.boundaries is not None else 0
+            found.append(size)
+            if row is None or row.boundaries is None:
+                continue
+            starts = row.boundaries[:-1]
+            numbers[:] = np.repeat(np.arange(first, first + size), np.diff(np.append(starts, len(numbers))))
+            if row.references is not None:
+                numbers[starts] |= row.references.view(np.int32).astype(np.int64) << 32
+            first += size
+        counts.append(tuple(found))
+    return counts
 
 
 def _document_starts(rows: Sequence[Row | None], length: int) -> tuple[Int64, Int64]:

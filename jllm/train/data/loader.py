@@ -23,10 +23,11 @@ import numpy as np
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.errors import UserError
 from jllm.models.attention import DocumentBounds
-from jllm.models.pipeline.bundle import CONTROL_CLASS, LABELS, POSITION_IDS, READ
+from jllm.models.pipeline.bundle import CONTROL_CLASS, DOCUMENTS, LABELS, POSITION_IDS, READ
 from jllm.train.data.batching import LENGTH_MULTIPLE, MicroBatchRows, Parts, TokenBudget, padded_length
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.order import EpochOrder
+from jllm.train.data.row_checks import RowError, check_classes, checked_pairs
 from jllm.train.data.rows import Row, ShardIndex, joined, read_rows
 
 
@@ -51,6 +52,7 @@ class Step:
         start: the cursor before the step.
         room: tokens that the micro-batches of this share could hold.
         documents: of any micro-batch, where they are kept apart.
+        pairs: preference pairs of this share; 0 where rows are no pairs.
     """
 
     micro_batches: list[MicroBatch]
@@ -61,6 +63,7 @@ class Step:
     start: Cursor
     room: int = 0
     documents: DocumentBounds | None = None
+    pairs: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,14 +109,6 @@ def _without_first(micro_batch: list[list[_Numbered]], count: int) -> tuple[list
     return kept, count
 
 
-class RowError(UserError):
-    """A row that cannot be trained on; `place` is its number in the global batch."""
-
-    def __init__(self, message: str, place: int) -> None:
-        super().__init__(message)
-        self.place = place
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchShare:
     """Which rows of a global batch one pipeline takes, and in what shape.
@@ -129,6 +124,7 @@ class BatchShare:
         budget: makes micro-batches by tokens instead of by rows.
         longest: inputs of the longest row there is, which the first step is padded to; None: it is not.
         planes: what is made of the rows, by name.
+        references: rows of preference pairs have reference log-probabilities, which are checked.
     """
 
     micro_batch: int
@@ -142,6 +138,7 @@ class BatchShare:
     longest: int | None = None
     positions: int | None = None
     planes: tuple[str, ...] = READ
+    references: bool = False
 
     @property
     def most(self) -> int | None:
@@ -213,7 +210,8 @@ class BatchShare:
         needed = max((len(row.ids) for row in rows), default=2) - 1
         self._check_lengths(rows, needed)
         if CONTROL_CLASS in self.planes:
-            _check_classes(rows)
+            check_classes(rows)
+        pairs = checked_pairs(rows, references=self.references) if DOCUMENTS in self.planes else [0] * len(rows)
         largest = self.longest if start == Cursor() else None
         if self.budget is None:
             size = self.micro_batch * self.accumulation
@@ -236,7 +234,8 @@ class BatchShare:
             dealt = groups[self.data_rank :: self.data_size]
             places = [place for group in dealt for members in group for place in members]
             groups_of_rows: list[list[Row | None]] = [
-                [joined([rows[place] for place in members]) for members in group] for group in dealt
+                [joined([rows[place] for place in members], trims=DOCUMENTS in self.planes) for members in group]
+                for group in dealt
             ]
             groups_of_rows += [[None] for _ in range(self.accumulation - len(dealt))]
             # The one with the fewest rows has the most room for long ones.
@@ -261,6 +260,7 @@ class BatchShare:
             documents=DocumentBounds.of(each.planes[POSITION_IDS] for each in micro_batches)
             if self.block_mask
             else None,
+            pairs=sum(pairs[place] for place in places),
         )
 
     def _collate_group(self, rows: list[Row | None], largest: int | None, *, is_longest: bool) -> MicroBatch:
@@ -314,20 +314,6 @@ class BatchShare:
                     " make the shards with the model's tokenizer",
                     place,
                 )
-
-
-def _check_classes(rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
-        if row.classes is None or len(row.classes) != len(row.ids):
-            found = "no control classes" if row.classes is None else f"{len(row.classes)} control classes"
-            raise RowError(
-                f"a row of {len(row.ids)} tokens has {found}; each token has one: make the shards with raw2ids"
-                " --control_class",
-                place,
-            )
-        if len(row.classes) and (row.classes.min() < -1 or row.classes.max() > 1):
-            wrong = int(row.classes[np.abs(row.classes) > 1][0])
-            raise RowError(f"control class {wrong} in the data; classes are 1, -1 and 0", place)
 
 
 def train_steps(

@@ -11,12 +11,15 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jllm import children
-from jllm.data.dataset.manifest import one_template, open_data_set
+from jllm.data.dataset.columns import CONTROL_CLASS as CLASSES
+from jllm.data.dataset.columns import REF_LABELS, REF_LOGPS
+from jllm.data.dataset.manifest import one_reference, one_template, open_data_set
 from jllm.data.dataset.shards import Int32
 from jllm.errors import EXIT_CODE, UserError, say
-from jllm.models.pipeline.bundle import CONTROL_CLASS, READ
+from jllm.models.pipeline.bundle import CONTROL_CLASS, DOCUMENTS, READ
 from jllm.models.weights.source import ModelInfo
 from jllm.train.checks.data_sets import check_batch, check_data_sets, warnings_about_columns, warnings_about_rows
 from jllm.train.checks.tokenizers import check_tokenizer
@@ -46,6 +49,7 @@ class DataFacts:
         chat_template: of its conversations; None where there are none, or several differ.
         warnings: what is odd about it without being wrong, one line each.
         templates_differ: several sets have different ones.
+        reference: what made the reference log-probabilities of its pairs, where they are there and looked at.
     """
 
     fingerprint: str
@@ -55,6 +59,7 @@ class DataFacts:
     chat_template: str | None = None
     warnings: tuple[str, ...] = ()
     templates_differ: bool = False
+    reference: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,8 @@ def warnings_of(*data: Data) -> list[str]:
 
 def planes_of(config: TrainConfig) -> tuple[str, ...]:
     """What the first stage is given of every micro-batch beside its input ids."""
+    if config.has_pairs:
+        return (*READ, DOCUMENTS)
     return (*READ, CONTROL_CLASS) if config.has_control else READ
 
 
@@ -92,8 +99,10 @@ def share_of(
     data_rank: int,
     data_size: int,
     rule: int = NEWEST_RULE,
+    references: bool = False,
 ) -> BatchShare:
-    """What one of `data_size` pipelines takes of a global batch; `rule` is that of `jllm.train.data.batching`."""
+    """What one of `data_size` pipelines takes of a global batch; `rule` is that of `jllm.train.data.batching`, and
+    `references` says whether rows have reference log-probabilities."""
     budget = None
     if config.batch_size_tokens is not None:
         budget = TokenBudget(
@@ -114,6 +123,7 @@ def share_of(
         vocab_size=model.vocab_size,
         budget=budget,
         planes=planes_of(config),
+        references=references,
     )
 
 
@@ -159,7 +169,9 @@ def open_sets(
     if model is not None:
         check_data_sets(given, sets, config, model)
         warnings += [*warnings_about_rows(sets, model), *warnings_about_columns(sets, config)]
-    further = [name for name in planes_of(config) if name not in READ]
+    reference = one_reference(sets) if config.needs_reference else None
+    further = [CLASSES.name] if config.has_control else []
+    further += [REF_LOGPS.name, REF_LABELS.name] if reference is not None else []
     index = ShardIndex(*sets, weights=[each.weight for each in given], further=further)
     if index.num_rows == 0:
         raise UserError(f"{names}: the data set has no rows; make it again from input that is not empty")
@@ -176,6 +188,7 @@ def open_sets(
         chat_template=one_template(sets),
         warnings=tuple(warnings),
         templates_differ=len({each.manifest.chat_template for each in sets} - {None}) > 1,
+        reference=reference,
     )
     return index, facts
 
@@ -213,6 +226,7 @@ def _open(
                 f" ({view.fingerprint[:12]}) than on that of rank {first_rank} ({first.fingerprint[:12]}); copy it anew"
                 " (or give --dist_data, if each node has a part of its own)"
             )
+    references = readers[0][2].reference is not None
     mine = agreement.node if distributed else 0
     ranks = nodes.get(mine, [])
     share = share_of(
@@ -222,6 +236,7 @@ def _open(
         data_rank=ranks.index(agreement.rank) if agreement.place.is_reader else 0,
         data_size=max(len(ranks), 1),
         rule=rule,
+        references=references,
     )
     parts = Parts(
         rows=tuple(view.num_rows for _, view in views.values()),
@@ -255,6 +270,7 @@ def _together(parts: list[DataFacts]) -> DataFacts:
         num_rows=sum(part.num_rows for part in parts),
         tokens=sum(count for count in tokens if count is not None) if None not in tokens else None,
         longest_row=max(length for length in lengths if length is not None) if None not in lengths else None,
+        reference=parts[0].reference,
         templates_differ=len(templates) > 1 or any(part.templates_differ for part in parts),
         chat_template=templates.pop() if len(templates) == 1 else None,
         warnings=tuple(dict.fromkeys(line for part in parts for line in part.warnings)),
@@ -313,6 +329,7 @@ def _as_shards(given: WeightedFolder, config: TrainConfig) -> WeightedFolder:
     row = DEFAULT_ROW if config.seq_len is None else config.seq_len + 1
     output = path.with_name(f"{path.name.split('.')[0]}_{config.model.resolve().name}_{row}")
     kind = ["--type", "pretrain", "--stack"] if _is_text(path) else ["--type", "ft", "--filter"]
+    kind = ["--type", "preference"] if config.has_pairs else kind
     command = children.python("-m", "jllm.raw2ids", "--input", str(path), "--output", str(output))
     command += ["--tokenizer", str(config.model), "--max_len", str(row), *kind]
     # The converter is a program of its own, not a rank of this run.

@@ -18,8 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from jllm.data.dataset.columns import COLUMNS, CONTROL_CLASS, to_array
+from jllm.data.dataset.columns import COLUMNS, CONTROL_CLASS, REF_LABELS, REF_LOGPS, from_array, to_array
 from jllm.data.dataset.manifest import DataSet
 from jllm.data.dataset.shards import (
     CU_SEQLENS,
@@ -43,22 +44,36 @@ _FIRST_WINDOW_THREADS = 4
 @dataclasses.dataclass(slots=True)  # not frozen, which would make it three times slower to make
 class Row:
     """One row as it is on disk: ids, labels (None: all trained), document boundaries (None: one document), control
-    classes (None: not asked for)."""
+    classes (None: not asked for); of preference pairs, where they are there and asked for, the documents' reference
+    log-probabilities, and the checksum of the row that these were made of."""
 
     ids: Int32
     labels: Int32 | None
     boundaries: Int32 | None
     classes: Int32 | None = None
+    references: NDArray[np.float32] | None = None
+    checksum: int | None = None
 
     @property
     def real_length(self) -> int:
         return len(self.ids) if self.boundaries is None else int(self.boundaries[-1])
 
 
-def joined(rows: Sequence[Row]) -> Row:
-    """Rows one behind the other as one, each of them a document of it at least; padding becomes one that is masked."""
+def without_padding(row: Row) -> Row:
+    """The row without what lies behind its last document."""
+    if row.boundaries is None or (end := row.real_length) == len(row.ids):
+        return row
+    labels = None if row.labels is None else row.labels[:end]
+    return dataclasses.replace(row, ids=row.ids[:end], labels=labels)
+
+
+def joined(rows: Sequence[Row], *, trims: bool = False) -> Row:
+    """Rows one behind the other as one, each of them a document of it at least; padding becomes one that is masked, or
+    with `trims` nothing."""
     if len(rows) == 1:
         return rows[0]
+    if trims:
+        rows = [without_padding(row) for row in rows]
     ids = np.concatenate([row.ids for row in rows])
     labels = np.concatenate([row.ids if row.labels is None else row.labels for row in rows])
     boundaries, start = [np.zeros(1, dtype=np.int32)], 0
@@ -76,6 +91,7 @@ def joined(rows: Sequence[Row]) -> Row:
         labels=labels,
         boundaries=np.concatenate(boundaries).astype(np.int32),
         classes=None if rows[0].classes is None else np.concatenate([row.classes for row in rows]),  # type: ignore[misc]
+        references=None if rows[0].references is None else np.concatenate([row.references for row in rows]),  # type: ignore[misc]
     )
 
 
@@ -234,8 +250,12 @@ class Window:
         self._columns = [
             tuple(
                 from_list_array(batch.column(name)) if name in batch.schema.names else None
-                for name in (INPUT_IDS, LABELS, CU_SEQLENS, CONTROL_CLASS.name)
+                for name in (INPUT_IDS, LABELS, CU_SEQLENS, CONTROL_CLASS.name, REF_LOGPS.name)
             )
+            for batch in batches
+        ]
+        self._checksums = [
+            from_array(batch.column(REF_LABELS.name)) if REF_LABELS.name in batch.schema.names else None
             for batch in batches
         ]
 
@@ -246,9 +266,16 @@ class Window:
             batches = np.searchsorted(self._starts, some, side="right") - 1
             within = some - self._starts[batches]
             for batch, index in zip(batches.tolist(), within.tolist(), strict=True):
-                ids, labels, boundaries, classes = (_list_at(column, index) for column in self._columns[batch])
+                ids, labels, boundaries, classes, references = (
+                    _list_at(column, index) for column in self._columns[batch]
+                )
                 assert ids is not None
-                yield Row(ids=ids, labels=labels, boundaries=boundaries, classes=classes)
+                row = Row(ids=ids, labels=labels, boundaries=boundaries, classes=classes)
+                if references is not None:
+                    row.references = references.view(np.float32)
+                    checksums = self._checksums[batch]
+                    row.checksum = None if checksums is None else int(checksums[index])
+                yield row
 
 
 def _list_at(column: tuple[Int32, Int64] | None, index: int) -> Int32 | None:

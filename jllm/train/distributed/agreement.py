@@ -43,6 +43,7 @@ class StepFacts:
         devices: what each stage uses.
         room: tokens that the micro-batches of the whole world could hold.
         documents: of any micro-batch of this process's pipeline, where they are kept apart.
+        pairs: preference pairs in the whole world; 0 where rows are no pairs.
     """
 
     waited: float
@@ -56,6 +57,12 @@ class StepFacts:
     devices: DevicesUse
     room: int
     documents: DocumentBounds | None = None
+    pairs: int = 0
+
+    @property
+    def terms(self) -> int:
+        """What the loss is a mean over: pairs, or trained tokens."""
+        return self.pairs or self.trained_tokens
 
     @property
     def rows_after(self) -> int:
@@ -83,13 +90,13 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 9
+        mine = [0] * 10
         if step is not None:
             start, known = step.start, step.documents
             mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
-            mine += [known.most, known.longest] if known is not None else [0, 0]
+            mine += [step.pairs, *((known.most, known.longest) if known is not None else (0, 0))]
         everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 10].any():
+        if everyone[:, 11].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -99,7 +106,7 @@ class Agreement(Collectives):
                 f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
             )
         rows, epoch, rows_before = views[0]
-        most, longest = everyone[self.place.reader, 7:9].tolist()
+        most, longest = everyone[self.place.reader, 8:10].tolist()
         return step, StepFacts(
             waited=waited,
             length=int(everyone[self.place.reader, 0]),
@@ -108,9 +115,10 @@ class Agreement(Collectives):
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 9].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 11:].tolist())),
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 10].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 12:].tolist())),
             room=int(readers[:, 6].sum()),
+            pairs=int(readers[:, 7].sum()),
             documents=DocumentBounds(most=most, longest=longest) if most else None,
         )
 

@@ -30,7 +30,7 @@ from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
 from jllm.train.objectives.logit_rows import RowLoss, compiles, losses_of
 
-_ALIGNED = 64
+ALIGNED = 64
 """Rows of logits start at multiples of so many elements, and chunks have multiples of so many tokens, where they can:
 products of other shapes are several times slower on GPUs."""
 _SCALED_AT_ONCE = 2**24
@@ -93,20 +93,16 @@ class _FusedLoss(torch.autograd.Function):
             torch.empty_like(each) if each is not None and wanted else None
             for each, wanted in zip((hidden, weight, bias), call.wanted, strict=True)
         )
-        chunks = _Chunks(len(hidden), weight)
+        chunks = LogitChunks(len(hidden), weight)
         # In fp32: it is small, and a sum over many rows.
         of_bias = of_bias.float().zero_() if of_bias is not None else None
         factor = torch.full((), 1.0 if call.expected is None else call.expected, device=hidden.device)
         losses = []
         for place in range(0, len(hidden), chunks.size):
             tokens = hidden[place : place + chunks.size]
-            logits = chunks.logits(len(tokens))
-            if bias is None:
-                torch.mm(tokens, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, tokens, weight.t(), out=logits)
+            logits = chunks.multiply(tokens, weight, bias)
             targets = labels[place : place + chunks.size]
-            losses.append(chunks.summed_loss(call.rows, targets, factor, any(call.wanted)))
+            losses.append(chunks.losses(call.rows, targets, factor, has_gradient=any(call.wanted)).sum())
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[place : place + chunks.size])
             if of_weight is not None and place == 0:
@@ -136,7 +132,7 @@ class _FusedLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-class _Chunks:
+class LogitChunks:
     """The buffer in which the logits of chunks take turns.
 
     Attributes:
@@ -149,22 +145,29 @@ class _Chunks:
         self._is_of_one_shape = compiles(weight.device)
         if self._is_of_one_shape:
             # Whatever the number of tokens: each shape would be compiled for itself.
-            self.size = max(self.size // _ALIGNED * _ALIGNED, 1)
-            rows, width = self.size, -(-vocabulary // _ALIGNED) * _ALIGNED
+            self.size = max(self.size // ALIGNED * ALIGNED, 1)
+            rows, width = self.size, -(-vocabulary // ALIGNED) * ALIGNED
         else:
             rows, width = min(self.size, tokens), vocabulary
         self._logits = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)[:, :vocabulary]
 
-    def logits(self, tokens: int) -> Tensor:
-        """The place of so many tokens' logits."""
-        return self._logits[:tokens]
+    def multiply(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The products of these tokens, [n, V], until the next ones."""
+        logits = self._logits[: len(tokens)]
+        if bias is None:
+            torch.mm(tokens, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, tokens, weight.t(), out=logits)
+        return logits
 
-    def summed_loss(self, rows: RowLoss, labels: Tensor, factor: Tensor, has_gradient: bool) -> Tensor:
-        """Of the logits that are there, with these labels; they become their own gradient."""
-        if self._is_of_one_shape and len(labels) < self.size:
+    def losses(self, rows: RowLoss, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
+        """Of the products that are there, with these labels, one a token and some 0; with `has_gradient` the products
+        become the gradient of their sum times `factor`, a scalar or one a token."""
+        if self._is_of_one_shape and (missing := self.size - len(labels)):
             # What lies in the other rows is not looked at.
-            labels = pad(labels, (0, self.size - len(labels)), value=IGNORE_INDEX)
-        return losses_of(rows, self.logits(len(labels)), labels, factor, has_gradient=has_gradient).sum()
+            labels = pad(labels, (0, missing), value=IGNORE_INDEX)
+            factor = pad(factor, (0, missing)) if factor.ndim else factor
+        return losses_of(rows, self._logits[: len(labels)], labels, factor, has_gradient=has_gradient)
 
 
 def _scale(numbers: Tensor | None, factor: Tensor) -> None:

@@ -93,7 +93,7 @@ def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_
         of: what the losses are.
         rows: with `has_gradient` they become the gradient of the summed losses.
         labels: [n]; where they are `IGNORE_INDEX`, loss and gradient are 0.
-        factor: of the gradient, a scalar.
+        factor: of the gradient, a scalar or [n].
         has_gradient: whether it is made.
     """
     size = max(1, BLOCK_ELEMENTS // rows.shape[1])
@@ -107,10 +107,8 @@ def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_
             # Nothing is written yet: compiling comes before that, in the second function too.
             _failed.append(True)
             logging.getLogger(__name__).warning("the loss runs uncompiled, which is slower: %s", error)
-    blocks = zip(rows.split(size), labels.split(size), strict=True)
-    return torch.cat(
-        [_losses(of.statistics, of.write_gradient, block, some, factor, has_gradient) for block, some in blocks]
-    )
+    blocks = zip(rows.split(size), labels.split(size), factor.expand(len(labels)).split(size), strict=True)
+    return torch.cat([_losses(of.statistics, of.write_gradient, *block, has_gradient) for block in blocks])
 
 
 def _losses(

@@ -1,7 +1,8 @@
 """What an objective is, and the one that is in use on a last stage.
 
 An objective returns a sum over the trained tokens of a micro-batch. For one optimizer step over the whole world the
-loss is (sum of these) / (number of trained tokens), however the tokens fall on micro-batches and ranks. DeepSpeed
+loss is (sum of these) / (number of trained tokens; of preference pairs with a loss of these), however the tokens fall
+on micro-batches and ranks. DeepSpeed
 divides what the last stage returns by the number of micro-batches and averages over data-parallel ranks, in the
 gradient and in the reported loss alike; `step_scale` multiplies by both beforehand, so the two cancel and what is left
 is the sum over the step divided by its trained tokens.
@@ -9,7 +10,7 @@ is the sum over the step divided by its trained tokens.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class Sums:
 
     Attributes:
         loss: scalar, fp32, to be differentiated.
-        reported: whole numbers by name, scalars or [N], to be added up over micro-batches and processes.
+        reported: numbers by name, scalars or [N], to be added up over micro-batches and processes; whole ones, but for
+            those of pairs.
     """
 
     loss: Tensor
@@ -44,9 +46,9 @@ class Objective(Protocol):
         """
 
 
-def step_scale(*, trained_tokens: int, micro_batches: int, data_parallel_size: int) -> float:
-    """What a sum is multiplied with in a step that has this many trained tokens in the whole world."""
-    return micro_batches * data_parallel_size / max(trained_tokens, 1)
+def step_scale(*, terms: int, micro_batches: int, data_parallel_size: int) -> float:
+    """What a sum is multiplied with in a step that has this many trained tokens, or pairs, in the whole world."""
+    return micro_batches * data_parallel_size / max(terms, 1)
 
 
 class ObjectiveInUse:
@@ -68,10 +70,10 @@ class ObjectiveInUse:
         """The sum of this name since `use`, waiting for the device; 0 on stages that have no objective."""
         return sum(self.all_reported(name, 1))
 
-    def all_reported(self, name: str, count: int) -> list[int]:
+    def all_reported(self, name: str, count: int) -> list[Any]:
         """The same for one that has `count` numbers."""
         found = self._reported.get(name)
-        return [0] * count if found is None else found.reshape(count).tolist()  # type: ignore[no-any-return]
+        return [0] * count if found is None else found.reshape(count).tolist()
 
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor]) -> Tensor:
         """The scaled sum of a micro-batch, to be differentiated."""

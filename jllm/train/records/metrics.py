@@ -7,11 +7,14 @@ over its pipelines), `data_wait` (share of the step's time in which the reader w
 `consumed_tokens` and `consumed_rows`; with adapters also `_avg`, `_min` and `_max` over all of them of what
 `jllm.train.optim.after_step` tells: `lora_norm` (Frobenius, of alpha / r x BA), `lora_decay` (what the decay took of
 the norm of BA in this step), `control_lambda` (the largest change along a direction), `control_skew` (how far
-directions are from orthonormal), `control_decay`; a step of `--skip_train_steps` has no loss. Evaluation records have
+directions are from orthonormal), `control_decay`; of preference pairs `pairs` (of the step), `rewards/chosen`,
+`rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the share of pairs whose chosen answer has the larger
+reward), `logps/chosen` and `logps/rejected`; a step of `--skip_train_steps` has no loss. Evaluation records have
 `step` (0: before training), `name` (of the set), `eval_loss`, `eval_tokens`, `perplexity`, `accuracy`, `seconds` and
-more of `jllm.train.evaluate`. Events have `event`, what happened, and `step`, the last one that was made. A resumed
-run goes on in the same file, after the records of steps it is about to repeat are dropped; events stay. A step that
-ends the run because its loss or gradient is not finite is recorded too; NaN and infinity are text.
+more of `jllm.train.evaluate`; of pairs `eval_pairs` and the same as in training. Events have `event`, what happened,
+and `step`, the last one that was made. A resumed run goes on in the same file, after the records of steps it is about
+to repeat are dropped; events stay. A step that ends the run because its loss or gradient is not finite is recorded too;
+NaN and infinity are text.
 
 Only the first process records; on the others every method does nothing. No sink ends a run: a full disk is waited for,
 and a service that is away is passed over.
@@ -146,6 +149,7 @@ class Recorder:
             f"epoch {record['epoch']:.2f}",
             f"lr {record['lr']:.3g}",
             "" if skipped else f"grad norm {record['grad_norm']:.3f}",
+            *_pairs(record),
             *(f"{label} {record[key]:.3g}" for key, label in _OF_ADAPTERS.items() if key in record),
             f"{record['tokens_per_second']:,.0f} tokens/s",
             f"MFU {100 * record['mfu']:.1f}%" if record["mfu"] is not None else "",
@@ -173,10 +177,20 @@ class Recorder:
             return
         self._write(record)
         when = f"after step {record['step']}/{self._total_steps}" if record["step"] else "before the first step"
+        if "eval_pairs" in record:
+            facts, over = _pairs(record), f"{record['eval_pairs']:,} pairs"
+        else:
+            facts = [f"perplexity {record['perplexity']:.3f}", f"accuracy {100 * record['accuracy']:.2f}%"]
+            over = f"{record['eval_tokens']:,} tokens"
         self.say(
-            f"evaluation on {record['name']} {when}  loss {record['eval_loss']:.4f}"
-            f"  perplexity {record['perplexity']:.3f}  accuracy {100 * record['accuracy']:.2f}%"
-            f"  {record['eval_tokens']:,} tokens in {record['seconds']:.1f} s"
+            "  ".join(
+                (
+                    f"evaluation on {record['name']} {when}",
+                    f"loss {record['eval_loss']:.4f}",
+                    *facts,
+                    f"{over} in {record['seconds']:.1f} s",
+                )
+            )
         )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -221,6 +235,18 @@ class Recorder:
             if sink is not None:
                 sink.close()
         self._reporters, self._board, self._file, self._display = (), None, None, None
+
+
+def _pairs(record: dict[str, Any]) -> list[str]:
+    """What the console says of preference pairs; nothing of other rows."""
+    if "rewards/margins" not in record:
+        return []
+    return [
+        f"right {100 * record['rewards/accuracies']:.1f}%",
+        f"margin {record['rewards/margins']:.3f}",
+        f"rewards {record['rewards/chosen']:.3f} {record['rewards/rejected']:.3f}",
+        f"logps {record['logps/chosen']:.1f} {record['logps/rejected']:.1f}",
+    ]
 
 
 def clock(seconds: float) -> str:

@@ -104,8 +104,11 @@ PAIRS_OF = {
 @pytest.mark.parametrize("way", list(PAIRS_OF))
 def test_preference_pairs_are_named_and_their_chosen_answers_can_be_trained_on(way: str) -> None:
     record = PAIRS_OF[way]
-    with pytest.raises(UserError, match=re.escape(f"here: its records are preference pairs (chosen, rejected), not"
-                                                  f" conversations; --field_map {way} trains on")):  # fmt: skip
+    said = (
+        "here: its records are preference pairs (chosen, rejected), not conversations; give -t preference to train on"
+        f" both answers; --field_map {way} trains on"
+    )
+    with pytest.raises(UserError, match=re.escape(said)):
         commonest_format([record] * 3, "here")
     for form in READERS:
         if form != "fields":

@@ -12,7 +12,8 @@ from jllm.commands.repartition import main as repartition
 from jllm.commands.shuffle_datasets import main as shuffle_datasets
 from jllm.commands.shuffle_partition import main as shuffle_partition
 from jllm.data.dataset.columns import Column
-from jllm.data.dataset.manifest import open_data_set, read_manifest, verify
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import open_data_set, read_manifest
 from jllm.data.shuffle import passes, scatter
 from jllm.data.shuffle.data_set import Resources, shuffle_set
 from tests.data.sets import content

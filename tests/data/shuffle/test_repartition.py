@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jllm.commands.repartition import main
-from jllm.data.dataset.manifest import open_data_set, verify, write_manifest
+from jllm.data.dataset.describe import verify
+from jllm.data.dataset.manifest import open_data_set, write_manifest
 from jllm.data.shuffle import repartition as module
 from jllm.data.shuffle.repartition import make_plan, recover, repartition
 from tests.data.foreign_sets import spark_like

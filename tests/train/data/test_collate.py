@@ -7,9 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllm.models.pipeline.bundle import LABELS, POSITION_IDS
+from jllm.models.pipeline.bundle import DOCUMENTS, LABELS, POSITION_IDS
 from jllm.train.data.collate import MicroBatch, collate
 from jllm.train.data.rows import Row
+from jllm.train.objectives.preference import unpacked_documents
 
 EXAMPLES = max(10, int(50 * float(os.environ.get("JLLM_TEST_SIZE", "1"))))
 
@@ -87,3 +88,21 @@ def test_collate_by_hand() -> None:
 def test_an_empty_last_document_of_a_full_row() -> None:
     batch = one_batch({"ids": [1, 2, 3], "ends": [0, 2, 3, 3]}, length=2)
     assert batch.planes.stacked.tolist() == [[[2, -100]], [[0, 1]]]
+
+
+def test_documents_of_pairs() -> None:
+    """Numbered through a micro-batch, with the bits of what is known of each at its first token."""
+    one = Row(ids=np.arange(7, dtype=np.int32), labels=np.arange(7, dtype=np.int32),
+              boundaries=np.array([0, 3, 5], np.int32), references=np.array([-1.5, -7.25], np.float32))  # fmt: skip
+    two = Row(ids=np.arange(9, dtype=np.int32), labels=np.arange(9, dtype=np.int32),
+              boundaries=np.array([0, 2, 4, 6, 9], np.int32), references=np.full(4, -2.0, np.float32))  # fmt: skip
+    planes = (LABELS, POSITION_IDS, DOCUMENTS)
+    first, second = collate([one, two, None, one], 8, micro_batch=2, block_mask=True, planes=planes)
+    numbers, references = unpacked_documents(first.planes[DOCUMENTS])
+    assert numbers.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 3, 3, 4, 4, 5, 5]]
+    assert references.tolist() == [[-1.5, 0, 0, -7.25, 0, 0, 0, 0], [-2, 0, -2, 0, -2, 0, -2, 0]]
+    assert first.documents == (2, 4)
+    numbers, references = unpacked_documents(second.planes[DOCUMENTS])
+    assert numbers.tolist() == [[0] * 8, [0, 0, 0, 1, 1, 1, 1, 1]]
+    assert not references[0].any()
+    assert second.documents == (0, 2)

@@ -19,8 +19,8 @@ def test_scale_of_a_step() -> None:
     hidden, fields = micro_batch(torch.float32)
     trained = 6 * int((fields["labels"] != IGNORE_INDEX).sum())
     in_use = ObjectiveInUse(CrossEntropy())
-    in_use.use(CrossEntropy(), scale=step_scale(trained_tokens=trained, micro_batches=2, data_parallel_size=3))
+    in_use.use(CrossEntropy(), scale=step_scale(terms=trained, micro_batches=2, data_parallel_size=3))
     assert in_use(hidden, head, fields).dtype == torch.float32
     mean = float(in_use(hidden, head, fields).detach())
     assert mean == pytest.approx(6 * float(plain(hidden, head, fields).detach()) / trained, rel=1e-6)
-    assert step_scale(trained_tokens=0, micro_batches=2, data_parallel_size=3) == 6
+    assert step_scale(terms=0, micro_batches=2, data_parallel_size=3) == 6

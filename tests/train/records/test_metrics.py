@@ -105,3 +105,16 @@ def test_what_is_not_finite_is_text_and_survives_the_end_of_the_run(tmp_path: Pa
     assert [(each["loss"], each["grad_norm"]) for each in found] == [(2.5, 0.5), ("nan", "inf")]
     board = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, math.isnan(event.value)) for event in board.Scalars("train/loss")] == [(1, False), (2, True)]
+
+
+def test_lines_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = {"pairs": 4.0, "rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/margins": 0.75,
+             "rewards/accuracies": 0.75, "logps/chosen": -31.0, "logps/rejected": -40.5}  # fmt: skip
+    steps = Steps(monkeypatch, total=10)
+    steps.train(1, 2.0, **pairs)
+    steps.recorder.evaluation({"step": 1, "name": "held", "eval_loss": 0.6, "eval_pairs": 12, "seconds": 3.0, **pairs})
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    for line in (first, second):
+        assert "right 75.0%  margin 0.750  rewards 0.500 -0.250  logps -31.0 -40.5" in line
+    assert "evaluation on held after step 1/10  loss 0.6000" in second
+    assert second.endswith("12 pairs in 3.0 s")

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jllm.data.chat.records.conversation import LEFT_OUT, UNUSED
-from jllm.data.dataset.manifest import Manifest
+from jllm.data.dataset.manifest import PREFERENCE, Manifest
+from jllm.data.dataset.token_counts import quantile_length
+from jllm.data.prepare.encoding import LENGTHS
 from jllm.data.prepare.reporting.totals import Totals, named
 from jllm.data.sources.inputs import Source
 from jllm.errors import say
@@ -70,9 +72,10 @@ def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int,
     for (folder, manifest), tally in zip(sets, totals.sets, strict=True):
         tokens, trained = manifest.total("tokens") or 0, manifest.total("trained_tokens") or 0
         room = manifest.rows * max_len
+        what = "pairs" if manifest.kind == PREFERENCE else "documents"
         lines += [
             f"{folder}: " + (_speed(totals, seconds) if not lines else "held out for evaluation"),
-            f"  documents {tally.documents:,} with {tally.document_tokens:,} tokens; lengths: half up to"
+            f"  {what} {tally.documents:,} with {tally.document_tokens:,} tokens; lengths: half up to"
             f" {tally.quantile(0.5):,}, 90 % up to {tally.quantile(0.9):,}, 99 % up to {tally.quantile(0.99):,},"
             f" longest {tally.longest:,}",
             f"  rows {manifest.rows:,} in {len(manifest.files):,} files; tokens {tokens:,}, trained {trained:,}"
@@ -83,8 +86,16 @@ def summary(sets: Sequence[tuple[Path, Manifest]], totals: Totals, max_len: int,
     if end is not None:
         said = f"{end['token']} ({', '.join(map(str, end['ids']))})" if end["ids"] else "nothing"
         lines.append(f"  documents end in {said}")
+    for side, beginning in LENGTHS.items():
+        lengths = {int(bucket): count for bucket, count in named(totals.counts, beginning).items()}
+        if lengths:
+            half, most = (quantile_length(lengths, share) for share in (0.5, 1.0))
+            lines.append(
+                f"  {side} conversations {sum(lengths.values()):,}: half up to {half:,} tokens, longest about {most:,}"
+            )
     if totals.counts.get("overlong"):
-        lines.append(f"  dropped {totals.counts['overlong']:,} conversations longer than {max_len} tokens")
+        what = "conversations" if sets[0][1].kind != PREFERENCE else "preference pairs"
+        lines.append(f"  dropped {totals.counts['overlong']:,} {what} longer than {max_len} tokens")
     lines += notes(totals.counts)
     for kind, found in totals.bad.items():
         lines.append(f"  bad: {found['count']:,} x {kind}; first: {found['examples'][0]}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jllm.data.dataset.columns import Int64
+from jllm.data.dataset.token_counts import length_bucket, quantile_length
 from jllm.data.prepare.work import Counted
 from jllm.data.sources.records import BadRecord
 from jllm.errors import UserError, printable
@@ -63,12 +64,7 @@ class Tally:
 
     def quantile(self, share: float) -> int:
         """The length that this share of the documents does not exceed, within 3 %."""
-        wanted, seen = share * self.documents, 0
-        for bucket in sorted(self.lengths):
-            seen += self.lengths[bucket]
-            if seen >= wanted:
-                return min(self.longest, bucket if bucket <= 256 else int(2 ** ((bucket - 256) / 32 + 8)))
-        return 0
+        return min(self.longest, quantile_length(self.lengths, share))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -140,12 +136,6 @@ def named(counts: Mapping[str, int], beginning: str) -> dict[str, int]:
 def describe(name: str, record: BadRecord) -> str:
     """ "file:line: kind: detail", for people."""
     return printable(" ".join(f"{name}:{record.line}: {record.kind}: {record.detail}".split()))
-
-
-def length_bucket(lengths: Any) -> Any:
-    """Numbers whose order is that of the lengths, and of which there are few."""
-    coarse = 256 + np.ceil((np.log2(np.maximum(lengths, 1)) - 8) * 32)
-    return np.where(lengths <= 256, lengths, coarse).astype(np.int64)
 
 
 def stopped_at(name: str, record: BadRecord) -> UserError:

@@ -1,8 +1,8 @@
 """Encoded chunks on disk, from when they are encoded until no sink may need them again: what a killed run need not
 encode anew.
 
-A file is a head in JSON and arrays as they lie in memory: ids, offsets, labels as bits, and control classes. Rows are
-made of it (`Block` says where its tokens lie); as a whole it is mapped, not read.
+A file is a head in JSON and arrays as they lie in memory: ids, offsets, labels as bits, control classes, and where
+pairs are cut. Rows are made of it (`Block` says where its tokens lie); as a whole it is mapped, not read.
 
 Guarantees: a file is there whole or not at all; one that is torn, because it is not flushed to disk, is not taken.
 Cost: writing and a sum over the arrays; 2 or 4 bytes a token on disk.
@@ -81,8 +81,11 @@ def write(path: Path, encoded: Encoded, vocab_size: int) -> Block:
         arrays.append(np.packbits(documents.labels != IGNORE_INDEX))
     if documents.classes is not None:
         arrays.append(documents.classes)
+    if documents.cuts is not None:
+        arrays.append(documents.cuts)
     head = {
         "labels": documents.labels is not None,
+        **({"cuts": True} if documents.cuts is not None else {}),
         "bad": [dataclasses.astuple(record) for record in encoded.bad],
         "counts": encoded.counts,
         "end": encoded.end,
@@ -127,12 +130,13 @@ def read(path: Path) -> tuple[Encoded, Block] | None:
     ids = arrays[0].astype(np.int32, copy=False)
     labels = None
     has_labels = bool(head["labels"])
+    cuts = np.array(arrays.pop()) if head.get("cuts") else None
     classes = arrays[2 + has_labels] if len(arrays) > 2 + has_labels else None
     if has_labels:
         trained = np.unpackbits(arrays[2], count=len(ids)).astype(bool)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     encoded = Encoded(
-        documents=Documents(ids=ids, offsets=np.array(arrays[1]), labels=labels, classes=classes),
+        documents=Documents(ids=ids, offsets=np.array(arrays[1]), labels=labels, classes=classes, cuts=cuts),
         bad=[BadRecord(kind=kind, line=line, detail=detail) for kind, line, detail in head["bad"]],
         counts=head["counts"],
         end=head["end"],

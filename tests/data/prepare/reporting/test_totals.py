@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jllm.data.dataset.token_counts import length_bucket
 from jllm.data.packing.pieces import Block, Pieces
-from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share, length_bucket
+from jllm.data.prepare.reporting.totals import MAX_EXAMPLES, Tally, Totals, check_bad_share
 from jllm.data.prepare.saving.sink import ResumePoint
 from jllm.data.prepare.work import Counted
 from jllm.data.sources.records import BadRecord
