@@ -37,7 +37,7 @@ def test_what_is_left_out_is_named(tmp_path: Path, template: str, messages: Any,
     """Also where the same words stand elsewhere."""
     chat = chat_of(tmp_path, template)
     for train_on_prompt in (False, True):
-        chat = Chat(chat.facts, chat.encoder.assembler().engine, template, train_on_prompt=train_on_prompt)
+        chat = Chat(chat.facts, chat.encoder.assembler.engine, template, train_on_prompt=train_on_prompt)
         record = {"messages": messages, **({"tools": tools} if tools else {})}
         ids, _, [bad], _ = chat.encode_as("jsonl", [record], "messages")
         assert (ids, bad.kind) == ([], kind)

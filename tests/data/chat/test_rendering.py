@@ -185,7 +185,7 @@ def test_a_flag_trains_what_is_no_answer(tmp_path: Path, template: str) -> None:
     assert chat.trained(beside) == f"rule{end}"
     both = [{"user": "why", "assistant": "so", "train": True}]
     assert chat.trained(both) == f"so{end}"
-    last = Chat(chat.facts, chat.encoder.assembler().engine, template, train_on="last")
+    last = Chat(chat.facts, chat.encoder.assembler.engine, template, train_on="last")
     assert last.trained(asked) == f"so{end}"
 
 
