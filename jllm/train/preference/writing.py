@@ -87,7 +87,7 @@ def write_references(config: TrainConfig, shape: RunShape, agreement: Agreement,
     data = open_training_data(config, shape, agreement, model)
     family = setup.find_family(config)
     source = agreement.from_first_reader(lambda: open_data_set(given.folder).manifest)
-    work = _Work(config, source)
+    work = _ReferenceWork(config, source)
     identity = agreement.from_first_reader(lambda: reference_identity(config, attention=family.attention))
     with _held(work, identity, agreement) as finished:
         if finished is not None:
@@ -114,7 +114,12 @@ def check_target(config: TrainConfig) -> None:
 
 
 def _write(
-    work: "_Work", identity: dict[str, Any], config: TrainConfig, shape: RunShape, agreement: Agreement, data: Data
+    work: "_ReferenceWork",
+    identity: dict[str, Any],
+    config: TrainConfig,
+    shape: RunShape,
+    agreement: Agreement,
+    data: Data,
 ) -> None:
     in_use = ObjectiveInUse(ReferenceLogps())
     built = setup.build_stage(config, shape, agreement, in_use, longest_row=data.facts.longest_row)
@@ -179,7 +184,7 @@ def _of_pipeline(everyone: list[Any], agreement: Agreement, data: int) -> Iterat
             at += count
 
 
-class _Work:
+class _ReferenceWork:
     """The folder that is written."""
 
     def __init__(self, config: TrainConfig, source: Manifest) -> None:
@@ -310,7 +315,7 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _held(work: _Work, identity: dict[str, Any], agreement: Agreement) -> Iterator[Manifest | None]:
+def _held(work: _ReferenceWork, identity: dict[str, Any], agreement: Agreement) -> Iterator[Manifest | None]:
     """Keep other runs out of the folder, and take up what is there; the manifest, where all is done."""
     with contextlib.ExitStack() as held:
 
