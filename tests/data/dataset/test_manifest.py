@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jllm.data.dataset.columns import Column
+from jllm.data.dataset.describe import verify
 from jllm.data.dataset.further import FurtherColumns
 from jllm.data.dataset.manifest import (
     MANIFEST_NAME,
@@ -15,7 +16,6 @@ from jllm.data.dataset.manifest import (
     one_tokenizer,
     open_data_set,
     read_manifest,
-    verify,
     write_manifest,
 )
 from jllm.errors import UserError
