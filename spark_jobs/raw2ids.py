@@ -349,7 +349,7 @@ class SparkPreparation:
         asked = recipes.format_asked_for(config)
         formats = (asked,) * len(self.sources) if asked else self._formats(groups, given)
         plan = recipes.render_plan(config, self.facts, self.date or "1970-01-01", short_cut=True)
-        return {"plan": plan, "formats": formats, "pool": None}
+        return {"plan": plan, "formats": formats}
 
     def _formats(self, groups: Sequence[SourceGroup], given: Sequence[Any]) -> tuple[str, ...]:
         found: dict[int, Any] = {}
