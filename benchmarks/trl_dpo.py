@@ -137,7 +137,10 @@ def as_trl(folder: Path, loss: str) -> None:
     texts = {"prompt": "", "chosen": "", "rejected": ""}
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [texts | dict(zip(names, pair, strict=True)) for pair in given]
-    models = [AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False)
+        for _ in range(2)
+    ]
     config = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=RATE,
         lr_scheduler_type="constant", warmup_steps=0, beta=BETA, loss_type=[LOSSES[loss]], max_grad_norm=1.0,

@@ -51,7 +51,17 @@ def test_every_command_of_the_group_has_help(name: str, flag: str) -> None:
     [
         (
             "train",
-            ["Data", "Model", "Adapters", "Parallelism", "Steps", "Objective", "Optimizer", "Speed", "Memory"],
+            [
+                "Data",
+                "Model",
+                "Adapters",
+                "Parallelism",
+                "Steps",
+                "Objective",
+                "Preference pairs",
+                "Optimizer",
+                "Speed",
+            ],
         ),
         ("raw2ids", ["Input and output", "Tokenizer", "Rows", "Documents, -t pretrain", "Conversations, -t ft"]),
     ],

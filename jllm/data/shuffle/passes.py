@@ -181,7 +181,9 @@ class Passes:
             self._scatter_group(scatter, mine.reader, task)
             return None
 
-        tasks = itertools.chain((shard.path for shard in self.shards), self._groups())
+        # Of what others wrote no checksum is known.
+        checked = [shard.path for shard in self.shards if self.checksums[shard.path] is not None]
+        tasks = itertools.chain(checked, self._groups())
         found = [each for each in self._run(workers, work, tasks, last="end") if each is not None]
         del self.positions  # the second pass has its memory for the buckets
         return [
