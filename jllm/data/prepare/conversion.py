@@ -187,6 +187,14 @@ class _Queue:
         while any(sink.is_waiting for sink in self._sinks):
             self.step(1.0)
 
+    def finish_begun(self) -> None:
+        """After an error, have the row groups made that were begun, as far as that can still be done."""
+        idle = 0
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            while idle < 3 and any(sink.is_waiting for sink in self._sinks):
+                self.step(1.0)
+                idle = 0 if self._workers.busy else idle + 1
+
 
 def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Totals:
     """Read, encode and feed everything.
@@ -207,8 +215,12 @@ def convert(run: Conversion, sinks: Sequence[Sink], progress: Progress) -> Total
         tasks = _Queue(run, workers, sinks)
         for sink in sinks:
             sink.start(tasks)
-        with contextlib.closing(_in_order(run, first, tasks)) as chunks:
-            _feed(run, first, totals, chunks, sinks, progress)
+        try:
+            with contextlib.closing(_in_order(run, first, tasks)) as chunks:
+                _feed(run, first, totals, chunks, sinks, progress)
+        except Exception:
+            tasks.finish_begun()  # what comes before it is kept
+            raise
         tasks.drain()
     return totals
 
