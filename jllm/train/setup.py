@@ -19,12 +19,14 @@ from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, s
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
+from jllm.models.tensor_parallel import check_tensor_parallel, sharers, slice_stage
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
+from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
@@ -93,6 +95,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     trained = copy.deepcopy(model_config)
     set_dropout(trained, config.dropout)
+    check_tensor_parallel(trained, model_class, config.model_parallel_size)
     attention = choose_attention(
         model_class,
         device=get_accelerator().current_device_name(),
@@ -230,11 +233,14 @@ def plan_stages(
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
-    limit = _device_memory()
+    # The table is of whole stages, which slices share.
+    limit = _device_memory() if shape.mesh.tensor == 1 else None
     parameters = costs.parameters(0, len(costs.layers))
     notes = family.adapters.said() if family.adapters is not None else []
     notes += quantisation.said() if quantisation is not None else []
     notes.append(family.compiling.said)
+    if shape.mesh.tensor > 1:
+        notes.append(f"{shape.mesh.tensor} processes share each stage of this table, its parameters and its memory")
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
@@ -318,6 +324,9 @@ def build_stage(
             dropout=config.dropout,
             quantisation=family.quantisation,
         )
+    if shape.mesh.tensor > 1:
+        shared = sharers(family.config, shape.mesh.tensor)
+        slice_stage(model, TensorGroup.make(shape.mesh, agreement.rank, sharers=shared))
     tell = family.adapters.attach(model) if family.adapters is not None else None
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
