@@ -19,7 +19,7 @@ from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, s
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
-from jllm.models.tensor_parallel import check_tensor_parallel, sharers, slice_stage
+from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
 from jllm.models.router_balance import RouterBalance, attach_router_balance
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
