@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import socket
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, s
 from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
-from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
 from jllm.models.router_balance import RouterBalance, attach_router_balance
+from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
@@ -343,13 +344,15 @@ def build_stage(
         tell=tell,
         are_rows_whole=not config.block_mask,
     )
+    hosts = agreement.gather(socket.gethostname())
+    places = shape.mesh.table(hosts) if shape.mesh.tensor > 1 or len(set(hosts)) > 1 else []
     notes = fp8_notes(config, agreement, model, span, is_compiled=family.compiling.is_on)
     notes.append(fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None))))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
-        plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)),
+        plan=dataclasses.replace(plan, notes=(*places, *plan.notes, *notes)),
         checkpointing=checkpointing,
         routers=routers,
         attached=frozenset(attached),

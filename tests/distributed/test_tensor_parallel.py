@@ -38,6 +38,86 @@ def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
     return [train_rank(options) for options in runs]
 
 
+def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """With q/k norms, whose gradients are partial, and masters in fp32; norms count everything once."""
+    model = tmp_path / "model"
+    make_folder(tiny_config("qwen3", tied=True, vocab_size=VOCABULARY), model)
+    data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
+
+    def options_of(name: str, **more: Any) -> dict[str, Any]:
+        return {
+            "model": model,
+            "train_data": (str(data),),
+            "precision": "bf16",
+            "optimizer": "sgd",
+            "learning_rate": 0.02,
+            "gradient_clipping": 0.7,
+            "per_device_train_batch_size": 2,
+            "global_batch_size": 4,
+            "max_steps": STEPS,
+            "log_dir": tmp_path / name / "log",
+            "partition_method": "uniform",
+            **more,
+        }
+
+    assert ranks(1).run(train_rank, options_of("one")) == [None]
+    runs = [
+        options_of("slices", model_parallel_size=2, pipe_parallel_size=2),
+        options_of("copies", model_parallel_size=2),
+    ]
+    assert ranks(4).run(train_ranks, runs) == [[None, None]] * 4
+    expected = records(tmp_path / "one/log")
+    for name in ("slices", "copies"):
+        found = records(tmp_path / name / "log")
+        np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in expected], rtol=5e-3)
+        np.testing.assert_allclose(
+            [each["grad_norm"] for each in found], [each["grad_norm"] for each in expected], rtol=0.02
+        )
+
+
+def train_watched(options: dict[str, Any], data: Path) -> tuple[str | None, list[str], int]:
+    """One rank of a run; the shard files that it opened, and the bytes that it read of them."""
+    import os
+    import sys
+
+    opened: list[str] = []
+
+    def watch(event: str, arguments: Any) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(data)):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    answer = train_rank(options)
+    mapped = Path("/proc/self/maps").read_text()
+    held = [os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
+    return answer, opened, mapped.count(str(data)) + sum(each.startswith(str(data)) for each in held)
+
+
+def test_one_process_of_a_pipeline_reads(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Token budgets: the micro-batches of a step differ in shape, and arrive everywhere as they were read."""
+    model = tmp_path / "model"
+    make_folder(tiny_config("llama", vocab_size=VOCABULARY), model)
+    data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
+    options = {
+        "model": model,
+        "train_data": (str(data),),
+        "precision": "fp32",
+        "batch_size_tokens": 64,
+        "block_mask": True,
+        "max_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "optimizer": "sgd",
+    }
+    sliced = {"model_parallel_size": 2, "pipe_parallel_size": 2, "log_dir": tmp_path / "sliced"}
+    answers = ranks(4).run(train_watched, {**options, **sliced}, data)
+    assert [answer for answer, _, _ in answers] == [None] * 4
+    assert answers[0][1]
+    assert [(opened, held) for _, opened, held in answers[1:]] == [([], 0)] * 3
+    assert ranks(1).run(train_rank, {**options, "log_dir": tmp_path / "one"}) == [None]
+    one, found = (records(tmp_path / name) for name in ("one", "sliced"))
+    np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in one], atol=1e-5)
+
+
 @pytest.mark.parametrize("family", TENSOR_PARALLEL)
 def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:
     import torch
@@ -80,4 +160,6 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
         np.testing.assert_allclose([record["grad_norm"] for record in found], norms, rtol=1e-4, err_msg=name)
         trained = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
         for key, tensor in trained.items():
-            torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=0, msg=lambda m, w=(name, key): f"{w}: {m}")
+            torch.testing.assert_close(
+                tensor, weights[key], atol=1e-5, rtol=0, msg=lambda m, w=(name, key): f"{w}: {m}"
+            )

@@ -6,8 +6,8 @@ places. What several have alike is written by the first one. Nothing is gathered
 Names and the layout of a family's published files come from the same conversion as always, run on the slices, and on
 whole tensors without memory. Where it splits a packed parameter, each part is cut evenly along the axis that differs.
 
-Guarantees: the files that one process with the whole stage writes. Cost: one tensor at a time where the dtype changes; a
-write for each row of a tensor that is not cut along its first axis.
+Guarantees: the files that one process with the whole stage writes.
+Cost: one tensor at a time where the dtype changes; a write a row of a tensor that is not cut along its first axis.
 """
 
 import dataclasses

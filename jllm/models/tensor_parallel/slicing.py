@@ -105,7 +105,7 @@ def slice_stage(model: PreTrainedModel, group: TensorGroup) -> None:
     _Slicing(model, group).run(ends)
     for parameter in model.parameters():
         is_whole, is_shared = slice_of(parameter) is None, hasattr(parameter, _SHARED)
-        repeats = group.rank > 0 if is_whole else is_shared and group.rank % group.sharers > 0
+        repeats = not group.leads if is_whole else is_shared and not group.leads_sharers
         parameter.jllm_repeats = repeats  # type: ignore[attr-defined]
 
 
@@ -129,7 +129,9 @@ class _Slicing:
         self._model, self._group = model, group
         text = model.config.get_text_config(decoder=True)
         self._queries, self._keys = text.num_attention_heads, shared_heads(model.config)
-        self._plan = [(re.compile(re.escape(name).replace(r"\*", r"\d+")), style) for name, style in model.tp_plan.items()]
+        self._plan = [
+            (re.compile(re.escape(name).replace(r"\*", r"\d+")), style) for name, style in model.tp_plan.items()
+        ]
         self._copies: dict[str, SharedCopies] = {}
 
     def run(self, ends: tuple[nn.Module, nn.Module | None]) -> None:
@@ -159,7 +161,9 @@ class _Slicing:
         is_attention = hasattr(parent, "head_dim")
         if isinstance(module, nn.Linear) and style in _COLUMNS:
             copies = self._copies.setdefault(parent_name, SharedCopies(self._group))
-            column_parallel(module, self._outputs(parent, leaf, module) if is_attention else self._even(module, leaf), copies)
+            column_parallel(
+                module, self._outputs(parent, leaf, module) if is_attention else self._even(module, leaf), copies
+            )
             if is_attention and leaf in ("k_proj", "v_proj") and self._group.sharers > 1:
                 for parameter in module.parameters():
                     setattr(parameter, _SHARED, self._group.sharing)
@@ -215,8 +219,7 @@ class _Slicing:
         return first * width, end * width
 
     def _of_shared_heads(self, width: int) -> tuple[int, int]:
-        ranks = self._group.size // self._group.sharers
-        first, end = chunk(self._keys, ranks, self._group.rank // self._group.sharers)
+        first, end = self._group.shared_range(self._keys)
         return first * width, end * width
 
     def _count_heads(self, attention: Any, *, is_fused: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jllm.parallel.mesh import Mesh
+from jllm.parallel.tensor.slices import chunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +51,21 @@ class TensorGroup:
                     sharing = handle
         assert found is not None
         return cls(rank=found[0], size=mesh.tensor, handle=found[1], sharers=sharers, sharing=sharing)
+
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process acts for all, in what they have alike."""
+        return self.rank == 0
+
+    @property
+    def leads_sharers(self) -> bool:
+        """Whether it acts for those that share its key/value head."""
+        return self.rank % self.sharers == 0
+
+    def shared_range(self, length: int) -> tuple[int, int]:
+        """Where this process's part of so many key/value heads begins and ends; sharers have the same one."""
+        return chunk(length, self.size // self.sharers, self.rank // self.sharers)
 
 
 def copied(value: Tensor, group: TensorGroup) -> Tensor:

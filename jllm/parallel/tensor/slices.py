@@ -1,7 +1,7 @@
 """Which part of a whole tensor a process has: ranges along one axis, one after another.
 
-A slice is one range, but for packed tensors: those that hold several maps behind one another, of each of which a process
-has its part. What is cut evenly is cut as `torch.chunk` does it: the last ranks may have less.
+A slice is one range, but for packed tensors: those that hold several maps behind one another, of each of which a
+process has its part. What is cut evenly is cut as `torch.chunk` does it: the last ranks may have less.
 
 Costs: `cut` copies the slice; the whole tensor is free when nobody else holds it.
 """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jllm import atomic
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder, ModelFolder
 from jllm.models.tensor_parallel.saving import sliced_files
+from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder, ModelFolder
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.distributed.agreement import Agreement
 

@@ -1,8 +1,8 @@
 """Which elements of its whole tensor a parameter of this process has, in regions, and where each of them lies in it.
 
-A parameter is its whole tensor, or a slice of it (`jllm.parallel.tensor.slices`). A slice of one range is one rectangle;
-that of a packed tensor is one for each range. What a process has of a parameter is a run of its elements, flattened: all
-of them, or with ZeRO stage 1 its share.
+A parameter is its whole tensor, or a slice of it (`jllm.parallel.tensor.slices`). A slice of one range is one
+rectangle; that of a packed tensor is one for each range. What a process has of a parameter is a run of its elements,
+flattened: all of them, or with ZeRO stage 1 its share.
 
 Costs: views, but of packed tensors that are cut along another axis than the first, whose elements are copied.
 """
@@ -17,9 +17,11 @@ from torch import Tensor
 from jllm.parallel.tensor.slices import slice_of
 from jllm.train.checkpoint.regions import Box, Region
 
+_NOTHING = Box(offset=(), extent=())
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class HeldRegion:
     """Elements of a run of a parameter that are one region of the whole tensor.
 
     Attributes:
@@ -31,7 +33,7 @@ class Part:
 
     region: Region
     place: int | None = None
-    box: Box = Box(offset=(), extent=())
+    box: Box = _NOTHING
     inside: tuple[Any, ...] = ()
 
     def of(self, run: Tensor) -> Tensor:
@@ -49,29 +51,29 @@ class Part:
         return run[self.place : self.place + self.box.size].view(self.box.extent)[self.inside]
 
 
-def parts_of(parameter: Tensor, start: int = 0, stop: int | None = None) -> list[Part]:
+def parts_of(parameter: Tensor, start: int = 0, stop: int | None = None) -> list[HeldRegion]:
     """Elements [start, stop) of a parameter, flattened, in regions of its whole tensor; without numbers all of them."""
     stop = parameter.numel() if stop is None else stop
     held = slice_of(parameter)
     if held is None:
-        return [Part(region=Region.of(tuple(parameter.shape), start=start, stop=stop))]
+        return [HeldRegion(region=Region.of(tuple(parameter.shape), start=start, stop=stop))]
     rectangles = []
     place = 0
     for first, end in held.ranges:
-        offset, extent = [0] * len(held.shape), list(held.local_shape)
-        offset[held.axis], extent[held.axis] = place, end - first
-        rectangles.append((Box(offset=tuple(offset), extent=tuple(extent)), first - place))
+        begins, lengths = [0] * len(held.shape), list(held.local_shape)
+        begins[held.axis], lengths[held.axis] = place, end - first
+        rectangles.append((Box(offset=tuple(begins), extent=tuple(lengths)), first - place))
         place += end - first
     if len(rectangles) == 1:
         [(box, moved)] = rectangles
         offset = _along(box.offset, held.axis, moved)
-        return [Part(region=Region.of(held.shape, offset=offset, extent=box.extent, start=start, stop=stop))]
+        return [HeldRegion(region=Region.of(held.shape, offset=offset, extent=box.extent, start=start, stop=stop))]
     found = []
     for place, box in Region.of(held.local_shape, start=start, stop=stop).boxes():
         for rectangle, moved in rectangles:
             if (common := box.intersection(rectangle)) is not None:
                 region = Region.of(held.shape, offset=_along(common.offset, held.axis, moved), extent=common.extent)
-                found.append(Part(region=region, place=place, box=box, inside=common.within(box)))
+                found.append(HeldRegion(region=region, place=place, box=box, inside=common.within(box)))
     return found
 
 

@@ -89,9 +89,7 @@ class TrainingState:
         states = self._inner.state.get(parameter, {})
         for kind in self._kind.other:
             if kind in states:
-                found.append(
-                    Piece(kind=kind, name=name, region=_whole(states[kind]), tensor=states[kind].reshape(-1))
-                )
+                found.append(Piece(kind=kind, name=name, region=_whole(states[kind]), tensor=states[kind].reshape(-1)))
         for kind in self._kind.numbers:
             held = number_of(self._inner, parameter, self._groups[name], kind)
             if held is not None and self._updates:

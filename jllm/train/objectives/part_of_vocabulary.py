@@ -1,6 +1,6 @@
 """What an evaluation counts of tokens whose logits lie with several ranks, each with its part of the vocabulary.
 
-Guarantees: the counts that one process with all logits has, on every rank; of equal logits the first one is the highest.
+Guarantees: the counts that one process with all logits has, on every rank; of equal logits the first is the highest.
 Cost: eleven numbers a token from each rank, and of a block of logits three copies in fp32.
 """
 
@@ -34,7 +34,7 @@ def counted_of_part(
     size = max(1, elements // shard.largest)
     for block, targets in zip(logits.split(size), labels.split(size), strict=True):
         trained = targets != IGNORE_INDEX
-        block = block.float()  # noqa: PLW2901 (an exact conversion)
+        block = block.float()
         of_target = shard.of_targets(block, targets)
         correct += ((_first_highest(block, shard) == targets) & trained).sum()
         top5 += ((of_target >= _fifth(block, shard)) & trained).sum()

@@ -82,7 +82,7 @@ def check_slices(options: Any) -> None:
     refused = {
         "lora_dim": options.lora_dim is not None,
         "lora": options.lora is not None,
-        "control_adapter_rank": options.control_adapter_rank is not None,
+        "control_adapter_rank": bool(options.control_adapter_rank),
         "compile on": options.compile == "on",
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",

@@ -86,3 +86,29 @@ def test_loss_and_gradients(tmp_path: Path, size: int) -> None:
                 expected = gradients[name] if part is None else part.of(gradients[name])
                 found_one = torch.from_numpy(gradient) / trained
                 assert (found_one - expected).abs().max() <= LIMIT * max(1.0, float(expected.abs().max())), where
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "settings", "says"),
+    [
+        ("apertus", 2, {}, "model type 'apertus' was not shown to train the same in slices, as llama, "),
+        ("gpt2", 2, {}, "'gpt2' was not shown"),
+        ("llama", 3, {}, "does not divide the 4 attention heads; give a divisor of 4"),
+        ("llama", 4, {"num_attention_heads": 12, "num_key_value_heads": 6}, "the 6 key and value heads divide the"),
+        ("phi3", 4, {}, "lie in one parameter with the queries and are not shared; give at most 2"),
+        ("llama", 4, {"vocab_size": 5}, "vocab_size 5 leaves nothing for the last process"),
+        ("qwen2", 2, {"attention_dropout": 0.1}, "attention_dropout is 0.1, and slices draw their own"),
+        ("mixtral", 2, {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(family: str, size: int, settings: dict[str, Any], says: str) -> None:
+    from jllm.errors import UserError
+    from jllm.models.tensor_parallel.slicing import check_tensor_parallel
+    from jllm.models.weights.source import causal_class
+    from tests.models.tiny import tiny_config
+
+    config = tiny_config(family, **settings)
+    with pytest.raises(UserError, match=f"--model_parallel_size {size}.*{says}") as caught:
+        check_tensor_parallel(config, causal_class(config), size)
+    assert "\n" not in str(caught.value)
+    check_tensor_parallel(config, causal_class(config), 1)
