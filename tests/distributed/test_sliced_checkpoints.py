@@ -116,8 +116,15 @@ def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, fami
         [
             options_of(tmp_path, "slices", **SLICES, resume_ckpt="auto"),
             options_of(tmp_path, "cut", **SLICES, resume_ckpt=str(tmp_path / "one" / half)),
+            {
+                **options_of(tmp_path, "converted", model_parallel_size=2, from_ckpt=tmp_path / "slices"),
+                "num_train_epochs": 0,
+                "max_steps": None,
+                "checkpoint": None,
+            },
         ],
     )
+    assert distance(tmp_path / "converted-out", tmp_path / "straight-out") == 0
     assert losses(tmp_path, "slices") == straight
     assert distance(tmp_path / "slices-out", tmp_path / "straight-out") == 0
     assert losses(tmp_path, "cut") == pytest.approx(expected[2:], abs=1e-5)

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "checkpoint_grad_interval": 1,
         "schedule": "overlapped",
     },
-    "tp2xdp2": {"processes": 4, "model_parallel_size": 2},
+    "tp2xdp2": {"processes": 4, "model_parallel_size": 2, "checkpoint_grad_attention": True},
     "tp2xdp2, ZeRO-1": {"processes": 4, "model_parallel_size": 2, "zero_stage": 1},
     "tp4": {"processes": 4, "model_parallel_size": 4},
 }
@@ -73,6 +73,51 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
         np.testing.assert_allclose(
             [each["grad_norm"] for each in found], [each["grad_norm"] for each in expected], rtol=0.02
         )
+
+
+def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Another loss of a token, some parameters that stay as they are, weights at random, rates of their own."""
+    model = tmp_path / "model"
+    make_folder(tiny_config("qwen3", tied=False, vocab_size=VOCABULARY), model)
+    data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
+
+    def options_of(name: str, **more: Any) -> dict[str, Any]:
+        return {
+            "model": model,
+            "init": True,
+            "train_data": (str(data),),
+            "eval_data": (str(data),),
+            "precision": "fp32",
+            "loss": "focal",
+            "loss_gamma": 2.0,
+            "frozen_modules": "q_proj,embed_tokens,k_norm",
+            "module_learning_rate": ("down_proj=0.01",),
+            "adam_eps": 1e-4,
+            "deterministic": True,
+            "per_device_train_batch_size": 2,
+            "global_batch_size": 4,
+            "max_steps": 3,
+            "log_dir": tmp_path / name / "log",
+            "output_dir": tmp_path / name / "out",
+            "partition_method": "uniform",
+            **more,
+        }
+
+    assert ranks(1).run(train_rank, options_of("one")) == [None]
+    assert ranks(4).run(train_rank, options_of("sliced", model_parallel_size=2, pipe_parallel_size=2)) == [None] * 4
+    for key in ("loss", "eval_loss", "grad_norm"):
+        expected, found = (records(tmp_path / name / "log", key) for name in ("one", "sliced"))
+        assert expected
+        np.testing.assert_allclose([each[key] for each in found], [each[key] for each in expected], atol=2e-5)
+    one, other = (weights_of(tmp_path / name / "out") for name in ("one", "sliced"))
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-5
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def train_watched(options: dict[str, Any], data: Path) -> tuple[str | None, list[str], int]:

@@ -52,7 +52,6 @@ class TensorGroup:
         assert found is not None
         return cls(rank=found[0], size=mesh.tensor, handle=found[1], sharers=sharers, sharing=sharing)
 
-
     @property
     def leads(self) -> bool:
         """Whether this process acts for all, in what they have alike."""
