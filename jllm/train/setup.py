@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import socket
 from typing import Any
 
@@ -300,6 +301,10 @@ def build_stage(
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
+    cut = None
+    if shape.mesh.tensor > 1:
+        shared = sharers(family.config, shape.mesh.tensor)
+        cut = functools.partial(slice_stage, group=TensorGroup.make(shape.mesh, agreement.rank, sharers=shared))
     if not config.reads_weights:
         model = init_stage(
             family.config,
@@ -313,21 +318,24 @@ def build_stage(
         )
         if not config.init:
             load_buffers(model, config.model)
+        if cut is not None:
+            cut(model)
     else:
         model = load_stage(
             config.model,
             span,
             dtype=dtype,
-            device=device,
+            # A device may have room for slices only.
+            device=device if cut is None else "cpu",
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
             names_unused=agreement.place.is_first,
             dropout=config.dropout,
             quantisation=family.quantisation,
+            cut=cut,
         )
-    if shape.mesh.tensor > 1:
-        shared = sharers(family.config, shape.mesh.tensor)
-        slice_stage(model, TensorGroup.make(shape.mesh, agreement.rank, sharers=shared))
+        if cut is not None:
+            model.to(device)  # type: ignore[arg-type]
     tell = family.adapters.attach(model) if family.adapters is not None else None
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:

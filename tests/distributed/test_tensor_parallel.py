@@ -75,10 +75,17 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
         )
 
 
-def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    """Another loss of a token, some parameters that stay as they are, weights at random, rates of their own."""
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("qwen3", {"frozen_modules": "q_proj,embed_tokens,k_norm"}),
+        ("mixtral", {"router_aux_loss_coef": 0.5}),
+    ],
+)
+def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
+    """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened."""
     model = tmp_path / "model"
-    make_folder(tiny_config("qwen3", tied=False, vocab_size=VOCABULARY), model)
+    make_folder(tiny_config(family, tied=False, vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
 
     def options_of(name: str, **more: Any) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
             "precision": "fp32",
             "loss": "focal",
             "loss_gamma": 2.0,
-            "frozen_modules": "q_proj,embed_tokens,k_norm",
+            **given,
             "module_learning_rate": ("down_proj=0.01",),
             "adam_eps": 1e-4,
             "deterministic": True,
@@ -105,7 +112,7 @@ def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
 
     assert ranks(1).run(train_rank, options_of("one")) == [None]
     assert ranks(4).run(train_rank, options_of("sliced", model_parallel_size=2, pipe_parallel_size=2)) == [None] * 4
-    for key in ("loss", "eval_loss", "grad_norm"):
+    for key in ("loss", "eval_loss", "grad_norm", *(["aux_loss"] if family == "mixtral" else [])):
         expected, found = (records(tmp_path / name / "log", key) for name in ("one", "sliced"))
         assert expected
         np.testing.assert_allclose([each[key] for each in found], [each[key] for each in expected], atol=2e-5)

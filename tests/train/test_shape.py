@@ -78,7 +78,6 @@ def test_slices() -> None:
         ({"optimizer": "muon"}, "--optimizer muon"),
         ({"precision": "fp16"}, "--precision fp16"),
         ({"neftune_alpha": 5.0}, "--neftune_alpha"),
-        ({"router_aux_loss_coef": 0.0}, "--router_aux_loss_coef"),
         ({"offload_optimizer": True}, "--offload_optimizer"),
         ({"only_ckpt_model": True, "checkpoint": Path("c")}, "--only_ckpt_model"),
         ({"partition_method": "profile"}, "--partition_method profile"),

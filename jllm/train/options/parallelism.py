@@ -90,7 +90,6 @@ def check_slices(options: Any) -> None:
         f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
         "precision fp16": options.precision == "fp16",
         "neftune_alpha": options.neftune_alpha is not None,
-        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
         "offload_optimizer": options.offload_optimizer,
         "checkpoint_grad_offload": options.checkpoint_grad_offload,
         "only_ckpt_model": options.only_ckpt_model,
