@@ -301,10 +301,11 @@ def build_stage(
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
-    cut = None
+    cut, group = None, None
     if shape.mesh.tensor > 1:
         shared = sharers(family.config, shape.mesh.tensor)
-        cut = functools.partial(slice_stage, group=TensorGroup.make(shape.mesh, agreement.rank, sharers=shared))
+        group = TensorGroup.make(shape.mesh, agreement.rank, sharers=shared)
+        cut = functools.partial(slice_stage, group=group)
     if not config.reads_weights:
         model = init_stage(
             family.config,
@@ -337,6 +338,10 @@ def build_stage(
         if cut is not None:
             model.to(device)  # type: ignore[arg-type]
     tell = family.adapters.attach(model) if family.adapters is not None else None
+    if group is not None and family.adapters is not None:
+        from jllm.models.tensor_parallel.adapters import slice_adapters  # here: peft may not be there
+
+        slice_adapters(model, group)
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
         compile_stage(model, span, config, shape, agreement.place, longest_row)

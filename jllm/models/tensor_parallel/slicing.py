@@ -103,6 +103,11 @@ def slice_stage(model: PreTrainedModel, group: TensorGroup) -> None:
     """
     ends = (model.get_submodule(structure_of(model).embedding), model.get_output_embeddings())
     _Slicing(model, group).run(ends)
+    mark_repeats(model, group)
+
+
+def mark_repeats(model: nn.Module, group: TensorGroup) -> None:
+    """Say of every parameter whether another rank of the group acts for it."""
     for parameter in model.parameters():
         is_whole, is_shared = slice_of(parameter) is None, hasattr(parameter, _SHARED)
         repeats = not group.leads if is_whole else is_shared and not group.leads_sharers
@@ -117,6 +122,11 @@ def repeats(parameter: nn.Parameter) -> bool:
 def partial_gradient(parameter: nn.Parameter) -> Any:
     """The process group over which the gradients of a parameter have to be summed; None for most."""
     return getattr(parameter, _SHARED, getattr(parameter, _PARTIAL, None))
+
+
+def mark_shared(parameter: nn.Parameter, sharing: Any) -> None:
+    """Say that the ranks of a process group have the same slice of a parameter, and each a part of its gradient."""
+    setattr(parameter, _SHARED, sharing)
 
 
 _SHARED, _PARTIAL = "jllm_shared_over", "jllm_partial_over"
@@ -166,7 +176,7 @@ class _Slicing:
             )
             if is_attention and leaf in ("k_proj", "v_proj") and self._group.sharers > 1:
                 for parameter in module.parameters():
-                    setattr(parameter, _SHARED, self._group.sharing)
+                    mark_shared(parameter, self._group.sharing)
             if is_attention:
                 self._count_heads(parent, is_fused=leaf == FUSED_ATTENTION)
         elif isinstance(module, nn.Linear) and style in _ROWS:

@@ -3,7 +3,8 @@
 A layer keeps its place, its name and its parameters' names: it is given a class derived from its own. What goes into
 column-parallel layers and comes out of row-parallel ones is alike on all ranks.
 
-Guarantees: outputs and gradients of the whole layer, up to the order of sums.
+Guarantees: outputs and gradients of the whole layer, up to the order of sums. Weights of another type than the input's,
+as adapters may have, multiply in the input's.
 Cost: an all-reduce a row-parallel layer and an embedding in the forward pass, one an input of column-parallel layers in
 the backward pass.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup, copied, summed
-from jllm.parallel.tensor.slices import Ranges, chunk, cut
+from jllm.parallel.tensor.slices import Ranges, Slice, chunk, cut, mark_slice
 from jllm.parallel.tensor.vocabulary import VocabularyShard
 
 
@@ -26,7 +27,7 @@ class ColumnParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """This rank's outputs."""
-        return linear(self.copies(input), self.weight, self.bias)
+        return linear(self.copies(input), self.weight.to(input.dtype), self.bias)
 
 
 class RowParallelLinear(nn.Linear):
@@ -36,7 +37,7 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """All outputs. The bias is added once, after the sum."""
-        total = summed(linear(input, self.weight), self.group)
+        total = summed(linear(input, self.weight.to(input.dtype)), self.group)
         return total if self.bias is None else total + self.bias
 
 
@@ -70,6 +71,22 @@ def row_parallel(layer: nn.Linear, ranges: Ranges, group: TensorGroup) -> None:
     """Leave a linear map the inputs in `ranges`."""
     cut(layer, "weight", 1, ranges)
     layer.in_features = layer.weight.shape[1]
+    layer.__class__ = RowParallelLinear
+    layer.group = group  # type: ignore[assignment]
+
+
+def take_columns(layer: nn.Linear, ranges: Ranges, outputs: int, copies: SharedCopies) -> None:
+    """Have a map without a bias, that was made with as many outputs as lie in `ranges` of `outputs`, be that slice."""
+    assert layer.bias is None
+    mark_slice(layer.weight, Slice(shape=(outputs, layer.in_features), axis=0, ranges=ranges))
+    layer.__class__ = ColumnParallelLinear
+    copies.takers += 1
+    layer.copies = copies  # type: ignore[assignment]
+
+
+def take_rows(layer: nn.Linear, ranges: Ranges, inputs: int, group: TensorGroup) -> None:
+    """The same of a map with as many inputs."""
+    mark_slice(layer.weight, Slice(shape=(layer.out_features, inputs), axis=1, ranges=ranges))
     layer.__class__ = RowParallelLinear
     layer.group = group  # type: ignore[assignment]
 

@@ -65,8 +65,14 @@ def cut(module: nn.Module, name: str, axis: int, ranges: Ranges) -> None:
     axis %= whole.ndim
     part = Slice(shape=tuple(whole.shape), axis=axis, ranges=ranges)
     local = nn.Parameter(part.of(whole.detach()), requires_grad=whole.requires_grad)
-    local.jllm_slice = part  # type: ignore[attr-defined]
+    mark_slice(local, part)
     setattr(module, name, local)
+
+
+def mark_slice(parameter: nn.Parameter, part: Slice) -> None:
+    """Say what of its whole tensor a parameter is."""
+    assert tuple(parameter.shape) == part.local_shape, part
+    parameter.jllm_slice = part  # type: ignore[attr-defined]
 
 
 def slice_of(parameter: Tensor) -> Slice | None:

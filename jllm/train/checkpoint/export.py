@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from jllm import atomic
+from jllm.models.adapters.adapter_folder import AdapterFolder
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.tensor_parallel.saving import sliced_files
 from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder, ModelFolder
@@ -47,9 +48,13 @@ def export(
 
 def _write_slices(stage: PipelineStage, agreement: Agreement, folder: Path, kind: ExportedFolder) -> None:
     """Have all slices of each stage write its files together."""
-    assert isinstance(kind, ModelFolder)  # adapters are refused
     place, files = agreement.place, []
-    if place.is_writer:
+    if place.is_writer and isinstance(kind, AdapterFolder):
+        from jllm.models.tensor_parallel.adapters import sliced_adapter_files  # here: peft may not be there
+
+        files = sliced_adapter_files(kind, stage.model, stage.span)
+    elif place.is_writer:
+        assert isinstance(kind, ModelFolder)
         files = sliced_files(
             stage.model,
             stage.span,

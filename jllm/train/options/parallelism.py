@@ -80,8 +80,14 @@ def check_slices(options: Any) -> None:
     """
     given = f"--model_parallel_size {options.model_parallel_size}"
     refused = {
-        "lora_dim": options.lora_dim is not None,
         "lora": options.lora is not None,
+        "lora_dropout": options.lora_dropout > 0,
+        "use_dora": options.use_dora,
+        "modules_to_save": options.modules_to_save is not None,
+        "lora_weight_decay": options.lora_weight_decay > 0,
+        "lora_max_norm": options.lora_max_norm is not None,
+        "only_ckpt_lora": options.only_ckpt_lora,
+        str(options.load_in): options.load_in is not None,
         "control_adapter_rank": bool(options.control_adapter_rank),
         "compile on": options.compile == "on",
         "activation_memory_budget": options.activation_memory_budget < 1,
