@@ -30,17 +30,25 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
 
     half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
     outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
+    # Of another type than the model, which they multiply in.
+    bf16 = {"precision": "bf16", "lora_compute": "model"}
     runs = [
         options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
         options_of("four", model_parallel_size=4, **half),
         outside,
+        options_of("sliced-bf16", model_parallel_size=2, **bf16),
     ]
     message = (
         "--model_parallel_size 2 with an adapter on lm_head: slices have them on linear maps of decoder layers; name"
         " those with --lora_target_modules"
     )
-    assert Ranks(4).run(train_ranks, runs) == [[None, None, message]] * 4
-    assert Ranks(1).run(train_ranks, [options_of("one"), options_of("joined", **half)]) == [[None, None]]
+    assert Ranks(4).run(train_ranks, runs) == [[None, None, message, None]] * 4
+    alone = [
+        options_of("one"),
+        options_of("joined", **half),
+        options_of("one-bf16", gradient_accumulation_steps=8, **bf16),
+    ]
+    assert Ranks(1).run(train_ranks, alone) == [[None] * 3]
     expected = records(tmp_path / "one-log")
     whole = adapter_in(tmp_path / "one")
     for name in ("sliced", "four", "joined"):
@@ -53,3 +61,6 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         assert adapter.keys() == whole.keys()
         for key, tensor in whole.items():
             np.testing.assert_allclose(adapter[key], tensor, atol=1e-5, err_msg=f"{name}: {key}")
+    found, theirs = (records(tmp_path / f"{name}-bf16-log") for name in ("sliced", "one"))
+    np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in theirs], rtol=5e-3)
+    np.testing.assert_allclose([each["grad_norm"] for each in found], [each["grad_norm"] for each in theirs], rtol=0.03)
