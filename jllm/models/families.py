@@ -46,6 +46,9 @@ NAMED = (
     "gpt_oss",
 )
 
+# Those that train the same in tensor-parallel slices: loss and every gradient are compared in every run of the tests.
+TENSOR_PARALLEL = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
+
 # Families whose layers do more than hand a hidden state from one to the next, whatever the configuration.
 REFUSED = {
     "inkling2_text": "its layers read the states of all blocks before them, not only the last one",
@@ -160,6 +163,12 @@ def shown_compiled(family: type["PreTrainedModel"]) -> bool:
     """Whether the walk has shown compiled decoder layers of transformers' own class `family` to be right."""
     known = _shown(family)
     return known is not None and known.compiled != "no"
+
+
+def shown_tensor_parallel(family: type["PreTrainedModel"]) -> bool:
+    """Whether slices of transformers' own class `family` were shown to train as the whole model does."""
+    known = _shown(family)
+    return known is not None and known.model_type in TENSOR_PARALLEL
 
 
 def _shown(family: type["PreTrainedModel"]) -> Family | None:

@@ -175,6 +175,7 @@ def summary(reports: Sequence[RouterReport], mesh: Mesh) -> dict[str, float | No
     for rank in mesh.writers:
         load |= reports[rank].load
     return {
-        "aux_loss": sum(report.loss for report in reports) / mesh.data,
+        # The slices of a stage have the same routers.
+        "aux_loss": sum(report.loss for report in reports) / (mesh.data * mesh.tensor),
         "max_expert_load": max(max(shares) for shares in load.values()) if load else None,
     }

@@ -18,6 +18,8 @@ from typing import TypeVar
 AXES = ("pipe", "data", "sequence", "tensor")
 ORDER = ("data", "pipe", "sequence", "tensor")
 """The axes of a run, the outermost first: with stages only, ranks 0 to P - 1 are the first pipeline."""
+BY_STAGE = ("pipe", "data", "sequence", "tensor")
+"""The order in which consecutive ranks have the same stage of all pipelines."""
 
 Value = TypeVar("Value")
 
@@ -45,10 +47,10 @@ class Mesh:
         assert all(self.size(axis) >= 1 for axis in AXES), self
 
     @classmethod
-    def over(cls, world_size: int, *, pipe: int) -> "Mesh | None":
-        """Pipelines of `pipe` stages over all processes of a run; None where these do not divide into them."""
-        data, rest = divmod(world_size, pipe)
-        return cls(pipe=pipe, data=data) if data and not rest else None
+    def over(cls, world_size: int, *, pipe: int, tensor: int = 1, order: tuple[str, ...] = ORDER) -> "Mesh | None":
+        """Pipelines of `pipe` stages of `tensor` slices over all processes; None where these do not divide."""
+        data, rest = divmod(world_size, pipe * tensor)
+        return cls(pipe=pipe, data=data, tensor=tensor, order=order) if data and not rest else None
 
     def size(self, axis: str) -> int:
         """The number of places along an axis."""
@@ -119,10 +121,31 @@ class Mesh:
         """The ranks of each stage."""
         return self.groups("data", "sequence", "tensor")
 
+    def table(self, hosts: Sequence[str]) -> list[str]:
+        """For people: which ranks are where, a line for each host's ranks of one stage.
+
+        Args:
+            hosts: of the ranks.
+        """
+        rows = [("ranks", "host", "pipeline", "stage", "slices")]
+        for ranks in self.groups("sequence", "tensor"):
+            place = self.place(ranks[0])
+            for host, some in itertools.groupby(ranks, key=lambda rank: hosts[rank]):
+                here = list(some)
+                slices = _run([self.place(rank).tensor for rank in here])
+                rows.append((_run(here), host, str(place.data), str(place.pipe), slices))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(f"{each:<{width}}" for each, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
     def by_stage(self, values: Sequence[Value]) -> list[list[Value]]:
         """Every rank's value, by rank → the values of each stage's ranks, by rank."""
         assert len(values) == self.world_size
         return [[values[rank] for rank in ranks] for ranks in self.stages]
+
+
+def _run(numbers: Sequence[int]) -> str:
+    """Neighbours, for people."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +191,11 @@ class Place:
     def is_writer(self) -> bool:
         """Whether it writes the weights of its stage, of which other ranks may hold copies."""
         return self.data == self.sequence == 0
+
+    @property
+    def is_first_slice(self) -> bool:
+        """Whether it speaks for the slices of its stage, which know the same numbers."""
+        return self.tensor == 0
 
     @functools.cached_property
     def copies(self) -> tuple[int, ...]:

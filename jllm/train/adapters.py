@@ -80,7 +80,7 @@ class LoraOfRun:
 
     @property
     def _multiplies_in_model_type(self) -> bool:
-        if self.plan.config.use_dora:
+        if self.plan.config.use_dora or self.config.model_parallel_size > 1:
             return False
         if self.config.lora_compute == "auto":
             return bool(get_accelerator().device_name() == "cuda")
@@ -210,9 +210,23 @@ def _find_lora(
         return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
     choice = chosen_adapters(vars(config))
     plan = plan_lora(origin, family, choice)
+    if config.model_parallel_size > 1:
+        _check_sliced(config, plan, whole_structure(bare_model(origin, family, dtype=torch.float32)).layers)
     _check_compute(config, plan, option="--use_dora")
     _check_quantised(plan, quantisation, option="--lora_target_modules")
     return LoraOfRun(config=config, plan=plan, origin=origin, family=family)
+
+
+def _check_sliced(config: TrainConfig, plan: "LoraPlan", layers: str) -> None:
+    """Raises:
+    UserError: an adapter beside something else than a linear map of a decoder layer.
+    """
+    outside = [*plan.parameters, *(name for name in plan.modules if not name.startswith(f"{layers}."))]
+    if outside:
+        raise UserError(
+            f"--model_parallel_size {config.model_parallel_size} with an adapter on {outside[0]}: slices have them on"
+            " linear maps of decoder layers; name those with --lora_target_modules"
+        )
 
 
 def _check_compute(config: TrainConfig, plan: "LoraPlan", *, option: str) -> None:

@@ -115,18 +115,19 @@ class PipelineAdvice:
         """Smaller numbers of stages, the largest first, with the micro-batches of a step that each pipeline then has,
         and on how many processes: those into which the same processes go come before those that need fewer."""
         mesh = self._shape.mesh
+        in_slices = mesh.world_size // mesh.tensor  # slices stay as they are
         for fewer in range(mesh.pipe - 1, 0, -1):
-            if mesh.world_size % fewer:
+            if in_slices % fewer:
                 continue
             if self._config.global_batch_size is None:
                 yield fewer, self._shape.accumulation, ""
                 continue
-            together = self._shape.micro_batch * (mesh.world_size // fewer)
+            together = self._shape.micro_batch * (in_slices // fewer)
             accumulation, rest = divmod(self._config.global_batch_size, together)
             if accumulation and not rest:
                 yield fewer, accumulation, ""
         for fewer in range(mesh.pipe - 1, 0, -1):
-            yield fewer, self._shape.accumulation, f" on {fewer * mesh.data} processes"
+            yield fewer, self._shape.accumulation, f" on {fewer * mesh.data * mesh.tensor} processes"
 
     def _split(self, stages: int, accumulation: int) -> list[int]:
         method = "fast" if stages == 1 else self._method

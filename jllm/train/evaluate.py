@@ -115,14 +115,14 @@ def evaluate(
             return None
         total += engine.eval_step(step.micro_batches if step is not None else None, facts.length, count)
         tokens += facts.trained_tokens
-    correct, top5, *counts = agreement.totals(
-        [
-            objective.reported(CORRECT),
-            objective.reported(TOP5),
-            *objective.all_reported(LOSSES, BINS),
-            *objective.all_reported(ENTROPIES, BINS),
-        ]
-    )
+    mine = [
+        objective.reported(CORRECT),
+        objective.reported(TOP5),
+        *objective.all_reported(LOSSES, BINS),
+        *objective.all_reported(ENTROPIES, BINS),
+    ]
+    # The slices of a stage counted the same tokens.
+    correct, top5, *counts = agreement.totals(mine if agreement.place.is_first_slice else [0] * len(mine))
     return Evaluation(
         loss=total / tokens, tokens=tokens, correct=correct, top5=top5, losses=counts[:BINS], entropies=counts[BINS:]
     )

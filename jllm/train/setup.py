@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import socket
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
+from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
+from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
@@ -100,6 +104,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     trained = copy.deepcopy(model_config)
     set_dropout(trained, config.dropout)
+    check_tensor_parallel(trained, model_class, config.model_parallel_size)
     attention = choose_attention(
         model_class,
         device=get_accelerator().current_device_name(),
@@ -247,11 +252,14 @@ def plan_stages(
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
-    limit = _device_memory()
+    # The table is of whole stages, which slices share.
+    limit = _device_memory() if shape.mesh.tensor == 1 else None
     parameters = costs.parameters(0, len(costs.layers))
     notes = family.adapters.said() if family.adapters is not None else []
     notes += quantisation.said() if quantisation is not None else []
     notes.append(family.compiling.said)
+    if shape.mesh.tensor > 1:
+        notes.append(f"{shape.mesh.tensor} processes share each stage of this table, its parameters and its memory")
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
@@ -317,6 +325,11 @@ def build_stage(
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
     span = spans_of(plan.boundaries)[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
+    cut, group = None, None
+    if shape.mesh.tensor > 1:
+        shared = sharers(family.config, shape.mesh.tensor)
+        group = TensorGroup.make(shape.mesh, agreement.rank, sharers=shared)
+        cut = functools.partial(slice_stage, group=group)
     if not config.reads_weights:
         model = init_stage(
             family.config,
@@ -330,19 +343,29 @@ def build_stage(
         )
         if not config.init:
             load_buffers(model, config.model)
+        if cut is not None:
+            cut(model)
     else:
         model = load_stage(
             config.model,
             span,
             dtype=dtype,
-            device=device,
+            # A device may have room for slices only.
+            device=device if cut is None else "cpu",
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
             names_unused=agreement.place.is_first,
             dropout=config.dropout,
             quantisation=family.quantisation,
+            cut=cut,
         )
+        if cut is not None:
+            model.to(device)  # type: ignore[arg-type]
     tell = family.adapters.attach(model) if family.adapters is not None else None
+    if group is not None and family.adapters is not None:
+        from jllm.models.tensor_parallel.adapters import slice_adapters  # here: peft may not be there
+
+        slice_adapters(model, group)
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
         compile_stage(model, span, config, shape, agreement.place, longest_row)
@@ -358,13 +381,15 @@ def build_stage(
         tell=tell,
         are_rows_whole=not config.block_mask,
     )
+    hosts = agreement.gather(socket.gethostname())
+    places = shape.mesh.table(hosts) if shape.mesh.tensor > 1 or len(set(hosts)) > 1 else []
     notes = fp8_notes(config, agreement, model, span, is_compiled=family.compiling.is_on)
     notes.append(fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None))))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
-        plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)),
+        plan=dataclasses.replace(plan, notes=(*places, *plan.notes, *notes)),
         checkpointing=checkpointing,
         routers=routers,
         attached=frozenset(attached),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jllm.errors import UserError
-from jllm.parallel.mesh import Mesh
+from jllm.parallel.mesh import BY_STAGE, ORDER, Mesh
 from jllm.train.config import TrainConfig
 
 
@@ -30,7 +30,8 @@ class RunShape:
     @property
     def processes(self) -> str:
         """How the processes are divided, for people."""
-        return f"{self.mesh.pipe} stages x {self.mesh.data} pipelines"
+        slices = f" x {self.mesh.tensor} slices" if self.mesh.tensor > 1 else ""
+        return f"{self.mesh.pipe} stages{slices} x {self.mesh.data} pipelines"
 
 
 def resolve_shape(config: TrainConfig, world_size: int) -> RunShape:
@@ -39,11 +40,19 @@ def resolve_shape(config: TrainConfig, world_size: int) -> RunShape:
     Raises:
         UserError: sizes that do not divide.
     """
-    pipe, micro_batch = config.pipe_parallel_size, config.per_device_train_batch_size
-    mesh = Mesh.over(world_size, pipe=pipe)
+    pipe, tensor, micro_batch = (
+        config.pipe_parallel_size,
+        config.model_parallel_size,
+        config.per_device_train_batch_size,
+    )
+    order = ORDER if config.column_major_topology else BY_STAGE
+    mesh = Mesh.over(world_size, pipe=pipe, tensor=tensor, order=order)
     if mesh is None:
+        sizes = f"--pipe_parallel_size {pipe}"
+        if tensor > 1:
+            sizes += f" x --model_parallel_size {tensor} = {pipe * tensor}"
         raise UserError(
-            f"--pipe_parallel_size {pipe} does not divide the {world_size} processes of this run;"
+            f"{sizes} does not divide the {world_size} processes of this run;"
             f" give a divisor of {world_size}, or start another number of processes (deepspeed --num_gpus)"
         )
     together = micro_batch * mesh.data

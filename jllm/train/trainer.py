@@ -34,7 +34,7 @@ from jllm.train.checkpoint.state import TrainingState
 from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, skipped_steps
 from jllm.train.data.loader import Cursor, ReadAhead, Step
-from jllm.train.data.open import Data, epoch_steps, open_training_data, read_training_steps, warnings_of
+from jllm.train.data.open import Data, epoch_steps, open_training_data, planes_of, read_training_steps, warnings_of
 from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement, StepFacts
 from jllm.train.distributed.deepspeed_engine import build_engine, check_precision
@@ -78,7 +78,7 @@ def run(config: TrainConfig) -> int:
     model_info = setup.read_model_info(config)
     join_alike(config, shape)
     check_precision(config)
-    agreement = Agreement(shape.mesh)
+    agreement = Agreement(shape.mesh, planes_of(config))
     if agreement.place.is_first:
         say(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if config.num_train_epochs == 0:

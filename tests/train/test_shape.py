@@ -47,10 +47,53 @@ def test_what_does_not_divide_is_refused(world_size: int, options: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model_parallel_size", "sequence_parallel_size"])
-def test_axes_of_later_are_refused_by_name(name: str) -> None:
-    with pytest.raises(UserError, match=f"--{name} 2: this version has pipeline and data parallelism; give 1"):
-        shape_of(4, **{name: 2})
+def test_an_axis_of_later_is_refused_by_name() -> None:
+    says = "--sequence_parallel_size 2: this version has pipeline, tensor and data parallelism; give 1"
+    with pytest.raises(UserError, match=says):
+        shape_of(4, sequence_parallel_size=2)
+
+
+def test_slices() -> None:
+    """Those of a stage are neighbours, whatever the order of the others."""
+    options = {"pipe_parallel_size": 2, "model_parallel_size": 2}
+    shape = shape_of(8, **options)
+    assert shape.processes == "2 stages x 2 slices x 2 pipelines"
+    assert config_of(**options).wanted_processes == 4
+    assert shape.mesh.pipelines == ((0, 1, 2, 3), (4, 5, 6, 7))
+    by_stage = shape_of(8, **options, column_major_topology=False).mesh
+    assert by_stage.stages == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert by_stage.pipelines == ((0, 1, 4, 5), (2, 3, 6, 7))
+    assert by_stage.groups("tensor") == shape.mesh.groups("tensor") == ((0, 1), (2, 3), (4, 5), (6, 7))
+    with pytest.raises(UserError, match="--pipe_parallel_size 2 x --model_parallel_size 2 = 4 does not divide the 6"):
+        shape_of(6, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lora": Path("adapter")}, "--lora"),
+        ({"lora_dim": 4, "use_dora": True}, "--use_dora"),
+        ({"lora_dim": 4, "lora_dropout": 0.1}, "--lora_dropout"),
+        ({"lora_dim": 4, "modules_to_save": "lm_head"}, "--modules_to_save"),
+        ({"lora_dim": 4, "lora_weight_decay": 0.1}, "--lora_weight_decay"),
+        ({"lora_dim": 4, "lora_max_norm": 1.0}, "--lora_max_norm"),
+        ({"lora_dim": 4, "load_in_4bit": True}, "--load_in_4bit"),
+        ({"lora_dim": 4, "only_ckpt_lora": True, "checkpoint": Path("c")}, "--only_ckpt_lora"),
+        ({"control_adapter_rank": 2}, "--control_adapter_rank"),
+        ({"compile": "on"}, "--compile on"),
+        ({"precision": "bf16", "fp8": "tensorwise"}, "--fp8 tensorwise"),
+        ({"fused_loss": "on"}, "--fused_loss on"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"precision": "fp16"}, "--precision fp16"),
+        ({"neftune_alpha": 5.0}, "--neftune_alpha"),
+        ({"offload_optimizer": True}, "--offload_optimizer"),
+        ({"only_ckpt_model": True, "checkpoint": Path("c")}, "--only_ckpt_model"),
+        ({"partition_method": "profile"}, "--partition_method profile"),
+    ],
+)
+def test_what_slices_were_not_shown_with_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"--model_parallel_size 2 with {named}: slices were not shown"):
+        config_of(**{"precision": "fp32", **options}, model_parallel_size=2)
 
 
 def test_values_that_follow() -> None:

@@ -1,7 +1,7 @@
 """LoRA on a stage: peft's own layers, where the plan for the whole model puts them.
 
 Attach after the stage is loaded and sealed, and before activation checkpointing wraps its layers. The first matrices
-are drawn from (seed, name in the whole model), so any number of stages starts alike; the second ones are 0.
+are drawn from (seed, name in the whole model), so any number of stages and slices starts alike; the second ones are 0.
 
 Adapters are kept in a type of their own, fp32 as a rule, and multiply in it, or in that of what comes in, as under
 `torch.autocast`: on a GPU fp32 products of adapters take a quarter of a step beside a bf16 model. DoRA's, which norms
@@ -14,6 +14,7 @@ Cost: rank × (inputs + outputs) numbers for each module.
 
 import contextlib
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 from jllm.models.adapters.lora_plan import ADAPTER, LoraPlan
 from jllm.models.pipeline.carving import plain_name
 from jllm.models.weights.initial import derived_seed
+from jllm.parallel.tensor.slices import slice_of
 
 _HOLDER = "model"
 
@@ -146,11 +148,15 @@ def _draw(name: str, layer: Any, *, seed: int, gaussian: bool) -> None:
     if ADAPTER in layer.lora_A:
         matrix = layer.lora_A[ADAPTER].weight
         generator = _generator(seed, plain_name(f"{name}.lora_A.{ADAPTER}.weight"))
-        drawn = torch.empty(matrix.shape, dtype=torch.float32)
+        held = slice_of(layer.get_base_layer().weight) if isinstance(matrix, nn.Parameter) else None
+        inputs = held.shape[1] if held is not None and held.axis == 1 else matrix.shape[1]
+        drawn = torch.empty(matrix.shape[0], inputs, dtype=torch.float32)
         if gaussian:
             drawn.normal_(std=1 / rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        if held is not None and held.axis == 1:
+            drawn = dataclasses.replace(held, shape=tuple(drawn.shape)).of(drawn)
         matrix.copy_(drawn)
         layer.lora_B[ADAPTER].weight.zero_()
     else:

@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from jllm.models.adapters.lora_plan import ADAPTER
+from jllm.models.tensor_parallel.slicing import repeats
+from jllm.parallel.tensor.group import TensorGroup
+from jllm.parallel.tensor.layers import RowParallelLinear
+from jllm.parallel.tensor.slices import slice_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +93,7 @@ class LoraProducts:
         for product in products_of(model):
             batches.setdefault((product.first.shape, product.second.shape), []).append(product)
         self._batches = [_Batch(products=products) for products in batches.values()]
+        self._group = next((group for group in map(_group_of, model.modules()) if group is not None), None)
 
     @property
     def names(self) -> list[str]:
@@ -96,8 +102,19 @@ class LoraProducts:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """[n] of all products, fp32, on the adapters' device."""
-        return _joined([_norms(batch, batch.first(), batch.second()) for batch in self._batches])
+        """[n] of all products, fp32, on the adapters' device. All slices of a stage call it together."""
+        if self._group is None or not self._batches:
+            return _joined([_norms(batch, batch.first(), batch.second()) for batch in self._batches])
+        # Either matrix is cut along an axis that the product has too: squares of slices add up.
+        squares = _joined([_norms(batch, batch.first(), batch.second()).square() for batch in self._batches])
+        is_counted = [
+            not any(repeats(owner) for owner in product.owners if slice_of(owner) is not None)
+            for batch in self._batches
+            for product in batch.products
+        ]
+        squares *= squares.new_tensor(is_counted)
+        dist.all_reduce(squares, group=self._group.handle)
+        return squares.sqrt()
 
     @torch.no_grad()
     def decay(self, weight: float, rate_of: Callable[[nn.Parameter], float]) -> None:
@@ -145,6 +162,11 @@ def products_of(model: nn.Module) -> Iterator[Product]:
 def _norms(batch: _Batch, first: Tensor, second: Tensor) -> Tensor:
     squares = ((second.mT @ second) * (first @ first.mT)).sum(dim=(1, 2))
     return squares.clamp(min=0).sqrt() * batch.scales(first)
+
+
+def _group_of(module: nn.Module) -> TensorGroup | None:
+    """The ranks that have the other slices of an adapter's matrix."""
+    return module.group if isinstance(module, RowParallelLinear) else None
 
 
 def _joined(found: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from jllm.parallel.tensor.layers import shard_of
+from jllm.parallel.tensor.vocabulary import VocabularyShard
+
 CHUNK_ELEMENTS = 2**26
 """The most fp32 logits that an objective has at a time, where it can take them in chunks: 256 MiB."""
 
@@ -50,12 +53,14 @@ class Head:
     """Maps hidden states [..., n, width], any run of n tokens, to logits [..., n, vocabulary].
 
     Attributes:
-        vocabulary: how many logits a token has.
+        vocabulary: how many logits a token has in this process, or in one that has more.
         plain: what the logits are, where they are a product; None elsewhere.
+        shard: which part of the vocabulary the logits are of; None where they are of all.
     """
 
-    def __init__(self, vocabulary: int, plain: PlainHead | None = None) -> None:
-        self.vocabulary, self.plain = vocabulary, plain
+    def __init__(self, vocabulary: int, plain: PlainHead | None = None, shard: VocabularyShard | None = None) -> None:
+        # Ranks that share the vocabulary take the same tokens at a time.
+        self.vocabulary, self.plain, self.shard = shard.largest if shard is not None else vocabulary, plain, shard
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits of these tokens."""
@@ -94,7 +99,8 @@ class FamilyHead(Head):
         returned: type[Any],
         plain: PlainHead | None = None,
     ) -> None:
-        super().__init__(model.config.get_text_config(decoder=True).vocab_size, plain)
+        shard = shard_of(model.get_output_embeddings())
+        super().__init__(model.config.get_text_config(decoder=True).vocab_size, plain, shard)
         self._model, self._base_name, self._inner_names, self._returned = model, base_name, inner_names, returned
         takes = inspect.signature(type(model).forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in takes else {}

@@ -9,7 +9,7 @@ mapped files one tensor at a time, so that these may be replaced while the model
 
 import copy
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from jllm.models.weights.source import (
     weight_of_quantised,
 )
 from jllm.models.weights.streamed_file import stored_tensors
+from jllm.parallel.tensor.slices import slice_of
 
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
 
@@ -65,12 +66,14 @@ def load_stage(
     names_unused: bool = True,
     dropout: float | None = None,
     quantisation: QuantisationPlan | None = None,
+    cut: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """This stage's part of the model in `folder`, in training mode, reading only this stage's tensors.
 
     With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
     `dropout` overrides the configuration's (`jllm.models.dropout.set_dropout`). `quantisation` is what is held in 4 or
-    8 bits; products are then computed in `dtype`.
+    8 bits; products are then computed in `dtype`. `cut` leaves the model some of what was loaded, while that may still
+    be the mapped files: on CPU, where weights have the stored type, only what is left is read and takes memory.
 
     Raises:
         UserError: the folder holds no model, one that cannot be split this way, not all of its weights, or some that
@@ -126,6 +129,8 @@ def load_stage(
     seal(model, span)
     if quantiser is not None:
         quantiser.check(model, folder)
+    if cut is not None:
+        cut(model)
     if device.type == "cpu" and layout is None:
         _own_memory(model, stored_dtypes(folder), has_quantised=quantiser is not None)
     check_finite(model.named_parameters(), folder)
@@ -261,7 +266,12 @@ def _own_memory(model: PreTrainedModel, stored: Collection[torch.dtype], *, has_
     same folder) would change them or kill the process. Others were copied when they were converted, and so were
     quantised ones.
     """
-    own = (each for each in model.parameters() if each.is_floating_point() or not has_quantised)
+    # Slices have been copied.
+    own = (
+        each
+        for each in model.parameters()
+        if (each.is_floating_point() or not has_quantised) and slice_of(each) is None
+    )
     for tensor in (*own, *model.buffers()):
         if tensor.dtype in stored or not tensor.is_floating_point() or not stored:
             tensor.data = owned(tensor.data)

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 from jllm import atomic
+from jllm.models.adapters.adapter_folder import AdapterFolder
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder
+from jllm.models.tensor_parallel.saving import sliced_files
+from jllm.models.weights.saving import STAGE_METADATA, ExportedFolder, ModelFolder
 from jllm.models.weights.tensor_file import tensor_file
 from jllm.train.distributed.agreement import Agreement
 
@@ -28,7 +30,9 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     agreement.barrier()
-    if agreement.place.is_writer:
+    if agreement.mesh.tensor > 1:
+        _write_slices(stage, agreement, temporary, kind)
+    elif agreement.place.is_writer:
         for name, tensors in kind.stage_files(stage.model, stage.span):
             tensor_file(tensors, STAGE_METADATA, copy=False).write(temporary / name)
     agreement.barrier()
@@ -40,6 +44,30 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         _replace_files(temporary, folder, kind)
     agreement.barrier()
+
+
+def _write_slices(stage: PipelineStage, agreement: Agreement, folder: Path, kind: ExportedFolder) -> None:
+    """Have all slices of each stage write its files together."""
+    place, files = agreement.place, []
+    if place.is_writer and isinstance(kind, AdapterFolder):
+        from jllm.models.tensor_parallel.adapters import sliced_adapter_files  # here: peft may not be there
+
+        files = sliced_adapter_files(kind, stage.model, stage.span)
+    elif place.is_writer:
+        assert isinstance(kind, ModelFolder)
+        files = sliced_files(
+            stage.model,
+            stage.span,
+            dtype=kind.dtype,
+            source=kind.source,
+            rank=place.tensor,
+            ranks=agreement.mesh.tensor,
+        )
+    for file in files if place.is_first_slice else ():
+        file.begin(folder)
+    agreement.barrier()
+    for file in files:
+        file.write(folder, is_first=place.is_first_slice)
 
 
 def _replace_files(temporary: Path, folder: Path, kind: ExportedFolder) -> None:

@@ -6,6 +6,7 @@ the checkpoint may be left over: what is then loaded is the whole model of the c
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from jllm.errors import UserError
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import ExportedFolder
+from jllm.parallel.tensor.slices import whole_shape
 from jllm.train.checkpoint.folders import (
     INDEX_NAME,
     find_checkpoint,
@@ -24,8 +26,9 @@ from jllm.train.checkpoint.folders import (
 )
 from jllm.train.checkpoint.format import WEIGHT, RunState
 from jllm.train.checkpoint.frozen_parts import check_same_adapters, check_same_frozen_parts, frozen_parts
+from jllm.train.checkpoint.held import read_parts
 from jllm.train.checkpoint.reader import CheckpointReader, DamagedCheckpointError
-from jllm.train.checkpoint.state import TrainingState, region_of
+from jllm.train.checkpoint.state import TrainingState
 from jllm.train.checkpoint.verify import verify
 from jllm.train.checkpoint.weights_alone import (
     ARCHITECTURE,
@@ -298,7 +301,7 @@ def check_weights(reader: CheckpointReader, stage: PipelineStage, agreement: Agr
         UserError: on every process: a shape differs, a weight is missing, or one has no place.
     """
     parameters = stage.stored_parameters()
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
     mistake = misfit(reader, shapes, has_adapters=stage.is_frozen)
     told = agreement.gather(set(parameters) if agreement.place.is_writer else set())
     left_over = reader.names(WEIGHT).difference(*told)  # a node's own folder may have less than the others
@@ -370,7 +373,10 @@ def load_weights(stage: PipelineStage, reader: CheckpointReader, agreement: Agre
     check_weights(reader, stage, agreement)
     with torch.no_grad():
         for name, parameter in stage.stored_parameters().items():
-            parameter.copy_(weight_alone(reader, name, region_of(parameter), parameter.dtype).view(parameter.shape))
+            read = functools.partial(weight_alone, reader, name, dtype=parameter.dtype)
+            weight = read_parts(read, parameter)
+            assert weight is not None, name
+            parameter.copy_(weight.view(parameter.shape))
 
 
 def check_steps_left(config: TrainConfig, checkpoint: str, *, step: int, total_steps: int) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from jllm.models.pipeline.stage import PipelineStage
+from jllm.parallel.tensor.slices import whole_shape
 from jllm.train.checkpoint.format import MASTER, WEIGHT, Piece
+from jllm.train.checkpoint.held import parts_of, read_parts
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.regions import Region
 from jllm.train.distributed.deepspeed_engine import TrainingEngine
@@ -47,24 +49,23 @@ class TrainingState:
     def _count(self, *_: Any) -> None:
         self._updates += 1
 
-    def _copied_from_first_stage(self, parameter: nn.Parameter) -> bool:
+    def _is_copied(self, parameter: nn.Parameter) -> bool:
+        """From the first stage, or from another slice of this one."""
         return bool(getattr(parameter, "ds_pipe_replicated", False))
 
     def pieces(self, *, alone: bool = False) -> list[Piece]:
         """What this process has to save: its share of its stage, or, `alone`, all that it needs to go on by itself."""
         found = []
         for number, (name, parameter) in enumerate(self._parameters.items()):
-            if self._copied_from_first_stage(parameter) and not alone:
+            if self._is_copied(parameter) and not alone:
                 continue
-            region = region_of(parameter)
             mine = alone or self._engine.place.owns(number)
             if mine:
-                found.append(Piece(kind=WEIGHT, name=name, region=region, tensor=parameter.detach().reshape(-1)))
+                found += _pieces(WEIGHT, name, parameter, 0, parameter.detach().reshape(-1))
             if not parameter.requires_grad:
                 continue
             for kind, start, tensor in self._high_precision(parameter, mine=mine):
-                run = region.run(start, start + tensor.numel())
-                found.append(Piece(kind=kind, name=name, region=run, tensor=tensor.detach()))
+                found += _pieces(kind, name, parameter, start, tensor.detach())
             if mine:
                 found += self._whole_states(name, parameter)
         return found
@@ -88,9 +89,7 @@ class TrainingState:
         states = self._inner.state.get(parameter, {})
         for kind in self._kind.other:
             if kind in states:
-                found.append(
-                    Piece(kind=kind, name=name, region=region_of(states[kind]), tensor=states[kind].reshape(-1))
-                )
+                found.append(Piece(kind=kind, name=name, region=_whole(states[kind]), tensor=states[kind].reshape(-1)))
         for kind in self._kind.numbers:
             held = number_of(self._inner, parameter, self._groups[name], kind)
             if held is not None and self._updates:
@@ -132,17 +131,20 @@ class TrainingState:
             DamagedCheckpointError: something is not what was written.
         """
         for name, parameter in self._parameters.items():
-            region = region_of(parameter)
-            reader.check(WEIGHT, name, region)
+            for part in parts_of(parameter):
+                reader.check(WEIGHT, name, part.region)
             mapping = getattr(parameter, "_hp_mapping", None)
+            start, stop = 0, parameter.numel()
             if mapping is not None:
                 start = mapping.lp_fragment_address.start
-                region = region.run(start, start + mapping.lp_fragment_address.numel)
+                stop = start + mapping.lp_fragment_address.numel
             if parameter.requires_grad and getattr(parameter, "_hp_mapping", self) is not None:
+                regions = [part.region for part in parts_of(parameter, start, stop)]
                 for kind in reader.kinds - {WEIGHT}:
                     shape = reader.shape(kind, name)
                     if shape is not None:
-                        reader.check(kind, name, region if shape == region.shape else Region.of(shape))
+                        for region in regions if shape == whole_shape(parameter) else [Region.of(shape)]:
+                            reader.check(kind, name, region)
 
     def load(self, reader: CheckpointReader, optimizer_steps: int, *, fresh_optimizer: bool = False) -> None:
         """Take everything from a checkpoint: weights, masters, and, unless it starts afresh, optimizer state.
@@ -163,18 +165,17 @@ class TrainingState:
         """Take the weights, and the master weights where there are any (else they start from the weights)."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                region = region_of(parameter)
-                weight = reader.read(WEIGHT, name, region)
+                weight = _read(reader, WEIGHT, name, parameter)
                 assert weight is not None, name
                 parameter.copy_(weight.view(parameter.shape))
                 mapping = getattr(parameter, "_hp_mapping", None)
                 if mapping is not None:
                     start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                    master = reader.read(MASTER, name, region.run(start, start + count))
+                    master = _read(reader, MASTER, name, parameter, start, start + count)
                     mapping.hp_fragment.copy_(weight[start : start + count] if master is None else master)
                 elif not hasattr(parameter, "_hp_mapping") and parameter.dtype == torch.float32:
                     # A full-precision weight is its own master.
-                    master = reader.read(MASTER, name, region)
+                    master = _read(reader, MASTER, name, parameter)
                     if master is not None:
                         parameter.copy_(master.view(parameter.shape))
 
@@ -188,7 +189,7 @@ class TrainingState:
                 for kind, start, tensor in self._high_precision(parameter, mine=True):
                     if kind == MASTER:
                         continue
-                    stored = reader.read(kind, name, region_of(parameter).run(start, start + tensor.numel()))
+                    stored = _read(reader, kind, name, parameter, start, start + tensor.numel())
                     assert stored is not None, (kind, name)
                     tensor.copy_(stored)
                 for piece in self._whole_states(name, parameter):
@@ -213,6 +214,19 @@ class TrainingState:
             link()
 
 
-def region_of(parameter: Tensor) -> Region:
-    """Which elements of its whole tensor a parameter or state of this process has: all of them."""
-    return Region.of(tuple(parameter.shape))
+def _pieces(kind: str, name: str, parameter: Tensor, start: int, run: Tensor) -> list[Piece]:
+    """A flat run of a parameter's elements, or of a state of their shape, that begins at `start`."""
+    parts = parts_of(parameter, start, start + run.numel())
+    return [Piece(kind=kind, name=name, region=part.region, tensor=part.of(run)) for part in parts]
+
+
+def _read(
+    reader: CheckpointReader, kind: str, name: str, parameter: Tensor, start: int = 0, stop: int | None = None
+) -> Tensor | None:
+    """The inverse: what a checkpoint has of a run."""
+    return read_parts(lambda region: reader.read(kind, name, region), parameter, start, stop)
+
+
+def _whole(state: Tensor) -> Region:
+    """All of a state of another shape than its parameter's."""
+    return Region.of(tuple(state.shape))

@@ -82,6 +82,27 @@ def collate(
     ]
 
 
+def as_numbers(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Micro-batches as one flat tensor, to be sent; `from_numbers` is the inverse."""
+    found = [torch.tensor([len(micro_batches)])]
+    for each in micro_batches:
+        found += [torch.tensor(each.input_ids.shape), each.input_ids.flatten(), each.planes.stacked.flatten()]
+    return torch.cat(found)
+
+
+def from_numbers(numbers: Tensor, planes: tuple[str, ...]) -> list[MicroBatch]:
+    """The micro-batches that `as_numbers` made, which have these planes; views."""
+    found, place = [], 1
+    for _ in range(int(numbers[0])):
+        batch, length = numbers[place : place + 2].tolist()
+        ids = numbers[place + 2 : place + 2 + batch * length].view(batch, length)
+        place += 2 + ids.numel()
+        stacked = numbers[place : place + len(planes) * ids.numel()].view(len(planes), batch, length)
+        place += stacked.numel()
+        found.append(MicroBatch(input_ids=ids, planes=Planes(planes, stacked)))
+    return found
+
+
 def _fill_classes(classes: Int64, rows: Sequence[Row | None], labels: Int64) -> None:
     """Control classes [M, B, S] beside the labels: of the token that follows, 0 where that is no target."""
     classes[:] = 0

@@ -4,7 +4,10 @@ Only readers know the data. Before training, the first of them tells the others 
 so that every process stops with the same line. At each step all processes learn the length of their pipeline's
 micro-batches and the number of trained tokens in the whole world, which the loss is divided by.
 
-Cost: one gather of a few integers for each step, on the CPU, so no accelerator is waited for.
+Where slices of the first stage share its work, all of them get the micro-batches of their pipeline's reader.
+
+Cost: one gather of a few integers for each step, and one broadcast of a step among those that share the first stage, on
+the CPU, so no accelerator is waited for.
 """
 
 import dataclasses
@@ -16,10 +19,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from jllm.errors import UserError
 from jllm.models.attention import DocumentBounds
+from jllm.models.pipeline.bundle import READ
 from jllm.parallel.collectives import Collectives
-from jllm.train.data.loader import ReadAhead, Step
+from jllm.parallel.mesh import Mesh
+from jllm.train.data.collate import as_numbers, from_numbers
+from jllm.train.data.loader import Cursor, ReadAhead, Step
 from jllm.train.lifecycle.ending import StoppedError
 from jllm.train.lifecycle.requests import Request
 from jllm.train.records.throughput import DevicesUse, DeviceUse
@@ -70,7 +79,22 @@ class StepFacts:
 
 
 class Agreement(Collectives):
-    """The processes of one run; every method is called by all of them together."""
+    """The processes of one run; every method is called by all of them together.
+
+    Args:
+        mesh: of the run.
+        planes: the names of those that a reader's micro-batches have.
+    """
+
+    def __init__(self, mesh: Mesh, planes: tuple[str, ...] = READ) -> None:
+        super().__init__(mesh)
+        self._planes = planes
+        self._first_stage = None
+        if mesh.sequence * mesh.tensor > 1:
+            for ranks in mesh.groups("sequence", "tensor"):  # every process takes part in making every group
+                group = dist.new_group(list(ranks), backend="gloo")
+                if self.rank in ranks and self.place.pipe == 0:
+                    self._first_stage = group
 
     def step(
         self,
@@ -90,13 +114,16 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine = [0] * 10
+        mine, numbers = [0] * 11, None
         if step is not None:
             start, known = step.start, step.documents
             mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
             mine += [step.pairs, *((known.most, known.longest) if known is not None else (0, 0))]
+            if self._first_stage is not None:
+                numbers = as_numbers(step.micro_batches)
+            mine.append(numbers.numel() if numbers is not None else 0)
         everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 11].any():
+        if everyone[:, 12].any():
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = everyone[list(self.mesh.readers)]
         views = readers[:, 3:6].unique(dim=0).tolist()
@@ -107,6 +134,24 @@ class Agreement(Collectives):
             )
         rows, epoch, rows_before = views[0]
         most, longest = everyone[self.place.reader, 8:10].tolist()
+        documents = DocumentBounds(most=most, longest=longest) if most else None
+        if self._first_stage is not None:
+            if numbers is None:
+                numbers = torch.empty(int(everyone[self.place.reader, 9]), dtype=torch.int64)
+            dist.broadcast(numbers, src=self.place.reader, group=self._first_stage)
+            if step is None:
+                length, tokens, trained_tokens, _, _, _, room, pairs = everyone[self.place.reader, :8].tolist()
+                step = Step(
+                    micro_batches=from_numbers(numbers, self._planes),
+                    rows=rows,
+                    tokens=tokens,
+                    trained_tokens=trained_tokens,
+                    length=length,
+                    start=Cursor(epoch=epoch, rows=rows_before),
+                    room=room,
+                    pairs=pairs,
+                    documents=documents,
+                )
         return step, StepFacts(
             waited=waited,
             length=int(everyone[self.place.reader, 0]),
@@ -115,11 +160,11 @@ class Agreement(Collectives):
             rows=rows,
             epoch=epoch,
             rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 10].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 12:].tolist())),
+            request=functools.reduce(operator.or_, map(Request, everyone[:, 11].tolist())),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 13:].tolist())),
             room=int(readers[:, 6].sum()),
             pairs=int(readers[:, 7].sum()),
-            documents=DocumentBounds(most=most, longest=longest) if most else None,
+            documents=documents,
         )
 
     def sees_one_folder(self, folder: Path) -> bool:

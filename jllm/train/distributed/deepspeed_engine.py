@@ -3,7 +3,8 @@
 One DeepSpeed layer is one stage. What differs from DeepSpeed's own classes:
 
 * tied embeddings are one parameter of the first stage and one of the last, kept equal by summing their gradients;
-* the fp32 gradient norm counts a tied parameter once, and covers all stages;
+* the fp32 gradient norm counts a parameter once that several ranks have, and covers all stages and slices;
+* a gradient of which the slices of a stage have parts is summed with those of tied weights;
 * nothing of the set-up is printed.
 
 Cost of bf16: 2 bytes a parameter for the weight, 4 for the fp32 sum of gradients, and 12 for master weight and AdamW's
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of, tied_parameter
 from jllm.models.pipeline.stage import PipelineStage
+from jllm.models.tensor_parallel.slicing import partial_gradient, repeats
 from jllm.parallel.mesh import Mesh, Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch
@@ -53,6 +55,13 @@ class Pipeline(PipelineModule):
                 loss_fn=None,
                 dynamic_shape=shapes_vary,
             )
+        for parameter in self.parameters():  # DeepSpeed has set all of them to False
+            parameter.ds_pipe_replicated |= repeats(parameter)  # type: ignore[attr-defined]
+        self._partial = [
+            (parameter, group)
+            for parameter in self.parameters()
+            if parameter.requires_grad and (group := partial_gradient(parameter)) is not None
+        ]
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """DeepSpeed's record of tied weights, for the embedding on the first stage and the head on the last."""
@@ -76,7 +85,7 @@ class Pipeline(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         tied = [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
-        return [(weight, group) for weight, group in tied if weight.requires_grad]
+        return [*((weight, group) for weight, group in tied if weight.requires_grad), *self._partial]
 
 
 class TrainingEngine(PipelineEngine):
@@ -123,7 +132,7 @@ class TrainingEngine(PipelineEngine):
         total = torch.zeros((), device=self.device)
         if counted:
             total = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)).square().sum()
-        dist.all_reduce(total, group=self.grid.get_pipe_parallel_group())
+        dist.all_reduce(total, group=self.grid.get_model_parallel_group())  # of one pipeline's ranks
         return total.sqrt()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
@@ -187,7 +196,7 @@ class TrainingEngine(PipelineEngine):
 
     @property
     def gradient_norm(self) -> float:
-        """The norm of the last step's gradients over all stages, before clipping."""
+        """The norm of the last step's gradients over all stages and slices, before clipping."""
         return float("nan") if self._global_grad_norm is None else float(self._global_grad_norm)
 
     @property
@@ -239,9 +248,9 @@ TrainingEngine._INSTRUCTION_MAP = {
 
 
 def topology_of(mesh: Mesh) -> ProcessTopology:
-    """The mesh in DeepSpeed's terms, which knows these two axes."""
-    assert mesh.sequence == mesh.tensor == 1, mesh
-    axes = [axis for axis in mesh.order if axis in ("data", "pipe")]
+    """The mesh in DeepSpeed's terms, which works along two axes; the name of the third one it does not know."""
+    assert mesh.sequence == 1, mesh
+    axes = [axis for axis in mesh.order if axis in ("data", "pipe") or mesh.size(axis) > 1]
     return ProcessTopology(axes=axes, dims=[mesh.size(axis) for axis in axes])
 
 

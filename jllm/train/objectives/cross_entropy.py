@@ -19,6 +19,7 @@ from jllm.train.objectives.chunks import sum_over_chunks
 from jllm.train.objectives.fused import fused_loss
 from jllm.train.objectives.histogram import BINS, histogram
 from jllm.train.objectives.objective import Sums
+from jllm.train.objectives.part_of_vocabulary import counted_of_part
 from jllm.train.objectives.token_losses import summed_loss
 
 CORRECT = "correct"
@@ -47,7 +48,7 @@ class CrossEntropy:
             return Sums(loss=fused_loss(hidden, head, fields[LABELS], self._kind, self._gamma, gradient))
 
         def of(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            return (summed_loss(logits, labels, self._kind, self._gamma),)
+            return (summed_loss(logits, labels, self._kind, self._gamma, head.shard),)
 
         [loss] = sum_over_chunks(of, hidden, head, fields[LABELS])
         return Sums(loss=loss)
@@ -60,10 +61,14 @@ class CrossEntropyAndAccuracy:
         """The summed cross-entropy, and what is counted of the tokens."""
 
         def of(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            loss, *counts = _counted(logits.flatten(0, -2), labels.flatten())
+            if head.shard is not None:
+                loss, *counts = counted_of_part(logits.flatten(0, -2), labels.flatten(), head.shard, BLOCK_ELEMENTS)
+            else:
+                loss, *counts = _counted(logits.flatten(0, -2), labels.flatten())
+                counts.insert(0, (logits.argmax(-1) == labels).sum())
             if torch.is_grad_enabled():
-                loss = summed_loss(logits, labels, "cross_entropy", 1.0)
-            return (loss, (logits.argmax(-1) == labels).sum(), *counts)
+                loss = summed_loss(logits, labels, "cross_entropy", 1.0, head.shard)
+            return (loss, *counts)
 
         loss, correct, top5, losses, entropies = sum_over_chunks(of, hidden, head, fields[LABELS])
         return Sums(loss=loss, reported={CORRECT: correct, TOP5: top5, LOSSES: losses, ENTROPIES: entropies})

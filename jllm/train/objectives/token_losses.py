@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jllm.data.dataset.shards import IGNORE_INDEX
+from jllm.parallel.tensor.vocabulary import VocabularyShard, cross_entropies
 
 LEAST = 1e-12
 """A cross-entropy below this counts as this where a power below 1 would have an infinite slope."""
@@ -41,15 +42,21 @@ OF_CROSS_ENTROPY: dict[str, TokenLoss] = {"focal": _focal, "inverse": _inverse, 
 """Name → (cross-entropies, gamma) → losses."""
 
 
-def summed_loss(logits: Tensor, labels: Tensor, kind: str, gamma: float) -> Tensor:
+def summed_loss(
+    logits: Tensor, labels: Tensor, kind: str, gamma: float, shard: VocabularyShard | None = None
+) -> Tensor:
     """Logits [..., V] of any float type, labels [...] → the sum over trained tokens, a scalar in fp32.
 
-    `kind` is one of the names above.
+    `kind` is one of the names above. With `shard` the logits are of that part of the vocabulary.
     """
     flat, targets = logits.float().view(-1, logits.shape[-1]), labels.reshape(-1)
     if kind == "star":
         flat = flat * gamma
     of_ce = OF_CROSS_ENTROPY.get(kind)
+    if shard is not None:
+        ce = cross_entropies(flat, targets, shard)
+        total = (ce if of_ce is None else of_ce(ce, gamma)).masked_fill(targets == IGNORE_INDEX, 0.0).sum()
+        return total / gamma if kind == "star" else total
     if of_ce is None:
         total = cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / gamma if kind == "star" else total

@@ -2,10 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from jllm.errors import UserError
 from jllm.options import option
 from jllm.train.limits import MOST_SECONDS
 
+SLICED_OPTIMIZERS = ("adamw", "sgd")
+"""Those that change every element by itself, and were shown to with slices of tensors."""
 SCHEDULES = ("1f1b", OVERLAPPED := "overlapped")
 
 
@@ -27,9 +31,16 @@ class ParallelismOptions:
         help="without a launcher: start so many processes on this machine through DeepSpeed's [default: one pipeline]",
     )
     model_parallel_size: int = option(
-        1, "--tensor_parallel_size", least=1, help="tensor-parallel processes; only 1 in this version"
+        1,
+        "--tensor_parallel_size",
+        least=1,
+        most=1 << 20,
+        help="processes that share the weights of a stage, each with slices of them (tensor parallelism)",
     )
     sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
+    column_major_topology: bool = option(
+        True, help="consecutive ranks are one pipeline; with no_, the same stage of all pipelines"
+    )
     zero_stage: int | None = option(
         None,
         most=3,
@@ -56,3 +67,45 @@ class ParallelismOptions:
         help="seconds that processes wait at the start for those of other nodes",
         metavar="SECONDS",
     )
+
+
+def check_slices(options: Any) -> None:
+    """Refuse, by name, what was not shown to work with `--model_parallel_size` above 1.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    given = f"--model_parallel_size {options.model_parallel_size}"
+    refused = {
+        "lora": options.lora is not None,
+        "lora_dropout": options.lora_dropout > 0,
+        "lora_compute model": options.lora_compute == "model",
+        f"loss {options.loss}": options.is_preference,
+        "write_ref_logps": options.write_ref_logps is not None,
+        "use_dora": options.use_dora,
+        "modules_to_save": options.modules_to_save is not None,
+        "lora_weight_decay": options.lora_weight_decay > 0,
+        "lora_max_norm": options.lora_max_norm is not None,
+        "only_ckpt_lora": options.only_ckpt_lora,
+        str(options.load_in): options.load_in is not None,
+        "control_adapter_rank": bool(options.control_adapter_rank),
+        "compile on": options.compile == "on",
+        "activation_memory_budget": options.activation_memory_budget < 1,
+        f"fp8 {options.fp8}": options.fp8 != "off",
+        "fused_loss on": options.fused_loss == "on",
+        f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
+        "precision fp16": options.precision == "fp16",
+        "neftune_alpha": options.neftune_alpha is not None,
+        "offload_optimizer": options.offload_optimizer,
+        "checkpoint_grad_offload": options.checkpoint_grad_offload,
+        "only_ckpt_model": options.only_ckpt_model,
+        "partition_method profile": options.partition_method == "profile",
+        "trace_step": options.trace_step is not None,
+        "profile_step": options.profile_step is not None,
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise UserError(f"{given} with --{name}: slices were not shown to work with it in this version; drop one")

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
-import json, sys, threading, time
+import functools, json, sys, threading, time
 import torch
 from transformers import LlamaConfig
 from benchmarks.load_memory import memory_bytes
 from jllm.models.pipeline.span import spans_of
+from jllm.models.tensor_parallel.slicing import slice_stage
 from jllm.models.weights.loading import init_stage, load_stage
 from jllm.models.weights.saving import save_stage, write_companions, write_index
+from jllm.parallel.tensor.group import TensorGroup
 
 torch.set_num_threads(1)
 folder, results = sys.argv[1], []
@@ -51,8 +53,11 @@ if sys.argv[2] == "made":
     write_companions(model, folder, dtype=torch.bfloat16)
     write_index(folder)
     del model
+cut = None
+if sys.argv[2] == "sliced":
+    cut = functools.partial(slice_stage, group=TensorGroup(rank=1, size=4, handle=None))
 for span in spans:
-    model, ratio = grown(lambda: load_stage(folder, span, dtype=torch.bfloat16))
+    model, ratio = grown(lambda: load_stage(folder, span, dtype=torch.bfloat16, cut=cut))
     results.append(ratio)
     del model
 print(json.dumps(results))
@@ -65,6 +70,9 @@ def test_memory_of_a_stage(tmp_path: Path) -> None:
     made = run(tmp_path, "made")
     assert len(made) == 4
     assert max(made) <= 1.3, made
+    sliced = run(tmp_path, "sliced")
+    assert len(sliced) == 2
+    assert max(sliced) <= 1.3, sliced
     for path in tmp_path.glob("*.safetensors"):
         wide = {name: tensor.float() for name, tensor in load_file(path).items()}
         save_file(wide, path, metadata={"format": "pt"})

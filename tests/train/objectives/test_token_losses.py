@@ -1,5 +1,7 @@
 """The losses of a token, as their formulas say, with gradients that stay finite."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from jllm.train.config import TrainConfig
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.token_losses import summed_loss
 from jllm.train.options.objective import LOSSES
+from tests.distributed.ranks import Ranks
 from tests.train.objectives.heads import LinearHead, chunks_of, micro_batch
 
 
@@ -90,3 +93,43 @@ def test_mistakes(more: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as refused:
         TrainConfig(model=Path("m"), train_data=("d",), **more)  # type: ignore[arg-type]
     assert str(refused.value).startswith(message)
+
+
+def of_parts() -> list[tuple[float, Any]]:
+    """Every loss of this rank's part of the logits, and its gradient."""
+    import torch.distributed as dist
+
+    from jllm.parallel.mesh import Mesh
+    from jllm.parallel.tensor.group import TensorGroup
+    from jllm.parallel.tensor.vocabulary import VocabularyShard
+
+    dist.init_process_group("gloo")
+    shard = VocabularyShard.of(7, TensorGroup.make(Mesh(tensor=2), dist.get_rank()))
+    found = []
+    for kind in LOSSES:
+        logits, labels = some_logits()
+        mine = logits[..., shard.start : shard.stop].clone().requires_grad_()
+        loss = summed_loss(mine, labels, kind, 1.5, shard)
+        loss.backward()
+        assert mine.grad is not None
+        found.append((float(loss.detach()), mine.grad.numpy()))
+    return found
+
+
+def some_logits() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 7, (2, 5), generator=generator)
+    labels[0, 2] = IGNORE_INDEX
+    return torch.randn(2, 5, 7, generator=generator) * 4, labels
+
+
+def test_losses_of_parts_of_the_vocabulary() -> None:
+    answers = Ranks(2).run(of_parts)
+    for number, kind in enumerate(LOSSES):
+        logits, labels = some_logits()
+        logits.requires_grad_()
+        loss = summed_loss(logits, labels, kind, 1.5)
+        loss.backward()
+        assert [answer[number][0] for answer in answers] == pytest.approx([float(loss.detach())] * 2, rel=1e-5)
+        gradient = torch.cat([torch.from_numpy(answer[number][1]) for answer in answers], -1)
+        torch.testing.assert_close(gradient, logits.grad, msg=lambda m, k=kind: f"{k}: {m}")

@@ -1,0 +1,66 @@
+"""LoRA beside slices, in runs: the losses, norms, adapters and checkpoints of one process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+
+from tests.distributed.adapted import adapter_in, lora_options, save_model
+from tests.distributed.ranks import Ranks
+from tests.distributed.runs import records, train_rank
+from tests.fixtures import random_rows, write_rows
+
+
+def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
+    """One rank of several runs, one after the other, in one process group."""
+    return [train_rank(options) for options in runs]
+
+
+def test_lora_beside_slices(tmp_path: Path) -> None:
+    """Four slices share two heads; a checkpoint of 2 x 2 goes on as 1 and as 4."""
+    save_model(tmp_path / "model", "qwen3")
+    write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True, packed=True), files=3)
+
+    def options_of(name: str, **more: Any) -> dict[str, Any]:
+        log = {"log_dir": tmp_path / f"{name}-log", "pipe_parallel_size": 1, "steps_per_checkpoint": 3}
+        return lora_options(tmp_path, name, **log | {"gradient_clipping": 0.05} | more)
+
+    half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
+    outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
+    # Of another type than the model, which they multiply in.
+    bf16 = {"precision": "bf16", "lora_compute": "model"}
+    runs = [
+        options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
+        options_of("four", model_parallel_size=4, **half),
+        outside,
+        options_of("sliced-bf16", model_parallel_size=2, **bf16),
+    ]
+    message = (
+        "--model_parallel_size 2 with an adapter on lm_head: slices have them on linear maps of decoder layers; name"
+        " those with --lora_target_modules"
+    )
+    assert Ranks(4).run(train_ranks, runs) == [[None, None, message, None]] * 4
+    alone = [
+        options_of("one"),
+        options_of("joined", **half),
+        options_of("one-bf16", gradient_accumulation_steps=8, **bf16),
+    ]
+    assert Ranks(1).run(train_ranks, alone) == [[None] * 3]
+    expected = records(tmp_path / "one-log")
+    whole = adapter_in(tmp_path / "one")
+    for name in ("sliced", "four", "joined"):
+        found = records(tmp_path / f"{name}-log")
+        assert len(found) == (6 if name == "sliced" else 3)
+        for key in ("loss", "grad_norm", "lora_norm_avg", "lora_norm_min", "lora_norm_max"):
+            theirs = [each[key] for each in expected[-len(found) :]]
+            np.testing.assert_allclose([each[key] for each in found], theirs, rtol=1e-4, atol=1e-6, err_msg=key)
+        adapter = adapter_in(tmp_path / name)
+        assert adapter.keys() == whole.keys()
+        for key, tensor in whole.items():
+            np.testing.assert_allclose(adapter[key], tensor, atol=1e-5, err_msg=f"{name}: {key}")
+    found, theirs = (records(tmp_path / f"{name}-bf16-log") for name in ("sliced", "one"))
+    np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in theirs], rtol=5e-3)
+    np.testing.assert_allclose([each["grad_norm"] for each in found], [each["grad_norm"] for each in theirs], rtol=0.03)
