@@ -87,6 +87,7 @@ def take_columns(layer: nn.Linear, ranges: Ranges, outputs: int, copies: SharedC
 
 def take_rows(layer: nn.Linear, ranges: Ranges, inputs: int, group: TensorGroup) -> None:
     """The same of a map with as many inputs."""
+    assert isinstance(layer.weight, nn.Parameter)
     mark_slice(layer.weight, Slice(shape=(layer.out_features, inputs), axis=1, ranges=ranges))
     layer.__class__ = RowParallelLinear
     layer.group = group  # type: ignore[assignment]
