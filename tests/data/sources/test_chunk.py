@@ -1,5 +1,6 @@
 """Chunks on their way to another process."""
 
+import dataclasses
 import gzip
 import json
 import pickle
@@ -14,8 +15,8 @@ from jllm.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.json"])
-def test_blocks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A block of a plain local file is sent without its bytes, and read again there."""
+def test_chunks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A chunk is sent with its content, or of a plain local file with its place alone, and read there."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 200)
     lines = [json.dumps({"text": f"document {number} é"}) for number in range(60)]
     data = (f"[{','.join(lines)}]" if name == "a.json" else "".join(f"{line}\n" for line in lines)).encode()
@@ -24,10 +25,12 @@ def test_blocks_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [source] = resolve([str(path)])
     found = list(read_chunks(source, 0))
     assert len(found) > 3
-    sent = [pickle.dumps(block) for block in found]
-    assert [pickle.loads(each).content for each in sent] == [block.data for block in found]
-    if name.endswith(".jsonl"):
+    assert [pickle.loads(pickle.dumps(each)).content for each in found] == [each.data for each in found]
+    if name == "a.jsonl":
+        planned = [dataclasses.replace(each, data=len(each.data), file=str(path)) for each in found]
+        sent = [pickle.dumps(each) for each in planned]
         assert all(len(each) < 400 for each in sent)
+        assert [pickle.loads(each).content for each in sent] == [each.data for each in found]
         path.write_bytes(data[:300])
         with pytest.raises(UserError, match="became shorter"):
             pickle.loads(sent[-1]).content  # noqa: B018 - reading it is the test

@@ -117,20 +117,20 @@ def test_what_some_sink_needs_stays(
     ]
 
 
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("classes", [False, True])
-def test_where_pairs_are_cut(tmp_path: Path, wide: bool, classes: bool) -> None:
+def test_where_pairs_are_cut(tmp_path: Path, classes: bool) -> None:
     """Comes back with them, beside control classes too; taken, cut and sliced like the pairs."""
     encoded = encoded_of([[1, 2, 3], [4, 5], [6, 7, 8, 9]], True, classes=classes)
     cuts = np.array([2, 1, 3], np.int64)
-    write(tmp_path / "block", dataclasses.replace(encoded, documents=dataclasses.replace(encoded.documents, cuts=cuts)),
-          200_000, wide=wide)  # fmt: skip
+    paired = dataclasses.replace(encoded, documents=dataclasses.replace(encoded.documents, cuts=cuts))
+    write(tmp_path / "block", paired, 200_000)
     found = read(tmp_path / "block")
     assert found is not None
-    assert same(found, encoded)
-    assert found.documents.cuts is not None
-    assert found.documents.cuts.tolist() == [2, 1, 3]
-    taken, cut = found.documents.take(np.array([2, 0])), found.documents.slice(1, 3)
+    read_back, _ = found
+    assert same(read_back, encoded)
+    assert read_back.documents.cuts is not None
+    assert read_back.documents.cuts.tolist() == [2, 1, 3]
+    taken, cut = read_back.documents.take(np.array([2, 0])), read_back.documents.slice(1, 3)
     assert taken.cuts is not None
     assert taken.cuts.tolist() == [3, 2]
     assert cut.cuts is not None
