@@ -6,7 +6,6 @@ import functools
 import socket
 from typing import Any
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -41,6 +40,7 @@ from jllm.train.fused_loss import fused_loss_note, training_objective, wants_fus
 from jllm.train.objectives.cross_entropy import CrossEntropy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.optim.optimizers import KINDS
+from jllm.train.optim.placeholder import add_placeholder
 from jllm.train.options.optimizer import WITHOUT_MASTERS
 from jllm.train.quantisation import find_quantisation, read_model_config
 from jllm.train.shape import RunShape
@@ -386,7 +386,7 @@ def build_stage(
     notes = fp8_notes(config, agreement, model, span, is_compiled=family.compiling.is_on)
     notes.append(fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None))))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        _add_placeholder(stage, DTYPES[config.trained_precision], device)
+        add_placeholder(stage, DTYPES[config.trained_precision], device)
     return Built(
         stage=stage,
         plan=dataclasses.replace(plan, notes=(*places, *plan.notes, *notes)),
@@ -442,19 +442,3 @@ def exported_folder(config: TrainConfig, model: ModelInfo, adapters: Adapters | 
     """What the run leaves: the model, or its adapters."""
     assert config.model is not None
     return ModelFolder(source=config.model, dtype=model.dtype) if adapters is None else adapters.folder
-
-
-def _add_placeholder(stage: PipelineStage, dtype: torch.dtype, device: str) -> None:
-    """Give a stage without anything to train one number that changes nothing.
-
-    DeepSpeed's optimizers and its gradient norm need a parameter on every rank, and its pipeline needs every stage's
-    output to have a gradient.
-    """
-    placeholder = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
-    stage.register_parameter("placeholder", placeholder)
-
-    def touch(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        nothing = (placeholder * 0).sum()
-        return (output[0] + nothing, *output[1:]) if isinstance(output, tuple) else output + nothing
-
-    stage.register_forward_hook(touch)

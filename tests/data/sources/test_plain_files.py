@@ -21,7 +21,7 @@ LINES = st.lists(st.sampled_from([b"", b"x", b"yy", b"  ", b"\t", b"z" * 40, b"w
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(lines=LINES, size=st.integers(8, 80), tail=st.integers(1, 40), most=st.integers(4, 500), ends=st.booleans())
+@given(lines=LINES, size=st.integers(8, 80), tail=st.integers(1, 40), most=st.integers(100, 500), ends=st.booleans())
 def test_planned_chunks_are_those_that_are_read(
     tmp_path_factory: pytest.TempPathFactory, kind: str, lines: list[bytes], size: int, tail: int, most: int, ends: bool
 ) -> None:
@@ -38,7 +38,8 @@ def test_planned_chunks_are_those_that_are_read(
                     assert isinstance(chunk.data, int)
                     chunk = _opened(chunk, source.kind, most, line, str(path))
                 line = chunk.end_line
-                result.append(chunk)
+                # A large one is read again where it is parsed.
+                result.append(dataclasses.replace(chunk, data=chunk.content, file=None))
         except UserError as error:
             return result, str(error)
         return result, None

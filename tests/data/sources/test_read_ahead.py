@@ -66,7 +66,7 @@ def test_small_files_are_encoded_at_the_same_time(
     for number, text in enumerate(texts):
         record = {"text": text}
         (tmp_path / "in" / f"{number}.{kind}").write_text(json.dumps([record] if kind == "json" else record))
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=120)
 
     class Slow(PretrainEncoder):
         def __call__(self, *arguments: Any) -> Encoded:
