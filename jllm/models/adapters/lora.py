@@ -148,7 +148,8 @@ def _draw(name: str, layer: Any, *, seed: int, gaussian: bool) -> None:
     if ADAPTER in layer.lora_A:
         matrix = layer.lora_A[ADAPTER].weight
         generator = _generator(seed, plain_name(f"{name}.lora_A.{ADAPTER}.weight"))
-        held = slice_of(layer.get_base_layer().weight) if isinstance(matrix, nn.Parameter) else None
+        weight = getattr(layer.get_base_layer(), "weight", None)  # packed experts have none
+        held = slice_of(weight) if isinstance(weight, Tensor) else None
         inputs = held.shape[1] if held is not None and held.axis == 1 else matrix.shape[1]
         drawn = torch.empty(matrix.shape[0], inputs, dtype=torch.float32)
         if gaussian:
