@@ -22,13 +22,14 @@ import queue
 import selectors
 import signal
 import socket
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from jllm.errors import UserError
+from jllm.errors import UserError, say
 
 _AT_ONCE = 2
 """Tasks that a worker has: the next one is there when it is done with one."""
@@ -359,7 +360,7 @@ def _run_worker(work: Callable[[Any], Any], channel: socket.socket, parent: int)
     except (BrokenPipeError, ConnectionResetError):
         pass
     except BaseException:
-        traceback.print_exc()
+        say(traceback.format_exc(), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 

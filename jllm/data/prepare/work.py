@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jllm import atomic
 from jllm.data.dataset.columns import Int64, ordered
 from jllm.data.dataset.file_writer import MadeGroup
 from jllm.data.dataset.shards import GroupFacts, made_group
@@ -200,7 +201,8 @@ class Work:
 
     def _in_file(self, parts: Sequence[Any]) -> Path:
         path = self._cache.folder / f".group-{os.getpid()}-{next(self._files)}.tmp"
-        with path.open("xb") as file:
+        atomic.create(path)
+        with path.open("wb") as file:
             for part in parts:
                 file.write(part)
         return path
