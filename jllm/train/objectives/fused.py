@@ -105,12 +105,7 @@ class _FusedLoss(torch.autograd.Function):
             losses.append(chunks.losses(call.rows, targets, factor, has_gradient=any(call.wanted)).sum())
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[place : place + chunks.size])
-            if of_weight is not None and place == 0:
-                torch.mm(logits.t(), tokens, out=of_weight)
-            elif of_weight is not None:
-                of_weight.addmm_(logits.t(), tokens)
-            if of_bias is not None:
-                of_bias += logits.sum(0, dtype=torch.float32)
+            add_shares(logits, tokens, of_weight, of_bias, is_first=place == 0)
         ctx.expected = call.expected
         ctx.gradients = of_hidden, of_weight, of_bias.to(weight.dtype) if of_bias is not None else None
         return torch.stack(losses).sum()
@@ -130,6 +125,25 @@ class _FusedLoss(torch.autograd.Function):
             is_near = (gradient - ctx.expected).abs() <= 1e-5 * abs(ctx.expected)
             torch._assert_async(is_near, "the gradient of the loss is not the one that was announced")
         return (*gradients, None, None)
+
+
+def add_shares(
+    logits: Tensor, tokens: Tensor, of_weight: Tensor | None, of_bias: Tensor | None, *, is_first: bool
+) -> None:
+    """Add what a chunk, whose logits [N, V] became their gradient, gives to the gradients of weight and bias.
+
+    Args:
+        logits, tokens: of the chunk; tokens are hidden states [N, width].
+        of_weight: [V, width], empty before the first chunk; None where it is not wanted.
+        of_bias: [V] in fp32; likewise, but 0 before.
+        is_first: whether it is the first chunk.
+    """
+    if of_weight is not None and is_first:
+        torch.mm(logits.t(), tokens, out=of_weight)
+    elif of_weight is not None:
+        of_weight.addmm_(logits.t(), tokens)
+    if of_bias is not None:
+        of_bias += logits.sum(0, dtype=torch.float32)
 
 
 class LogitChunks:

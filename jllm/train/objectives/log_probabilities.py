@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
-from jllm.train.objectives.fused import ALIGNED, LogitChunks
+from jllm.train.objectives.fused import ALIGNED, LogitChunks, add_shares
 from jllm.train.objectives.logit_rows import RowLoss
 
 _ONE = 2.0**32
@@ -151,10 +151,5 @@ class _FusedLogps(torch.autograd.Function):
             chunks.losses(ctx.rows, labels[part], -gradient[part], has_gradient=True)
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[part])
-            if of_weight is not None and place == 0:
-                torch.mm(logits.t(), tokens, out=of_weight)
-            elif of_weight is not None:
-                of_weight.addmm_(logits.t(), tokens)
-            if of_bias is not None:
-                of_bias += logits.sum(0, dtype=torch.float32)
+            add_shares(logits, tokens, of_weight, of_bias, is_first=place == 0)
         return of_hidden, of_weight, of_bias.to(weight.dtype) if of_bias is not None else None, None, None
