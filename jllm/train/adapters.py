@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -83,6 +82,8 @@ class LoraOfRun:
         if self.plan.config.use_dora or self.config.model_parallel_size > 1:
             return False
         if self.config.lora_compute == "auto":
+            from deepspeed.accelerator import get_accelerator  # a folder of a checkpoint is made without DeepSpeed
+
             return bool(get_accelerator().device_name() == "cuda")
         return self.config.lora_compute == "model"
 
