@@ -31,7 +31,7 @@ def options_of(folder: Path, name: str, **more: Any) -> dict[str, Any]:
         "eval_data": (str(folder / "eval"),),
         "precision": "fp32",
         "adam_eps": 1e-4,
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         "per_device_train_batch_size": 2,
         "global_batch_size": 4,
         "max_steps": STEPS,

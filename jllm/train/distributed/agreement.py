@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,50 @@ class StepFacts:
         return self.rows_before + self.rows
 
 
+class _Told(NamedTuple):
+    """What one process tells all others of a step, in the order in which the numbers travel.
+
+    Attributes:
+        length, tokens, trained_tokens, rows, room, pairs, epoch, rows_before: of the step it read, or 0.
+        most, longest: bounds of the documents; 0 where they are not kept apart.
+        shared: numbers of the step's broadcast.
+        request: what it asks of all.
+        mistake: whether it could not read on.
+    """
+
+    length: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    rows: int = 0
+    room: int = 0
+    pairs: int = 0
+    epoch: int = 0
+    rows_before: int = 0
+    most: int = 0
+    longest: int = 0
+    shared: int = 0
+    request: int = 0
+    mistake: int = 0
+
+    @classmethod
+    def of(cls, step: Step, shared: int) -> "_Told":
+        """Of a step that was read, whose broadcast has `shared` numbers."""
+        known = step.documents
+        return cls(
+            length=step.length,
+            tokens=step.tokens,
+            trained_tokens=step.trained_tokens,
+            rows=step.rows,
+            room=step.room,
+            pairs=step.pairs,
+            epoch=step.start.epoch,
+            rows_before=step.start.rows,
+            most=known.most if known is not None else 0,
+            longest=known.longest if known is not None else 0,
+            shared=shared,
+        )
+
+
 class Agreement(Collectives):
     """The processes of one run; every method is called by all of them together.
 
@@ -114,56 +159,53 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine, numbers = [0] * 11, None
+        mine, numbers = _Told(), None
         if step is not None:
-            start, known = step.start, step.documents
-            mine = [step.length, step.tokens, step.trained_tokens, step.rows, start.epoch, start.rows, step.room]
-            mine += [step.pairs, *((known.most, known.longest) if known is not None else (0, 0))]
             if self._first_stage is not None:
                 numbers = as_numbers(step.micro_batches)
-            mine.append(numbers.numel() if numbers is not None else 0)
-        everyone = self.gather_numbers([*mine, int(request), int(mistake is not None), *device.numbers()])
-        if everyone[:, 12].any():
+            mine = _Told.of(step, numbers.numel() if numbers is not None else 0)
+        mine = mine._replace(request=int(request), mistake=int(mistake is not None))
+        everyone = self.gather_numbers([*mine, *device.numbers()])
+        told = [_Told(*row) for row in everyone[:, : len(mine)].tolist()]
+        if any(each.mistake for each in told):
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
-        readers = everyone[list(self.mesh.readers)]
-        views = readers[:, 3:6].unique(dim=0).tolist()
+        readers = [told[rank] for rank in self.mesh.readers]
+        views = sorted({(each.epoch, each.rows_before, each.rows) for each in readers})
         if len(views) > 1:
-            one, other = (f"epoch {view[1]} row {view[2]} with {view[0]} rows" for view in views[:2])
+            one, other = (f"epoch {epoch} row {before} with {rows} rows" for epoch, before, rows in views[:2])
             raise StoppedError(
                 f"data out of sync: one reader is at {one}, another at {other}; give all nodes the same data"
             )
-        rows, epoch, rows_before = views[0]
-        most, longest = everyone[self.place.reader, 8:10].tolist()
-        documents = DocumentBounds(most=most, longest=longest) if most else None
+        read = told[self.place.reader]
+        documents = DocumentBounds(most=read.most, longest=read.longest) if read.most else None
         if self._first_stage is not None:
             if numbers is None:
-                numbers = torch.empty(int(everyone[self.place.reader, 9]), dtype=torch.int64)
+                numbers = torch.empty(read.shared, dtype=torch.int64)
             dist.broadcast(numbers, src=self.place.reader, group=self._first_stage)
             if step is None:
-                length, tokens, trained_tokens, _, _, _, room, pairs = everyone[self.place.reader, :8].tolist()
                 step = Step(
                     micro_batches=from_numbers(numbers, self._planes),
-                    rows=rows,
-                    tokens=tokens,
-                    trained_tokens=trained_tokens,
-                    length=length,
-                    start=Cursor(epoch=epoch, rows=rows_before),
-                    room=room,
-                    pairs=pairs,
+                    rows=read.rows,
+                    tokens=read.tokens,
+                    trained_tokens=read.trained_tokens,
+                    length=read.length,
+                    start=Cursor(epoch=read.epoch, rows=read.rows_before),
+                    room=read.room,
+                    pairs=read.pairs,
                     documents=documents,
                 )
         return step, StepFacts(
             waited=waited,
-            length=int(everyone[self.place.reader, 0]),
-            tokens=int(readers[:, 1].sum()),
-            trained_tokens=int(readers[:, 2].sum()),
-            rows=rows,
-            epoch=epoch,
-            rows_before=rows_before,
-            request=functools.reduce(operator.or_, map(Request, everyone[:, 11].tolist())),
-            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, 13:].tolist())),
-            room=int(readers[:, 6].sum()),
-            pairs=int(readers[:, 7].sum()),
+            length=read.length,
+            tokens=sum(each.tokens for each in readers),
+            trained_tokens=sum(each.trained_tokens for each in readers),
+            rows=read.rows,
+            epoch=read.epoch,
+            rows_before=read.rows_before,
+            request=functools.reduce(operator.or_, (Request(each.request) for each in told)),
+            devices=DevicesUse.of(self.mesh.by_stage(everyone[:, len(mine) :].tolist())),
+            room=sum(each.room for each in readers),
+            pairs=sum(each.pairs for each in readers),
             documents=documents,
         )
 
