@@ -8,11 +8,15 @@ import os
 import queue
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from tests.forks import context
+
+SECONDS_AFTER_A_DEATH = 10
+"""For which the others may still answer."""
 
 
 def free_port() -> int:
@@ -61,14 +65,20 @@ class Ranks:
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
         self.start(function, *arguments)
         answers: dict[int, Any] = {}
+        ends = time.monotonic() + timeout
         try:
             while len(answers) < self.world_size:
                 try:
-                    rank, answer, failure = self._results.get(timeout=timeout)
+                    rank, answer, failure = self._results.get(timeout=SECONDS_AFTER_A_DEATH)
                 except queue.Empty:
-                    raise AssertionError(f"only ranks {sorted(answers)} answered within {timeout} s") from None
+                    gone = [rank for rank, process in enumerate(self._processes) if process.exitcode is not None]
+                    if gone or time.monotonic() > ends:
+                        told = f"only ranks {sorted(answers)} answered within {timeout} s; gone: {gone}"
+                        raise AssertionError(told) from None
+                    continue
                 assert failure is None, f"rank {rank}: {failure}"
                 answers[rank] = answer
+                ends = time.monotonic() + timeout
         finally:
             self.close()
         return [answers[rank] for rank in range(self.world_size)]

@@ -144,7 +144,7 @@ def test_a_file_in_the_place_of_another_is_noticed(
 @pytest.mark.parametrize("more", [[], ["--eval_fraction", 0.3]], ids=["one set", "two sets"])
 def test_a_damaged_file_may_be_mended(tmp_path: Path, byte_tokenizer: Path, good: int, more: list[object]) -> None:
     """The same line then goes on: with what was made of the files before it, as if nothing had been damaged."""
-    files = {f"{number}.jsonl.gz": documents(3000, seed=number) for number in range(good + 2)}
+    files = {f"{number}.jsonl.gz": documents(1000, seed=number) for number in range(good + 2)}
     (tmp_path / "in").mkdir()
     for name, texts in files.items():
         data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
