@@ -146,9 +146,12 @@ class FastEngine:
 
 def use_cores(cores: int) -> None:
     """Limit the threads of the reference; takes effect before the first text is encoded in this process. One core means
-    no thread beside the one that asks."""
+    no thread beside the one that asks; where a user forbade them, none are made for more."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if cores > 1 else "false"
+    if cores == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    else:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:
