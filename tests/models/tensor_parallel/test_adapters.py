@@ -30,8 +30,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
 
     half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
     outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
-    # Of another type than the model, which they multiply in.
-    bf16 = {"precision": "bf16", "lora_compute": "model"}
+    bf16 = {"precision": "bf16"}  # of another type than the model
     runs = [
         options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
         options_of("four", model_parallel_size=4, **half),
