@@ -265,7 +265,7 @@ def test_what_few_bits_do_to_a_real_model(real_model: Path, name: str, most: flo
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[key] for key in ("comparisons", "slicings", "with"))
-    ids = AutoTokenizer.from_pretrained(real_model)(text, return_tensors="pt")["input_ids"][:, :512]
+    ids = AutoTokenizer.from_pretrained(real_model)(text, return_tensors="pt")["input_ids"][:, :256]
     [quantised] = stages(real_model, FORMATS[name], dtype=torch.bfloat16)
     plain = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16)
     losses = []
