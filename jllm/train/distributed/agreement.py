@@ -79,7 +79,7 @@ class StepFacts:
         return self.rows_before + self.rows
 
 
-class _Told(NamedTuple):
+class _StepNumbers(NamedTuple):
     """What one process tells all others of a step, in the order in which the numbers travel.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Told(NamedTuple):
     mistake: int = 0
 
     @classmethod
-    def of(cls, step: Step, shared: int) -> "_Told":
+    def of(cls, step: Step, shared: int) -> "_StepNumbers":
         """Of a step that was read, whose broadcast has `shared` numbers."""
         known = step.documents
         return cls(
@@ -159,14 +159,14 @@ class Agreement(Collectives):
         except UserError as error:
             mistake = str(error)
         waited = time.perf_counter() - started
-        mine, numbers = _Told(), None
+        mine, numbers = _StepNumbers(), None
         if step is not None:
             if self._first_stage is not None:
                 numbers = as_numbers(step.micro_batches)
-            mine = _Told.of(step, numbers.numel() if numbers is not None else 0)
+            mine = _StepNumbers.of(step, numbers.numel() if numbers is not None else 0)
         mine = mine._replace(request=int(request), mistake=int(mistake is not None))
         everyone = self.gather_numbers([*mine, *device.numbers()])
-        told = [_Told(*row) for row in everyone[:, : len(mine)].tolist()]
+        told = [_StepNumbers(*row) for row in everyone[:, : len(mine)].tolist()]
         if any(each.mistake for each in told):
             raise StoppedError(next(each for each in self.gather(mistake) if each is not None))
         readers = [told[rank] for rank in self.mesh.readers]
