@@ -37,7 +37,18 @@ class ParallelismOptions:
         most=1 << 20,
         help="processes that share the weights of a stage, each with slices of them (tensor parallelism)",
     )
-    sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
+    sequence_parallel_size: int = option(
+        1,
+        least=1,
+        most=64,
+        help="processes that share the tokens of each row, for long rows (sequence parallelism)",
+    )
+    sequence_parallel_mode: str = option(
+        "auto",
+        choices=("auto", "ulysses", "balanced"),
+        help="ulysses: attention over whole rows with some of the heads; balanced: all heads over the keys before a"
+        " run's end, runs of equal cost; auto: ulysses where the processes divide the heads",
+    )
     column_major_topology: bool = option(
         True, help="consecutive ranks are one pipeline; with no_, the same stage of all pipelines"
     )
@@ -109,3 +120,46 @@ def check_slices(options: Any) -> None:
     for name, is_given in refused.items():
         if is_given:
             raise UserError(f"{given} with --{name}: slices were not shown to work with it in this version; drop one")
+
+
+def check_sequences(options: Any) -> None:
+    """Refuse, by name, what was not shown to work with `--sequence_parallel_size` above 1.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    size = options.sequence_parallel_size
+    given = f"--sequence_parallel_size {size}"
+    if options.seq_len is not None and options.seq_len < size:
+        raise UserError(f"{given}: rows of --seq_len {options.seq_len} leave nothing for some processes; give less")
+    refused = {
+        f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
+        f"loss {options.loss}": options.is_preference,
+        "write_ref_logps": options.write_ref_logps is not None,
+        "lora": options.lora is not None,
+        "lora_dim": options.lora_dim is not None,
+        "control_adapter_rank": bool(options.control_adapter_rank),
+        "compile on": options.compile == "on",
+        "activation_memory_budget": options.activation_memory_budget < 1,
+        f"fp8 {options.fp8}": options.fp8 != "off",
+        "fused_loss on": options.fused_loss == "on",
+        f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
+        "precision fp16": options.precision == "fp16",
+        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
+        "neftune_alpha": options.neftune_alpha is not None,
+        "offload_optimizer": options.offload_optimizer,
+        "checkpoint_grad_offload": options.checkpoint_grad_offload,
+        "only_ckpt_model": options.only_ckpt_model,
+        "partition_method profile": options.partition_method == "profile",
+        "ds_config": options.ds_config is not None,
+        "trace_step": options.trace_step is not None,
+        "profile_step": options.profile_step is not None,
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise UserError(
+                f"{given} with --{name}: shared rows were not shown to work with it in this version; drop one"
+            )
