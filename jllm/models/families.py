@@ -49,9 +49,6 @@ NAMED = (
 # Those that train the same in tensor-parallel slices: loss and every gradient are compared in every run of the tests.
 TENSOR_PARALLEL = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
 
-# Families that the catalogue has as right by lengths, and that look at other tokens beside their attention.
-NOT_BY_TOKENS: dict[str, str] = {}
-
 # Families whose layers do more than hand a hidden state from one to the next, whatever the configuration.
 REFUSED = {
     "inkling2_text": "its layers read the states of all blocks before them, not only the last one",

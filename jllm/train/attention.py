@@ -38,7 +38,7 @@ def attention_of(
             dtype=DTYPES[config.precision],
             wanted=config.attn_implementation,
             dropout=getattr(text, "attention_dropout", None) or 0.0,
-            head_size=getattr(text, "head_dim", None),
+            head_size=vars(text).get("head_dim"),
         ), None
     check_sequence_parallel(model, family, size)
     return NAME, plan_runs(

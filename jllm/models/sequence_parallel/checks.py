@@ -8,14 +8,13 @@ configuration are attention layers.
 """
 
 from collections import Counter
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
 from jllm.models.attention import takes_varlen
 from jllm.models.dropout import check_no_chance
-from jllm.models.families import NOT_BY_TOKENS, shown_by_lengths
+from jllm.models.families import shown_by_lengths
 from jllm.models.sequence_parallel.share import BALANCED, ULYSSES, RunPlan
 from jllm.models.weights.source import rotary_by_length
 from jllm.parallel.sequence.runs import TokenCost
@@ -31,8 +30,6 @@ def check_sequence_parallel(config: PretrainedConfig, family: type[PreTrainedMod
     """
     given = f"{OPTION} {size}"
     kind, remedy = f"model type {config.model_type!r}", "use --pipe_parallel_size or --model_parallel_size"
-    if reason := NOT_BY_TOKENS.get(config.model_type):
-        raise UserError(f"{given}: {kind} cannot share tokens: {reason}; {remedy}")
     if shown_by_lengths(family) not in ("varlen", "flash"):
         raise UserError(
             f"{given}: {kind} was not shown to look at other tokens through its attention alone (`jllm models`,"
@@ -70,8 +67,8 @@ def plan_runs(
         UserError: ulysses, and the processes do not divide the heads.
     """
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    divides = isinstance(heads, int) and heads % slices == 0 and heads // slices % size == 0
+    heads = _size(text, "num_attention_heads")
+    divides = heads % (slices * size) == 0
     if mode == ULYSSES and not divides:
         of_slices = f" in {slices} slices" if slices > 1 else ""
         raise UserError(
@@ -82,29 +79,32 @@ def plan_runs(
     return RunPlan(mode=chosen, ranks=size, cost=token_cost(text), by_lengths=by_lengths and takes_varlen(family))
 
 
-def token_cost(text: Any) -> TokenCost:
+def token_cost(text: PretrainedConfig) -> TokenCost:
     """What tokens cost in a model of this configuration, by the sizes that families share: products of its linear maps
     are counted in keys, each of which costs two products of a token's width."""
-    layers, width = text.num_hidden_layers, text.hidden_size
-    heads = max(_numbers(text.num_attention_heads))
-    keys = max(_numbers(getattr(text, "num_key_value_heads", None) or heads))
-    of_heads = heads * (getattr(text, "head_dim", None) or width // heads)
-    inner = max(_numbers(getattr(text, "intermediate_size", None) or 4 * width))
-    chosen = getattr(text, "num_experts_per_tok", None) or 1
-    inner = (getattr(text, "moe_intermediate_size", None) or inner) * chosen if chosen > 1 else inner
+    layers, width, heads = (_size(text, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    keys = _size(text, "num_key_value_heads") or heads
+    of_heads = heads * (_size(text, "head_dim") or width // heads)
+    chosen = _size(text, "num_experts_per_tok")
+    inner = _size(text, "intermediate_size") or 4 * width
+    if chosen > 1:
+        inner = chosen * (_size(text, "moe_intermediate_size") or inner)
     linear = 2 * width * of_heads + 2 * width * of_heads * keys // heads + 3 * width * inner
-    window = getattr(text, "sliding_window", None)
+    window = _size(text, "sliding_window") or None
     default = "full_attention" if window is None else "sliding_attention"
     kinds = Counter(getattr(text, "layer_types", None) or [default] * layers)
-    windows = Counter({None: 0})
+    windows: Counter[int | None] = Counter()
     for kind, count in kinds.items():
         windows[window if _ATTENTION.get(str(kind)) else None] += count
-    return TokenCost(
-        apart=layers * max(1, linear // (2 * of_heads)),
-        windows=tuple((most, count) for most, count in windows.items() if count),
-    )
+    return TokenCost(apart=layers * max(1, linear // (2 * of_heads)), windows=tuple(windows.items()))
 
 
-def _numbers(value: Any) -> list[int]:
-    """One number, or one a layer."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _size(text: PretrainedConfig, name: str) -> int:
+    """A size of a configuration, the largest where layers have their own; 0 where it has none.
+
+    Read as it is stored, if it is: some configurations refuse to be asked for what may differ between layers.
+    """
+    stored = text.attribute_map.get(name, name)
+    value = vars(text)[stored] if stored in vars(text) else getattr(text, name, None)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return max((each for each in values if isinstance(each, int)), default=0)
