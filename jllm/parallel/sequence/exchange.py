@@ -66,7 +66,7 @@ def _size(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _exchanged(
-    sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], group: SequenceGroup
+    sent: list[list[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], group: SequenceGroup
 ) -> list[list[Tensor]]:
     """Send some values to each rank, and get some from each, which have these shapes."""
     flat = [torch.cat([value.flatten() for value in values]) for values in sent]
