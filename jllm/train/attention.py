@@ -1,13 +1,12 @@
 """The attention of a run's model: its kernel, or that of processes that share the tokens of rows."""
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models import kernels
 from jllm.models.attention import choose_attention
 from jllm.models.sequence_parallel.attention import NAME
 from jllm.models.sequence_parallel.checks import check_sequence_parallel, plan_runs
+from jllm.models.sequence_parallel.seen import takes_runs
 from jllm.models.sequence_parallel.share import RunPlan, SequenceShare
 from jllm.parallel.sequence.group import SequenceGroup
 from jllm.train.adapters import DTYPES
@@ -47,9 +46,7 @@ def attention_of(
         size,
         slices=config.model_parallel_size,
         mode=config.sequence_parallel_mode,
-        by_lengths=torch.device(device).type in kernels.BY_LENGTHS_ON
-        and kernels.HAS_VARLEN
-        and config.precision != "fp32",
+        by_lengths=takes_runs(device, DTYPES[config.precision]),
     )
 
 

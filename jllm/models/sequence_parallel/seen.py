@@ -6,7 +6,8 @@ is its place in its document, so that first key is at g - position: packed docum
 Two ways, chosen by the device:
 
     by lengths   CUDA, half precision, without soft caps and sinks: `torch.nn.attention.varlen`, whose last query of a
-                 document sees its last key, so that queries may begin in the middle of one
+                 document sees its last key, so that queries may begin in the middle of one; a device on which
+                 `takes_runs` finds it otherwise does without
     in blocks    elsewhere: some queries at a time against the keys that any of them sees, under a mask; several blocks
                  are computed again in the backward pass, so that a mask is never there whole
 
@@ -14,6 +15,7 @@ Cost: `Seen` by lengths waits for the device once a micro-batch and stage, as pa
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -129,6 +131,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, scores: Scores
             checkpoint(_of_block, *block, use_reentrant=False) if torch.is_grad_enabled() else _of_block(*block)
         )
     return torch.cat(found, 2)
+
+
+@functools.cache
+def takes_runs(device: str, dtype: torch.dtype) -> bool:
+    """Whether attention by lengths is there on a device, and right for queries that begin in the middle of a document.
+
+    Kernels differ in which key they take for the one of the first query. So it is tried once, with small random
+    numbers: results and gradients have to be those of masks.
+    """
+    if torch.device(device).type not in kernels.BY_LENGTHS_ON or not kernels.HAS_VARLEN or dtype == torch.float32:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(length) for length in (70, 30, 28)])[None].to(device)
+    shapes = (2, 78, 64), (1, 128, 64), (1, 128, 64), (2, 78, 64)  # queries from place 50 on, keys, values, a gradient
+    query, key, value, weights = (
+        torch.randn(1, *shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes
+    )
+    for window in (None, 40):
+        found = []
+        for by_lengths in (True, False):
+            seen = Seen.of(positions, 50, 128, by_lengths=by_lengths)
+            result = attend(query, key, value, seen, Scores(window=window))
+            found.append([result, *torch.autograd.grad((result * weights).sum(), (query, key, value))])
+        for mine, masked in zip(*found, strict=True):
+            if not (mine - masked).abs().max() <= 0.05 * masked.abs().max():
+                return False
+    return True
 
 
 def _of_block(query: Tensor, key: Tensor, value: Tensor, first: Tensor, start: int, scores: Scores) -> Tensor:

@@ -54,6 +54,7 @@ class RunPlan:
             shares = [share * self.ranks for share in self.cost.shares(bounds)]
             how = f"the slowest with {max(shares) - 1:.1%} more work than the mean (balanced)"
         runs = ", ".join(f"{each:,}" for each in lengths)
+        runs += f"; attention {'by the lengths of documents' if self.by_lengths else 'under masks'}"
         return [f"{self.ranks} processes share the tokens of each row, {how}: of {length:,} tokens {runs}"]
 
 

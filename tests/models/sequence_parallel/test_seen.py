@@ -1,14 +1,17 @@
 """Queries of a run over the keys before them: plain masked attention, forward and every gradient."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from jllm.models import kernels
 from jllm.models.sequence_parallel import seen
-from jllm.models.sequence_parallel.seen import DocumentRuns, Scores, Seen, attend
+from jllm.models.sequence_parallel.seen import DocumentRuns, Scores, Seen, attend, takes_runs
 from tests.models.sequence_parallel.plain import plain_attention, random_heads, random_positions
 
 
@@ -92,3 +95,84 @@ def test_documents_of_a_run(batch: int, length: int, place: float, share: float,
     assert runs.most_queries == max(runs.queries.diff().tolist())
     assert runs.most_keys == max(runs.keys.diff().tolist())
     assert runs.keys[-1] == sum(length - low for low in runs.low)
+
+
+def varlen_by_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor,
+    most: int,
+    most_keys: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+    starts_early: bool = False,
+) -> Tensor:
+    """`torch.nn.attention.varlen` on CPU, whose last query of a document sees its last key, or `starts_early`: whose
+    first query sees its first key."""
+    found = []
+    for (start, end), (first, last) in zip(
+        itertools.pairwise(bounds.tolist()), itertools.pairwise(key_bounds.tolist()), strict=True
+    ):
+        assert end - start <= most
+        assert last - first <= most_keys
+        q, k, v = (each.transpose(0, 1) for each in (query[start:end], key[first:last], value[first:last]))
+        groups = q.shape[0] // k.shape[0]
+        assert enable_gqa or groups == 1
+        offset = 0 if starts_early else (last - first) - (end - start)
+        distance = torch.arange(end - start)[:, None] + offset - torch.arange(last - first)
+        mask = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        k, v = (each.repeat_interleave(groups, 0) for each in (k, v))
+        scores = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~mask, -torch.inf)
+        found.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 20),
+    heads=st.sampled_from([(4, 2), (3, 3)]),
+    place=st.floats(0, 1),
+    share=st.sampled_from([0.0, 0.2, 0.7]),
+    window=st.none() | st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_by_lengths_is_what_masks_show(
+    batch: int, length: int, heads: tuple[int, int], place: float, share: float, window: int | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    case = {"batch": batch, "length": length, "queries": heads[0], "keys": heads[1]}
+    query, key, value, _ = random_heads(case, generator)
+    positions = random_positions(generator, batch, length, share)
+    start = min(int(place * length), length - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "BY_LENGTHS_ON", ("cpu",))
+        patch.setattr(kernels, "_VARLEN_TAKES", frozenset({"window_size", "enable_gqa"}))
+        patch.setattr(kernels, "varlen_attn", varlen_by_documents)
+        # Kernels take values as wide as keys, which narrower ones are filled up to.
+        value = value[..., :3]
+        scores, found = Scores(scaling=0.7, window=window), []
+        for by_lengths in (True, False):
+            visible = Seen.of(positions, start, length, by_lengths=by_lengths)
+            assert (visible.runs is not None) == by_lengths
+            found.append(attend(query[:, :, start:], key, value, visible, scores))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_kernel_is_tried_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first query of a document sees its first key, masks are taken; and in fp32, for which there is none."""
+    takes_runs.cache_clear()
+    assert not takes_runs("cpu", torch.bfloat16)
+    monkeypatch.setattr(kernels, "BY_LENGTHS_ON", ("cpu",))
+    monkeypatch.setattr(kernels, "_VARLEN_TAKES", frozenset({"window_size", "enable_gqa"}))
+    monkeypatch.setattr(kernels, "HAS_VARLEN", True)
+    for starts_early in (False, True):
+        takes_runs.cache_clear()
+        varlen = functools.partial(varlen_by_documents, starts_early=starts_early)
+        monkeypatch.setattr(kernels, "varlen_attn", varlen)
+        assert takes_runs("cpu", torch.bfloat16) != starts_early
+        assert not takes_runs("cpu", torch.float32)
+    takes_runs.cache_clear()
