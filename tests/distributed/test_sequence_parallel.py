@@ -1,5 +1,6 @@
 """Rows shared by several processes, through DeepSpeed: losses, norms, evaluations and weights of one process."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,22 @@ LENGTH = 29
 PP2 = {"pipe_parallel_size": 2, "partition_method": "uniform"}
 ULYSSES = {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}
 BALANCED = {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"}
+WHOLE = {"block_mask": False}
+LORA = {"lora_dim": 4, "lora_target_modules": "all-linear"}
+BY_TOKENS = {
+    "batch_size_tokens": 70,
+    "global_batch_size": None,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+}
+"""Micro-batches that differ in shape."""
+ONES: dict[str, dict[str, Any]] = {"one": {}, "whole": WHOLE, "lora": LORA, "tokens": BY_TOKENS}
+"""Runs of one process; layouts are `_like` the first of them, or another one."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ulysses": ULYSSES,
         "balanced": {**BALANCED, "_chunk": 7 * VOCABULARY},
-        "chunks": {**ULYSSES, "_chunk": 5 * VOCABULARY, "block_mask": False},
+        "chunks": {**ULYSSES, "_chunk": 5 * VOCABULARY, "_like": "whole", **WHOLE},
     },
     4: {
         "pp2 x sp2": {**PP2, **BALANCED},
@@ -39,9 +51,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         },
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4},
+        "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
+        "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
     8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2}},
 }
+if importlib.util.find_spec("peft") is None:
+    del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
 
 
@@ -62,7 +78,7 @@ def train_watched(runs: list[dict[str, Any]], data: str) -> tuple[list[str | Non
     for options in runs:
         # Several chunks of tokens, each of which is computed again in the backward pass.
         head.CHUNK_ELEMENTS = options.get("_chunk", elements)
-        answers.append(train_rank({name: value for name, value in options.items() if name != "_chunk"}))
+        answers.append(train_rank({name: value for name, value in options.items() if not name.startswith("_")}))
     return answers, opened
 
 
@@ -122,9 +138,10 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         assert [answer for answer, _ in answers] == [[None] * len(runs)] * count
         return [opened for _, opened in answers]
 
-    saved = {"checkpoint": tmp_path / "one-ckpt", "steps_per_checkpoint": 3}
-    alone = [options_of(tmp_path, family, "one", **(saved if family == "llama" else {})) for family in FAMILIES]
-    run(1, [*alone, options_of(tmp_path, "llama", "whole", block_mask=False)])
+    pairs = [(family, name) for family in FAMILIES for name in ONES if IN_FULL or family == "llama" or name == "one"]
+    alone = [options_of(tmp_path, family, name, **ONES[name]) for family, name in pairs]
+    alone[0] |= {"checkpoint": tmp_path / "one-ckpt", "steps_per_checkpoint": 3}
+    run(1, alone)
     for count, layouts in LAYOUTS.items():
         families = FAMILIES if IN_FULL else ("gemma2",) if count == 8 else ("llama",)
         runs = [options_of(tmp_path, family, name, **more) for name, more in layouts.items() for family in families]
@@ -136,9 +153,8 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
             assert opened[0]
             assert opened[1:] == [[]] * 7
         for name, more in layouts.items():
-            for family in families if more.get("block_mask", True) else ("llama",):
-                other = "one" if more.get("block_mask", True) else "whole"
-                assert_alike(tmp_path, f"{family}-{name}", f"{family}-{other}")
+            for family in families:
+                assert_alike(tmp_path, f"{family}-{name}", f"{family}-{more.get('_like', 'one')}")
     run(1, [options_of(tmp_path, "llama", "joined", resume_ckpt=str(tmp_path / "shared-ckpt" / HALF))])
     for name in ("cut", "joined"):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3

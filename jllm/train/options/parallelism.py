@@ -89,8 +89,33 @@ def check_slices(options: Any) -> None:
     Raises:
         UserError: one of them.
     """
-    given = f"--model_parallel_size {options.model_parallel_size}"
-    refused = {
+    _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", _not_shown(options))
+
+
+def check_sequences(options: Any) -> None:
+    """Refuse, by name, what was not shown to work with `--sequence_parallel_size` above 1.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    size = options.sequence_parallel_size
+    given = f"--sequence_parallel_size {size}"
+    if options.seq_len is not None and options.seq_len < size:
+        raise UserError(f"{given}: rows of --seq_len {options.seq_len} leave nothing for some processes; give less")
+    own = {
+        f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
+        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
+        "ds_config": options.ds_config is not None,
+    }
+    _refuse(given, "shared rows", own | _not_shown(options))
+
+
+def _not_shown(options: Any) -> dict[str, bool]:
+    """What was shown with neither slices nor shared rows, by name, and whether it is asked for."""
+    return {
         "lora": options.lora is not None,
         "lora_dropout": options.lora_dropout > 0,
         "lora_compute model": options.lora_compute == "model",
@@ -117,49 +142,9 @@ def check_slices(options: Any) -> None:
         "trace_step": options.trace_step is not None,
         "profile_step": options.profile_step is not None,
     }
+
+
+def _refuse(given: str, what: str, refused: dict[str, bool]) -> None:
     for name, is_given in refused.items():
         if is_given:
-            raise UserError(f"{given} with --{name}: slices were not shown to work with it in this version; drop one")
-
-
-def check_sequences(options: Any) -> None:
-    """Refuse, by name, what was not shown to work with `--sequence_parallel_size` above 1.
-
-    Args:
-        options: all of a run's.
-
-    Raises:
-        UserError: one of them.
-    """
-    size = options.sequence_parallel_size
-    given = f"--sequence_parallel_size {size}"
-    if options.seq_len is not None and options.seq_len < size:
-        raise UserError(f"{given}: rows of --seq_len {options.seq_len} leave nothing for some processes; give less")
-    refused = {
-        f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
-        f"loss {options.loss}": options.is_preference,
-        "write_ref_logps": options.write_ref_logps is not None,
-        "lora": options.lora is not None,
-        "lora_dim": options.lora_dim is not None,
-        "control_adapter_rank": bool(options.control_adapter_rank),
-        "compile on": options.compile == "on",
-        "activation_memory_budget": options.activation_memory_budget < 1,
-        f"fp8 {options.fp8}": options.fp8 != "off",
-        "fused_loss on": options.fused_loss == "on",
-        f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
-        "precision fp16": options.precision == "fp16",
-        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
-        "neftune_alpha": options.neftune_alpha is not None,
-        "offload_optimizer": options.offload_optimizer,
-        "checkpoint_grad_offload": options.checkpoint_grad_offload,
-        "only_ckpt_model": options.only_ckpt_model,
-        "partition_method profile": options.partition_method == "profile",
-        "ds_config": options.ds_config is not None,
-        "trace_step": options.trace_step is not None,
-        "profile_step": options.profile_step is not None,
-    }
-    for name, is_given in refused.items():
-        if is_given:
-            raise UserError(
-                f"{given} with --{name}: shared rows were not shown to work with it in this version; drop one"
-            )
+            raise UserError(f"{given} with --{name}: {what} were not shown to work with it in this version; drop one")
