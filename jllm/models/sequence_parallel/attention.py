@@ -10,6 +10,7 @@ ulysses sends queries, keys, values and results once in either pass, and keeps a
 sends keys and values to all ranks, adds up their gradients, and has them whole.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,20 +49,14 @@ def shared_attention(
         key, value = gathered((key, value), group, bounds)
         scores = Scores(scaling=scaling, window=window, softcap=softcap, sinks=s_aux)
         return attend(query, key, value, seen, scores).transpose(1, 2).contiguous(), None
-    times = repeats(query.shape[1], key.shape[1], group.size)
+    # As often as it takes for ranks to divide them; they then divide the queries' heads, as ranks do.
+    times = math.lcm(key.shape[1], group.size) // key.shape[1]
     key, value = repeat_kv(key, times), repeat_kv(value, times)
     query, key, value = heads_for_tokens((query, key, value), group, bounds)
     sinks = None if s_aux is None else s_aux.chunk(group.size)[group.rank]
     scores = Scores(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     attended = attend(query, key, value, seen, scores)
     return tokens_for_heads(attended, group, bounds).transpose(1, 2).contiguous(), None
-
-
-def repeats(queries: int, keys: int, ranks: int) -> int:
-    """How often each key head is there, so that ranks divide key heads, and these divide the `queries` heads."""
-    return next(
-        times for times in range(1, queries // keys + 1) if keys * times % ranks == 0 == queries % (keys * times)
-    )
 
 
 # Registered without a mask function, so that transformers builds no mask.

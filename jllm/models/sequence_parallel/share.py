@@ -47,15 +47,12 @@ class RunPlan:
     def said(self, length: int) -> list[str]:
         """For people: what the ranks have of rows of this length."""
         bounds = self.bounds(length)
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        if self.mode == ULYSSES:
-            how = "each with all heads outside attention and some of them inside (ulysses)"
-        else:
-            shares = [share * self.ranks for share in self.cost.shares(bounds)]
-            how = f"the slowest with {max(shares) - 1:.1%} more work than the mean (balanced)"
-        runs = ", ".join(f"{each:,}" for each in lengths)
-        runs += f"; attention {'by the lengths of documents' if self.by_lengths else 'under masks'}"
-        return [f"{self.ranks} processes share the tokens of each row, {how}: of {length:,} tokens {runs}"]
+        said = f"of {length:,} tokens {', '.join(f'{end - start:,}' for start, end in itertools.pairwise(bounds))}"
+        if self.mode == BALANCED:
+            over = max(self.cost.shares(bounds)) * self.ranks - 1
+            said += f", the slowest with {over:.1%} more work than the mean"
+        said += f"; attention {'by the lengths of documents' if self.by_lengths else 'under masks'}"
+        return [f"{self.ranks} processes share the tokens of each row ({self.mode}): {said}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -83,7 +83,7 @@ def differences(cases: list[dict[str, Any]]) -> list[float]:
 
 
 # A case that fails is found in its list; to look for a smaller one would start processes each time.
-@settings(max_examples=4, phases=[Phase.generate], deadline=None)
+@settings(max_examples=3, phases=[Phase.generate], deadline=None)
 @given(cases=st.lists(CASE, min_size=20, max_size=20))
 def test_both_modes_are_plain_attention(cases: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(Ranks(3).run(differences, cases)):
