@@ -58,6 +58,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
+SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
+"""Runs with checkpoints, which one process goes on from."""
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
 
 
@@ -145,8 +147,10 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
     for count, layouts in LAYOUTS.items():
         families = FAMILIES if IN_FULL else ("gemma2",) if count == 8 else ("llama",)
         runs = [options_of(tmp_path, family, name, **more) for name, more in layouts.items() for family in families]
+        for each in runs:
+            if each["output_dir"].name in SAVED:
+                each |= {"checkpoint": tmp_path / SAVED[each["output_dir"].name], "steps_per_checkpoint": 3}
         if count == 2:
-            runs[0] |= {"checkpoint": tmp_path / "shared-ckpt", "steps_per_checkpoint": 3}
             runs.append(options_of(tmp_path, "llama", "cut", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
         opened = run(count, runs)
         if count == 8:
@@ -155,7 +159,8 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         for name, more in layouts.items():
             for family in families:
                 assert_alike(tmp_path, f"{family}-{name}", f"{family}-{more.get('_like', 'one')}")
-    run(1, [options_of(tmp_path, "llama", "joined", resume_ckpt=str(tmp_path / "shared-ckpt" / HALF))])
-    for name in ("cut", "joined"):
+    joined = [options_of(tmp_path, "llama", name, resume_ckpt=str(tmp_path / name / HALF)) for name in SAVED.values()]
+    run(1, joined)
+    for name in ("cut", *SAVED.values()):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3
         assert_alike(tmp_path, f"llama-{name}", "llama-one")

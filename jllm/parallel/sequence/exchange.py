@@ -5,7 +5,7 @@ Values are [B, heads, tokens, size]; the ranks' runs may have unlike lengths, wh
 Guarantees: each function is exact, and so is its gradient, which goes the opposite way: a rank's numbers are copied,
 and the gradients of all copies are added up. Costs: one collective a call and pass. `heads_for_tokens` and
 `tokens_for_heads` send each number once; `gathered` sends each rank's numbers to all others and has the row's keys and
-values whole, and sums their gradients over the ranks (NCCL: cut at once; else the sums are whole, and then cut).
+values whole, and their gradients until these are summed over the ranks.
 """
 
 import itertools
@@ -107,11 +107,6 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        group = ctx.group
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        if dist.get_backend(group.handle) != dist.Backend.NCCL:
-            dist.all_reduce(total, group=group.handle)
-            return total[group.rank], None
-        own = torch.empty_like(total[0])
-        dist.reduce_scatter(own, list(total), group=group.handle)
+        own = torch.empty_like(gradient[0], memory_format=torch.contiguous_format)
+        dist.reduce_scatter(own, list(gradient.contiguous()), group=ctx.group.handle)
         return own, None

@@ -117,5 +117,4 @@ def test_loss_and_gradients(tmp_path: Path) -> None:
         for name, folder, of_modes in zip(names, folders, answers, strict=True)
         for mode, answer in zip(("ulysses", "balanced"), of_modes, strict=True)
     }
-    print(worst)
     assert not {key: value for key, value in worst.items() if isinstance(value, str) or value > LIMIT}
