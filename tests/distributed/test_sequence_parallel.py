@@ -32,7 +32,8 @@ BY_TOKENS = {
     "gradient_accumulation_steps": 2,
 }
 """Micro-batches that differ in shape."""
-ONES: dict[str, dict[str, Any]] = {"one": {}, "whole": WHOLE, "lora": LORA, "tokens": BY_TOKENS}
+BF16 = {"precision": "bf16"}
+ONES: dict[str, dict[str, Any]] = {"one": {}, "whole": WHOLE, "lora": LORA, "tokens": BY_TOKENS, "bf16": BF16}
 """Runs of one process; layouts are `_like` the first of them, or another one."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -51,6 +52,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         },
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4},
+        "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
         "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
@@ -116,9 +118,13 @@ def options_of(folder: Path, family: str, name: str, **more: Any) -> dict[str, A
 def assert_alike(folder: Path, name: str, other: str) -> None:
     """A run has the last losses, norms and evaluations of another one, and its weights."""
     mine, theirs = (records(folder / f"{each}-log") for each in (name, other))
-    for key, tolerance in (("loss", {"atol": 1e-5}), ("grad_norm", {"rtol": 1e-4})):
+    is_rounded = other.endswith("-bf16")  # each process rounds what it has; masters are fp32
+    tolerances = ({"rtol": 5e-3}, {"rtol": 0.02}) if is_rounded else ({"atol": 1e-5}, {"rtol": 1e-4})
+    for key, tolerance in zip(("loss", "grad_norm"), tolerances, strict=True):
         expected = [record[key] for record in theirs[-len(mine) :]]
         np.testing.assert_allclose([record[key] for record in mine], expected, **tolerance, err_msg=name)  # type: ignore[arg-type]
+    if is_rounded:
+        return
     [last], [expected_last] = (records(folder / f"{each}-log", "eval_loss")[-1:] for each in (name, other))
     assert [last[key] for key in KEYS] == pytest.approx([expected_last[key] for key in KEYS], abs=1e-5), name
     assert (last["accuracy"], last["eval_tokens"]) == (expected_last["accuracy"], expected_last["eval_tokens"])
