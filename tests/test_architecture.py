@@ -191,6 +191,8 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "jllm/train/evaluate.py": "tests/distributed/test_run.py",
     "jllm/train/setup.py": "tests/distributed/test_model_options.py",
     "jllm/train/trainer.py": "tests/distributed/test_run.py",
+    "jllm/parallel/sequence/exchange.py": "tests/models/sequence_parallel/test_attention.py",
+    "jllm/parallel/sequence/group.py": "tests/models/sequence_parallel/test_attention.py",
     # Drawn into one file by its only caller.
     "jllm/train/records/svg.py": "tests/train/records/test_curves.py",
 }

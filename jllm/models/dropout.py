@@ -29,6 +29,29 @@ def dropout_of(config: PretrainedConfig) -> dict[str, float]:
     return {name: float(getattr(owner, field)) for name, owner, field in _fields(config)}
 
 
+def check_no_chance(config: PretrainedConfig, given: str, drawn_by: str) -> None:
+    """Refuse what draws random numbers, where several processes would each draw their own.
+
+    Args:
+        config: of the model.
+        given: the option that does not go with it.
+        drawn_by: whose numbers they are.
+
+    Raises:
+        UserError: a rate above 0, or noise of routers.
+    """
+    rates = [(name, rate) for name, rate in dropout_of(config).items() if rate]
+    if rates:
+        raise UserError(
+            f"{given}: {rates[0][0]} is {rates[0][1]:g}, and {drawn_by} draw their own random numbers; give --dropout 0"
+        )
+    if noise := getattr(config.get_text_config(decoder=True), "router_jitter_noise", 0):
+        raise UserError(
+            f"{given}: router_jitter_noise is {noise:g}, and {drawn_by} draw their own random numbers; set it to 0 in"
+            " config.json"
+        )
+
+
 def set_dropout(config: PretrainedConfig, rate: float | None) -> dict[str, float]:
     """Give every field above 0 another rate; what these were, by name. None leaves them all.
 

@@ -83,10 +83,18 @@ def _groups_are_fused(query: Tensor, value: Tensor) -> bool:
 
 
 def by_lengths(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+    keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """`torch.nn.attention.varlen` on CUDA: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all
-    rows; documents by their `bounds`, and the length of the `longest`."""
+    rows; documents by their `bounds`, and the length of the `longest`. Both are also those of keys, unless documents
+    have more `keys`: the last query of a document then sees its last key."""
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {"scale": scaling}
     if groups > 1:
@@ -104,8 +112,9 @@ def by_lengths(
     else:
         assert window is None, "this version of PyTorch has no windows in attention by lengths"
         options["is_causal"] = True
+    key_bounds, longest_keys = (bounds, longest) if keys is None else keys
     attended = varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest, **options
+        query.contiguous(), key.contiguous(), value.contiguous(), bounds, key_bounds, longest, longest_keys, **options
     )
     assert isinstance(attended, Tensor)
     return attended[..., :narrow]

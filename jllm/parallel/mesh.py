@@ -47,10 +47,13 @@ class Mesh:
         assert all(self.size(axis) >= 1 for axis in AXES), self
 
     @classmethod
-    def over(cls, world_size: int, *, pipe: int, tensor: int = 1, order: tuple[str, ...] = ORDER) -> "Mesh | None":
-        """Pipelines of `pipe` stages of `tensor` slices over all processes; None where these do not divide."""
-        data, rest = divmod(world_size, pipe * tensor)
-        return cls(pipe=pipe, data=data, tensor=tensor, order=order) if data and not rest else None
+    def over(
+        cls, world_size: int, *, pipe: int, sequence: int = 1, tensor: int = 1, order: tuple[str, ...] = ORDER
+    ) -> "Mesh | None":
+        """Pipelines of `pipe` stages of `sequence` x `tensor` processes over all; None where these do not divide."""
+        data, rest = divmod(world_size, pipe * sequence * tensor)
+        fits = data and not rest
+        return cls(pipe=pipe, data=data, sequence=sequence, tensor=tensor, order=order) if fits else None
 
     def size(self, axis: str) -> int:
         """The number of places along an axis."""
@@ -66,6 +69,11 @@ class Mesh:
     def ranks(self) -> tuple[int, ...]:
         """Every rank."""
         return tuple(range(self.world_size))
+
+    @property
+    def copies(self) -> int:
+        """How many processes hold the same weights: what DeepSpeed's data axis is."""
+        return self.data * self.sequence
 
     def place(self, rank: int) -> "Place":
         """Where a rank is."""
@@ -122,18 +130,19 @@ class Mesh:
         return self.groups("data", "sequence", "tensor")
 
     def table(self, hosts: Sequence[str]) -> list[str]:
-        """For people: which ranks are where, a line for each host's ranks of one stage.
+        """For people: which ranks are where, a line for each host's ranks that work on one stage and the same tokens.
 
         Args:
             hosts: of the ranks.
         """
-        rows = [("ranks", "host", "pipeline", "stage", "slices")]
-        for ranks in self.groups("sequence", "tensor"):
+        shared = self.sequence > 1
+        rows = [("ranks", "host", "pipeline", "stage", *["tokens"] * shared, "slices")]
+        for ranks in self.groups("tensor"):
             place = self.place(ranks[0])
+            where = (str(place.data), str(place.pipe), *[str(place.sequence)] * shared)
             for host, some in itertools.groupby(ranks, key=lambda rank: hosts[rank]):
                 here = list(some)
-                slices = _run([self.place(rank).tensor for rank in here])
-                rows.append((_run(here), host, str(place.data), str(place.pipe), slices))
+                rows.append((_run(here), host, *where, _run([self.place(rank).tensor for rank in here])))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(f"{each:<{width}}" for each, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -201,6 +210,11 @@ class Place:
     def copies(self) -> tuple[int, ...]:
         """The ranks that hold the same weights, this one included."""
         return self.group("data", "sequence")
+
+    @property
+    def copy(self) -> int:
+        """Its place among those, pipeline by pipeline, whatever the order of ranks."""
+        return self.data * self.mesh.sequence + self.sequence
 
     def owns(self, number: int) -> bool:
         """Whether item `number` of what all copies of a stage hold alike is this one's to write: they take turns."""

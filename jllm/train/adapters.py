@@ -79,7 +79,8 @@ class LoraOfRun:
 
     @property
     def _multiplies_in_model_type(self) -> bool:
-        if self.plan.config.use_dora or self.config.model_parallel_size > 1:
+        sizes = self.config.model_parallel_size, self.config.sequence_parallel_size
+        if self.plan.config.use_dora or max(sizes) > 1:
             return False
         if self.config.lora_compute == "auto":
             from deepspeed.accelerator import get_accelerator  # a folder of a checkpoint is made without DeepSpeed

@@ -115,19 +115,20 @@ class PipelineAdvice:
         """Smaller numbers of stages, the largest first, with the micro-batches of a step that each pipeline then has,
         and on how many processes: those into which the same processes go come before those that need fewer."""
         mesh = self._shape.mesh
-        in_slices = mesh.world_size // mesh.tensor  # slices stay as they are
+        of_a_stage = mesh.sequence * mesh.tensor  # these stay as they are
+        whole_stages = mesh.world_size // of_a_stage
         for fewer in range(mesh.pipe - 1, 0, -1):
-            if in_slices % fewer:
+            if whole_stages % fewer:
                 continue
             if self._config.global_batch_size is None:
                 yield fewer, self._shape.accumulation, ""
                 continue
-            together = self._shape.micro_batch * (in_slices // fewer)
+            together = self._shape.micro_batch * (whole_stages // fewer)
             accumulation, rest = divmod(self._config.global_batch_size, together)
             if accumulation and not rest:
                 yield fewer, accumulation, ""
         for fewer in range(mesh.pipe - 1, 0, -1):
-            yield fewer, self._shape.accumulation, f" on {fewer * mesh.data * mesh.tensor} processes"
+            yield fewer, self._shape.accumulation, f" on {fewer * mesh.data * of_a_stage} processes"
 
     def _split(self, stages: int, accumulation: int) -> list[int]:
         method = "fast" if stages == 1 else self._method

@@ -70,10 +70,9 @@ def choose_compiling(
         doubt = "" if shown else f", which was not shown to be right for {family.__name__}"
         return Compiling(is_on=True, said=f"decoder layers are compiled{doubt}")
     why = None
-    if config.model_parallel_size > 1:
-        return Compiling(
-            is_on=False, said=f"decoder layers are not compiled: --model_parallel_size {config.model_parallel_size}"
-        )
+    for name in ("model_parallel_size", "sequence_parallel_size"):
+        if getattr(config, name) > 1:
+            return Compiling(is_on=False, said=f"decoder layers are not compiled: --{name} {getattr(config, name)}")
     if torch.device(device).type != "cuda":
         why = f"the device is {torch.device(device).type}"
     elif config.precision not in _PRECISIONS:

@@ -22,7 +22,7 @@ from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
-from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions, check_slices
+from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions, check_sequences, check_slices
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.speed import SpeedOptions, check_speed
@@ -87,11 +87,8 @@ class TrainConfig(
             raise UserError("--num_train_epochs 0 converts a checkpoint: give --from_ckpt and --output_dir")
         if self.resume_ckpt == "auto" and self.checkpoint is None:
             raise UserError("--resume_ckpt auto looks under --checkpoint; give that folder")
-        if self.sequence_parallel_size != 1:
-            raise UserError(
-                f"--sequence_parallel_size {self.sequence_parallel_size}: this version has pipeline, tensor and data"
-                " parallelism; give 1"
-            )
+        if self.sequence_parallel_size > 1:
+            check_sequences(self)
         if self.model_parallel_size > 1:
             check_slices(self)
         if self.split_dlayer or self.emb_partitions != 1:
@@ -167,7 +164,7 @@ class TrainConfig(
     @property
     def wanted_processes(self) -> int:
         """How many processes a run without a launcher has."""
-        return self.processes or self.pipe_parallel_size * self.model_parallel_size
+        return self.processes or self.pipe_parallel_size * self.sequence_parallel_size * self.model_parallel_size
 
     @property
     def time_limit_seconds(self) -> float | None:

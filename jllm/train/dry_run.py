@@ -126,7 +126,9 @@ def dry_run(config: TrainConfig) -> None:
     notes += [fused_loss_note(config, is_plain=stage.plain_head is not None), *check_weights_if_asked(config)]
 
     automatic = automatic_options(config, shape)
-    if config.attn_implementation == "auto":
+    if family.runs is not None:
+        automatic["sequence_parallel_mode"] = family.runs.mode
+    elif config.attn_implementation == "auto":
         automatic["attn_implementation"] = family.attention
     if config.compile == "auto":
         automatic["compile"] = "on" if family.compiling.is_on else "off"

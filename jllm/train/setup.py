@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
 from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activations
-from jllm.models.attention import choose_attention
 from jllm.models.dropout import set_dropout
 from jllm.models.embedding_noise import attach_noise
 from jllm.models.families import check_block_mask, check_split
@@ -22,6 +21,7 @@ from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
+from jllm.models.sequence_parallel.share import RunPlan
 from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
@@ -31,6 +31,7 @@ from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
+from jllm.train.attention import attention_of, share_of_rows
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
@@ -79,6 +80,7 @@ class FamilyInUse:
         config: its configuration.
         model_class: the family's own class.
         attention: the attention implementation that it gets.
+        runs: how processes share the tokens of rows; None where each has them whole.
         adapters: what is trained in its place; None where it trains itself.
         quantisation: what of it is held in 4 or 8 bits; None where nothing is.
         compiling: whether its decoder layers are compiled.
@@ -87,6 +89,7 @@ class FamilyInUse:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     attention: str
+    runs: RunPlan | None
     adapters: Adapters | None
     quantisation: QuantisationPlan | None
     compiling: Compiling
@@ -105,20 +108,14 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     trained = copy.deepcopy(model_config)
     set_dropout(trained, config.dropout)
     check_tensor_parallel(trained, model_class, config.model_parallel_size)
-    attention = choose_attention(
-        model_class,
-        device=get_accelerator().current_device_name(),
-        dtype=DTYPES[config.precision],
-        wanted=config.attn_implementation,
-        dropout=getattr(trained.get_text_config(decoder=True), "attention_dropout", None) or 0.0,
-        head_size=getattr(trained.get_text_config(decoder=True), "head_dim", None),
-    )
+    attention, runs = attention_of(config, trained, model_class)
     quantisation = find_quantisation(config, model_config, model_class)
     adapters = find_adapters(config, model_config, model_class, quantisation)
     return FamilyInUse(
         config=model_config,
         model_class=model_class,
         attention=attention,
+        runs=runs,
         adapters=adapters,
         quantisation=quantisation,
         compiling=choose_compiling(
@@ -204,7 +201,7 @@ def plan_stages(
                 moments=KINDS[config.optimizer].moments,
                 has_masters=config.optimizer not in WITHOUT_MASTERS,
                 on_host=config.offload_optimizer,
-                sharded_over=shape.mesh.data if config.resolved_zero_stage else None,
+                sharded_over=shape.mesh.copies if config.resolved_zero_stage else None,
             ),
             frozen=dtype.itemsize,
             quantised=quantisation.quantisation.bytes_of_a_parameter if quantisation is not None else 0.0,
@@ -252,12 +249,13 @@ def plan_stages(
     )
     for span in spans_of(boundaries):
         check_split(family.config, span)
-    # The table is of whole stages, which slices share.
-    limit = _device_memory() if shape.mesh.tensor == 1 else None
+    # The table is of whole stages and rows, which slices and runs share.
+    limit = _device_memory() if shape.mesh.tensor == shape.mesh.sequence == 1 else None
     parameters = costs.parameters(0, len(costs.layers))
     notes = family.adapters.said() if family.adapters is not None else []
     notes += quantisation.said() if quantisation is not None else []
     notes.append(family.compiling.said)
+    notes += family.runs.said(length) if family.runs is not None else []
     if shape.mesh.tensor > 1:
         notes.append(f"{shape.mesh.tensor} processes share each stage of this table, its parameters and its memory")
     if parameters.trained < parameters.total:
@@ -380,9 +378,10 @@ def build_stage(
         is_frozen=family.adapters is not None or config.write_ref_logps is not None,
         tell=tell,
         are_rows_whole=not config.block_mask,
+        share=share_of_rows(family.runs, agreement),
     )
     hosts = agreement.gather(socket.gethostname())
-    places = shape.mesh.table(hosts) if shape.mesh.tensor > 1 or len(set(hosts)) > 1 else []
+    places = shape.mesh.table(hosts) if shape.mesh.tensor * shape.mesh.sequence > 1 or len(set(hosts)) > 1 else []
     notes = fp8_notes(config, agreement, model, span, is_compiled=family.compiling.is_on)
     notes.append(fused_loss_note(config, is_plain=any(agreement.gather(stage.plain_head is not None))))
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -30,8 +30,10 @@ class RunShape:
     @property
     def processes(self) -> str:
         """How the processes are divided, for people."""
-        slices = f" x {self.mesh.tensor} slices" if self.mesh.tensor > 1 else ""
-        return f"{self.mesh.pipe} stages{slices} x {self.mesh.data} pipelines"
+        mesh = self.mesh
+        runs = f" x {mesh.sequence} runs of tokens" if mesh.sequence > 1 else ""
+        slices = f" x {mesh.tensor} slices" if mesh.tensor > 1 else ""
+        return f"{mesh.pipe} stages{runs}{slices} x {mesh.data} pipelines"
 
 
 def resolve_shape(config: TrainConfig, world_size: int) -> RunShape:
@@ -40,17 +42,18 @@ def resolve_shape(config: TrainConfig, world_size: int) -> RunShape:
     Raises:
         UserError: sizes that do not divide.
     """
-    pipe, tensor, micro_batch = (
-        config.pipe_parallel_size,
-        config.model_parallel_size,
-        config.per_device_train_batch_size,
-    )
+    micro_batch = config.per_device_train_batch_size
+    sizes_of = {
+        "pipe_parallel_size": config.pipe_parallel_size,
+        "sequence_parallel_size": config.sequence_parallel_size,
+        "model_parallel_size": config.model_parallel_size,
+    }
+    pipe, sequence, tensor = sizes_of.values()
     order = ORDER if config.column_major_topology else BY_STAGE
-    mesh = Mesh.over(world_size, pipe=pipe, tensor=tensor, order=order)
+    mesh = Mesh.over(world_size, pipe=pipe, sequence=sequence, tensor=tensor, order=order)
     if mesh is None:
-        sizes = f"--pipe_parallel_size {pipe}"
-        if tensor > 1:
-            sizes += f" x --model_parallel_size {tensor} = {pipe * tensor}"
+        several = [f"--{name} {size}" for name, size in sizes_of.items() if size > 1 or name == "pipe_parallel_size"]
+        sizes = " x ".join(several) + (f" = {pipe * sequence * tensor}" if len(several) > 1 else "")
         raise UserError(
             f"{sizes} does not divide the {world_size} processes of this run;"
             f" give a divisor of {world_size}, or start another number of processes (deepspeed --num_gpus)"

@@ -323,7 +323,7 @@ class TrainingRun:
         if number not in self.skipped:
             set_learning_rate(self.engine.optimizer, rate)
             count = self.shape.accumulation
-            scale = step_scale(terms=facts.terms, micro_batches=count, data_parallel_size=self.shape.mesh.data)
+            scale = step_scale(terms=facts.terms, micro_batches=count, data_parallel_size=self.shape.mesh.copies)
             training = self.pairs.objective(step, facts.length, count) if self.pairs else self.training
             self.objective.use(training, scale=scale, gradient=self.engine.gradient_scale)
             if self.built.routers is not None:

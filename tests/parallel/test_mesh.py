@@ -115,6 +115,13 @@ def test_a_table_says_who_is_where() -> None:
         "4-5    b     1         0      0-1",
         "6-7    b     1         1      0-1",
     ]
+    assert Mesh(pipe=2, sequence=2, tensor=2).table(hosts) == [
+        "ranks  host  pipeline  stage  tokens  slices",
+        "0-1    a     0         0      0       0-1",
+        "2-3    a     0         0      1       0-1",
+        "4-5    b     0         1      0       0-1",
+        "6-7    b     0         1      1       0-1",
+    ]
     assert Mesh(tensor=3).table(["a", "a", "bc"])[1:] == [
         "0-1    a     0         0      0-1",
         "2      bc    0         0      2",

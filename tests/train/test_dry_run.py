@@ -15,6 +15,8 @@ from jllm.train.config import TrainConfig
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import fp16_works, records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,24 @@ def test_values_that_are_set_automatically(folder: Path, tmp_path: Path) -> None
     assert f"set automatically: {', '.join(f'{name} {value}' for name, value in expected.items())}" in lines
     assert (options["global_batch_size"], options["optimizer"], options["tag"]) == (8, "adamw", None)
     assert not (tmp_path / "out").exists()
+
+
+def test_how_rows_are_shared(folder: Path, tmp_path: Path) -> None:
+    """The mode that `auto` means, and what each process gets; a model that cannot is refused as in a run."""
+    options = options_of(folder, sequence_parallel_size=2)
+    lines = Ranks(2).run(console_of, {**options, "dry_run": True}, tmp_path)[0].splitlines()
+    longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1
+    runs = f"of {longest} tokens {longest // 2}, {longest - longest // 2}"
+    assert f"2 processes share the tokens of each row (ulysses): {runs}; attention under masks" in lines
+    assert "1 stages x 2 runs of tokens x 1 pipelines on 2 processes" in lines
+    [automatic] = [line for line in lines if line.startswith("set automatically: ")]
+    assert "sequence_parallel_mode ulysses" in automatic
+    assert "attn_implementation" not in automatic  # none that could be given
+    make_folder(tiny_config("mamba", vocab_size=VOCABULARY), tmp_path / "recurrent")
+    options |= {"model": tmp_path / "recurrent"}
+    said = Ranks(2).run(train_rank, {**options, "dry_run": True})[0]
+    assert said.startswith("--sequence_parallel_size 2: model type 'mamba' was not shown to look at other tokens")
+    assert Ranks(2).run(train_rank, options) == [said, said]
 
 
 def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None:

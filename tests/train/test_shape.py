@@ -47,12 +47,6 @@ def test_what_does_not_divide_is_refused(world_size: int, options: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-def test_an_axis_of_later_is_refused_by_name() -> None:
-    says = "--sequence_parallel_size 2: this version has pipeline, tensor and data parallelism; give 1"
-    with pytest.raises(UserError, match=says):
-        shape_of(4, sequence_parallel_size=2)
-
-
 def test_slices() -> None:
     """Those of a stage are neighbours, whatever the order of the others."""
     options = {"pipe_parallel_size": 2, "model_parallel_size": 2}
@@ -66,6 +60,48 @@ def test_slices() -> None:
     assert by_stage.groups("tensor") == shape.mesh.groups("tensor") == ((0, 1), (2, 3), (4, 5), (6, 7))
     with pytest.raises(UserError, match="--pipe_parallel_size 2 x --model_parallel_size 2 = 4 does not divide the 6"):
         shape_of(6, **options)
+
+
+def test_shared_rows() -> None:
+    """Sequence ranks lie between stages and slices, and are copies of a stage's weights."""
+    options = {"pipe_parallel_size": 2, "sequence_parallel_size": 2, "model_parallel_size": 2}
+    shape = shape_of(16, **options, global_batch_size=4)
+    assert shape.processes == "2 stages x 2 runs of tokens x 2 slices x 2 pipelines"
+    assert (shape.accumulation, shape.global_batch, shape.mesh.copies) == (2, 4, 4)
+    assert config_of(**options).wanted_processes == 8
+    assert shape.mesh.groups("sequence")[:3] == ((0, 2), (1, 3), (4, 6))
+    assert shape.mesh.groups("pipe")[:2] == ((0, 4), (1, 5))
+    assert [shape.mesh.place(rank).copy for rank in (0, 2, 8, 10)] == [0, 1, 2, 3]
+    says = "--pipe_parallel_size 2 x --sequence_parallel_size 2 x --model_parallel_size 2 = 8 does not divide the 12"
+    with pytest.raises(UserError, match=says):
+        shape_of(12, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"attn_implementation": "eager"}, "--attn_implementation eager"),
+        ({"loss": "dpo"}, "--loss dpo"),
+        ({"lora": Path("adapter")}, "--lora"),
+        ({"lora_dim": 4, "lora_compute": "model"}, "--lora_compute model"),
+        ({"router_aux_loss_coef": 0.1}, "--router_aux_loss_coef"),
+        ({"checkpoint_grad_interval": 1, "checkpoint_grad_offload": True}, "--checkpoint_grad_offload"),
+        ({"ds_config": Path("ds.json")}, "--ds_config"),
+        ({"trace_step": 1, "log_dir": Path("log")}, "--trace_step"),
+        ({"profile_step": 1, "log_dir": Path("log")}, "--profile_step"),
+    ],
+)
+def test_what_shared_rows_were_not_shown_with_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(
+        UserError, match=f"--sequence_parallel_size 2 with {named}: shared rows were not shown"
+    ) as caught:
+        config_of(**{"precision": "fp32", **options}, sequence_parallel_size=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_fewer_tokens_than_processes_are_refused() -> None:
+    with pytest.raises(UserError, match="--sequence_parallel_size 4: rows of --seq_len 3 leave nothing for some"):
+        config_of(seq_len=3, sequence_parallel_size=4)
 
 
 @pytest.mark.parametrize(

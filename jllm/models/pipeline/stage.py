@@ -30,6 +30,7 @@ from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
 from jllm.models.pipeline.plain_head import find_plain_head
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.stand_ins import AbsentLayer
+from jllm.models.sequence_parallel.share import SequenceShare
 
 Objective = Callable[[Tensor, Head, Mapping[str, Tensor]], Tensor]
 """(final hidden states, head, named fields of the micro-batch) → a scalar to be differentiated."""
@@ -52,6 +53,8 @@ class PipelineStage(nn.Module):
         is_frozen: whether the model itself stays as it was loaded, on all stages; what is attached to it may train.
         tell: called with the planes of a micro-batch before its forward pass, for what is attached to layers.
         are_rows_whole: whether positions never restart inside a row.
+        share: this process's run of each row, where several share them: hidden states are those of the run, planes
+            travel whole.
     """
 
     def __init__(
@@ -65,13 +68,14 @@ class PipelineStage(nn.Module):
         is_frozen: bool = False,
         tell: Callable[[Mapping[str, Tensor]], None] | None = None,
         are_rows_whole: bool = False,
+        share: SequenceShare | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.span = span
         self.objective = objective
         self.is_frozen = is_frozen
-        self._tell, self._are_rows_whole = tell, are_rows_whole
+        self._tell, self._are_rows_whole, self._share = tell, are_rows_whole, share
         self.documents: DocumentBounds | None = None
         """What is known of the micro-batches to come, where rows are not whole."""
         if head_apart is None:
@@ -98,25 +102,30 @@ class PipelineStage(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """What a bundle is sent as (on the first stage with input ids for hidden states) → the same, or the loss."""
         bundle = Bundle.received(inputs, self.receives)
+        own = bundle.planes if self._share is None else self._share.own_planes(bundle.planes)
         if self._tell is not None:
-            self._tell(bundle.planes)
-        positions = bundle.planes[POSITION_IDS]
+            self._tell(own)
+        positions = own[POSITION_IDS]
         arguments: dict[str, Any] = {
             name: value for name, value in (("position_ids", positions), ("use_cache", False)) if name in self._takes
         }
         known: dict[str, Any] = {"are_rows_whole": self._are_rows_whole, "documents": self.documents}
-        arguments |= packing(self.model, positions, **known) | self._unwanted
+        if self._share is None:
+            arguments |= packing(self.model, positions, **known) | self._unwanted
+        else:
+            arguments |= self._share.arguments(bundle.planes[POSITION_IDS]) | self._unwanted
         if self.span.is_first:
             ids, planes = bundle.hidden, bundle.planes
             if self._adds_ids:
                 planes = planes.with_plane(INPUT_IDS, ids)
-            return self._sent(self._runner(input_ids=ids, **arguments), planes)
+            ids = ids if self._share is None else self._share.own(ids)
+            return self._sent(self._runner(input_ids=ids, **arguments), planes, own)
         entrance = self._layer(0)
         entrance.received = bundle.hidden
         # The embedding is absent here: any ids give zeros of the right shape, which the entrance then ignores.
-        ids = bundle.planes[INPUT_IDS] if INPUT_IDS in self.receives else positions
+        ids = own[INPUT_IDS] if INPUT_IDS in self.receives else positions
         try:
-            return self._sent(self._runner(input_ids=ids, **arguments), bundle.planes)
+            return self._sent(self._runner(input_ids=ids, **arguments), bundle.planes, own)
         finally:
             entrance.received = None
 
@@ -129,10 +138,10 @@ class PipelineStage(nn.Module):
             if parameter.requires_grad or not self.is_frozen
         }
 
-    def _sent(self, output: Any, planes: Planes) -> tuple[Tensor, Tensor] | Tensor:
-        """What this stage hands on, given what the family's forward returned."""
+    def _sent(self, output: Any, planes: Planes, own: Planes) -> tuple[Tensor, Tensor] | Tensor:
+        """What this stage hands on, given what the family's forward returned; `own` planes are of its run of tokens."""
         if self.span.is_last:
-            return self._computed(output, planes)
+            return self._computed(output, own)
         leave = self._layer(self.span.end_layer)
         hidden, leave.sent = leave.sent, None
         assert hidden is not None, "the family's forward did not walk its list of layers"

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.dropout import dropout_of
+from jllm.models.dropout import check_no_chance
 from jllm.models.families import TENSOR_PARALLEL, shown_tensor_parallel
 from jllm.models.pipeline.carving import structure_of
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup
@@ -71,16 +71,7 @@ def check_tensor_parallel(config: PretrainedConfig, family: type[PreTrainedModel
         length = getattr(text, name)
         if chunk(length, size, size - 1)[0] >= length:
             raise UserError(f"{given}: {name} {length} leaves nothing for the last process; give less")
-    rates = [(name, rate) for name, rate in dropout_of(config).items() if rate]
-    if rates:
-        raise UserError(
-            f"{given}: {rates[0][0]} is {rates[0][1]:g}, and slices draw their own random numbers; give --dropout 0"
-        )
-    if noise := getattr(text, "router_jitter_noise", 0):
-        raise UserError(
-            f"{given}: router_jitter_noise is {noise:g}, and processes draw their own random numbers; set it to 0 in"
-            " config.json"
-        )
+    check_no_chance(config, given, "slices")
 
 
 def shared_heads(config: PretrainedConfig) -> int:

@@ -339,7 +339,7 @@ def model_info(
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         learned_positions=_learned_positions(config, folder, trust_remote_code) if rotary is None else None,
         rotary_positions=rotary,
-        positions_depend_on_length=not _rope_types(getattr(text, "rope_parameters", None)).isdisjoint(_BY_LENGTH),
+        positions_depend_on_length=bool(rotary_by_length(config)),
     )
 
 
@@ -364,6 +364,11 @@ def bare_model(config: PretrainedConfig, family: type[PreTrainedModel], *, dtype
             " config.json that was published with the model"
         ) from None
     return model
+
+
+def rotary_by_length(config: PretrainedConfig) -> set[str]:
+    """The kinds of rotary embeddings of a model that depend on the longest position there is."""
+    return _rope_types(getattr(config.get_text_config(decoder=True), "rope_parameters", None)) & _BY_LENGTH
 
 
 def _rope_types(parameters: Any) -> set[str]:

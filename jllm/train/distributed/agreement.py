@@ -4,7 +4,8 @@ Only readers know the data. Before training, the first of them tells the others 
 so that every process stops with the same line. At each step all processes learn the length of their pipeline's
 micro-batches and the number of trained tokens in the whole world, which the loss is divided by.
 
-Where slices of the first stage share its work, all of them get the micro-batches of their pipeline's reader.
+Where slices or runs of rows share the work of the first stage, all of them get the micro-batches of their pipeline's
+reader.
 
 Cost: one gather of a few integers for each step, and one broadcast of a step among those that share the first stage, on
 the CPU, so no accelerator is waited for.

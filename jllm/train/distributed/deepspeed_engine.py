@@ -223,7 +223,7 @@ class TrainingEngine(PipelineEngine):
         self.reset_activation_shape()
         mean = self.eval_batch(data_iter=self._iterator(micro_batches), num_micro_batches=count)
         self.reset_activation_shape()
-        total: float = float(mean) * count * self.place.mesh.data
+        total: float = float(mean) * count * self.place.mesh.copies
         return total
 
     def _iterator(self, micro_batches: Sequence[MicroBatch] | None) -> Iterator[Any] | None:
@@ -248,10 +248,19 @@ TrainingEngine._INSTRUCTION_MAP = {
 
 
 def topology_of(mesh: Mesh) -> ProcessTopology:
-    """The mesh in DeepSpeed's terms, which works along two axes; the name of the third one it does not know."""
-    assert mesh.sequence == 1, mesh
-    axes = [axis for axis in mesh.order if axis in ("data", "pipe") or mesh.size(axis) > 1]
-    return ProcessTopology(axes=axes, dims=[mesh.size(axis) for axis in axes])
+    """The mesh in DeepSpeed's terms, which works along two axes; the name of the third one it does not know.
+
+    Sequence ranks lie inside its data axis: they hold the same weights, and their gradients add up as those of other
+    rows do.
+    """
+    sizes = {"data": mesh.copies, "pipe": mesh.pipe, "tensor": mesh.tensor}
+    axes = [axis for axis in mesh.order if axis in ("data", "pipe") or (axis == "tensor" and mesh.tensor > 1)]
+    topology = ProcessTopology(axes=axes, dims=[sizes[axis] for axis in axes])
+    for rank in mesh.ranks:
+        place = mesh.place(rank)
+        found = {"data": place.copy, "pipe": place.pipe, "tensor": place.tensor}
+        topology.mapping[topology.ProcessCoord(**{axis: found[axis] for axis in axes})] = rank
+    return topology
 
 
 def check_precision(config: TrainConfig) -> None:

@@ -37,7 +37,18 @@ class ParallelismOptions:
         most=1 << 20,
         help="processes that share the weights of a stage, each with slices of them (tensor parallelism)",
     )
-    sequence_parallel_size: int = option(1, least=1, help="sequence-parallel processes; only 1 in this version")
+    sequence_parallel_size: int = option(
+        1,
+        least=1,
+        most=64,
+        help="processes that share the tokens of each row, for long rows (sequence parallelism)",
+    )
+    sequence_parallel_mode: str = option(
+        "auto",
+        choices=("auto", "ulysses", "balanced"),
+        help="ulysses: attention over whole rows with some of the heads; balanced: all heads over the keys before a"
+        " run's end, runs of equal cost; auto: ulysses where the processes divide the heads",
+    )
     column_major_topology: bool = option(
         True, help="consecutive ranks are one pipeline; with no_, the same stage of all pipelines"
     )
@@ -78,8 +89,33 @@ def check_slices(options: Any) -> None:
     Raises:
         UserError: one of them.
     """
-    given = f"--model_parallel_size {options.model_parallel_size}"
-    refused = {
+    _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", _not_shown(options))
+
+
+def check_sequences(options: Any) -> None:
+    """Refuse, by name, what was not shown to work with `--sequence_parallel_size` above 1.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    size = options.sequence_parallel_size
+    given = f"--sequence_parallel_size {size}"
+    if options.seq_len is not None and options.seq_len < size:
+        raise UserError(f"{given}: rows of --seq_len {options.seq_len} leave nothing for some processes; give less")
+    own = {
+        f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
+        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
+        "ds_config": options.ds_config is not None,
+    }
+    _refuse(given, "shared rows", own | _not_shown(options))
+
+
+def _not_shown(options: Any) -> dict[str, bool]:
+    """What was shown with neither slices nor shared rows, by name, and whether it is asked for."""
+    return {
         "lora": options.lora is not None,
         "lora_dropout": options.lora_dropout > 0,
         "lora_compute model": options.lora_compute == "model",
@@ -106,6 +142,9 @@ def check_slices(options: Any) -> None:
         "trace_step": options.trace_step is not None,
         "profile_step": options.profile_step is not None,
     }
+
+
+def _refuse(given: str, what: str, refused: dict[str, bool]) -> None:
     for name, is_given in refused.items():
         if is_given:
-            raise UserError(f"{given} with --{name}: slices were not shown to work with it in this version; drop one")
+            raise UserError(f"{given} with --{name}: {what} were not shown to work with it in this version; drop one")
