@@ -56,7 +56,9 @@ class ParallelismOptions:
         help="overlapped: activations and gradients travel while stages compute, for slow links; stages keep up to"
         " twice as many micro-batches",
     )
-    split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
+    split_dlayer: bool = option(
+        False, help="stages may be cut between attention and mlp: --partition_method counts half layers"
+    )
     emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
     timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
     join_timeout: int = option(
@@ -109,3 +111,24 @@ def check_slices(options: Any) -> None:
     for name, is_given in refused.items():
         if is_given:
             raise UserError(f"{given} with --{name}: slices were not shown to work with it in this version; drop one")
+
+
+def check_halves(options: Any) -> None:
+    """Refuse, by name, what was not shown to work with `--split_dlayer`.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    refused = {
+        f"model_parallel_size {options.model_parallel_size}": options.model_parallel_size > 1,
+        str(options.load_in): options.load_in is not None,
+        "control_adapter_rank": bool(options.control_adapter_rank),
+        "modules_to_save": options.modules_to_save is not None,
+        f"fp8 {options.fp8}": options.fp8 != "off",
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise UserError(f"--split_dlayer with --{name}: half layers were not shown to work with it; drop one")
