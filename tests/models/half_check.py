@@ -21,7 +21,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from jllm.errors import UserError
 from jllm.models.families import Family, _by_type
-from jllm.models.pipeline.halves import LayerHalves, Part, kind_of, leave_half, parts_of
+from jllm.models.pipeline.halves import LayerHalves, LayerPart, kind_of, leave_half, parts_of
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.stand_ins import plain_attributes
 from jllm.models.pipeline.structure import find_layers
@@ -125,7 +125,7 @@ def _cut_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     expected = _run(layer, args, kwargs)
     for place in range(1, len(order)):
         first, second = (
-            tuple(Part(name, type(parts[name]).__name__, results[name]) for name in names)
+            tuple(LayerPart(name, type(parts[name]).__name__, results[name]) for name in names)
             for names in (order[:place], order[place:])
         )
         halves = LayerHalves(kind=kind_of(layer), first=first, second=second)

@@ -85,19 +85,19 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
 def _open_passages(model: PreTrainedModel, layers: nn.ModuleList, span: StageSpan) -> None:
     """Say where hidden states enter, but on the first stage, and where they leave, but on the last one."""
     if not span.is_first:
-        entrance: AbsentLayer | Passage = layers[0] if isinstance(layers[0], AbsentLayer) else Passage()
-        if isinstance(entrance, Passage):
+        entrance: nn.Module | Passage = layers[0]
+        if not isinstance(entrance, AbsentLayer):
             assert span.starts_inside
-            entrance.enter_at(layers[0])
+            entrance = Passage.into(layers[0])
         model.__dict__["_jllm_entrance"] = entrance
     if not span.is_last:
-        leave: AbsentLayer | Passage = layers[span.end_layer] if span.end_layer < len(layers) else Passage()
-        if isinstance(leave, Passage):
-            assert span.ends_inside
-            leave.leave_at(layers[-1])
+        last = layers[min(span.end_layer, len(layers) - 1)]
+        if isinstance(last, AbsentLayer):
+            last.is_exit = True
+            model.__dict__["_jllm_exit"] = last
         else:
-            leave.is_exit = True
-        model.__dict__["_jllm_exit"] = leave
+            assert span.ends_inside
+            model.__dict__["_jllm_exit"] = Passage.out_of(last)
 
 
 def seal(model: PreTrainedModel, span: StageSpan) -> None:

@@ -1,4 +1,4 @@
-"""What each decoder layer or half of one, the embedding and the head cost: compute, parameters, activations.
+"""What each decoder layer or half of one, the embedding and the head cost: compute, parameters, bytes of activations.
 
 The one cost model behind every partition method and the stage table. Parameters are counted on the family's own model
 built without memory (meta device), so they are exact. Time is estimated from them: two operations per weight, token
@@ -237,14 +237,15 @@ def estimate_costs(
     configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
     types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(layers)
     kinds = [f"{type(layer).__name__} {kind}".rstrip() for layer, kind in zip(layers, types, strict=True)]
+    units = 1 + in_halves
     # What has scores: layers, or the first of their halves.
     attentions = [*types]
     if in_halves:
         pairs = (as_modules(layer, each) for layer, each in zip(layers, halves, strict=True))
         layers = [half for pair in pairs for half in pair]
-        configs, kinds = ([each for each in given for _ in range(2)] for given in (configs, kinds))
+        configs = [each for each in configs for _ in range(units)]
+        kinds = [each for each in kinds for _ in range(units)]
         attentions = [each for kind in types for each in (kind, None)]
-    units = 1 + in_halves
     share = 1 / units
     few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
     full = [

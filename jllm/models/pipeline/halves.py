@@ -5,8 +5,8 @@ and its attention or mlp gives zeros, so what is added to the stream there is no
 in one of the halves, and so on one stage.
 
 Which modules are in which half, and for which kinds of layers that computes the same, is in the catalogue: the walk
-over all families searches and shows it (`jllm.models.families.Family.halves`). A layer with other modules, modules of
-other classes or other switches is not taken for one of these.
+over all families searches and shows it (`Family.halves` in `jllm.models.families`). A layer with other modules, with
+modules of other classes or with other switches is not taken for one of these.
 
 Cost: a tensor of zeros and an addition for each half that is absent.
 """
@@ -25,7 +25,7 @@ from jllm.models.pipeline.stand_ins import AbsentModule, AbsentPart, plain_attri
 OPTION = "--split_dlayer"
 
 
-class Part(NamedTuple):
+class LayerPart(NamedTuple):
     """A module of a decoder layer that has parameters."""
 
     name: str
@@ -38,7 +38,7 @@ class Part(NamedTuple):
         return f"{self.name}={self.kind}" + f"/{self.results}" * bool(self.results)
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "LayerPart":
         name, _, rest = text.partition("=")
         kind, _, results = rest.partition("/")
         return cls(name, kind, int(results or 0))
@@ -55,8 +55,8 @@ class LayerHalves:
     """
 
     kind: str
-    first: tuple[Part, ...]
-    second: tuple[Part, ...]
+    first: tuple[LayerPart, ...]
+    second: tuple[LayerPart, ...]
 
     def __str__(self) -> str:
         first, second = (" ".join(map(str, half)) for half in (self.first, self.second))
@@ -66,7 +66,7 @@ class LayerHalves:
     def parse(cls, text: str) -> "LayerHalves":
         """The inverse of `str`."""
         kind, _, parts = text.partition(": ")
-        first, second = (tuple(map(Part.parse, half.split())) for half in parts.split(" | "))
+        first, second = (tuple(map(LayerPart.parse, half.split())) for half in parts.split(" | "))
         return cls(kind=kind, first=first, second=second)
 
     def fits(self, layer: nn.Module) -> bool:

@@ -60,8 +60,8 @@ def partition(
     units = 1
     if costs is not None and costs.in_halves:
         if method == "uniform" or method.startswith("type:"):
-            given = {"config": config, "num_stages": num_stages, "costs": costs.of_layers()}
-            return [2 * bound for bound in partition(method, **given)]
+            layers = partition(method, config=config, num_stages=num_stages, costs=costs.of_layers())
+            return [2 * bound for bound in layers]
         units = 2
     what = "half layers" if units == 2 else "layers"
     num_layers = units * count_layers(config)

@@ -80,23 +80,29 @@ class Passage:
         self.received: Tensor | None = None
         self.sent: Tensor | None = None
 
-    def enter_at(self, layer: nn.Module) -> None:
-        """Have the layer work on what was received."""
+    @classmethod
+    def into(cls, layer: nn.Module) -> "Passage":
+        """A layer that works on what was received."""
+        passage = cls()
 
         def take(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:
-                return (self.received, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.received}
+                return (passage.received, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": passage.received}
 
         layer.register_forward_pre_hook(take, with_kwargs=True)
+        return passage
 
-    def leave_at(self, layer: nn.Module) -> None:
-        """Keep what the layer makes of it."""
+    @classmethod
+    def out_of(cls, layer: nn.Module) -> "Passage":
+        """A layer whose result is to be sent."""
+        passage = cls()
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.sent = output[0] if isinstance(output, (tuple, list)) else output
+            passage.sent = output[0] if isinstance(output, (tuple, list)) else output
 
         layer.register_forward_hook(keep)
+        return passage
 
 
 class AbsentEmbedding(nn.Module):

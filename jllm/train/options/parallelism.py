@@ -114,7 +114,7 @@ def check_slices(options: Any) -> None:
 
 
 def check_halves(options: Any) -> None:
-    """Refuse, by name, what was not shown to work with `--split_dlayer`.
+    """Refuse, by name, what does not work with `--split_dlayer`, or was not shown to.
 
     Args:
         options: all of a run's.
@@ -122,13 +122,12 @@ def check_halves(options: Any) -> None:
     Raises:
         UserError: one of them.
     """
+    not_shown = "half layers were not shown to work with it"
     refused = {
-        f"model_parallel_size {options.model_parallel_size}": options.model_parallel_size > 1,
-        str(options.load_in): options.load_in is not None,
-        "control_adapter_rank": bool(options.control_adapter_rank),
-        "modules_to_save": options.modules_to_save is not None,
-        f"fp8 {options.fp8}": options.fp8 != "off",
+        f"model_parallel_size {options.model_parallel_size}": options.model_parallel_size > 1 and not_shown,
+        f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1 and not_shown,
+        "control_adapter_rank": options.control_adapter_rank and "its adapters work on what a whole layer adds",
     }
-    for name, is_given in refused.items():
-        if is_given:
-            raise UserError(f"--split_dlayer with --{name}: half layers were not shown to work with it; drop one")
+    for name, why in refused.items():
+        if why:
+            raise UserError(f"--split_dlayer with --{name}: {why}; drop one")

@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from jllm.models.compiled import Shape, compile_layers
 from jllm.models.families import NAMED, catalogue, shown_halves
 from jllm.models.pipeline.carving import published_names, structure_of
 from jllm.models.pipeline.costs import estimate_costs
-from jllm.models.pipeline.halves import LayerHalves, Part, find_halves
+from jllm.models.pipeline.halves import LayerHalves, LayerPart, find_halves
 from jllm.models.pipeline.stand_ins import AbsentPart
 from jllm.models.weights.source import bare_model, causal_class
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, worst_gradient
@@ -36,8 +37,8 @@ def model_in(folder: Path, family: str, *, tied: bool) -> Path:
 def test_text_and_back() -> None:
     halves = LayerHalves(
         kind="SomeLayer is_odd=True",
-        first=(Part("norm", "Norm"), Part("attn", "Attention", 2)),
-        second=(Part("mlp", "MLP"),),
+        first=(LayerPart("norm", "Norm"), LayerPart("attn", "Attention", 2)),
+        second=(LayerPart("mlp", "MLP"),),
     )
     assert str(halves) == "SomeLayer is_odd=True: norm=Norm attn=Attention/2 | mlp=MLP"
     assert LayerHalves.parse(str(halves)) == halves
@@ -66,7 +67,12 @@ def test_each_parameter_is_in_one_half(tmp_path: Path, family: str, tied: bool) 
 def test_the_sum_of_halves_is_the_layer() -> None:
     """Of time and memory, with recomputation or without."""
     config = tiny_config("mixtral")
-    for more in ({}, {"checkpoint_interval": 2}, {"checkpoint_interval": 1, "checkpoint_offload": True}):
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"checkpoint_interval": 2},
+        {"checkpoint_interval": 1, "checkpoint_offload": True},
+    )
+    for more in ways:
         whole, halves = (estimate_costs(config, in_halves=cut, **more) for cut in (False, True))
         assert halves.time(0, 8) == pytest.approx(whole.time(0, 4))
         assert halves.time(2, 6) == pytest.approx(whole.time(1, 3))
@@ -122,8 +128,11 @@ def test_part_answers_for_the_replaced_one() -> None:
     class Attention(nn.Module):
         is_causal = True
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer_idx = 3
+
     attention = Attention()
-    attention.layer_idx = 3
     part = AbsentPart(attention, 2)
     hidden = torch.rand(2, 3, 8)
     for output in (part(hidden), part(attention_mask=torch.ones(1), hidden_states=hidden)):

@@ -286,7 +286,7 @@ def test_cuts_that_are_not_offered() -> None:
 
 @pytest.mark.parametrize("options", [{"emb_partitions": 2}, {"emb_partitions": 0}])
 def test_cuts_that_are_not_offered_are_options(options: dict[str, Any], tmp_path: Path) -> None:
-    given = {"model": tmp_path, "train_data": (str(tmp_path),)}
+    given: dict[str, Any] = {"model": tmp_path, "train_data": (str(tmp_path),)}
     TrainConfig(**given, emb_partitions=1)
     with pytest.raises(UserError, match=f"--{next(iter(options))}.*leave it out"):
         TrainConfig(**given, **options)
