@@ -139,11 +139,14 @@ def catalogue_table() -> str:
     version, families = catalogue()
     width = max(len(family.model_type) for family in families)
     counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
-    rows = [("type", "result", "apart", "lengths", "shown by, or reason")]
-    rows += [(family.model_type, family.status, family.apart, family.kernels, family.shown) for family in families]
+    rows = [("type", "result", "apart", "lengths", "halves", "shown by, or reason")]
+    rows += [
+        (family.model_type, family.status, family.apart, family.kernels, family.half_layers, family.shown)
+        for family in families
+    ]
     lines = [
-        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {shown}"
-        for name, status, apart, kernels, shown in rows
+        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {halves:<6}  {shown}"
+        for name, status, apart, kernels, halves, shown in rows
     ]
     return "\n".join(
         [
@@ -151,6 +154,7 @@ def catalogue_table() -> str:
             "",
             "apart: --block_mask keeps documents of a row apart",
             "lengths: kernels that are right without a mask; varlen stands for flash-attn too",
+            "halves: --split_dlayer cuts inside layers",
             f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed",
         ]
     )

@@ -32,7 +32,8 @@ from tests.models.chain import (
     packed_batch,
     whole_loss_and_gradients,
 )
-from tests.models.family_check import compare_export, load_whole, takes_packed_rows
+from tests.models.family_check import compare_export, load_whole, make_folder, takes_packed_rows
+from tests.models.tiny import tiny_config
 
 LIMIT = 1e-4
 """Of losses and gradients, relative."""
@@ -42,12 +43,33 @@ SMALL = 1e-4
 """Of the largest gradient: what is smaller may be rounding alone, and is compared with this."""
 
 
+SWITCHES: dict[str, Any] = {
+    "mlp_only_layers": [1],
+    "interleave_moe_layer_step": 2,
+    "decoder_sparse_step": 2,
+    "shared_intermediate_size": 24,
+    "use_post_norm": True,
+}
+"""What a family's configuration may say, and then has layers of other kinds than its usual tiny model has."""
+
+
 class NotHalvedError(Exception):
     """Says why layers cannot be cut inside."""
 
 
 def how_halved(folder: Path, config: PretrainedConfig) -> tuple[tuple[str, ...], str]:
     """`Family.halves` and `Family.not_halved` of the model in `folder`, beside which others are written."""
+    halves, why = _halved(folder, config)
+    for name, value in SWITCHES.items() if halves else ():
+        if hasattr(config, name):
+            other = folder.with_name(name) / "whole"
+            switched = tiny_config(config.model_type, **{name: value})
+            make_folder(switched, other)
+            halves = tuple(dict.fromkeys((*halves, *_halved(other, switched)[0])))
+    return halves, why
+
+
+def _halved(folder: Path, config: PretrainedConfig) -> tuple[tuple[str, ...], str]:
     moved = folder.with_name("moved")
     try:
         whole = move_weights(load_whole(folder), moved)
