@@ -264,5 +264,5 @@ def check_split(config: "PretrainedConfig", span: StageSpan) -> None:
         raise UserError(
             f"stage {span.index} of model type {config.model_type!r} cannot start with layer {first}, which "
             f"reuses the token selection of the layer before it; "
-            + (f"give boundaries among {allowed}, or --partition_method fast" if allowed else remedy)
+            + (f"begin stages with layers among {allowed}, or give --partition_method fast" if allowed else remedy)
         )

@@ -177,7 +177,7 @@ def test_layers_that_share_a_selection_stay_together() -> None:
         assert bounds == sorted(set(bounds))
     for span in spans_of(bounds):
         check_split(config, span)
-    with pytest.raises(UserError, match="give boundaries among 3, 6, 9"):
+    with pytest.raises(UserError, match="begin stages with layers among 3, 6, 9"):
         check_split(config, spans_of([0, 6, 8, 12])[2])
     # Five stages do not fit: what is found cannot be cut, and `check_split` says so.
     five = partition("fast", config=config, num_stages=5)
