@@ -23,7 +23,7 @@ from jllm.errors import UserError
 from jllm.models.families import Family, _by_type
 from jllm.models.pipeline.halves import LayerHalves, LayerPart, kind_of, leave_half, parts_of
 from jllm.models.pipeline.span import spans_of
-from jllm.models.pipeline.stand_ins import plain_attributes
+from jllm.models.pipeline.stand_ins import AbsentPart, plain_attributes
 from jllm.models.pipeline.structure import find_layers
 from jllm.models.weights.loading import init_stage
 from tests.models.chain import (
@@ -158,7 +158,28 @@ def _cut_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             found = _run(_half_of(layer, halves, is_first=False), *_given(between, args, kwargs))
             if _relative(found, expected) <= EXACT and _relative(between, expected) > LIMIT:
                 return halves
+    first, *_, last = [name for name in order if not is_norm[name]]
+    without = _with_own_modules(layer)
+    setattr(without, first, AbsentPart(parts[first], results[first]))
+    is_parallel = False
+    with contextlib.suppress(Exception):
+        is_parallel = torch.equal(*(_input_of(last, each, args, kwargs) for each in (layer, without)))
+    if is_parallel:
+        raise NotHalvedError(f"{first} and {last} work on the same input")
     raise NotHalvedError("no place in them separates one part's work from the next one's")
+
+
+def _input_of(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a part of a layer is given first."""
+    given: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.extend(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+    with handle:
+        _run(layer, args, kwargs)
+    return given[0]
 
 
 def _with_odd_factors(layer: nn.Module) -> nn.Module:

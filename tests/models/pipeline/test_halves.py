@@ -100,13 +100,14 @@ def test_what_is_shown_can_fail(tmp_path: Path) -> None:
     wrong = LayerHalves(kind=wrong.kind, first=(*wrong.first, wrong.second[0]), second=wrong.second[1:])
     with believed("llama", (str(wrong),)), pytest.raises(NotHalvedError, match="differs by"):
         show_cuts(whole, tmp_path / "moved", config)
-    assert how_halved(model_in(tmp_path / "other", "cohere", tied=False), tiny_config("cohere"))[0] == ()
+    halves, why = how_halved(model_in(tmp_path / "other", "cohere", tied=False), tiny_config("cohere"))
+    assert (halves, why) == ((), "self_attn and mlp work on the same input")
 
 
 def test_what_was_not_shown_is_refused() -> None:
     """A family, a kind of layer that the family has elsewhere, a switch of it, code that is not transformers' own."""
     for config, says in (
-        (tiny_config("cohere"), "model type 'cohere' cannot be cut inside: no place in them"),
+        (tiny_config("cohere"), "model type 'cohere' cannot be cut inside: self_attn and mlp work on"),
         (tiny_config("stablelm", use_parallel_residual=True), "StableLmDecoderLayer use_parallel_residual=True"),
     ):
         with pytest.raises(UserError, match=says) as caught:
