@@ -1,15 +1,16 @@
-"""What `--split_dlayer` and `--emb_partitions` could gain at most, and so why they are refused.
+"""What `--split_dlayer` gains on the cost model, and what `--emb_partitions` could gain at most.
 
-For published shapes and numbers of stages: how much faster the slowest stage would be if stages could be cut between
-attention and mlp (half layers), or if the head's time could be spread over all stages, compared with the best cut
-between whole layers. By the cost model, sequence 4096; nothing is charged for the extra traffic, so these are upper
-bounds. Prints one JSON line; `ratio` is the best gain of half layers where a stage has at least eight layers.
+For published shapes and numbers of stages: how much faster the slowest stage is where stages may be cut between
+attention and mlp (half layers), or would be if the head's time could be spread over all stages, compared with the best
+cut between whole layers. Sequence 4096; nothing is charged for the cut, nor for the traffic of a spread head. Prints
+one JSON line; `ratio` is the best gain of half layers where a stage has at least eight layers.
 """
 
 import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config  # noqa: E402
 
-from jllm.models.pipeline.costs import estimate_costs  # noqa: E402
-from jllm.models.pipeline.partition import best_split  # noqa: E402
+from jllm.models.pipeline.costs import Costs, estimate_costs  # noqa: E402
+from jllm.models.pipeline.partition import partition  # noqa: E402
 
 LENGTH = 4096
 
@@ -40,37 +41,33 @@ def shape(kind: Any, vocab: int, width: int, inner: int, layers: int, heads: int
 MODELS = {
     "1.7B": (shape(Qwen3Config, 151_936, 2048, 6144, 28, 16), (2, 4, 8)),
     "8B": (shape(LlamaConfig, 128_256, 4096, 14_336, 32, 32), (2, 4, 8)),
+    "8B with 256,000 words": (shape(LlamaConfig, 256_000, 4096, 14_336, 32, 32), (2, 4, 8)),
     "14B": (shape(Qwen3Config, 151_936, 5120, 17_408, 40, 40), (2, 4, 8)),
     "32B": (shape(Qwen3Config, 151_936, 5120, 25_600, 64, 64), (4, 8, 16)),
     "70B": (shape(LlamaConfig, 128_256, 8192, 28_672, 80, 64), (4, 8, 16)),
 }
 
 
-def slowest(units: list[float], head: float, stages: int) -> float:
-    """Time of the slowest stage of the best cut between `units`."""
-    sums = list(itertools.accumulate(units, initial=0.0))
-
-    def cost(first: int, end: int, _: int) -> float:
-        return sums[end] - sums[first] + (head if end == len(units) else 0.0)
-
-    bounds = best_split(len(units), stages, cost)
-    return max(cost(first, end, 0) for first, end in itertools.pairwise(bounds))
+def slowest(config: Any, costs: Costs, stages: int) -> float:
+    """Time of the slowest stage of the best cut."""
+    bounds = partition("fast", config=config, num_stages=stages, costs=costs)
+    return max(itertools.starmap(costs.time, itertools.pairwise(bounds)))
 
 
 def gains(config: Any, stages: int) -> dict[str, float]:
     """Layers a stage, and the gain in per cent of half layers and of a spread head."""
     costs = estimate_costs(config, sequence_length=LENGTH)
-    times = [layer.time for layer in costs.layers]
-    heads, size = config.num_attention_heads, config.head_dim
-    attention = 2 * config.hidden_size * size * (heads + config.num_key_value_heads) + LENGTH * size * heads
-    share = attention / (attention + 3 * config.hidden_size * config.intermediate_size)
-    halves = [part for time in times for part in (share * time, (1 - share) * time)]
-    whole = slowest(times, costs.head_time, stages)
+    halves = estimate_costs(config, sequence_length=LENGTH, in_halves=True)
+    share = costs.head_time / len(costs.layers)
+    spread = replace(
+        costs, head_time=0.0, layers=tuple(replace(layer, time=layer.time + share) for layer in costs.layers)
+    )
+    whole = slowest(config, costs, stages)
     percent: Callable[[float], float] = lambda better: round(100 * (whole / better - 1), 1)  # noqa: E731
     return {
-        "layers_a_stage": round(len(times) / stages, 1),
-        "half_layers": percent(slowest(halves, costs.head_time, stages)),
-        "spread_head": percent(slowest([time + costs.head_time / len(times) for time in times], 0.0, stages)),
+        "layers_a_stage": round(len(costs.layers) / stages, 1),
+        "half_layers": percent(slowest(config, halves, stages)),
+        "spread_head": percent(slowest(config, spread, stages)),
     }
 
 

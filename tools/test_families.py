@@ -4,18 +4,21 @@ Each type is built tiny and random, then compared whole against two and three ch
 with plain and with packed rows, then saved by its stages and loaded by plain transformers. Kernels that know documents
 by their lengths are compared with the default one, windows and the like narrower than the rows. The head alone is
 compared with the whole forward, a loss fused with it with one that is not, and compiled layers with layers as they are.
+Where layers can be cut between attention and mlp is searched, and stages cut there are compared with the whole model.
 The result goes to `jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or
 hangs costs a worker process, not the run. Takes about half an hour on two cores, most of it for the compiler.
 
     python tools/test_families.py            every type; exit code 1 if one failed
     python tools/test_families.py llama opt  these only; their lines are written anew
     python tools/test_families.py --compiled [llama ...]   of types that pass, only what is compiled, anew
+    python tools/test_families.py --halves [llama ...]     likewise only what half layers are shown to do; some minutes
     python tools/test_families.py --jobs 8   so many at a time
 
-A type that a renewal with `--compiled` does not get to, because it is interrupted, keeps its line.
+A type that a renewal with `--compiled` or `--halves` does not get to, because it is interrupted, keeps its line.
 """
 
 import argparse
+import contextlib
 import json
 import queue
 import subprocess
@@ -55,6 +58,7 @@ def walk_one(model_type: str) -> Family:
         load_whole,
         make_folder,
     )
+    from tests.models.half_check import how_halved
     from tests.models.tiny import has_plan, tiny_config
 
     torch.set_num_threads(1)
@@ -84,6 +88,7 @@ def walk_one(model_type: str) -> Family:
             is_apart = head_is_apart(whole, config)
             is_plain = is_apart and head_is_plain(whole, config)
             compiled = how_compiled(whole, config)
+            halves, not_halved = how_halved(whole, config)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
     except Exception as error:
@@ -92,6 +97,7 @@ def walk_one(model_type: str) -> Family:
     shown = f"2 and 3 stages = whole model, {tie}; export = source"
     heads = {"head_apart": is_apart, "plain_head": is_plain}
     facts = {"isolates_documents": isolates, "by_lengths": by_lengths, **heads, "compiled": compiled}
+    facts |= {"halves": halves, "not_halved": not_halved}
     return result("pass", shown, **facts)
 
 
@@ -102,19 +108,40 @@ def _reason(message: str) -> str:
 
 def compile_one(known: Family) -> Family:
     """The line of a type that passes, with what its compiled layers are now shown to do."""
+    from tests.models.compiled_check import how_compiled
+
+    with _made(known.model_type) as (folder, config):
+        return replace(known, compiled=how_compiled(folder, config))
+
+
+def halve_one(known: Family) -> Family:
+    """The same with what its half layers are shown to do."""
+    from tests.models.half_check import how_halved
+
+    with _made(known.model_type) as (folder, config):
+        halves, not_halved = how_halved(folder, config)
+        return replace(known, halves=halves, not_halved=not_halved)
+
+
+@contextlib.contextmanager
+def _made(model_type: str) -> Iterator[tuple[Path, Any]]:
+    """The folder of a tiny model of a type, and its configuration."""
     import torch
     from transformers.utils import logging
 
-    from tests.models.compiled_check import how_compiled
     from tests.models.family_check import make_folder
     from tests.models.tiny import tiny_config
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    config = tiny_config(known.model_type)
+    config = tiny_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
-        make_folder(config, Path(folder))
-        return replace(known, compiled=how_compiled(Path(folder), config))
+        make_folder(config, Path(folder) / "whole")
+        yield Path(folder) / "whole", config
+
+
+RENEWALS = {"compiled": compile_one, "halves": halve_one}
+"""Columns that can be renewed alone."""
 
 
 def walk_many(model_types: Sequence[str], jobs: int, flags: Sequence[str]) -> Iterator[Family]:
@@ -151,7 +178,7 @@ def walk_apart(model_types: Sequence[str], flags: Sequence[str] = ()) -> Iterato
             try:
                 while pending and (line := lines.get(timeout=TIMEOUT)):
                     if line.startswith('{"model_type"'):
-                        yield Family(**json.loads(line))
+                        yield Family.of(json.loads(line))
                         pending.pop(0)
                 reason = "the process ended"
             except queue.Empty:
@@ -183,7 +210,8 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         f"{counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed. Of the {len(planned)} with a "
         f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass. "
         f"Heads: {sum(family.head_apart for family in families)} apart, "
-        f"of which {sum(family.plain_head for family in families)} plain.",
+        f"of which {sum(family.plain_head for family in families)} plain. "
+        f"Half layers: {sum(bool(family.halves) for family in families)}.",
         "",
         "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
         "gradients (fp32, 1e-5), with plain rows and, where the type takes them, with packed rows; what its stages "
@@ -204,16 +232,21 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "(fp32, 1e-5): compiled as in a run, on CPU (*inductor*), by the graphs that the compiler is given (*traced*), "
         "or not shown to be right (*no*); "
         "`--compile auto` is on for the first two. "
+        "*Halves*: whether decoder layers cut between attention and mlp, every layer on two stages, have the whole "
+        "model's loss and every gradient (fp32, 1e-4 relative; biases, norms and factors moved away from 0 and 1), are "
+        "exported whole and start from the same random weights; `--split_dlayer` takes no other, nor layers of kinds "
+        "that the tiny model does not have. "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
-        "| type | plan | result | documents apart | by lengths | head | layers | shown by, or reason |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| type | plan | result | documents apart | by lengths | head | layers | halves | shown by, or reason |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         plan = "yes" if family.has_plan else ""
         shown = family.shown.replace("|", "/")
-        facts = (name, plan, family.status, family.apart, family.kernels, family.head, family.layers, shown)
+        known = (family.apart, family.kernels, family.head, family.layers, family.half_layers)
+        facts = (name, plan, family.status, *known, shown)
         lines.append(f"| {' | '.join(facts)} |")
     target = ROOT / "docs" / "families.md"
     target.parent.mkdir(exist_ok=True)
@@ -232,13 +265,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; default: all")
     parser.add_argument("--compiled", action="store_true", help="renew only what compiled layers are shown to do")
+    parser.add_argument("--halves", action="store_true", help="renew only what half layers are shown to do")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time (default: 1)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    renewal = next((name for name in RENEWALS if getattr(arguments, name)), None)
     if arguments.worker:
-        lines = {family.model_type: family for family in catalogue()[1]} if arguments.compiled else {}
+        lines = {family.model_type: family for family in catalogue()[1]}
         for model_type in arguments.types:
-            found = compile_one(lines[model_type]) if arguments.compiled else walk_one(model_type)
+            found = RENEWALS[renewal](lines[model_type]) if renewal else walk_one(model_type)
             print(json.dumps(asdict(found)), flush=True)
         return 0
     import transformers
@@ -246,20 +281,21 @@ def main() -> int:
     from tests.models.tiny import causal_types
 
     wanted = arguments.types or causal_types()
-    if arguments.compiled:
+    if renewal:
         wanted = [
             family.model_type for family in catalogue()[1] if family.status == "pass" and family.model_type in wanted
         ]
     families = []
-    for family in walk_many(wanted, max(1, arguments.jobs), ["--compiled"] * arguments.compiled):
+    for family in walk_many(wanted, max(1, arguments.jobs), [f"--{renewal}"] if renewal else []):
         families.append(family)
         print(
-            f"{family.model_type:<28} {family.status:<8} {family.kernels:<7} {family.layers:<9} {family.shown}",
+            f"{family.model_type:<28} {family.status:<8} {family.kernels:<7} {family.layers:<9} {family.half_layers:<4}"
+            f" {family.not_halved if renewal == 'halves' else family.shown}",
             flush=True,
         )
-        if arguments.compiled and family.status == "pass":
+        if renewal and family.status == "pass":
             _renew([family])
-    if arguments.compiled:
+    if renewal:
         return 1 if any(family.status == "failed" for family in families) else 0
     order = {name: number for number, name in enumerate(wanted)}
     families.sort(key=lambda family: order[family.model_type])

@@ -11,7 +11,7 @@ transformers, tiny and random, whole and in stages, and compares. Nothing in it 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jllm.errors import UserError
 from jllm.guards import notation
@@ -90,6 +90,16 @@ class Family:
     compiled: str = "no"
     """Whether compiled decoder layers have the loss and every gradient of the layers as they are: `inductor`, compiled
     as in a run; `traced`, by the graphs that inductor is given; or `no`."""
+    halves: tuple[str, ...] = ()
+    """The kinds of decoder layers that compute the same cut between attention and mlp, and how they are cut
+    (`jllm.models.pipeline.halves.LayerHalves`); nothing where it was not shown of one of them."""
+    not_halved: str = ""
+    """Why there are none, as far as the walk knows."""
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> "Family":
+        """The line that `dataclasses.asdict` made `entry` of, by way of JSON."""
+        return cls(**{**entry, "halves": tuple(entry["halves"])})
 
     @property
     def apart(self) -> str:
@@ -112,11 +122,16 @@ class Family:
         """`compiled` for people."""
         return "" if self.status != "pass" else self.compiled
 
+    @property
+    def half_layers(self) -> str:
+        """`halves` for people."""
+        return "" if self.status != "pass" else "yes" if self.halves else "no"
+
 
 def catalogue() -> tuple[str, list[Family]]:
     """The version of transformers that was walked, and every causal model type with its result."""
     stored = notation.read_json(CATALOGUE)
-    return stored["transformers"], [Family(**entry) for entry in stored["families"]]
+    return stored["transformers"], [Family.of(entry) for entry in stored["families"]]
 
 
 def catalogue_table() -> str:
@@ -124,11 +139,14 @@ def catalogue_table() -> str:
     version, families = catalogue()
     width = max(len(family.model_type) for family in families)
     counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
-    rows = [("type", "result", "apart", "lengths", "shown by, or reason")]
-    rows += [(family.model_type, family.status, family.apart, family.kernels, family.shown) for family in families]
+    rows = [("type", "result", "apart", "lengths", "halves", "shown by, or reason")]
+    rows += [
+        (family.model_type, family.status, family.apart, family.kernels, family.half_layers, family.shown)
+        for family in families
+    ]
     lines = [
-        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {shown}"
-        for name, status, apart, kernels, shown in rows
+        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {halves:<6}  {shown}"
+        for name, status, apart, kernels, halves, shown in rows
     ]
     return "\n".join(
         [
@@ -136,6 +154,7 @@ def catalogue_table() -> str:
             "",
             "apart: --block_mask keeps documents of a row apart",
             "lengths: kernels that are right without a mask; varlen stands for flash-attn too",
+            "halves: --split_dlayer cuts inside layers",
             f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed",
         ]
     )
@@ -169,6 +188,12 @@ def shown_tensor_parallel(family: type["PreTrainedModel"]) -> bool:
     """Whether slices of transformers' own class `family` were shown to train as the whole model does."""
     known = _shown(family)
     return known is not None and known.model_type in TENSOR_PARALLEL
+
+
+def shown_halves(family: type["PreTrainedModel"]) -> tuple[tuple[str, ...], str]:
+    """`Family.halves` of transformers' own class `family`, and why there are none."""
+    known = _shown(family)
+    return (known.halves if known else ()), (known and known.not_halved) or "that was not shown to compute the same"
 
 
 def _shown(family: type["PreTrainedModel"]) -> Family | None:
@@ -232,10 +257,12 @@ def check_split(config: "PretrainedConfig", span: StageSpan) -> None:
     if getattr(text, "num_kv_shared_layers", 0):
         raise UserError(f"{what}: its last layers reuse keys and values of earlier layers; {remedy}")
     starts = possible_starts(config)
-    if starts is not None and span.first_layer and span.first_layer not in starts:
+    # Of a layer that is cut, the stage before has the selection.
+    first = span.first_layer + span.starts_inside
+    if starts is not None and first and first < span.end_layer and first not in starts:
         allowed = ", ".join(map(str, sorted(starts)))
         raise UserError(
-            f"stage {span.index} of model type {config.model_type!r} cannot start with layer {span.first_layer}, which "
+            f"stage {span.index} of model type {config.model_type!r} cannot start with layer {first}, which "
             f"reuses the token selection of the layer before it; "
-            + (f"give boundaries among {allowed}, or --partition_method fast" if allowed else remedy)
+            + (f"begin stages with layers among {allowed}, or give --partition_method fast" if allowed else remedy)
         )

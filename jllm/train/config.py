@@ -22,7 +22,13 @@ from jllm.train.options.memory import MemoryOptions
 from jllm.train.options.model import ModelOptions
 from jllm.train.options.objective import ObjectiveOptions, check_objective
 from jllm.train.options.optimizer import WITHOUT_MASTERS, OptimizerOptions, check_optimizer
-from jllm.train.options.parallelism import OVERLAPPED, ParallelismOptions, check_sequences, check_slices
+from jllm.train.options.parallelism import (
+    OVERLAPPED,
+    ParallelismOptions,
+    check_halves,
+    check_sequences,
+    check_slices,
+)
 from jllm.train.options.quantisation import QuantisationOptions, check_quantisation
 from jllm.train.options.records import RecordsOptions
 from jllm.train.options.speed import SpeedOptions, check_speed
@@ -91,12 +97,14 @@ class TrainConfig(
             check_sequences(self)
         if self.model_parallel_size > 1:
             check_slices(self)
-        if self.split_dlayer or self.emb_partitions != 1:
+        if self.split_dlayer and self.pipe_parallel_size > 1:
+            check_halves(self)
+        if self.emb_partitions != 1:
             from jllm.models.pipeline.partition import (
                 check_cuts,  # here: it imports transformers, which a plain --help must not
             )
 
-            check_cuts(split_dlayer=self.split_dlayer, emb_partitions=self.emb_partitions)
+            check_cuts(emb_partitions=self.emb_partitions)
         if self.overlaps and self.pipe_parallel_size == 1:
             raise UserError(
                 f"--schedule {OVERLAPPED} is for what crosses stages, and there is one stage; give"

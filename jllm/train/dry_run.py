@@ -327,7 +327,7 @@ def _whole_stage(config: TrainConfig, family: setup.FamilyInUse, plan: setup.Sta
     Raises:
         UserError: what the options choose of the model is not there.
     """
-    [span] = spans_of([0, plan.boundaries[-1]])
+    [span] = spans_of([0, plan.spans[-1].end_layer])
     with torch.device("meta"):
         model = stage_class(family.model_class, span)._from_config(
             copy.deepcopy(family.config),

@@ -133,7 +133,7 @@ class StagePlan:
     """How the layers go to the stages.
 
     Attributes:
-        boundaries: stage k owns layers [boundaries[k], boundaries[k + 1]).
+        spans: of the stages.
         table: for people: layers, parameters, memory and time share of each stage, and the bubble.
         stages: the same in numbers.
         warnings: for people, a line each: what makes stages wait, and what would help.
@@ -145,7 +145,7 @@ class StagePlan:
             head.
     """
 
-    boundaries: list[int]
+    spans: list[StageSpan]
     table: str
     stages: list[StageFacts]
     warnings: tuple[str, ...]
@@ -212,6 +212,7 @@ def plan_stages(
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
         is_fused=wants_fused_loss(config),
+        in_halves=config.split_dlayer and shape.mesh.pipe > 1,
     )
     operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:
@@ -247,7 +248,8 @@ def plan_stages(
         costs=costs,
         overlaps=config.overlaps,
     )
-    for span in spans_of(boundaries):
+    spans = spans_of(boundaries, in_halves=costs.in_halves)
+    for span in spans:
         check_split(family.config, span)
     # The table is of whole stages and rows, which slices and runs share.
     limit = _device_memory() if shape.mesh.tensor == shape.mesh.sequence == 1 else None
@@ -262,7 +264,7 @@ def plan_stages(
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")
     return StagePlan(
-        boundaries=boundaries,
+        spans=spans,
         table=stage_table(
             costs, boundaries, micro_batches=shape.accumulation, memory_limit=limit, overlaps=config.overlaps
         ),
@@ -321,7 +323,7 @@ def build_stage(
     prefer_cudnn()
     family = find_family(config)
     plan = plan_stages(config, shape, family, agreement, longest_row=longest_row)
-    span = spans_of(plan.boundaries)[agreement.place.pipe]
+    span = plan.spans[agreement.place.pipe]
     device, dtype = get_accelerator().current_device_name(), DTYPES[config.precision]
     cut, group = None, None
     if shape.mesh.tensor > 1:

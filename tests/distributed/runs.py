@@ -22,6 +22,11 @@ def train_rank(options: dict[str, Any]) -> str | None:
     return None
 
 
+def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
+    """The same of several runs, one after the other, in one process group."""
+    return [train_rank(options) for options in runs]
+
+
 def train_rank_into(options: dict[str, Any], console: Path) -> str | None:
     """The same, its console added to a file."""
     with console.open("a") as file, contextlib.redirect_stdout(file):

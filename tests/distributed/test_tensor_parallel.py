@@ -10,7 +10,7 @@ import pytest
 from jllm.models.families import TENSOR_PARALLEL
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import records, train_rank, train_ranks
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -31,11 +31,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2xdp2, ZeRO-1": {"processes": 4, "model_parallel_size": 2, "zero_stage": 1},
     "tp4": {"processes": 4, "model_parallel_size": 4},
 }
-
-
-def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
-    """One rank of several runs, one after the other, in one process group."""
-    return [train_rank(options) for options in runs]
 
 
 def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:

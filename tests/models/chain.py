@@ -70,13 +70,14 @@ def load_chain(
     *,
     objective: Objective = token_objective,
     head_apart: bool | None = None,
+    in_halves: bool = False,
     **keywords: Any,
 ) -> list[PipelineStage]:
-    """All stages, each loaded on its own."""
+    """All stages, each loaded on its own; with `in_halves` the boundaries count half layers."""
     options: dict[str, Any] = {"dtype": torch.float32, **keywords}
     return [
         PipelineStage(load_stage(folder, span, **options), span, objective, head_apart=head_apart)
-        for span in spans_of(boundaries)
+        for span in spans_of(boundaries, in_halves=in_halves)
     ]
 
 

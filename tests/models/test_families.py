@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from jllm.commands import list_models
 from jllm.errors import UserError
-from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split
+from jllm.models.families import NAMED, REFUSED, catalogue, check_block_mask, check_split, shown_halves
 from jllm.models.pipeline.carving import carve
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.weights.source import causal_class
 from tests.models.chain import (
     chained_loss_and_gradients,
     load_chain,
@@ -91,6 +92,9 @@ def test_catalogue() -> None:
     assert not [family for family in families if family.status == "failed"]
     assert all(status[name] == "pass" for name in NAMED)
     assert all(family.shown for family in families)
+    assert [name for name in NAMED if not shown_halves(causal_class(tiny_config(name)))[0]] == ["cohere", "cohere2"]
+    assert all(family.halves or family.not_halved for family in families if family.status == "pass")
+    assert sum(bool(family.halves) for family in families) >= 60
     planned = [family for family in families if family.has_plan]
     assert len(planned) >= 85
     assert sum(family.status == "pass" for family in planned) >= 75
@@ -99,14 +103,15 @@ def test_catalogue() -> None:
     listed = CliRunner().invoke(list_models.main, [])
     assert listed.exit_code == 0
     table = listed.output
-    assert re.search(r"^llama +pass +yes +varlen +2 and 3 stages", table, re.MULTILINE)
-    assert re.search(r"^nemotron +pass +yes +none +2 and 3 stages", table, re.MULTILINE)
-    assert re.search(r"^bloom +pass +no +none +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^llama +pass +yes +varlen +yes +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^nemotron +pass +yes +none +(yes|no) +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^bloom +pass +no +none +no +2 and 3 stages", table, re.MULTILINE)
     assert re.search(r"^hrm_text +refused +it runs its two lists", table, re.MULTILINE)
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
-        columns = rf"{family.status} \| {family.apart} \| {family.kernels} \|"
+        facts = (family.status, family.apart, family.kernels, family.head, family.layers, family.half_layers)
+        columns = re.escape(" | ".join(facts))
         assert re.search(rf"^\| {re.escape(name)} \|.*\| {columns}", page, re.MULTILINE), family.model_type
 
 

@@ -43,8 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def chain(folder: Path, boundaries: list[int], recipe: str | None = None) -> list[PipelineStage]:
-    stages = load_chain(folder, boundaries, dtype=torch.bfloat16)
+def chain(
+    folder: Path, boundaries: list[int], recipe: str | None = None, *, in_halves: bool = False
+) -> list[PipelineStage]:
+    stages = load_chain(folder, boundaries, dtype=torch.bfloat16, in_halves=in_halves)
     for stage in stages if recipe is not None else ():
         use_fp8(stage.model, stage.span, str(recipe), is_emulated=True)
         stage.train()
@@ -92,9 +94,10 @@ def test_products_are_those_of_what_fp8_leaves(folder: Path) -> None:
 def test_stages_are_the_whole_model(folder: Path, recipe: str) -> None:
     inputs = packed_batch(96)
     loss, gradients = chained_loss_and_gradients(chain(folder, [0, 4], recipe), *inputs)
-    found = chained_loss_and_gradients(chain(folder, [0, 1, 4], recipe), *inputs)
-    assert torch.equal(found[0], loss)
-    assert all(torch.equal(found[1][name], each) for name, each in gradients.items())
+    for cut in (chain(folder, [0, 1, 4], recipe), chain(folder, [0, 3, 8], recipe, in_halves=True)):
+        found = chained_loss_and_gradients(cut, *inputs)
+        assert torch.equal(found[0], loss)
+        assert all(torch.equal(found[1][name], each) for name, each in gradients.items())
 
 
 def test_parameters_stay_what_they_are(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Command lines that people of this kind of tool have in their scripts: they work word for word.
 
-Left out is what belongs to features that are not there yet: tensor and sequence parallelism, LoRA, images, half layers.
+Left out is what belongs to features that are not there yet: tensor and sequence parallelism, LoRA, images.
 """
 
 import dataclasses
@@ -160,6 +160,7 @@ def test_from_raw_files_to_partitions(tmp_path: Path) -> None:
         --per_device_train_batch_size 1 \\
         --global_batch_size 32 \\
         --partition_method fast \\
+        --split_dlayer \\
         --only_ckpt_model \\
         --max_num_checkpoints 2 \\
         --learning_rate 1e-5 \\
@@ -178,6 +179,7 @@ TRAIN_LINE = """deepspeed --module jllm.train_pipe \\
     --per_device_train_batch_size 1 \\
     --gradient_accumulation_steps 8 \\
     --partition_method fast \\
+    --split_dlayer \\
     --max_num_checkpoints 2 \\
     --learning_rate 1e-3 \\
     --precision fp32 \\

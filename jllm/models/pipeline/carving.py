@@ -2,7 +2,8 @@
 
 A stage keeps the family's own `ForCausalLM` class. Decoder layers of other stages are replaced by stand-ins that hand
 the hidden state on, so layer indices, attention masks, rotary tables and sliding windows stay the family's own, and
-parameter names stay global: `model.layers.7.mlp.up_proj.weight` has that name whatever the number of stages.
+parameter names stay global: `model.layers.7.mlp.up_proj.weight` has that name whatever the number of stages. So it has
+where a layer is cut inside: then stand-ins are in the place of the half that is elsewhere.
 
 Guarantees: what a stage owns depends on its span alone; the first and the last stage of a tied model share one name,
 and no others do. Costs nothing: it works on models without memory (meta device).
@@ -15,8 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.families import check_split
+from jllm.models.pipeline.halves import find_halves, leave_half
 from jllm.models.pipeline.span import StageSpan
-from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
+from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule, Passage
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
@@ -54,6 +56,7 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
     check_split(model.config, span)
     structure = find_structure(model) if span.count > 1 else whole_structure(model)
     model.__dict__["_jllm_structure"] = structure
+    model.__dict__["_jllm_entrance"] = model.__dict__["_jllm_exit"] = None
     if span.count == 1:
         return
     # transformers ties whichever of the two is stored to the other, and sees where both are and differ.
@@ -65,17 +68,36 @@ def carve(model: PreTrainedModel, span: StageSpan) -> None:
     for index, layer in enumerate(layers):
         if not span.first_layer <= index < span.end_layer:
             layers[index] = AbsentLayer(layer, structure.returned)
+    for index, is_first in ((span.first_layer, False), (span.end_layer - 1, True)):
+        if span.ends_inside if is_first else span.starts_inside:
+            leave_half(layers[index], find_halves(layers[index], type(model)), is_first=is_first)
+    _open_passages(model, layers, span)
     for name in (*(() if span.is_first else structure.before), *(() if span.is_last else structure.after)):
         if not any(one.startswith(name + ".") for one in together):
             _replace(model, name)
     if not span.is_last:
-        leave = layers[span.end_layer]
-        assert isinstance(leave, AbsentLayer)
-        leave.is_exit = True
         # What a family initialises from the top is the head, which is elsewhere.
         model._is_hf_initialized = True
     if not together:
         model.all_tied_weights_keys = {}
+
+
+def _open_passages(model: PreTrainedModel, layers: nn.ModuleList, span: StageSpan) -> None:
+    """Say where hidden states enter, but on the first stage, and where they leave, but on the last one."""
+    if not span.is_first:
+        entrance: nn.Module | Passage = layers[0]
+        if not isinstance(entrance, AbsentLayer):
+            assert span.starts_inside
+            entrance = Passage.into(layers[0])
+        model.__dict__["_jllm_entrance"] = entrance
+    if not span.is_last:
+        last = layers[min(span.end_layer, len(layers) - 1)]
+        if isinstance(last, AbsentLayer):
+            last.is_exit = True
+            model.__dict__["_jllm_exit"] = last
+        else:
+            assert span.ends_inside
+            model.__dict__["_jllm_exit"] = Passage.out_of(last)
 
 
 def seal(model: PreTrainedModel, span: StageSpan) -> None:
@@ -95,6 +117,20 @@ def structure_of(model: PreTrainedModel) -> Structure:
     structure = model._jllm_structure
     assert isinstance(structure, Structure)
     return structure
+
+
+def entrance_of(model: PreTrainedModel) -> AbsentLayer | Passage:
+    """Where what a later stage received is put, as `received`."""
+    entrance = model._jllm_entrance
+    assert isinstance(entrance, AbsentLayer | Passage)
+    return entrance
+
+
+def exit_of(model: PreTrainedModel) -> AbsentLayer | Passage:
+    """Where an earlier stage finds what is to be sent, as `sent`."""
+    leave = model._jllm_exit
+    assert isinstance(leave, AbsentLayer | Passage)
+    return leave
 
 
 def published_names(model: PreTrainedModel, span: StageSpan) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What each decoder layer, the embedding and the head cost: compute, parameters, bytes of activations.
+"""What each decoder layer or half of one, the embedding and the head cost: compute, parameters, bytes of activations.
 
 The one cost model behind every partition method and the stage table. Parameters are counted on the family's own model
 built without memory (meta device), so they are exact. Time is estimated from them: two operations per weight, token
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.models.families import has_head_apart, has_plain_head
 from jllm.models.pipeline.carving import plain_name
+from jllm.models.pipeline.halves import as_modules, find_halves
 from jllm.models.pipeline.head import tokens_of_a_chunk
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
@@ -96,10 +97,10 @@ NO_PARAMETERS = Parameters(total=0, trained=0)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Costs of one decoder layer for one micro-batch."""
+    """Costs of one decoder layer, or of half of one, for one micro-batch."""
 
     kind: str
-    """Class name, and the layer's type where the configuration gives one; `type:regex` matches on it."""
+    """Class name of the layer, and the layer's type where the configuration gives one; `type:regex` matches on it."""
     parameters: Parameters
     time: float
     """Forward and backward pass, in operations or (when measured) in seconds."""
@@ -112,10 +113,12 @@ class Costs:
     """Costs of a model for one micro-batch, split the way stages can split it.
 
     Stages are given as decoder layers [first, end); the embedding counts where first is 0, final norm and head where
-    end is the number of layers.
+    end is the number of layers. With `in_halves` all these count half layers.
     """
 
     layers: tuple[LayerCost, ...]
+    in_halves: bool = False
+    """Whether stages may be cut inside layers: then `layers` are half layers, two of each."""
     embedding_parameters: Parameters
     head_parameters: Parameters
     """Final norm and head; a tied head counts, because a last stage holds a copy."""
@@ -134,6 +137,21 @@ class Costs:
     tied_parameters: Parameters
     """Of the embedding and of the head: one stage that has both holds them once."""
     is_measured: bool = False
+
+    def of_layers(self) -> "Costs":
+        """The same of whole layers."""
+        if not self.in_halves:
+            return self
+        layers = tuple(
+            LayerCost(
+                kind=first.kind,
+                parameters=first.parameters + second.parameters,
+                time=first.time + second.time,
+                activation_bytes=first.activation_bytes + second.activation_bytes,
+            )
+            for first, second in zip(self.layers[::2], self.layers[1::2], strict=True)
+        )
+        return replace(self, layers=layers, in_halves=False)
 
     def parameters(self, first: int, end: int) -> Parameters:
         """Parameters of a stage that owns layers [first, end)."""
@@ -179,6 +197,7 @@ def estimate_costs(
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
     is_fused: bool = False,
+    in_halves: bool = False,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -197,30 +216,46 @@ def estimate_costs(
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
         is_fused: the loss is fused with the product of a plain head.
+        in_halves: stages may be cut inside layers, so what these cost is given by halves.
 
     Raises:
-        UserError: the model has no list of layers that could be split, or not what `selection` names.
+        UserError: the model has no list of layers that could be split, or not what `selection` names; or its layers
+            cannot be cut inside.
     """
     model = bare_model(config, family or causal_class(config), dtype=dtype)
     structure = whole_structure(model) if is_whole else find_structure(model)
+    layers = _layers(model, structure)
+    halves = [find_halves(layer, type(model)) for layer in layers] if in_halves else []
     if attach is not None:
         attach(model)
     text = config.get_text_config(decoder=True)
-    layers = _layers(model, structure)
     tokens = sequence_length * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
     # Layers that differ in shape have configurations of their own (Gemma 4).
     by_layer = structure.layers and getattr(text, "is_heterogeneous", False)
     configs = list(text.per_layer_config) if by_layer else [text] * len(layers)
+    types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(layers)
+    kinds = [f"{type(layer).__name__} {kind}".rstrip() for layer, kind in zip(layers, types, strict=True)]
+    units = 1 + in_halves
+    # What has scores: layers, or the first of their halves.
+    attentions = [*types]
+    if in_halves:
+        pairs = (as_modules(layer, each) for layer, each in zip(layers, halves, strict=True))
+        layers = [half for pair in pairs for half in pair]
+        configs = [each for each in configs for _ in range(units)]
+        kinds = [each for each in kinds for _ in range(units)]
+        attentions = [each for kind in types for each in (kind, None)]
+    share = 1 / units
     few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
     full = [
-        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize) + dtype.itemsize * _unpacked(layer, few_bits)
+        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize, share)
+        + dtype.itemsize * _unpacked(layer, few_bits)
         for layer, own in zip(layers, configs, strict=True)
     ]
     kept = full
     if checkpoint_interval:
-        kept = [0.0 if checkpoint_offload else hidden_bytes / checkpoint_interval] * len(full)
+        kept = [0.0 if checkpoint_offload else share * hidden_bytes / checkpoint_interval] * len(full)
     copies = dict(structure.tied)
     names = {name: copies.get(plain_name(name), plain_name(name)) for name, _ in model.named_parameters()}
     chosen = set(names.values())
@@ -256,10 +291,9 @@ def estimate_costs(
     is_fused = is_fused and has_plain_head(type(model))
     itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
     held = min(logits, tokens_of_a_chunk(text.vocab_size, itemsize=itemsize) * text.vocab_size)
-    types = (structure.layers and getattr(text, "layer_types", None)) or [""] * len(full)
     per_token = [
-        2.0 * _weights_used(layer, own) + _attention_operations(own, kind, sequence_length)
-        for layer, own, kind in zip(layers, configs, types, strict=True)
+        2.0 * _weights_used(layer, own) + (0.0 if kind is None else _attention_operations(own, kind, sequence_length))
+        for layer, own, kind in zip(layers, configs, attentions, strict=True)
     ]
     # The backward pass makes no gradients of frozen weights.
     spared = [
@@ -271,13 +305,14 @@ def estimate_costs(
     return Costs(
         layers=tuple(
             LayerCost(
-                kind=f"{type(layer).__name__} {types[index]}".rstrip(),
+                kind=kinds[index],
                 parameters=count(layer.parameters()),
                 time=tokens * (passes * per_token[index] - spared[index]),
                 activation_bytes=kept[index],
             )
             for index, layer in enumerate(layers)
         ),
+        in_halves=in_halves,
         embedding_parameters=count(before),
         head_parameters=count(after),
         embedding_time=0.0,
@@ -286,7 +321,7 @@ def estimate_costs(
         # Logits in the compute dtype, and fp32 logits with their gradient inside a loss that is not fused.
         head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused)),
         boundary_bytes=hidden_bytes,
-        transient_bytes=checkpoint_interval * max(full) if checkpoint_interval else 0.0,
+        transient_bytes=checkpoint_interval * max(sum(full[at : at + units]) for at in range(0, len(full), units)),
         state=state or state_bytes(dtype),
         operations=tokens * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
         tied_parameters=count(each for each in before if id(each) in in_both),
@@ -351,7 +386,9 @@ def _attention_operations(config: PretrainedConfig, layer_type: str, sequence_le
     return float(4.0 * seen * heads * head_size)
 
 
-def _activation_bytes_per_token(layer: nn.Module, config: PretrainedConfig, itemsize: int) -> float:
+def _activation_bytes_per_token(
+    layer: nn.Module, config: PretrainedConfig, itemsize: int, share_of_layer: float
+) -> float:
     """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32."""
     share = _expert_share(config) or 1.0
     elements = 0.0
@@ -361,7 +398,7 @@ def _activation_bytes_per_token(layer: nn.Module, config: PretrainedConfig, item
             elements += sum(parameter.shape)
         elif parameter.dim() == 3 and is_routed:
             elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2])
-    return float(itemsize * elements) + 2.0 * int(config.hidden_size) * (4 + itemsize)
+    return float(itemsize * elements) + share_of_layer * 2.0 * int(config.hidden_size) * (4 + itemsize)
 
 
 def _unpacked(layer: nn.Module, few_bits: Collection[int]) -> int:

@@ -1,10 +1,10 @@
 """One pipeline stage: the transformers model itself, with what the stage does not own left out.
 
 What a later stage receives enters at the first decoder layer, not as `inputs_embeds`, and what is sent leaves after
-the stage's last layer: whatever the family does around its layers (scaling the embedding, learned positions, expanding
-and collapsing residual streams, norms) happens on the first or the last stage only, and needs no code here. So do
-scaling and soft-capping of logits: the last stage runs the family's head on what the objective asks for, or, where that
-is not shown to be the same, the family's whole forward.
+the stage's last layer (or half of one): whatever the family does around its layers (scaling the embedding, learned
+positions, expanding and collapsing residual streams, norms) happens on the first or the last stage only, and needs no
+code here. So do scaling and soft-capping of logits: the last stage runs the family's head on what the objective asks
+for, or, where that is not shown to be the same, the family's whole forward.
 
 Guarantees: chained stages compute what the whole model computes, the same operations in the same order.
 Costs: masks and rotary tables are computed once per stage; the element-wise operations around the layers run on every
@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 from jllm.models.attention import DocumentBounds, packing
 from jllm.models.families import has_head_apart
 from jllm.models.pipeline.bundle import INPUT_IDS, POSITION_IDS, READ, Bundle, Planes
-from jllm.models.pipeline.carving import published_names, structure_of
+from jllm.models.pipeline.carving import entrance_of, exit_of, published_names, structure_of
 from jllm.models.pipeline.head import FamilyHead, Head, LogitsGiven
 from jllm.models.pipeline.plain_head import find_plain_head
 from jllm.models.pipeline.span import StageSpan
-from jllm.models.pipeline.stand_ins import AbsentLayer
 from jllm.models.sequence_parallel.share import SequenceShare
 
 Objective = Callable[[Tensor, Head, Mapping[str, Tensor]], Tensor]
@@ -120,7 +119,7 @@ class PipelineStage(nn.Module):
                 planes = planes.with_plane(INPUT_IDS, ids)
             ids = ids if self._share is None else self._share.own(ids)
             return self._sent(self._runner(input_ids=ids, **arguments), planes, own)
-        entrance = self._layer(0)
+        entrance = entrance_of(self.model)
         entrance.received = bundle.hidden
         # The embedding is absent here: any ids give zeros of the right shape, which the entrance then ignores.
         ids = own[INPUT_IDS] if INPUT_IDS in self.receives else positions
@@ -142,7 +141,7 @@ class PipelineStage(nn.Module):
         """What this stage hands on, given what the family's forward returned; `own` planes are of its run of tokens."""
         if self.span.is_last:
             return self._computed(output, own)
-        leave = self._layer(self.span.end_layer)
+        leave = exit_of(self.model)
         hidden, leave.sent = leave.sent, None
         assert hidden is not None, "the family's forward did not walk its list of layers"
         if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
@@ -167,11 +166,6 @@ class PipelineStage(nn.Module):
             plain=self.plain_head,
         )
         return self.objective(output.last_hidden_state, head, fields)
-
-    def _layer(self, index: int) -> AbsentLayer:
-        layer = self.model.get_submodule(f"{self._structure.layers}.{index}")
-        assert isinstance(layer, AbsentLayer)
-        return layer
 
 
 def accepted_arguments(model: nn.Module, base: nn.Module) -> frozenset[str]:

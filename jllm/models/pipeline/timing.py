@@ -2,7 +2,8 @@
 
 Times one layer of each kind (class, layer type, size), the first stage's beginning and the last stage's end, forward
 and backward, on one device with random weights and input. Attention masks and rotary tables are timed with each layer,
-though a stage makes them once. Micro-batches are full and hold one document a row.
+though a stage makes them once. Micro-batches are full and hold one document a row. Where stages may be cut inside
+layers, both halves of a layer of each kind are timed, too, and the layer's time is divided as theirs are.
 
 The seconds are kept in a cache file whose name is a hash of everything that they depend on, so a second run with the
 same model, shapes, dtype, device and versions reads them. One that cannot be read or believed is measured anew
@@ -20,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.loading import init_stage
 
 # Raised when what is measured, or how, changes: older files are then left alone.
-_FORMAT = 4
+_FORMAT = 5
 _WARM_UP, _REPEATS = 2, 5
 
 
@@ -84,7 +86,7 @@ def measure_costs(
     about = {
         "format": _FORMAT,
         "config": config.to_diff_dict(),
-        "layers": len(costs.layers),
+        "layers": len(costs.of_layers().layers),
         "sequence_length": sequence_length,
         "micro_batch_size": micro_batch_size,
         "dtype": str(dtype),
@@ -96,13 +98,14 @@ def measure_costs(
         "is_attention_recomputed": checkpoint_attention,
         "is_compiled": is_compiled,
         "prepared": prepared,
+        "in_halves": costs.in_halves,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     described = json.dumps(about, sort_keys=True, default=str)
     digest = hashlib.sha256(described.encode()).hexdigest()
     stored = cache / f"{digest[:32]}{caches.SUFFIX}" if cache is not None else None
-    times = _read_times(stored, len(costs.layers), described) if stored is not None else None
+    times = _read_times(stored, costs, described) if stored is not None else None
     if times is None:
         batch = (micro_batch_size, sequence_length)
         # What layers hand on, learned from the first stage: some families hand on more than one stream.
@@ -143,39 +146,59 @@ def measure_costs(
             torch.cuda.reset_peak_memory_stats(device)
         if stored is not None:
             caches.write(stored, json.dumps({**times, "about": described}).encode())
-    return with_timings(costs, layers=times["layers"], embedding=times["embedding"], head=times["head"])
+    layers = times["layers"]
+    if costs.in_halves:
+        shares = zip(layers, times["first_halves"], strict=True)
+        layers = [half for whole, share in shares for half in (whole * share, whole * (1 - share))]
+    return with_timings(costs, layers=layers, embedding=times["embedding"], head=times["head"])
 
 
 def _measure(costs: Costs, seconds: Callable[[StageSpan], float]) -> dict[str, Any]:
-    """Seconds of every layer, of the embedding and of the head; `seconds` times one span, the first one first."""
-    kinds = [(layer.kind, layer.parameters.total) for layer in costs.layers]
+    """Seconds of every layer, of the embedding and of the head, and with half layers the share that the first one has
+    of each layer; `seconds` times one span, the first one first."""
+    estimated = costs.of_layers().layers
+    kinds = [(layer.kind, layer.parameters.total) for layer in estimated]
     last = len(kinds) - 1
     beginning = seconds(StageSpan(index=0, count=2, first_layer=0, end_layer=1))
     by_kind: dict[tuple[str, int], float] = {}
+    shares: dict[tuple[str, int], float] = {}
     for index, kind in enumerate(kinds):
         # Layers 0 and `last` are never alone: the embedding and the head are on their stages.
         if kind not in by_kind and 0 < index < last:
-            by_kind[kind] = seconds(StageSpan(index=1, count=3, first_layer=index, end_layer=index + 1))
+            alone = StageSpan(index=1, count=3, first_layer=index, end_layer=index + 1)
+            by_kind[kind] = seconds(alone)
+            if costs.in_halves:
+                first, second = (seconds(replace(alone, **{side: True})) for side in ("ends_inside", "starts_inside"))
+                shares[kind] = first / (first + second)
     end = seconds(StageSpan(index=1, count=2, first_layer=last, end_layer=last + 1))
     # A kind that only the first or the last layer has keeps the whole time of that stage: what it shares it with is
     # never elsewhere.
     layers = [by_kind.get(kind, beginning if index == 0 else end) for index, kind in enumerate(kinds)]
+    # A kind that is nowhere in between is divided by the estimates.
+    halves = zip(kinds, costs.layers[::2], estimated, strict=True) if costs.in_halves else ()
     return {
         "layers": layers,
+        "first_halves": [shares.get(kind, first.time / whole.time) for kind, first, whole in halves],
         "embedding": max(0.0, beginning - layers[0]),
         "head": max(0.0, end - layers[last]),
     }
 
 
-def _read_times(path: Path, num_layers: int, about: str) -> dict[str, Any] | None:
+def _read_times(path: Path, costs: Costs, about: str) -> dict[str, Any] | None:
     """What `measure_costs` stored about this; None where there is nothing, or nothing sound."""
     content = caches.read(path)
     if content is None:
         return None
     try:
         times: dict[str, Any] = notation.loads(content)
-        numbers = [*times["layers"], times["embedding"], times["head"]]
-        is_sound = len(times["layers"]) == num_layers and all(math.isfinite(n) and n >= 0 for n in numbers)
+        numbers = [*times["layers"], *times["first_halves"], times["embedding"], times["head"]]
+        wanted = len(costs.of_layers().layers)
+        is_sound = len(times["layers"]) == wanted and len(times["first_halves"]) == wanted * costs.in_halves
+        is_sound = (
+            is_sound
+            and all(math.isfinite(n) and n >= 0 for n in numbers)
+            and max(times["first_halves"], default=0) <= 1
+        )
         return times if is_sound and all(times["layers"]) and times["about"] == about else None
     except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return None

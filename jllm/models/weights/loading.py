@@ -30,7 +30,7 @@ from jllm.models.legacy.layouts import layout_of
 from jllm.models.legacy.reading import read_raw_config, read_tensors
 from jllm.models.pipeline.carving import seal, stage_class, structure_of
 from jllm.models.pipeline.span import StageSpan
-from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule
+from jllm.models.pipeline.stand_ins import AbsentEmbedding, AbsentLayer, AbsentModule, AbsentPart
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.weights.dequantised import whole
 from jllm.models.weights.finite import check_finite
@@ -52,7 +52,7 @@ from jllm.models.weights.source import (
 from jllm.models.weights.streamed_file import stored_tensors
 from jllm.parallel.tensor.slices import slice_of
 
-_STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule)
+_STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule, AbsentPart)
 
 
 def load_stage(

@@ -67,7 +67,9 @@ class ParallelismOptions:
         help="overlapped: activations and gradients travel while stages compute, for slow links; stages keep up to"
         " twice as many micro-batches",
     )
-    split_dlayer: bool = option(False, help="cut stages between attention and mlp; refused, with what it would gain")
+    split_dlayer: bool = option(
+        False, help="stages may be cut between attention and mlp: --partition_method counts half layers"
+    )
     emb_partitions: int = option(1, help="parts of embedding and head; more than 1 is refused, with what it would gain")
     timeout: int = option(1800, least=1, most=MOST_SECONDS, help="seconds after which a collective operation gives up")
     join_timeout: int = option(
@@ -148,3 +150,23 @@ def _refuse(given: str, what: str, refused: dict[str, bool]) -> None:
     for name, is_given in refused.items():
         if is_given:
             raise UserError(f"{given} with --{name}: {what} were not shown to work with it in this version; drop one")
+
+
+def check_halves(options: Any) -> None:
+    """Refuse, by name, what does not work with `--split_dlayer`, or was not shown to.
+
+    Args:
+        options: all of a run's.
+
+    Raises:
+        UserError: one of them.
+    """
+    not_shown = "half layers were not shown to work with it"
+    refused = {
+        f"model_parallel_size {options.model_parallel_size}": options.model_parallel_size > 1 and not_shown,
+        f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1 and not_shown,
+        "control_adapter_rank": options.control_adapter_rank and "its adapters work on what a whole layer adds",
+    }
+    for name, why in refused.items():
+        if why:
+            raise UserError(f"--split_dlayer with --{name}: {why}; drop one")

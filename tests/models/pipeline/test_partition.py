@@ -1,6 +1,7 @@
 """Partitions: boundaries are sound for any request, the searched ones are the best there are, mistakes are one line."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jllm.models.pipeline.costs import (
     with_timings,
 )
 from jllm.models.pipeline.partition import (
+    LEAST_GAIN,
     best_split,
     bubble_share,
     check_cuts,
@@ -175,7 +177,7 @@ def test_layers_that_share_a_selection_stay_together() -> None:
         assert bounds == sorted(set(bounds))
     for span in spans_of(bounds):
         check_split(config, span)
-    with pytest.raises(UserError, match="give boundaries among 3, 6, 9"):
+    with pytest.raises(UserError, match="begin stages with layers among 3, 6, 9"):
         check_split(config, spans_of([0, 6, 8, 12])[2])
     # Five stages do not fit: what is found cannot be cut, and `check_split` says so.
     five = partition("fast", config=config, num_stages=5)
@@ -183,17 +185,108 @@ def test_layers_that_share_a_selection_stay_together() -> None:
     assert not set(five[1:-1]) <= {3, 6, 9}
 
 
+def in_halves(costs: Costs, shares: list[float]) -> Costs:
+    """The same costs of half layers, of which the first has that share of a layer."""
+    halves = [
+        replace(
+            layer,
+            parameters=all_of(int(layer.parameters.total * share)),
+            time=layer.time * share,
+            activation_bytes=layer.activation_bytes * share,
+        )
+        for layer, first in zip(costs.layers, shares, strict=True)
+        for share in (first, 1 - first)
+    ]
+    return replace(costs, layers=tuple(halves), in_halves=True)
+
+
+@given(
+    layers=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 0.9)), min_size=1, max_size=6),
+    head=st.floats(0, 20),
+    stages=st.integers(1, 5),
+    method=st.sampled_from(["fast", "mem"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_layers_are_cut_only_where_that_helps(
+    layers: list[tuple[float, float]], head: float, stages: int, method: str
+) -> None:
+    """The worst stage is the best there is, with the fewest cuts; between layers where cuts gain nothing."""
+    whole = costs_of([time for time, _ in layers], head=head, activation=5.0)
+    costs, stages = in_halves(whole, [share for _, share in layers]), min(stages, 2 * len(layers))
+
+    def worst(bounds: list[int]) -> float:
+        return max(
+            costs.time(a, b)
+            if method == "fast"
+            else costs.memory(a, b, in_flight=micro_batches_in_flight(k, stages, 4))
+            for k, (a, b) in enumerate(itertools.pairwise(bounds))
+        )
+
+    def cuts(bounds: list[int]) -> int:
+        return sum(bound % 2 for bound in bounds)
+
+    every = all_splits(2 * len(layers), stages)
+    found = partition(method, config=config_of(len(layers)), num_stages=stages, micro_batches=4, costs=costs)
+    least = min(map(worst, every))
+    assert found in every
+    if not cuts(found):
+        assert worst(found) * (1 - 2 * LEAST_GAIN) <= least
+        return
+    assert worst(found) <= least * (1 + 1e-6)
+    assert cuts(found) == min(cuts(split) for split in every if worst(split) <= least * (1 + 1e-12))
+    assert all(worst(split) * (1 - LEAST_GAIN) >= least for split in every if not cuts(split))
+
+
+def test_units_are_half_layers() -> None:
+    costs, config = in_halves(costs_of([1.0] * 8), [0.25] * 8), config_of(8)
+    for method, bounds in (
+        ("11,5", [0, 11, 16]),
+        ("0,5,16", [0, 5, 16]),
+        ("uniform", [0, 8, 16]),
+        ("type:layer", [0, 8, 16]),
+    ):
+        assert partition(method, config=config, num_stages=2, costs=costs) == bounds
+    # As many stages as there are halves.
+    assert partition("fast", config=config, num_stages=16, costs=costs) == list(range(17))
+    for method, stages, says in (
+        ("11,2", 2, "11 half layers on the first of 2 .* together 16"),
+        ("0,5,8", 2, "end with 16, the model.s number of half layers"),
+        ("fast", 17, "17 pipeline stages for a model of 16 half layers"),
+    ):
+        with pytest.raises(UserError, match=says):
+            partition(method, config=config, num_stages=stages, costs=costs)
+
+
+def test_table_shows_halves() -> None:
+    costs = in_halves(costs_of([1.0] * 6, head=2.0), [0.25] * 6)
+    lines = stage_table(costs, [0, 5, 6, 12]).splitlines()
+    assert ["0-2a (2.5)" in lines[1], "2m-2 (0.5)" in lines[2], "3-5 (3)" in lines[3]] == [True] * 3
+    assert "cut where numbers end in a" in lines[4]
+    assert "cut" not in stage_table(costs, [0, 4, 12])
+
+
+def test_halves_of_layers_that_share_a_selection() -> None:
+    """A stage may begin with the mlp of any layer, where the next attention selects for itself."""
+    config = config_of(4)
+    config.indexer_types = ["full", "shared"] * 2
+    costs = in_halves(costs_of([1.0] * 4), [0.5] * 4)
+    # Unit 3 is the mlp of layer 1, before layer 2, which selects; unit 1 that of layer 0, before one that shares.
+    assert partition("fast", config=config, num_stages=3, costs=costs)[1:-1] in ([3, 4], [4, 7], [3, 7])
+    check_split(config, spans_of([0, 3, 8], in_halves=True)[1])
+    check_split(config, spans_of([0, 7, 8], in_halves=True)[1])
+    with pytest.raises(UserError, match="cannot start with layer 1"):
+        check_split(config, spans_of([0, 1, 8], in_halves=True)[1])
+
+
 def test_cuts_that_are_not_offered() -> None:
     check_cuts()
-    with pytest.raises(UserError, match="half layers would"):
-        check_cuts(split_dlayer=True)
     with pytest.raises(UserError, match="--emb_partitions 2"):
         check_cuts(emb_partitions=2)
 
 
-@pytest.mark.parametrize("options", [{"split_dlayer": True}, {"emb_partitions": 2}, {"emb_partitions": 0}])
+@pytest.mark.parametrize("options", [{"emb_partitions": 2}, {"emb_partitions": 0}])
 def test_cuts_that_are_not_offered_are_options(options: dict[str, Any], tmp_path: Path) -> None:
-    given = {"model": tmp_path, "train_data": (str(tmp_path),)}
-    TrainConfig(**given, split_dlayer=False, emb_partitions=1)
+    given: dict[str, Any] = {"model": tmp_path, "train_data": (str(tmp_path),)}
+    TrainConfig(**given, emb_partitions=1)
     with pytest.raises(UserError, match=f"--{next(iter(options))}.*leave it out"):
         TrainConfig(**given, **options)

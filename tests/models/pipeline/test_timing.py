@@ -80,6 +80,23 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         assert len(json.loads(caches.read(stored) or b"")["layers"]) == 4
 
 
+def test_halves_of_layers(tmp_path: Path, spans: list[StageSpan]) -> None:
+    """A layer costs what it costs whole, in two parts; those are timed where it lies between others."""
+    config = tiny_config("llama", intermediate_size=2048)
+    costs = estimate_costs(config, in_halves=True, **OPTIONS)
+    measured = timing.measure_costs(config, costs, **TIMED, cache=tmp_path)
+    inside = [(span.first_layer, span.starts_inside, span.ends_inside) for span in spans]
+    assert inside == [(0, False, False), (1, False, False), (1, False, True), (1, True, False), (3, False, False)]
+    assert [half.time for half in measured.layers[:2]] == [half.time for half in measured.layers[2:4]]
+    assert 0 < measured.layers[0].time < measured.layers[1].time
+    assert len(partition("profile", config=config, num_stages=8, costs=measured)) == 9
+    spans.clear()
+    assert timing.measure_costs(config, costs, **TIMED, cache=tmp_path) == measured
+    assert not spans
+    timing.measure_costs(config, costs.of_layers(), **TIMED, cache=tmp_path)
+    assert spans, "layers read the times of halves"
+
+
 def test_stages_are_timed_as_the_run_has_them(tmp_path: Path, spans: list[StageSpan]) -> None:
     """What the run does to its stages is done to these, and their times are kept apart."""
     config, costs = costs_of("llama")
