@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from jllm.errors import UserError
+
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -33,8 +35,23 @@ def peak_flops() -> float | None:
     """Operations a second that one device of this process could do at most; None where that is not known."""
     if get_accelerator().device_name() == "cpu" or not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return _peak_of(torch.cuda.get_device_name())
+
+
+def peak_of(name: str) -> float:
+    """Operations a second that a device of this name could do at most.
+
+    Raises:
+        UserError: nobody wrote down how many.
+    """
+    found = _peak_of(name)
+    if found is None:
+        raise UserError(f"--gpu {name}: its peak is not known; give one of {', '.join(PEAK_FLOPS)}")
+    return found
+
+
+def _peak_of(name: str) -> float | None:
+    return next((flops for part, flops in PEAK_FLOPS.items() if part.lower() in name.lower()), None)
 
 
 def peak_memory() -> int:
