@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": ("jllm.commands.inspect:main", "show a data set: summary, row lengths, decoded rows; --verify"),
     "plot": ("jllm.commands.plot:main", "draw loss, learning rate, speed and gradient norm of runs"),
     "models": ("jllm.commands.list_models:main", "which model families train in a pipeline, and how that was shown"),
+    "plan": ("jllm.commands.plan:main", "how to divide GPUs for training a model: memory and speed of each way"),
     "checkpoint": ("jllm.commands.checkpoint:main", "list the checkpoints of a run, or verify every byte of them"),
     "adapter": ("jllm.commands.adapter:main", "what an adapter does to each module; adapters for llama.cpp"),
     "merge": ("jllm.commands.merge:main", "add a LoRA adapter to the weights of its model"),

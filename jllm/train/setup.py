@@ -212,6 +212,7 @@ def plan_stages(
         family=family.model_class,
         is_whole=shape.mesh.pipe == 1,
         is_fused=wants_fused_loss(config),
+        is_compiled=family.compiling.is_on,
         in_halves=config.split_dlayer and shape.mesh.pipe > 1,
     )
     operations = costs.operations

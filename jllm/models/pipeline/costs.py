@@ -9,6 +9,7 @@ backward pass. Estimates rank layers well and stages within some percent; they d
 Costs: building the model on the meta device, some milliseconds per layer.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -197,7 +198,10 @@ def estimate_costs(
     family: type[PreTrainedModel] | None = None,
     is_whole: bool = False,
     is_fused: bool = False,
+    is_compiled: bool = False,
     in_halves: bool = False,
+    slices: int = 1,
+    shares: int = 1,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -216,7 +220,10 @@ def estimate_costs(
         is_whole: for one stage, where a model of any shape will do; one without a list of layers then counts as a
             single layer.
         is_fused: the loss is fused with the product of a plain head.
+        is_compiled: decoder layers are compiled, and keep less for the backward pass.
         in_halves: stages may be cut inside layers, so what these cost is given by halves.
+        slices: processes that share every matrix of a stage (tensor parallelism); costs are those of one of them.
+        shares: processes that share the tokens of every row (sequence parallelism); costs are those of one of them.
 
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names; or its layers
@@ -229,7 +236,7 @@ def estimate_costs(
     if attach is not None:
         attach(model)
     text = config.get_text_config(decoder=True)
-    tokens = sequence_length * micro_batch_size
+    tokens = math.ceil(sequence_length / shares) * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
     passes = _RECOMPUTED if checkpoint_interval else _TRAINING
     # Layers that differ in shape have configurations of their own (Gemma 4).
@@ -249,7 +256,7 @@ def estimate_costs(
     share = 1 / units
     few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
     full = [
-        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize, share)
+        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize, 0.0 if is_compiled else share, slices)
         + dtype.itemsize * _unpacked(layer, few_bits)
         for layer, own in zip(layers, configs, strict=True)
     ]
@@ -271,33 +278,40 @@ def estimate_costs(
         )
     trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
 
+    def own_elements(parameter: nn.Parameter) -> int:
+        """Of one of the slices: vectors are whole on each."""
+        return math.ceil(parameter.numel() / (slices if parameter.dim() > 1 else 1))
+
     def count(parameters: Iterable[nn.Parameter]) -> Parameters:
         known = list(parameters)
         return Parameters(
-            total=sum(each.numel() for each in known),
-            trained=sum(each.numel() for each in known if id(each) in trained),
-            quantised=sum(each.numel() for each in known if id(each) in few_bits),
+            total=sum(map(own_elements, known)),
+            trained=sum(own_elements(each) for each in known if id(each) in trained),
+            quantised=sum(own_elements(each) for each in known if id(each) in few_bits),
         )
 
     before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
-    head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after)
-    head_frozen = head_products - sum(
-        _weights_used(model.get_submodule(name), text, trained) for name in structure.after
+    head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after) / slices
+    head_frozen = (
+        head_products
+        - sum(_weights_used(model.get_submodule(name), text, trained) for name in structure.after) / slices
     )
     # An objective takes the logits of a large vocabulary in chunks, which are computed twice where it is not fused.
-    logits = held = tokens * text.vocab_size
+    vocabulary = math.ceil(text.vocab_size / slices)
+    logits = held = tokens * vocabulary
     is_apart = has_head_apart(type(model))
     is_fused = is_fused and has_plain_head(type(model))
     itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
-    held = min(logits, tokens_of_a_chunk(text.vocab_size, itemsize=itemsize) * text.vocab_size)
+    held = min(logits, tokens_of_a_chunk(vocabulary, itemsize=itemsize) * vocabulary)
     per_token = [
-        2.0 * _weights_used(layer, own) + (0.0 if kind is None else _attention_operations(own, kind, sequence_length))
+        (2.0 * _weights_used(layer, own) + (0.0 if kind is None else _attention_operations(own, kind, sequence_length)))
+        / slices
         for layer, own, kind in zip(layers, configs, attentions, strict=True)
     ]
     # The backward pass makes no gradients of frozen weights.
     spared = [
-        2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained))
+        2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained)) / slices
         for layer, own in zip(layers, configs, strict=True)
     ]
     is_repeated = is_apart and held < logits and not is_fused
@@ -319,11 +333,16 @@ def estimate_costs(
         head_time=tokens * ((_RECOMPUTED if is_repeated else _TRAINING) * head_per_token - head_spared),
         embedding_activation_bytes=8.0 * tokens,
         # Logits in the compute dtype, and fp32 logits with their gradient inside a loss that is not fused.
-        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused)),
+        head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused))
+        # A chunk's share of the gradient, before it is added.
+        + is_fused * (head_products - head_frozen) * dtype.itemsize,
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(sum(full[at : at + units]) for at in range(0, len(full), units)),
         state=state or state_bytes(dtype),
-        operations=tokens * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
+        operations=slices
+        * shares
+        * tokens
+        * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
         tied_parameters=count(each for each in before if id(each) in in_both),
     )
 
@@ -387,18 +406,37 @@ def _attention_operations(config: PretrainedConfig, layer_type: str, sequence_le
 
 
 def _activation_bytes_per_token(
-    layer: nn.Module, config: PretrainedConfig, itemsize: int, share_of_layer: float
+    layer: nn.Module, config: PretrainedConfig, itemsize: int, share_of_norms: float, slices: int
 ) -> float:
-    """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32."""
+    """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32.
+
+    Compiled layers (`share_of_norms` 0) make norms again, and keep once what several products read. The last matrix of
+    a module leads back to the hidden state and has slices of its input; the others have slices of their output.
+    """
     share = _expert_share(config) or 1.0
-    elements = 0.0
-    for name, parameter in layer.named_parameters():
+    width = int(config.hidden_size)
+    elements, read = 0.0, dict[tuple[str, int, bool], float]()
+    matrices = [(name, each) for name, each in layer.named_parameters() if each.dim() > 1]
+    last = {_outer(name): name for name, _ in matrices}
+    for name, parameter in matrices:
         is_routed = "experts" in name.split(".") and "shared" not in name
         if parameter.dim() == 2 and not is_routed:
-            elements += sum(parameter.shape)
+            outputs, inputs = parameter.shape
+            leads_back = outputs == width and last[_outer(name)] == name
+            elements += outputs / (1 if leads_back else slices)
+            wanted = inputs / (slices if leads_back else 1)
+            if share_of_norms:
+                elements += wanted
+            else:
+                read[_outer(name), inputs, leads_back] = wanted
         elif parameter.dim() == 3 and is_routed:
-            elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2])
-    return float(itemsize * elements) + share_of_layer * 2.0 * int(config.hidden_size) * (4 + itemsize)
+            elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2]) / slices
+    return float(itemsize * (elements + sum(read.values()))) + share_of_norms * 2.0 * width * (4 + itemsize)
+
+
+def _outer(name: str) -> str:
+    """The module whose linear map has this parameter."""
+    return name.rsplit(".", 2)[0]
 
 
 def _unpacked(layer: nn.Module, few_bits: Collection[int]) -> int:

@@ -10,31 +10,14 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "A10": 125e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-}
-"""Dense 16-bit tensor operations a second, by the vendors' datasheets; the first name that the device's contains."""
+from jllm.train.planning.cluster import peak_of
 
 
 def peak_flops() -> float | None:
     """Operations a second that one device of this process could do at most; None where that is not known."""
     if get_accelerator().device_name() == "cpu" or not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name())
 
 
 def peak_memory() -> int:

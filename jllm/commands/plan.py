@@ -1,0 +1,114 @@
+"""`jllm plan`: in which layouts a model can train on so many devices, what each needs, and how fast it should be."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from jllm.errors import UserError, say
+from jllm.machine import parse_memory
+from jllm.options import command, option
+
+if TYPE_CHECKING:
+    from jllm.train.planning.cluster import Cluster
+    from jllm.train.planning.layouts import Estimate
+
+GBIT, GB = 1e9 / 8, 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Options of a plan."""
+
+    model: str = option(
+        dataclasses.MISSING, "-m", group="Run", help="Hugging Face folder, or a published shape such as llama-3-70b"
+    )
+    trust_remote_code: bool = option(False, help="run model code that comes with the folder")
+    seq_len: int = option(4096, least=1, most=1 << 24, help="tokens of a row")
+    global_batch_size: int = option(256, least=1, most=1 << 20, help="rows of a step")
+    optimizer: str = option("adamw", choices=("adamw", "adamw_kahan", "sgd"), help="which optimizer")
+    gpus: int = option(8, "-n", least=1, most=1 << 16, group="Devices", help="GPUs in all")
+    gpus_per_node: int = option(8, least=1, most=1 << 10, help="GPUs that reach each other inside a node")
+    gpu: str = option("H100", help="which GPU: its peak is known by name, as in the records of a run")
+    gpu_memory: str = option("75G", help="memory of a GPU that a run may fill; some GiB are CUDA's own")
+    inside: float = option(400.0, above_least=True, most=10**5, help="GB/s of a GPU to others of its node, each way")
+    link: float = option(400.0, above_least=True, most=10**6, help="Gbit/s between two nodes, each way")
+    show: int = option(10, least=1, group="Answer", help="so many layouts, the fastest ones")
+    json: bool = option(False, help="print them as one JSON object")
+
+
+@command(PlanConfig, name="plan")
+def main(config: PlanConfig) -> None:
+    """Say how to divide GPUs for training a model: stages, pipelines, shared rows, slices."""
+    from jllm.train.planning.cluster import PEAK_FLOPS, Cluster, peak_of
+    from jllm.train.planning.layouts import Wanted, plan
+    from jllm.train.planning.published import model_config
+
+    peak = peak_of(config.gpu)
+    if peak is None:
+        raise UserError(f"--gpu {config.gpu}: its peak is not known; give one of {', '.join(PEAK_FLOPS)}")
+    cluster = Cluster(
+        devices=config.gpus,
+        devices_per_node=config.gpus_per_node,
+        memory=parse_memory("--gpu_memory", config.gpu_memory),
+        operations=peak,
+        inside=config.inside * GB,
+        between=config.link * GBIT,
+    )
+    wanted = Wanted(
+        config=model_config(config.model, trust_remote_code=config.trust_remote_code),
+        length=config.seq_len,
+        rows=config.global_batch_size,
+        optimizer=config.optimizer,
+    )
+    found, leanest = plan(wanted, cluster)
+    if leanest is None:
+        raise UserError(
+            f"no layout of {config.gpus} GPUs divides {config.global_batch_size} rows a step; give another --gpus or"
+            " --global_batch_size"
+        )
+    if not found:
+        raise UserError(
+            f"no layout fits {config.gpu_memory} a GPU: the leanest ({flags_of(leanest)}) needs"
+            f" {leanest.memory / 2**30:.1f} GiB; give more --gpus, a shorter --seq_len or --optimizer adamw_kahan"
+        )
+    if config.json:
+        shown = [dataclasses.asdict(each) for each in found[: config.show]]
+        say(json.dumps({"layouts": shown, "fitting": len(found)}, indent=1))
+        return
+    say("\n".join(table(found[: config.show], cluster)))
+    if len(found) > config.show:
+        say(f"{len(found) - config.show} more fit; --show {len(found)} for all")
+    say(f"the fastest: {flags_of(found[0])}")
+
+
+def table(found: "list[Estimate]", cluster: "Cluster") -> list[str]:
+    """For people: a line for each layout."""
+    names = ("stages", "pipelines", "sequence", "slices", "rows", "batches", "recompute", "memory", "bubble")
+    rows: list[tuple[str, ...]] = [(*names, "exchange", "MFU", "tokens/s")]
+    for each in found:
+        layout = each.layout
+        sizes = (layout.pipe, layout.data, layout.sequence, layout.tensor, layout.rows, layout.micro_batches)
+        shares = (f"{share:.1%}" for share in (each.bubble, each.exchange, each.utilisation))
+        memory = f"{each.memory / 2**30:.1f} GiB"
+        recompute = "yes" if layout.interval else "no"
+        rows.append((*map(str, sizes), recompute, memory, *shares, f"{each.tokens_per_second:,.0f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{each:>{width}}" for each, width in zip(row, widths, strict=True)) for row in rows]
+    return [
+        *lines,
+        f"estimates for {cluster.devices} GPUs; rows and batches: of a micro-batch, and of a step of each pipeline",
+    ]
+
+
+def flags_of(found: "Estimate") -> str:
+    """What the trainer is given for a layout."""
+    layout = found.layout
+    flags = {
+        "pipe_parallel_size": layout.pipe,
+        "sequence_parallel_size": layout.sequence,
+        "model_parallel_size": layout.tensor,
+        "checkpoint_grad_interval": layout.interval,
+    }
+    given = [f"--{name} {value}" for name, value in flags.items() if value > (name != "checkpoint_grad_interval")]
+    given += [f"--micro_batch_size {layout.rows}", f"--gradient_accumulation_steps {layout.micro_batches}"]
+    return " ".join(given)

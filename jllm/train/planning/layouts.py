@@ -1,0 +1,297 @@
+"""The layouts in which a model can train on a cluster, with what each needs and how fast it should be, best first.
+
+Memory is that of the stage table (`jllm.models.pipeline.costs`). The seconds of a step:
+
+    (M + P - 1) x (slowest stage's operations / (peak x share) + its exchanges inside a micro-batch)
+    + 2 (M + P - 1) x the hidden state over the slowest link between stages
+    + sum of gradients over the pipelines, and the new weights back where they share the optimizer's state
+
+with M micro-batches in P stages. Nothing of the exchanges is taken to overlap with compute. Exchanges of a layer and
+micro-batch, n processes, hidden state of h bytes: tensor parallelism 4 (with recomputation 6) sums of h over n, each of
+which passes 2 (n - 1) / n x h (a ring); sequence parallelism the smaller of exchanged heads and gathered keys, there
+and back. The share of the peak is what was measured on one device (`SHARE`, benchmarks/README.md), which counts
+everything that is not a product of matrices.
+
+Costs: 0.2 s for each way of sharing a layer of a 70B model, some milliseconds a layout.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import PretrainedConfig
+
+from jllm.errors import UserError
+from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
+from jllm.models.pipeline.partition import bubble_share, micro_batches_in_flight, partition
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.sequence_parallel.checks import check_sequence_parallel
+from jllm.models.tensor_parallel.slicing import check_tensor_parallel, shared_heads
+from jllm.models.weights.source import causal_class
+from jllm.train.optim.optimizers import KINDS
+from jllm.train.options.optimizer import WITHOUT_MASTERS
+from jllm.train.options.parallelism import SLICED_OPTIMIZERS
+from jllm.train.planning.cluster import Cluster
+
+SHARE, SHARE_EAGER = 0.57, 0.45
+"""Of the peak, that one device reached with compiled decoder layers and without, 8 layers of 4,096 on an H200."""
+ITEM = 2
+"""Bytes of an element of what is exchanged."""
+INTERVALS = (0, 1)
+"""Every so many layers are recomputed."""
+MOST_SHARING = 64
+"""Processes that share a row, as the trainer has it."""
+MOST_ROWS = 8
+"""Of a micro-batch: more gain nothing where rows are long."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a plan is for.
+
+    Attributes:
+        config: of the model.
+        length: tokens of a row.
+        rows: of a step, over all pipelines.
+        optimizer: by the name that `--optimizer` has for it.
+    """
+
+    config: PretrainedConfig
+    length: int
+    rows: int
+    optimizer: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How devices are divided.
+
+    Attributes:
+        pipe, data, sequence, tensor: sizes of the axes.
+        rows: of a micro-batch.
+        micro_batches: of a step, for one pipeline.
+        interval: every so many layers are recomputed; 0 for none.
+    """
+
+    pipe: int
+    data: int
+    sequence: int
+    tensor: int
+    rows: int
+    micro_batches: int
+    interval: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes share a layer, which leaves it uncompiled and its loss not fused."""
+        return self.tensor * self.sequence > 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a layout should need.
+
+    Attributes:
+        layout: of the devices.
+        boundaries: of the stages, in decoder layers.
+        memory: bytes of the fullest device.
+        seconds: of a step.
+        tokens_per_second: over all devices.
+        utilisation: of the devices' peak, recomputation not counted.
+        bubble: share of the time in which stages wait for the pipeline to fill and drain.
+        exchange: share of the time in which devices exchange.
+    """
+
+    layout: Layout
+    boundaries: tuple[int, ...]
+    memory: float
+    seconds: float
+    tokens_per_second: float
+    utilisation: float
+    bubble: float
+    exchange: float
+
+
+def plan(wanted: Wanted, cluster: Cluster) -> tuple[list[Estimate], Estimate | None]:
+    """All layouts that fit, fastest first; and the one that needs least memory, whether it fits or not.
+
+    None where no layout divides the devices and the rows.
+    """
+    costs_of = functools.cache(functools.partial(_costs, wanted))
+    found = [estimate(wanted, cluster, layout, costs_of) for layout in layouts(wanted, cluster)]
+    fitting = [each for each in found if each.memory <= cluster.memory]
+    fitting.sort(key=lambda each: (-each.tokens_per_second, each.memory))
+    return fitting, min(found, key=lambda each: each.memory, default=None)
+
+
+def layouts(wanted: Wanted, cluster: Cluster) -> Iterator[Layout]:
+    """All that divide the devices, the rows and the model, in powers of two but for the stages."""
+    num_layers, devices = count_layers(wanted.config), cluster.devices
+    tensors = [size for size in _powers(cluster.devices_per_node) if _can_be_cut(wanted, size)]
+    sequences = [size for size in _powers(min(devices, wanted.length // 1024)) if _can_be_shared(wanted, size)] or [1]
+    for tensor, sequence in itertools.product(tensors, sequences):
+        if devices % (tensor * sequence):
+            continue
+        rest = devices // (tensor * sequence)
+        for pipe in (each for each in range(1, min(rest, num_layers) + 1) if rest % each == 0):
+            data = rest // pipe
+            if wanted.rows % data:
+                continue
+            own = wanted.rows // data
+            for rows, interval in itertools.product(_powers(min(own, MOST_ROWS)), INTERVALS):
+                if own % rows == 0:
+                    yield Layout(
+                        pipe=pipe,
+                        data=data,
+                        sequence=sequence,
+                        tensor=tensor,
+                        rows=rows,
+                        micro_batches=own // rows,
+                        interval=interval,
+                    )
+
+
+def estimate(
+    wanted: Wanted, cluster: Cluster, layout: Layout, costs_of: Callable[..., Costs] | None = None
+) -> Estimate:
+    """What one layout should need.
+
+    Args:
+        costs_of: costs by tensor, sequence, rows and interval; None to estimate them.
+    """
+    given = {name: getattr(layout, name) for name in ("tensor", "sequence", "rows", "interval")}
+    costs = (costs_of or functools.partial(_costs, wanted))(**given)
+    copies = layout.data * layout.sequence
+    has_masters = wanted.optimizer not in WITHOUT_MASTERS
+    state = state_bytes(
+        torch.bfloat16,
+        moments=KINDS[wanted.optimizer].moments,
+        has_masters=has_masters,
+        sharded_over=copies if has_masters else None,
+    )
+    costs = dataclasses.replace(costs, state=state)
+    boundaries = partition(
+        "fast",
+        config=wanted.config,
+        num_stages=layout.pipe,
+        micro_batches=layout.micro_batches,
+        costs=costs,
+    )
+    stages = [*itertools.pairwise(boundaries)]
+    share = SHARE_EAGER if layout.is_shared else SHARE
+    exchanges = [
+        _exchange_of_a_layer(wanted, cluster, layout) * (end - first)
+        + _exchange_of_ends(wanted, cluster, layout) * ((first == 0) + (end == boundaries[-1]))
+        for first, end in stages
+    ]
+    times = [costs.time(first, end) / (cluster.operations * share) for first, end in stages]
+    turns = layout.micro_batches + layout.pipe - 1
+    slowest, shared = max(zip(times, exchanges, strict=True), key=sum)
+    hand_over = 2 * _hidden(wanted, layout) / _link_between_stages(cluster, layout) if layout.pipe > 1 else 0.0
+    gradients = max(
+        _sum_of_gradients(cluster, layout, float(costs.parameters(*stage).trained), has_masters) for stage in stages
+    )
+    exchange = turns * (shared + hand_over) + gradients
+    seconds = turns * slowest + exchange
+    operations = costs.operations * layout.micro_batches * layout.data
+    fullest = max(
+        costs.memory(*stage, in_flight=micro_batches_in_flight(number, layout.pipe, layout.micro_batches))
+        for number, stage in enumerate(stages)
+    )
+    return Estimate(
+        layout=layout,
+        boundaries=tuple(boundaries),
+        memory=fullest,
+        seconds=seconds,
+        tokens_per_second=wanted.rows * wanted.length / seconds,
+        utilisation=operations / (seconds * cluster.operations * cluster.devices),
+        bubble=bubble_share(layout.pipe, layout.micro_batches),
+        exchange=exchange / seconds,
+    )
+
+
+def _costs(wanted: Wanted, *, tensor: int, sequence: int, rows: int, interval: int) -> Costs:
+    is_shared = tensor * sequence > 1
+    return estimate_costs(
+        wanted.config,
+        sequence_length=wanted.length,
+        micro_batch_size=rows,
+        checkpoint_interval=interval,
+        is_fused=not is_shared,
+        is_compiled=not is_shared,
+        slices=tensor,
+        shares=sequence,
+    )
+
+
+def _can_be_cut(wanted: Wanted, size: int) -> bool:
+    if size > 1 and wanted.optimizer not in SLICED_OPTIMIZERS:
+        return False
+    try:
+        check_tensor_parallel(wanted.config, causal_class(wanted.config), size)
+    except UserError:
+        return False
+    return True
+
+
+def _can_be_shared(wanted: Wanted, size: int) -> bool:
+    if size > 1 and wanted.optimizer not in SLICED_OPTIMIZERS:
+        return False
+    try:
+        if size > 1:
+            check_sequence_parallel(wanted.config, causal_class(wanted.config), size)
+    except UserError:
+        return False
+    return size <= MOST_SHARING
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]
+
+
+def _hidden(wanted: Wanted, layout: Layout) -> float:
+    """Bytes of the hidden state that one process has of a micro-batch."""
+    width = wanted.config.get_text_config(decoder=True).hidden_size
+    return float(layout.rows * wanted.length / layout.sequence * width * ITEM)
+
+
+def _link_between_stages(cluster: Cluster, layout: Layout) -> float:
+    """Bytes a second for each process of a stage, over the slowest link; consecutive ranks are one pipeline."""
+    inside = layout.tensor * layout.sequence
+    if inside * layout.pipe <= cluster.devices_per_node:
+        return cluster.inside
+    return min(cluster.inside, cluster.between / min(inside, cluster.devices_per_node))
+
+
+def _exchange_of_a_layer(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
+    """Seconds of a micro-batch, forward and backward."""
+    text = wanted.config.get_text_config(decoder=True)
+    passes = 3 if layout.interval else 2
+    tensor, sequence = layout.tensor, layout.sequence
+    sums = 2 * passes * 2 * (tensor - 1) / tensor * _hidden(wanted, layout)
+    seconds = cluster.sends(tensor, sums)
+    heads = text.num_attention_heads / tensor
+    keys = max(shared_heads(wanted.config) / tensor, 1.0)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    of_a_head = layout.rows * wanted.length / sequence * size * ITEM
+    exchanged = (2 * heads + 2 * max(keys, sequence)) * of_a_head * (sequence - 1) / sequence
+    gathered = 2 * keys * of_a_head * (sequence - 1)
+    return seconds + cluster.sends(sequence, passes * min(exchanged, gathered), stride=tensor)
+
+
+def _exchange_of_ends(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
+    """Seconds of a micro-batch: slices of the vocabulary sum the embedded tokens, or the gradient before the head."""
+    return cluster.sends(layout.tensor, 2 * (layout.tensor - 1) / layout.tensor * _hidden(wanted, layout))
+
+
+def _sum_of_gradients(cluster: Cluster, layout: Layout, parameters: float, has_masters: bool) -> float:
+    """Seconds of a step: fp32 sums (16 bits without masters), and weights back from those who share the masters."""
+    copies = layout.data * layout.sequence
+    sent = 2 * (copies - 1) / copies * parameters * (4 if has_masters else ITEM)
+    if has_masters:
+        sent += (copies - 1) / copies * parameters * ITEM
+    # Those that share rows lie beside each other, other copies at the same place of each pipeline.
+    stride = layout.tensor * (layout.sequence * layout.pipe if layout.data > 1 else 1)
+    return cluster.sends(copies, sent, stride=stride)

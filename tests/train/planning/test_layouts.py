@@ -1,0 +1,157 @@
+"""Plans beside what was measured on devices, beside counts by hand, and beside each other."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, PretrainedConfig
+
+from jllm.models.pipeline.costs import estimate_costs
+from jllm.train.planning.cluster import Cluster
+from jllm.train.planning.layouts import Layout, Wanted, estimate, layouts, plan
+from tests.models.tiny import tiny_config
+
+GIB = 2**30
+WIDE: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+SMALL = {
+    **WIDE,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+MEASURED = {
+    "wide, Kahan": (WIDE, "adamw_kahan", 1, 2, 8, 36.0, 40_589),
+    "wide, masters": (WIDE, "adamw", 1, 2, 8, 56.8, 39_153),
+    "1.24B, Kahan": (SMALL, "adamw_kahan", 1, 4, 8, 31.0, 65_298),
+    "1.24B, masters": (SMALL, "adamw", 1, 4, 8, 41.7, 63_242),
+    "wide, masters, two stages": (WIDE, "adamw", 2, 2, 16, 38.3, 74_079),
+}
+"""Shape, optimizer, stages, rows and number of micro-batches; GiB and tokens a second on H200s, by
+`benchmarks/gpu_train.py`, as benchmarks/README.md has them."""
+
+
+def cluster(devices: int = 8, **more: Any) -> Cluster:
+    known = {"devices_per_node": 8, "memory": 75.0 * GIB, "operations": 989e12, "inside": 400e9, "between": 50e9}
+    return Cluster(devices=devices, **{**known, **more})
+
+
+def llama(**shape: Any) -> PretrainedConfig:
+    return AutoConfig.for_model("llama", **shape)
+
+
+def of_a_layout(pipe: int = 1, **more: Any) -> Layout:
+    known = {"data": 1, "sequence": 1, "tensor": 1, "rows": 1, "micro_batches": 8, "interval": 0}
+    return Layout(pipe=pipe, **{**known, **more})
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_as_measured(name: str) -> None:
+    """Memory and speed within 15 %."""
+    shape, optimizer, pipe, rows, count, gib, speed = MEASURED[name]
+    wanted = Wanted(config=llama(**shape), length=4096, rows=rows * count, optimizer=optimizer)
+    found = estimate(wanted, cluster(pipe), of_a_layout(pipe, rows=rows, micro_batches=count))
+    assert found.memory / GIB == pytest.approx(gib, rel=0.15)
+    assert found.tokens_per_second == pytest.approx(speed, rel=0.15)
+    assert found.bubble == pytest.approx((pipe - 1) / (count + pipe - 1))
+
+
+@functools.cache
+def tiny_plan(devices: int, length: int, rows: int, optimizer: str, layers: int) -> tuple[Wanted, list[Any], Any]:
+    config = tiny_config("llama", num_hidden_layers=layers)
+    wanted = Wanted(config=config, length=length, rows=rows, optimizer=optimizer)
+    return wanted, *plan(wanted, cluster(devices))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    devices=st.sampled_from([1, 2, 6, 8, 16]),
+    length=st.sampled_from([512, 4096]),
+    rows=st.integers(1, 12),
+    optimizer=st.sampled_from(["adamw", "adamw_kahan"]),
+    layers=st.integers(1, 5),
+)
+def test_layouts_divide_all_there_is(devices: int, length: int, rows: int, optimizer: str, layers: int) -> None:
+    """Devices, rows and layers; none is there twice; what fits is sorted; less memory leaves those that fit in it."""
+    wanted, fitting, leanest = tiny_plan(devices, length, rows, optimizer, layers)
+    found = [each.layout for each in fitting]
+    assert len(set(found)) == len(found) == len([*layouts(wanted, cluster(devices))])
+    for each in fitting:
+        layout = each.layout
+        assert layout.pipe * layout.data * layout.sequence * layout.tensor == devices
+        assert layout.rows * layout.micro_batches * layout.data == rows
+        assert len(each.boundaries) == layout.pipe + 1 <= layers + 1
+        assert length // layout.sequence >= 1024 or layout.sequence == 1
+        assert 0 <= each.exchange < 1
+        assert (optimizer == "adamw") or layout.tensor == 1
+    assert [-each.tokens_per_second for each in fitting] == sorted(-each.tokens_per_second for each in fitting)
+    if leanest is None:
+        assert not found
+        return
+    assert leanest.memory == min(each.memory for each in fitting)
+    limit = sorted(each.memory for each in fitting)[len(fitting) // 2]
+    fewer, _ = plan(wanted, cluster(devices, memory=limit))
+    assert fewer == [each for each in fitting if each.memory <= limit]
+    none, still = plan(wanted, cluster(devices, memory=leanest.memory / 2))
+    assert (none, still) == ([], leanest)
+
+
+def test_shares_of_a_layer() -> None:
+    """Half of each matrix, of its products and of the vocabulary; half of the tokens and all weights."""
+    config = llama(**WIDE)
+    whole, cut, shared = (
+        estimate_costs(config, sequence_length=4096, is_compiled=True, is_fused=True, **more)
+        for more in ({}, {"slices": 2}, {"shares": 2})
+    )
+    vectors = 4096 * (2 * 8 + 1)
+    assert whole.parameters(0, 8).total - vectors == 2 * (cut.parameters(0, 8).total - vectors)
+    assert shared.parameters(0, 8) == whole.parameters(0, 8)
+    assert whole.operations == cut.operations == shared.operations
+    assert whole.time(0, 8) == pytest.approx(2 * cut.time(0, 8)) == pytest.approx(2 * shared.time(0, 8))
+    # Per token of a compiled layer: its input and two norms' outputs and two products' outputs of the width, which all
+    # slices have whole; queries and the heads' outputs, keys, values, gate, up and their product, which are cut.
+    entire, halved = 4 * 4096, 2 * 4096 + 2 * 1024 + 3 * 14_336
+    assert whole.layers[0].activation_bytes == 4096 * 2 * (entire + halved)
+    assert cut.layers[0].activation_bytes == 4096 * 2 * (entire + halved / 2)
+    assert shared.layers[0].activation_bytes == whole.layers[0].activation_bytes / 2
+
+
+def test_exchanges_by_hand() -> None:
+    """Sums over slices, hidden states between stages, gradients over pipelines."""
+    config, rows, length = llama(**WIDE), 2, 4096
+    hidden = rows * length * 4096 * 2
+    slow = cluster(2, operations=1e30, inside=1e9)
+
+    def seconds(*, of_rows: int, **layout: Any) -> float:
+        wanted = Wanted(config=config, length=length, rows=of_rows, optimizer="adamw")
+        return estimate(wanted, slow, of_a_layout(**{"rows": rows, "micro_batches": 4, **layout})).seconds
+
+    sums = 4 * 8 + 2
+    assert seconds(of_rows=8, tensor=2) == pytest.approx(4 * sums * hidden / 1e9)
+    assert seconds(of_rows=8, pipe=2) == pytest.approx((4 + 2 - 1) * 2 * hidden / 1e9)
+    parameters = estimate_costs(config).parameters(0, 8).total
+    assert seconds(of_rows=16, data=2) == pytest.approx(parameters * (4 + 1) / 1e9)
+    gathered, exchanged = 2 * 8 * 128, (2 * 32 + 2 * 8) * 128 / 2
+    of_rows = 2 * 8 * 4 * (hidden / 2 / 4096) * min(gathered, exchanged)
+    assert seconds(of_rows=8, sequence=2) == pytest.approx((of_rows + parameters * (4 + 1)) / 1e9)
+
+
+def test_shared_layers_are_slower_than_their_share() -> None:
+    """They are not compiled; and links cost."""
+    wanted = Wanted(config=llama(**WIDE), length=4096, rows=16, optimizer="adamw")
+    one = estimate(wanted, cluster(1), of_a_layout(rows=2))
+    cut = estimate(wanted, cluster(2), of_a_layout(rows=2, tensor=2))
+    assert one.tokens_per_second < cut.tokens_per_second < 2 * one.tokens_per_second * 0.45 / 0.57
+    assert dataclasses.replace(one.layout, tensor=2) == cut.layout
