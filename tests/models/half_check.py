@@ -158,14 +158,14 @@ def _cut_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             found = _run(_half_of(layer, halves, is_first=False), *_given(between, args, kwargs))
             if _relative(found, expected) <= EXACT and _relative(between, expected) > LIMIT:
                 return halves
-    first, *_, last = [name for name in order if not is_norm[name]]
+    one, *_, last = [name for name in order if not is_norm[name]]
     without = _with_own_modules(layer)
-    setattr(without, first, AbsentPart(parts[first], results[first]))
+    setattr(without, one, AbsentPart(parts[one], results[one]))
     is_parallel = False
     with contextlib.suppress(Exception):
         is_parallel = torch.equal(*(_input_of(last, each, args, kwargs) for each in (layer, without)))
     if is_parallel:
-        raise NotHalvedError(f"{first} and {last} work on the same input")
+        raise NotHalvedError(f"{one} and {last} work on the same input")
     raise NotHalvedError("no place in them separates one part's work from the next one's")
 
 
