@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST = ("spark/", "pages/test_blocks.py", "distributed/", "models/test_compiled.py")
 """Below `tests/`, what takes longest first."""
 APART = ("test_a_page_runs_from_top_to_bottom",)
-"""Tests whose cases share nothing, but for pages that start the launcher as people do, which has one port."""
+"""Tests whose cases share nothing."""
 GGUF = "gguf/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -29,16 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((turn for turn, name in enumerate(LONGEST) if place.startswith(name)), len(LONGEST))
 
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        is_apart = getattr(item, "originalname", None) in APART
+        item.add_marker(pytest.mark.xdist_group(item.name if is_apart else f"{item.path.parent.name}/{item.path.name}"))
     items.sort(key=turn)
-
-
-def group_of(item: pytest.Item) -> str:
-    """What one core runs one after another."""
-    if getattr(item, "originalname", None) not in APART:
-        return f"{item.path.parent.name}/{item.path.name}"
-    page: Path = item.callspec.params["page"]  # type: ignore[attr-defined]
-    return "the launcher's port" if "deepspeed --" in page.read_text(encoding="utf-8") else page.name
 
 
 @pytest.fixture(scope="session")

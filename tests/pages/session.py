@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.distributed.ranks import free_port
 from tests.pages.blocks import ROOT
 
 SECONDS = 240
@@ -24,9 +25,15 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._exports: list[str] = []
+        programs = folder.with_name(f"{folder.name}.bin")
+        programs.mkdir()
+        # The launcher's own port is one for the whole machine, and other tests and runs may have it.
+        launcher = Path(sys.executable).with_name("deepspeed")
+        (programs / "deepspeed").write_text(f'#!/bin/sh\nexec "{launcher}" --master_port {free_port()} "$@"\n')
+        (programs / "deepspeed").chmod(0o755)
         self._environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
