@@ -214,6 +214,8 @@ def plan_stages(
         is_fused=wants_fused_loss(config),
         is_compiled=family.compiling.is_on,
         in_halves=config.split_dlayer and shape.mesh.pipe > 1,
+        slices=shape.mesh.tensor,
+        shares=shape.mesh.sequence,
     )
     operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:
@@ -252,15 +254,13 @@ def plan_stages(
     spans = spans_of(boundaries, in_halves=costs.in_halves)
     for span in spans:
         check_split(family.config, span)
-    # The table is of whole stages and rows, which slices and runs share.
-    limit = _device_memory() if shape.mesh.tensor == shape.mesh.sequence == 1 else None
-    parameters = costs.parameters(0, len(costs.layers))
+    limit, parameters = _device_memory(), costs.model_parameters
     notes = family.adapters.said() if family.adapters is not None else []
     notes += quantisation.said() if quantisation is not None else []
     notes.append(family.compiling.said)
     notes += family.runs.said(length) if family.runs is not None else []
     if shape.mesh.tensor > 1:
-        notes.append(f"{shape.mesh.tensor} processes share each stage of this table, its parameters and its memory")
+        notes.append(f"{shape.mesh.tensor} processes share each stage; the table is of one of them")
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")

@@ -149,6 +149,21 @@ def test_how_rows_are_shared(folder: Path, tmp_path: Path) -> None:
     assert Ranks(2).run(train_rank, options) == [said, said]
 
 
+def test_the_table_is_of_one_process(folder: Path, tmp_path: Path) -> None:
+    """Slices have parts of every matrix and vectors whole; runs of tokens have all weights, and keep less of rows."""
+    found = {}
+    for name, more in (("one", {}), ("cut", {"model_parallel_size": 2}), ("shared", {"sequence_parallel_size": 2})):
+        options = options_of(folder, **more, dry_run=True, json=True)
+        (tmp_path / name).mkdir()
+        found[name] = json.loads(Ranks(1 + bool(more)).run(console_of, options, tmp_path / name)[0])
+    [one], [cut], [shared] = (each["stages"] for each in found.values())
+    assert found["one"]["parameters"] == found["cut"]["parameters"] == found["shared"]["parameters"]
+    assert one["parameters"] == shared["parameters"] == found["one"]["parameters"]
+    assert 0.5 * one["parameters"] < cut["parameters"] < 0.6 * one["parameters"]
+    assert cut["memory_bytes"] < 0.8 * one["memory_bytes"]
+    assert cut["memory_bytes"] < shared["memory_bytes"] < one["memory_bytes"]
+
+
 def test_costs_are_those_of_the_datas_rows(folder: Path, tmp_path: Path) -> None:
     """The stage table is that of rows as long as the data's, by the manifest, whatever `--seq_len` allows."""
     longest = max(len(row["input_ids"]) for row in random_rows(24)) - 1

@@ -137,6 +137,8 @@ class Costs:
     """Of a forward and a backward pass of the whole model, none of them repeated."""
     tied_parameters: Parameters
     """Of the embedding and of the head: one stage that has both holds them once."""
+    model_parameters: Parameters
+    """Of the whole model, however many processes share it."""
     is_measured: bool = False
 
     def of_layers(self) -> "Costs":
@@ -278,16 +280,13 @@ def estimate_costs(
         )
     trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
 
-    def own_elements(parameter: nn.Parameter) -> int:
-        """Of one of the slices: vectors are whole on each."""
-        return math.ceil(parameter.numel() / (slices if parameter.dim() > 1 else 1))
-
-    def count(parameters: Iterable[nn.Parameter]) -> Parameters:
-        known = list(parameters)
+    def count(parameters: Iterable[nn.Parameter], parts: int = slices) -> Parameters:
+        """Vectors are whole in every slice."""
+        known = [(id(each), math.ceil(each.numel() / (parts if each.dim() > 1 else 1))) for each in parameters]
         return Parameters(
-            total=sum(map(own_elements, known)),
-            trained=sum(own_elements(each) for each in known if id(each) in trained),
-            quantised=sum(own_elements(each) for each in known if id(each) in few_bits),
+            total=sum(size for _, size in known),
+            trained=sum(size for each, size in known if each in trained),
+            quantised=sum(size for each, size in known if each in few_bits),
         )
 
     before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
@@ -344,6 +343,7 @@ def estimate_costs(
         * tokens
         * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
         tied_parameters=count(each for each in before if id(each) in in_both),
+        model_parameters=count(model.parameters(), 1),
     )
 
 

@@ -37,4 +37,5 @@ def costs_of(times: list[float], *, head: float = 0.0, activation: float = 1.0, 
         state=StateBytes(trained=1.0, frozen=0.25),
         operations=0.0,
         tied_parameters=all_of(7 if tied else 0),
+        model_parameters=all_of(sum(int(10 * t) for t in times) + (7 if tied else 14)),
     )
