@@ -58,8 +58,7 @@ def plan_rank(options: dict[str, Any], cache: Path) -> list[int]:
         plan = with_cache(cache, lambda: setup.plan_stages(config, shape, family, agreement))
     finally:
         setup.measure_costs = measure
-    boundaries: list[int] = plan.boundaries
-    return boundaries
+    return [0, *(span.end_layer for span in plan.spans)]
 
 
 def test_one_process_measures_and_all_split_alike(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
