@@ -30,6 +30,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.sequence_parallel.checks import check_sequence_parallel
 from jllm.models.tensor_parallel.slicing import check_tensor_parallel, shared_heads
 from jllm.models.weights.source import causal_class
+from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
 from jllm.train.options.parallelism import SLICED_OPTIMIZERS
@@ -131,26 +132,22 @@ def layouts(wanted: Wanted, cluster: Cluster) -> Iterator[Layout]:
     num_layers, devices = count_layers(wanted.config), cluster.devices
     tensors = [size for size in _powers(cluster.devices_per_node) if _can_be_cut(wanted, size)]
     sequences = [size for size in _powers(min(devices, wanted.length // 1024)) if _can_be_shared(wanted, size)] or [1]
-    for tensor, sequence in itertools.product(tensors, sequences):
-        if devices % (tensor * sequence):
+    for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, num_layers + 1)):
+        mesh = Mesh.over(devices, pipe=pipe, sequence=sequence, tensor=tensor)
+        if mesh is None or wanted.rows % mesh.data:
             continue
-        rest = devices // (tensor * sequence)
-        for pipe in (each for each in range(1, min(rest, num_layers) + 1) if rest % each == 0):
-            data = rest // pipe
-            if wanted.rows % data:
-                continue
-            own = wanted.rows // data
-            for rows, interval in itertools.product(_powers(min(own, MOST_ROWS)), INTERVALS):
-                if own % rows == 0:
-                    yield Layout(
-                        pipe=pipe,
-                        data=data,
-                        sequence=sequence,
-                        tensor=tensor,
-                        rows=rows,
-                        micro_batches=own // rows,
-                        interval=interval,
-                    )
+        own = wanted.rows // mesh.data
+        for rows, interval in itertools.product(_powers(min(own, MOST_ROWS)), INTERVALS):
+            if own % rows == 0:
+                yield Layout(
+                    pipe=pipe,
+                    data=mesh.data,
+                    sequence=sequence,
+                    tensor=tensor,
+                    rows=rows,
+                    micro_batches=own // rows,
+                    interval=interval,
+                )
 
 
 def estimate(
