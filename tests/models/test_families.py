@@ -94,6 +94,7 @@ def test_catalogue() -> None:
     assert all(family.shown for family in families)
     assert [name for name in NAMED if not shown_halves(causal_class(tiny_config(name)))[0]] == ["cohere", "cohere2"]
     assert all(family.status == "pass" and not family.not_halved for family in families if family.halves)
+    assert sum(bool(family.halves) for family in families) >= 95
     planned = [family for family in families if family.has_plan]
     assert len(planned) >= 85
     assert sum(family.status == "pass" for family in planned) >= 75
