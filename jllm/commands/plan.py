@@ -40,7 +40,7 @@ class PlanConfig:
 def main(config: PlanConfig) -> None:
     """Say how to divide GPUs for training a model: stages, pipelines, shared rows, slices."""
     from jllm.train.planning.cluster import PEAK_FLOPS, Cluster, peak_of
-    from jllm.train.planning.layouts import Wanted, plan
+    from jllm.train.planning.layouts import Wanted, left_out, plan
     from jllm.train.planning.published import model_config
 
     peak = peak_of(config.gpu)
@@ -69,15 +69,18 @@ def main(config: PlanConfig) -> None:
     if not found:
         raise UserError(
             f"no layout fits {config.gpu_memory} a GPU: the leanest ({flags_of(leanest)}) needs"
-            f" {leanest.memory / 2**30:.1f} GiB; give more --gpus, a shorter --seq_len or --optimizer adamw_kahan"
+            f" {leanest.memory / 2**30:.1f} GiB; give more --gpus, GPUs with more memory or a shorter --seq_len"
         )
+    reasons = left_out(wanted) if config.gpus > 1 else []
     if config.json:
         shown = [dataclasses.asdict(each) for each in found[: config.show]]
-        say(json.dumps({"layouts": shown, "fitting": len(found)}, indent=1))
+        say(json.dumps({"layouts": shown, "fitting": len(found), "left_out": reasons}, indent=1))
         return
     say("\n".join(table(found[: config.show], cluster)))
     if len(found) > config.show:
         say(f"{len(found) - config.show} more fit; --show {len(found)} for all")
+    for reason in reasons:
+        say(f"left out: {reason}")
     say(f"the fastest: {flags_of(found[0])}")
 
 

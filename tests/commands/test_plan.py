@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jllm.commands.plan import main
 from jllm.train.config import TrainConfig
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -49,6 +52,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(each["memory"] <= 38 * 2**30 for each in found["layouts"])
     sizes = [found["layouts"][0]["layout"][axis] for axis in ("pipe", "data", "sequence", "tensor")]
     assert sizes[0] * sizes[1] * sizes[2] * sizes[3] == 16
+
+
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Ways that the trainer would refuse, for their optimizer or their family."""
+    assert "left out" not in plan(capsys)
+    said = plan(capsys, "--optimizer", "adamw_kahan").splitlines()
+    assert [line for line in said if line.startswith("left out")] == [
+        "left out: --optimizer adamw_kahan was not shown to work where processes share layers"
+    ]
+    make_folder(tiny_config("mamba"), tmp_path)
+    main(["-m", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    given = [each.split(":")[0] for each in found["left_out"]]
+    assert given == ["--model_parallel_size 2", "--sequence_parallel_size 2"]
+    assert all(each["layout"]["tensor"] == each["layout"]["sequence"] == 1 for each in found["layouts"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import SHORT, options_of, records, train_rank
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -26,22 +26,8 @@ def test_family_through_deepspeed(ranks: Callable[[int], Ranks], tmp_path: Path,
     make_folder(tiny_config(family, tied=family in ("gemma2", "qwen3"), vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
     options = {"optimizer": "sgd", "learning_rate": 0.02, "gradient_clipping": 0.7, "seed": 7}
-    ranks(2).run(
-        train_rank,
-        {
-            **options,
-            "model": model,
-            "train_data": (str(data),),
-            "precision": "fp32",
-            "pipe_parallel_size": 2,
-            "gradient_accumulation_steps": 2,
-            "per_device_train_batch_size": 2,
-            "max_steps": STEPS,
-            "lr_scheduler_type": "constant",
-            "output_dir": tmp_path / "out",
-            "partition_method": "uniform",
-        },
-    )
+    more = {"max_steps": STEPS, "output_dir": tmp_path / "out", "partition_method": "uniform"}
+    assert ranks(2).run(train_rank, options_of(tmp_path, {**options, **SHORT}, **more)) == [None] * 2
     losses, norms, weights = train_reference(
         model, batches_in_order(data, steps=STEPS, global_batch=4, seed=options["seed"]), options=options
     )

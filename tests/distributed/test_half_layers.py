@@ -10,7 +10,8 @@ import pytest
 from tests.data.pairs import random_pairs, write_pairs
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
-from tests.distributed.runs import records, train_ranks
+from tests.distributed.runs import SHORT, records, train_ranks
+from tests.distributed.runs import options_of as short_run
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -39,19 +40,8 @@ WHOLE: dict[str, Any] = {"partition_method": "uniform"}
 
 def options_of(folder: Path, family: str, name: str, **more: Any) -> dict[str, Any]:
     """Options of a run on two stages, whose folder is `name` beside the family's."""
-    return {
-        **SETTINGS,
-        "model": folder / family,
-        "train_data": (str(folder / "data"),),
-        "precision": "fp32",
-        "pipe_parallel_size": 2,
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2,
-        "max_steps": STEPS,
-        "lr_scheduler_type": "constant",
-        "output_dir": folder / f"{family} {name}",
-        **more,
-    }
+    settings = {**SETTINGS, **SHORT, "max_steps": STEPS, "output_dir": folder / f"{family} {name}"}
+    return short_run(folder, settings, **{"model": folder / family, **more})
 
 
 def resumed_runs(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from jllm.models.weights.source import weight_files
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import records, train_ranks
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -17,11 +17,6 @@ from tests.models.tiny import tiny_config
 STEPS = 4
 SLICES = {"model_parallel_size": 2, "pipe_parallel_size": 2}
 OF_EVALUATIONS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "loss_p99", "entropy_p50")
-
-
-def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
-    """One rank of several runs, one after the other, in one process group."""
-    return [train_rank(options) for options in runs]
 
 
 def options_of(folder: Path, name: str, **more: Any) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def plan_runs(
         UserError: ulysses, and the processes do not divide the heads.
     """
     text = config.get_text_config(decoder=True)
-    heads = _size(text, "num_attention_heads")
+    heads = size_of(text, "num_attention_heads")
     divides = heads % (slices * size) == 0
     if mode == ULYSSES and not divides:
         of_slices = f" in {slices} slices" if slices > 1 else ""
@@ -82,15 +82,15 @@ def plan_runs(
 def token_cost(text: PretrainedConfig) -> TokenCost:
     """What tokens cost in a model of this configuration, by the sizes that families share: products of its linear maps
     are counted in keys, each of which costs two products of a token's width."""
-    layers, width, heads = (_size(text, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    keys = _size(text, "num_key_value_heads") or heads
-    of_heads = heads * (_size(text, "head_dim") or width // heads)
-    chosen = _size(text, "num_experts_per_tok")
-    inner = _size(text, "intermediate_size") or 4 * width
+    layers, width, heads = (size_of(text, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    keys = size_of(text, "num_key_value_heads") or heads
+    of_heads = heads * (size_of(text, "head_dim") or width // heads)
+    chosen = size_of(text, "num_experts_per_tok")
+    inner = size_of(text, "intermediate_size") or 4 * width
     if chosen > 1:
-        inner = chosen * (_size(text, "moe_intermediate_size") or inner)
+        inner = chosen * (size_of(text, "moe_intermediate_size") or inner)
     linear = 2 * width * of_heads + 2 * width * of_heads * keys // heads + 3 * width * inner
-    window = _size(text, "sliding_window") or None
+    window = size_of(text, "sliding_window") or None
     default = "full_attention" if window is None else "sliding_attention"
     kinds = Counter(getattr(text, "layer_types", None) or [default] * layers)
     windows: Counter[int | None] = Counter()
@@ -99,7 +99,7 @@ def token_cost(text: PretrainedConfig) -> TokenCost:
     return TokenCost(apart=layers * max(1, linear // (2 * of_heads)), windows=tuple(windows.items()))
 
 
-def _size(text: PretrainedConfig, name: str) -> int:
+def size_of(text: PretrainedConfig, name: str) -> int:
     """A size of a configuration, the largest where layers have their own; 0 where it has none.
 
     Read as it is stored, if it is: some configurations refuse to be asked for what may differ between layers.

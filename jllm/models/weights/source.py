@@ -357,7 +357,7 @@ def bare_model(config: PretrainedConfig, family: type[PreTrainedModel], *, dtype
     try:
         with torch.device("meta"), quiet():
             model: PreTrainedModel = family._from_config(copy.deepcopy(config), dtype=dtype)
-    except (*_OF_A_CONFIG, RuntimeError) as error:
+    except (*_OF_A_CONFIG, ImportError, RuntimeError) as error:  # some need a package that is not here
         why = " ".join(str(error).split())[:300]
         raise UserError(
             f"config.json: no {family.__name__} can be built from it ({type(error).__name__}: {why}); give the"

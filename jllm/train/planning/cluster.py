@@ -46,6 +46,10 @@ class Cluster:
     inside: float
     between: float
 
+    def holds(self, ranks: int) -> bool:
+        """Whether groups of so many consecutive ranks never lie in two nodes."""
+        return self.devices_per_node % ranks == 0 or self.devices <= self.devices_per_node
+
     def sends(self, size: int, bytes_of_each: float, *, stride: int = 1) -> float:
         """Seconds in which each of `size` devices passes `bytes_of_each` on to its neighbour in a ring.
 
@@ -53,7 +57,7 @@ class Cluster:
         """
         if size == 1:
             return 0.0
-        if size * stride <= self.devices_per_node:
+        if self.holds(size * stride):
             return bytes_of_each / self.inside
         # A ring through several nodes leaves each of them once, and so do the rings beside it.
         return bytes_of_each / min(self.inside, self.between / min(stride, self.devices_per_node))

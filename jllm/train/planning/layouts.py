@@ -15,20 +15,23 @@ everything that is not a product of matrices.
 Costs: 0.2 s for each way of sharing a layer of a 70B model, some milliseconds a layout.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
+from jllm.models.families import check_split
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import bubble_share, micro_batches_in_flight, partition
+from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.sequence_parallel.checks import check_sequence_parallel
-from jllm.models.tensor_parallel.slicing import check_tensor_parallel, shared_heads
+from jllm.models.sequence_parallel.checks import check_sequence_parallel, size_of
+from jllm.models.tensor_parallel.slicing import check_tensor_parallel
 from jllm.models.weights.source import causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
@@ -119,9 +122,16 @@ def plan(wanted: Wanted, cluster: Cluster) -> tuple[list[Estimate], Estimate | N
     """All layouts that fit, fastest first; and the one that needs least memory, whether it fits or not.
 
     None where no layout divides the devices and the rows.
+
+    Raises:
+        UserError: the model cannot be built, or has no list of decoder layers.
     """
     costs_of = functools.cache(functools.partial(_costs, wanted))
-    found = [estimate(wanted, cluster, layout, costs_of) for layout in layouts(wanted, cluster)]
+    costs_of(tensor=1, sequence=1, rows=1, interval=0)  # whatever is wrong with the model is said here
+    found = []
+    for layout in layouts(wanted, cluster):
+        with contextlib.suppress(UserError):  # layers that have to be on one stage leave no such cut
+            found.append(estimate(wanted, cluster, layout, costs_of))
     fitting = [each for each in found if each.memory <= cluster.memory]
     fitting.sort(key=lambda each: (-each.tokens_per_second, each.memory))
     return fitting, min(found, key=lambda each: each.memory, default=None)
@@ -129,10 +139,12 @@ def plan(wanted: Wanted, cluster: Cluster) -> tuple[list[Estimate], Estimate | N
 
 def layouts(wanted: Wanted, cluster: Cluster) -> Iterator[Layout]:
     """All that divide the devices, the rows and the model, in powers of two but for the stages."""
-    num_layers, devices = count_layers(wanted.config), cluster.devices
-    tensors = [size for size in _powers(cluster.devices_per_node) if _can_be_cut(wanted, size)]
-    sequences = [size for size in _powers(min(devices, wanted.length // 1024)) if _can_be_shared(wanted, size)] or [1]
-    for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, num_layers + 1)):
+    devices = cluster.devices
+    tensors = [size for size in _powers(cluster.devices_per_node) if why_not_cut(wanted, size) is None]
+    longest = min(devices, wanted.length // 1024, MOST_SHARING)
+    sequences = [1, *(size for size in _powers(longest)[1:] if why_not_shared(wanted, size) is None)]
+    most_stages = count_layers(wanted.config) if why_not_split(wanted) is None else 1
+    for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, most_stages + 1)):
         mesh = Mesh.over(devices, pipe=pipe, sequence=sequence, tensor=tensor)
         if mesh is None or wanted.rows % mesh.data:
             continue
@@ -157,6 +169,9 @@ def estimate(
 
     Args:
         costs_of: costs by tensor, sequence, rows and interval; None to estimate them.
+
+    Raises:
+        UserError: the model cannot be cut into so many stages.
     """
     given = {name: getattr(layout, name) for name in ("tensor", "sequence", "rows", "interval")}
     costs = (costs_of or functools.partial(_costs, wanted))(**given)
@@ -176,6 +191,8 @@ def estimate(
         micro_batches=layout.micro_batches,
         costs=costs,
     )
+    for span in spans_of(boundaries):
+        check_split(wanted.config, span)
     stages = [*itertools.pairwise(boundaries)]
     share = SHARE_EAGER if layout.is_shared else SHARE
     exchanges = [
@@ -223,25 +240,43 @@ def _costs(wanted: Wanted, *, tensor: int, sequence: int, rows: int, interval: i
     )
 
 
-def _can_be_cut(wanted: Wanted, size: int) -> bool:
-    if size > 1 and wanted.optimizer not in SLICED_OPTIMIZERS:
-        return False
-    try:
-        check_tensor_parallel(wanted.config, causal_class(wanted.config), size)
-    except UserError:
-        return False
-    return True
+def left_out(wanted: Wanted) -> list[str]:
+    """For people: why there are no layouts with stages, slices or shared rows."""
+    reasons = why_not_split(wanted), why_not_cut(wanted, 2), why_not_shared(wanted, 2)
+    return [*dict.fromkeys(each for each in reasons if each is not None)]
 
 
-def _can_be_shared(wanted: Wanted, size: int) -> bool:
-    if size > 1 and wanted.optimizer not in SLICED_OPTIMIZERS:
-        return False
+def why_not_split(wanted: Wanted) -> str | None:
+    """Why the model cannot be cut into stages, whichever these are; None where it can."""
     try:
-        if size > 1:
-            check_sequence_parallel(wanted.config, causal_class(wanted.config), size)
-    except UserError:
-        return False
-    return size <= MOST_SHARING
+        check_split(wanted.config, spans_of([0, 1, max(2, count_layers(wanted.config))])[0])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def why_not_cut(wanted: Wanted, size: int) -> str | None:
+    """Why so many processes cannot share the matrices of a stage; None where they can."""
+    return _refusal(wanted, size, check_tensor_parallel)
+
+
+def why_not_shared(wanted: Wanted, size: int) -> str | None:
+    """Why so many processes cannot share the tokens of a row; None where they can."""
+    return _refusal(wanted, size, check_sequence_parallel)
+
+
+def _refusal(
+    wanted: Wanted, size: int, check: Callable[[PretrainedConfig, type[PreTrainedModel], int], None]
+) -> str | None:
+    if size == 1:
+        return None
+    if wanted.optimizer not in SLICED_OPTIMIZERS:
+        return f"--optimizer {wanted.optimizer} was not shown to work where processes share layers"
+    try:
+        check(wanted.config, causal_class(wanted.config), size)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _powers(most: int) -> list[int]:
@@ -257,7 +292,7 @@ def _hidden(wanted: Wanted, layout: Layout) -> float:
 def _link_between_stages(cluster: Cluster, layout: Layout) -> float:
     """Bytes a second for each process of a stage, over the slowest link; consecutive ranks are one pipeline."""
     inside = layout.tensor * layout.sequence
-    if inside * layout.pipe <= cluster.devices_per_node:
+    if cluster.holds(inside * layout.pipe):
         return cluster.inside
     return min(cluster.inside, cluster.between / min(inside, cluster.devices_per_node))
 
@@ -269,9 +304,11 @@ def _exchange_of_a_layer(wanted: Wanted, cluster: Cluster, layout: Layout) -> fl
     tensor, sequence = layout.tensor, layout.sequence
     sums = 2 * passes * 2 * (tensor - 1) / tensor * _hidden(wanted, layout)
     seconds = cluster.sends(tensor, sums)
-    heads = text.num_attention_heads / tensor
-    keys = max(shared_heads(wanted.config) / tensor, 1.0)
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if sequence == 1:
+        return seconds
+    heads = size_of(text, "num_attention_heads") / tensor
+    keys = max((size_of(text, "num_key_value_heads") or heads * tensor) / tensor, 1.0)
+    size = size_of(text, "head_dim") or text.hidden_size // size_of(text, "num_attention_heads")
     of_a_head = layout.rows * wanted.length / sequence * size * ITEM
     exchanged = (2 * heads + 2 * max(keys, sequence)) * of_a_head * (sequence - 1) / sequence
     gathered = 2 * keys * of_a_head * (sequence - 1)

@@ -10,13 +10,8 @@ pytest.importorskip("peft", reason="peft is not installed: pip install .[adapter
 
 from tests.distributed.adapted import adapter_in, lora_options, save_model
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import records, train_rank
+from tests.distributed.runs import records, train_ranks
 from tests.fixtures import random_rows, write_rows
-
-
-def train_ranks(runs: list[dict[str, Any]]) -> list[str | None]:
-    """One rank of several runs, one after the other, in one process group."""
-    return [train_rank(options) for options in runs]
 
 
 def test_lora_beside_slices(tmp_path: Path) -> None:

@@ -14,3 +14,5 @@ def test_links() -> None:
     assert found.sends(16, 4e9) == 4e9 / 50e9
     assert found.sends(16, 4e9, stride=2) == 4e9 / 25e9
     assert dataclasses.replace(found, between=1e15).sends(4, 4e9, stride=8) == 4e9 / 400e9, "no faster than inside"
+    assert found.sends(3, 4e9) == 4e9 / 50e9, "groups of three lie in two nodes now and then"
+    assert dataclasses.replace(found, devices=6).sends(3, 4e9) == 4e9 / 400e9

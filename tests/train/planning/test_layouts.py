@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, PretrainedConfig
 
+from jllm.errors import UserError
 from jllm.models.pipeline.costs import estimate_costs
 from jllm.train.planning.cluster import Cluster
-from jllm.train.planning.layouts import Layout, Wanted, estimate, layouts, plan
+from jllm.train.planning.layouts import Layout, Wanted, estimate, layouts, left_out, plan
 from tests.models.tiny import tiny_config
 
 GIB = 2**30
@@ -155,3 +156,19 @@ def test_shared_layers_are_slower_than_their_share() -> None:
     cut = estimate(wanted, cluster(2), of_a_layout(rows=2, tensor=2))
     assert one.tokens_per_second < cut.tokens_per_second < 2 * one.tokens_per_second * 0.45 / 0.57
     assert dataclasses.replace(one.layout, tensor=2) == cut.layout
+
+
+@pytest.mark.parametrize(
+    ("family", "stages"), [("mamba", 4), ("gemma3n_text", None), ("bart", None), ("falcon_h1", 1), ("gemma4_text", 4)]
+)
+def test_of_any_family(family: str, stages: int | None) -> None:
+    """Only what the trainer takes: other families in one stage, or not at all, with the reason."""
+    wanted = Wanted(config=tiny_config(family), length=4096, rows=4, optimizer="adamw")
+    if stages is None:
+        with pytest.raises(UserError, match="list of decoder layers|can be built from it"):
+            plan(wanted, cluster(4))
+        return
+    found, _ = plan(wanted, cluster(4))
+    assert max(each.layout.pipe for each in found) == stages
+    said = left_out(wanted)
+    assert any("cannot be split into 2 pipeline stages" in each for each in said) == (stages == 1)
