@@ -165,7 +165,7 @@ def test_of_any_family(family: str, stages: int | None) -> None:
     """Only what the trainer takes: other families in one stage, or not at all, with the reason."""
     wanted = Wanted(config=tiny_config(family), length=4096, rows=4, optimizer="adamw")
     if stages is None:
-        with pytest.raises(UserError, match="list of decoder layers|can be built from it"):
+        with pytest.raises(UserError, match=r"list of decoder layers|can be built from it"):
             plan(wanted, cluster(4))
         return
     found, _ = plan(wanted, cluster(4))
