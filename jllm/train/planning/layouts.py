@@ -130,7 +130,7 @@ def plan(wanted: Wanted, cluster: Cluster) -> tuple[list[Estimate], Estimate | N
     costs_of(tensor=1, sequence=1, rows=1, interval=0)  # whatever is wrong with the model is said here
     found = []
     for layout in layouts(wanted, cluster):
-        with contextlib.suppress(UserError):  # layers that have to be on one stage leave no such cut
+        with contextlib.suppress(UserError):  # it cannot be cut into these stages
             found.append(estimate(wanted, cluster, layout, costs_of))
     fitting = [each for each in found if each.memory <= cluster.memory]
     fitting.sort(key=lambda each: (-each.tokens_per_second, each.memory))
@@ -143,8 +143,7 @@ def layouts(wanted: Wanted, cluster: Cluster) -> Iterator[Layout]:
     tensors = [size for size in _powers(cluster.devices_per_node) if why_not_cut(wanted, size) is None]
     longest = min(devices, wanted.length // 1024, MOST_SHARING)
     sequences = [1, *(size for size in _powers(longest)[1:] if why_not_shared(wanted, size) is None)]
-    most_stages = count_layers(wanted.config) if why_not_split(wanted) is None else 1
-    for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, most_stages + 1)):
+    for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, count_layers(wanted.config) + 1)):
         mesh = Mesh.over(devices, pipe=pipe, sequence=sequence, tensor=tensor)
         if mesh is None or wanted.rows % mesh.data:
             continue

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from jllm.errors import UserError
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.weights import loading
-from jllm.models.weights.source import model_info, read_config, weight_of_quantised
+from jllm.models.weights.source import bare_model, model_info, read_config, weight_of_quantised
+from tests.models.tiny import tiny_config
 
 WHOLE = StageSpan(index=0, count=1, first_layer=0, end_layer=4)
 
@@ -163,3 +165,14 @@ def test_quantised_weights_are_refused_whatever_the_configuration_says(
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     save_file({**load_file(folder / "model.safetensors"), name: tensor}, copy / "model.safetensors", {"format": "pt"})
     assert f"holds {name} (" in refused(copy)
+
+
+class NeedsPackage(LlamaForCausalLM):
+    def __init__(self, config: object) -> None:
+        raise ImportError("the model requires\nthe timm library")
+
+
+def test_a_package_that_is_not_here_is_one_line() -> None:
+    with pytest.raises(UserError, match="no NeedsPackage can be built") as raised:
+        bare_model(tiny_config("llama"), NeedsPackage, dtype=torch.float32)
+    assert "ImportError: the model requires the timm library" in str(raised.value)
