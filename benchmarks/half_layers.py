@@ -17,34 +17,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 from jllm.models.pipeline.costs import Costs, estimate_costs  # noqa: E402
 from jllm.models.pipeline.partition import partition  # noqa: E402
+from jllm.train.planning.published import PUBLISHED  # noqa: E402
 
 LENGTH = 4096
 
 
-def shape(kind: Any, vocab: int, width: int, inner: int, layers: int, heads: int) -> PretrainedConfig:
-    config: PretrainedConfig = kind(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-    return config
-
-
-MODELS = {
-    "1.7B": (shape(Qwen3Config, 151_936, 2048, 6144, 28, 16), (2, 4, 8)),
-    "8B": (shape(LlamaConfig, 128_256, 4096, 14_336, 32, 32), (2, 4, 8)),
-    "8B with 256,000 words": (shape(LlamaConfig, 256_000, 4096, 14_336, 32, 32), (2, 4, 8)),
-    "14B": (shape(Qwen3Config, 151_936, 5120, 17_408, 40, 40), (2, 4, 8)),
-    "32B": (shape(Qwen3Config, 151_936, 5120, 25_600, 64, 64), (4, 8, 16)),
-    "70B": (shape(LlamaConfig, 128_256, 8192, 28_672, 80, 64), (4, 8, 16)),
+MODELS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "1.7B": (PUBLISHED["qwen3-1.7b"], (2, 4, 8)),
+    "8B": (PUBLISHED["llama-3-8b"], (2, 4, 8)),
+    "8B with 256,000 words": ({**PUBLISHED["llama-3-8b"], "vocab_size": 256_000}, (2, 4, 8)),
+    "14B": (PUBLISHED["qwen3-14b"], (2, 4, 8)),
+    "32B": (PUBLISHED["qwen3-32b"], (4, 8, 16)),
+    "70B": (PUBLISHED["llama-3-70b"], (4, 8, 16)),
 }
 
 
@@ -73,7 +61,11 @@ def gains(config: Any, stages: int) -> dict[str, float]:
 
 def main() -> int:
     """Work out, report."""
-    table = {f"{name} x{stages}": gains(config, stages) for name, (config, many) in MODELS.items() for stages in many}
+    table = {
+        f"{name} x{stages}": gains(AutoConfig.for_model(**shape), stages)
+        for name, (shape, many) in MODELS.items()
+        for stages in many
+    }
     usual = [row["half_layers"] for row in table.values() if row["layers_a_stage"] >= 8]
     print(json.dumps({"benchmark": "half_layers", "ratio": round(1 + max(usual) / 100, 3), "gains_percent": table}))
     return 0

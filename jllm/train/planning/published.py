@@ -32,7 +32,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": _shape(_LLAMA_3, hidden=3072, inner=8192, layers=28, heads=24, tie_word_embeddings=True),
     "llama-3-8b": _shape(_LLAMA_3, hidden=4096, inner=14_336, layers=32, heads=32),
     "llama-3-70b": _shape(_LLAMA_3, hidden=8192, inner=28_672, layers=80, heads=64),
+    "qwen3-1.7b": _shape(_QWEN_3, hidden=2048, inner=6144, layers=28, heads=16, tie_word_embeddings=True),
     "qwen3-8b": _shape(_QWEN_3, hidden=4096, inner=12_288, layers=36, heads=32),
+    "qwen3-14b": _shape(_QWEN_3, hidden=5120, inner=17_408, layers=40, heads=40),
     "qwen3-32b": _shape(_QWEN_3, hidden=5120, inner=25_600, layers=64, heads=64),
     "mistral-7b": _shape(
         {"model_type": "mistral", "vocab_size": 32_000, "num_key_value_heads": 8, "sliding_window": None},

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, PretrainedConfig
 
+from benchmarks.gpu_rows import SETTINGS, llama
+from benchmarks.planned import MEASURED, planned
 from jllm.errors import UserError
 from jllm.models.pipeline.costs import estimate_costs
 from jllm.train.planning.cluster import Cluster
@@ -16,41 +17,11 @@ from jllm.train.planning.layouts import Layout, Wanted, estimate, layouts, left_
 from tests.models.tiny import tiny_config
 
 GIB = 2**30
-WIDE: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-SMALL = {
-    **WIDE,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-MEASURED = {
-    "wide, Kahan": (WIDE, "adamw_kahan", 1, 2, 8, 36.0, 40_589),
-    "wide, masters": (WIDE, "adamw", 1, 2, 8, 56.8, 39_153),
-    "1.24B, Kahan": (SMALL, "adamw_kahan", 1, 4, 8, 31.0, 65_298),
-    "1.24B, masters": (SMALL, "adamw", 1, 4, 8, 41.7, 63_242),
-    "wide, masters, two stages": (WIDE, "adamw", 2, 2, 16, 38.3, 74_079),
-}
-"""Shape, optimizer, stages, rows and number of micro-batches; GiB and tokens a second on H200s, by
-`benchmarks/gpu_train.py`, as benchmarks/README.md has them."""
 
 
 def cluster(devices: int = 8, **more: Any) -> Cluster:
     known = {"devices_per_node": 8, "memory": 75.0 * GIB, "operations": 989e12, "inside": 400e9, "between": 50e9}
     return Cluster(devices=devices, **{**known, **more})
-
-
-def llama(**shape: Any) -> PretrainedConfig:
-    return AutoConfig.for_model("llama", **shape)
 
 
 def of_a_layout(pipe: int = 1, **more: Any) -> Layout:
@@ -61,12 +32,11 @@ def of_a_layout(pipe: int = 1, **more: Any) -> Layout:
 @pytest.mark.parametrize("name", MEASURED)
 def test_as_measured(name: str) -> None:
     """Memory and speed within 15 %."""
-    shape, optimizer, pipe, rows, count, gib, speed = MEASURED[name]
-    wanted = Wanted(config=llama(**shape), length=4096, rows=rows * count, optimizer=optimizer)
-    found = estimate(wanted, cluster(pipe), of_a_layout(pipe, rows=rows, micro_batches=count))
+    found, setting = planned(name), SETTINGS[name]
+    gib, speed = MEASURED[name]
     assert found.memory / GIB == pytest.approx(gib, rel=0.15)
     assert found.tokens_per_second == pytest.approx(speed, rel=0.15)
-    assert found.bubble == pytest.approx((pipe - 1) / (count + pipe - 1))
+    assert found.bubble == pytest.approx((setting.stages - 1) / (setting.accumulation + setting.stages - 1))
 
 
 @functools.cache
@@ -111,7 +81,7 @@ def test_layouts_divide_all_there_is(devices: int, length: int, rows: int, optim
 
 def test_shares_of_a_layer() -> None:
     """Half of each matrix, of its products and of the vocabulary; half of the tokens and all weights."""
-    config = llama(**WIDE)
+    config = llama("wide")
     whole, cut, shared = (
         estimate_costs(config, sequence_length=4096, is_compiled=True, is_fused=True, **more)
         for more in ({}, {"slices": 2}, {"shares": 2})
@@ -131,7 +101,7 @@ def test_shares_of_a_layer() -> None:
 
 def test_exchanges_by_hand() -> None:
     """Sums over slices, hidden states between stages, gradients over pipelines."""
-    config, rows, length = llama(**WIDE), 2, 4096
+    config, rows, length = llama("wide"), 2, 4096
     hidden = rows * length * 4096 * 2
     slow = cluster(2, operations=1e30, inside=1e9)
 
@@ -151,7 +121,7 @@ def test_exchanges_by_hand() -> None:
 
 def test_shared_layers_are_slower_than_their_share() -> None:
     """They are not compiled; and links cost."""
-    wanted = Wanted(config=llama(**WIDE), length=4096, rows=16, optimizer="adamw")
+    wanted = Wanted(config=llama("wide"), length=4096, rows=16, optimizer="adamw")
     one = estimate(wanted, cluster(1), of_a_layout(rows=2))
     cut = estimate(wanted, cluster(2), of_a_layout(rows=2, tensor=2))
     assert one.tokens_per_second < cut.tokens_per_second < 2 * one.tokens_per_second * 0.45 / 0.57

@@ -1,0 +1,72 @@
+"""What `jllm plan` estimates, beside what `gpu_train.py` measured: memory and tokens a second of the same settings.
+
+    python benchmarks/planned.py
+
+`MEASURED` is copied from the table of H200 figures in benchmarks/README.md. Prints one JSON line; `ratio` is the one of
+all estimates over their measurements that is furthest from 1. Needs no device, and takes some seconds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_rows import SETTINGS, llama  # noqa: E402
+from jllm.train.planning.cluster import Cluster, peak_of  # noqa: E402
+from jllm.train.planning.layouts import Estimate, Layout, Wanted, estimate  # noqa: E402
+
+MEASURED = {
+    "wide-kahan": (36.0, 40_589),
+    "wide-masters": (56.8, 39_153),
+    "1b-kahan": (31.0, 65_298),
+    "1b-masters": (41.7, 63_242),
+    "two-stages": (38.3, 74_079),
+}
+"""By the name of the setting: GiB of the fullest device (1b-masters: of its packed rows), and tokens a second."""
+
+
+def planned(name: str) -> Estimate:
+    """The estimate of a setting."""
+    setting = SETTINGS[name]
+    peak = peak_of("H200")
+    assert peak is not None
+    devices = {"devices": setting.stages, "devices_per_node": 8}
+    cluster = Cluster(**devices, memory=140.0 * 2**30, operations=peak, inside=400e9, between=50e9)
+    layout = Layout(
+        pipe=setting.stages,
+        data=1,
+        sequence=1,
+        tensor=1,
+        rows=setting.rows,
+        micro_batches=setting.accumulation,
+        interval=int(setting.recompute),
+    )
+    wanted = Wanted(
+        config=llama(setting.shape),
+        length=setting.length,
+        rows=setting.rows * setting.accumulation,
+        optimizer="adamw_kahan" if setting.states == "bf16" else "adamw",
+    )
+    return estimate(wanted, cluster, layout)
+
+
+def main() -> int:
+    """Work out, report."""
+    table, ratios = {}, []
+    for name, (memory, speed) in MEASURED.items():
+        found = planned(name)
+        gib = found.memory / 2**30
+        table[name] = {
+            "memory_gib": [round(gib, 1), memory],
+            "tokens_per_second": [round(found.tokens_per_second), speed],
+        }
+        ratios += [gib / memory, found.tokens_per_second / speed]
+    furthest = max(ratios, key=lambda ratio: abs(ratio - 1))
+    print(json.dumps({"benchmark": "planned", "ratio": round(furthest, 3), "estimated_and_measured": table}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
