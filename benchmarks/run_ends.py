@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from jllm.machine import usable_cores
+from jllm.parallel.ports import free_port
 from tests.distributed.launched import Run, end_group, is_launcher, rank_processes, wait_until
-from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
 from tests.fixtures import model_and_data
 

@@ -20,10 +20,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jllm.parallel.ports import free_port  # noqa: E402
 from tests.distributed.launched import Run  # noqa: E402
 from tests.distributed.namespaces import ADDRESSES, Namespaces, why_not  # noqa: E402
 from tests.distributed.nodes import node_command  # noqa: E402
-from tests.distributed.ranks import free_port  # noqa: E402
 from tests.distributed.runs import records  # noqa: E402
 from tests.fixtures import write_rows  # noqa: E402
 

@@ -21,7 +21,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from jllm.parallel.ports import free_port  # noqa: E402
 
 TIMEOUT_SECONDS = 15
 CHECKPOINT_STEPS = 10
@@ -330,12 +331,6 @@ def environment_of(process: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
     return []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:

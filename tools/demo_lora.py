@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from typing import Any
 from jllm import atomic
 from jllm.errors import UserError
 from jllm.options import command, option
+from jllm.parallel.ports import free_port
 
 RUN = Path("demo-run")
 FOLDER = RUN / "lora"
@@ -116,12 +116,6 @@ def train_command(steps: int, held_out: Path) -> str:
             f"--log_dir {FOLDER}/log --output_dir {FOLDER}/adapter",
         )
     )
-
-
-def free_port() -> int:
-    """One that no other run of this machine meets at."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def questions(modules: tuple[str, ...]) -> Iterator[dict[str, str]]:

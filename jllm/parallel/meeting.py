@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jllm.errors import UserError, printable, say
@@ -104,8 +105,10 @@ class Meeting:
         self._port = int(os.environ["MASTER_PORT"])
         self._store = self._open()
 
-    def attend(self, facts: Facts, offer: Any = None) -> "Met":
+    def attend(self, facts: Facts, offer: Callable[[], Any]) -> "Met":
         """Come, wait for all, and hear the verdict.
+
+        The first process makes its offer now, when the store has its port: an offer that listens cannot take that.
 
         Raises:
             UserError: some differ, one refuses, or some have not come in time.
@@ -117,7 +120,7 @@ class Meeting:
             )
         self._store.add(self._key("arrived"), 1)
         if self._rank == 0:
-            return self._decide(facts, offer)
+            return self._decide(facts, offer())
         try:
             return self._heed()
         except UserError:
@@ -298,8 +301,8 @@ _meetings: list[Meeting | None] = []
 """None for one that did not come about. A store lives as long as its process."""
 
 
-def attend(*, rank: int, world_size: int, timeout: float, facts: Facts, offer: Any = None) -> Met:
-    """Meet all processes of the run, which all call this.
+def attend(*, rank: int, world_size: int, timeout: float, facts: Facts, offer: Callable[[], Any]) -> Met:
+    """Meet all processes of the run, which all call this; `offer` is called on the first one.
 
     Raises:
         UserError: as `Meeting.attend`.

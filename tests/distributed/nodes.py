@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jllm.parallel.ports import free_port
 from tests.distributed.launched import Run, end_group
-from tests.distributed.ranks import free_port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,23 +6,17 @@ that pile up in one process have threads that wake up all the time, which slows 
 
 import os
 import queue
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from jllm.parallel.ports import free_port
 from tests.forks import context
 
 SECONDS_AFTER_A_DEATH = 10
 """For which the others may still answer."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:
@@ -73,7 +67,7 @@ class Ranks:
                 except queue.Empty:
                     gone = [rank for rank, process in enumerate(self._processes) if process.exitcode is not None]
                     if gone or time.monotonic() > ends:
-                        told = f"only ranks {sorted(answers)} answered within {timeout} s; gone: {gone}"
+                        told = f"only these ranks answered within {timeout} s: {answers}; gone: {gone}"
                         raise AssertionError(told) from None
                     continue
                 assert failure is None, f"rank {rank}: {failure}"

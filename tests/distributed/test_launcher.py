@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jllm.parallel.ports import free_port
 from tests.distributed.launched import Run, end_group, is_launcher, rank_processes, wait_until
-from tests.distributed.ranks import free_port
 from tests.distributed.runs import records
 from tests.fixtures import model_and_data, write_rows
 

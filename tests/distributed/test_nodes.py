@@ -117,9 +117,9 @@ def test_what_means_the_same_is_no_difference(folder: Path) -> None:
 
 @pytest.mark.parametrize("waits", [0, 1][: 2 if IN_FULL else 1])
 def test_a_node_that_never_comes(folder: Path, waits: int) -> None:
+    from jllm.parallel.ports import free_port
     from tests.distributed.launched import Run, end_group
     from tests.distributed.nodes import node_command
-    from tests.distributed.ranks import free_port
 
     run = Run([*node_command(waits, port=free_port()), *line(more=["--join_timeout", "3"])], folder)
     try:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.distributed.ranks import free_port
+from jllm.parallel.ports import free_port
 from tests.pages.blocks import ROOT
 
 SECONDS = 240

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jllm.parallel.meeting import differences
-from tests.distributed.ranks import free_port
+from jllm.parallel.ports import free_port
 
 PROGRAM = """
 import json, os, sys
@@ -23,10 +23,14 @@ try:
         meeting.refuse(facts)
         sys.exit(2)
     met = meeting.attend(
-        rank=int(rank), world_size=int(world), timeout=float(timeout), facts=json.loads(facts), offer=["desk", rank]
+        rank=int(rank),
+        world_size=int(world),
+        timeout=float(timeout),
+        facts=json.loads(facts),
+        offer=lambda: ["desk", rank],
     )
     print("told", met.offer, len(set(met.hosts)), len(met.hosts), flush=True)
-    meeting.attend(rank=int(rank), world_size=int(world), timeout=float(timeout), facts={}, offer=2)
+    meeting.attend(rank=int(rank), world_size=int(world), timeout=float(timeout), facts={}, offer=lambda: 2)
 except UserError as error:
     print(f"error: {error}", flush=True)
     sys.exit(error.exit_code)
@@ -148,6 +152,24 @@ def test_a_larger_world_on_one_side_ends() -> None:
     """Each believes in another number of processes; the facts say it before anybody waits for the rest."""
     found = meet('{"number": 3}', '{"number": 2}', world=3)
     assert [code for code, _ in found] == [2, 2]
+
+
+def test_an_offer_that_listens_cannot_take_the_port_of_the_meeting() -> None:
+    """The first process makes it when it has that port already."""
+    program = f"""
+import os, socket
+from jllm.parallel import meeting
+port = {free_port()}
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
+def offer():
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return "taken"
+print(meeting.attend(rank=0, world_size=1, timeout=15, facts={{}}, offer=offer).offer)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.strip() == "taken", run.stderr
 
 
 def test_two_that_say_they_are_the_same(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port
+from jllm.parallel.ports import free_port
 
 PROGRAM = """
 import sys, time, datetime

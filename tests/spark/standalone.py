@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port
+from jllm.parallel.ports import free_port
 from tests.pages.session import kill_group
 
 ROOT = Path(__file__).parents[2]

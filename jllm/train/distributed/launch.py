@@ -21,8 +21,9 @@ from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError, of_file_system, report, say
 from jllm.parallel import meeting, peers
+from jllm.parallel.ports import free_port
 from jllm.train.distributed import operators
-from jllm.train.distributed.start import LAUNCHER, free_port, tell_mistake
+from jllm.train.distributed.start import LAUNCHER, tell_mistake
 
 LAUNCHER_POLL_SECONDS = 1.0
 SIGTERM_SECONDS = 5.0
@@ -127,8 +128,13 @@ def _meet(facts: Callable[[], meeting.Facts], timeout_seconds: int, join_timeout
     """Meet all others, and watch each other from then on."""
     if world_size() == 1:
         return
-    desk = peers.open_desk(timeout_seconds) if is_first() else None
-    met = meeting.attend(rank=rank(), world_size=world_size(), timeout=join_timeout, facts=facts(), offer=desk)
+    met = meeting.attend(
+        rank=rank(),
+        world_size=world_size(),
+        timeout=join_timeout,
+        facts=facts(),
+        offer=lambda: peers.open_desk(timeout_seconds),
+    )
     peers.join(rank=rank(), world_size=world_size(), timeout=timeout_seconds, desk=met.offer, hosts=met.hosts)
 
 

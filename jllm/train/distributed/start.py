@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jllm import children
 from jllm.errors import UserError
 from jllm.options import as_arguments
 from jllm.parallel import meeting
+from jllm.parallel.ports import free_port
 from jllm.train.config import TrainConfig
 
 LAUNCHER = "deepspeed.launcher.launch"
@@ -100,10 +100,3 @@ def _devices(count: int) -> list[int | str]:
             " more devices"
         )
     return [*named[:count]]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from jllm.errors import UserError
+from jllm.parallel.ports import free_port
 from jllm.train.config import TrainConfig
 from jllm.train.distributed import start
-from tests.distributed.ranks import free_port
 from tests.fixtures import model_and_data
 
 
