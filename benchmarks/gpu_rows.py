@@ -46,6 +46,8 @@ class Setting:
         further: of our command line alone.
         fp8: the recipe of our linear maps; the peer is then ours in bf16.
         stages: pipeline stages, on as many devices.
+        slices: of each of them, on as many devices (tensor parallelism).
+        runs: that rows are cut into, on as many devices (sequence parallelism).
     """
 
     shape: str
@@ -60,6 +62,13 @@ class Setting:
     further: tuple[str, ...] = ()
     fp8: str | None = None
     stages: int = 1
+    slices: int = 1
+    runs: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many work together."""
+        return self.stages * self.slices * self.runs
 
     @property
     def vocabulary(self) -> int:
@@ -78,6 +87,10 @@ SETTINGS: Mapping[str, Setting] = {
     "dpo": Setting(shape="1b", rows=4, mean_document=500, pairs=True),
     "lora-8b": Setting(shape="8b", lora=True),
     "two-stages": Setting(shape="wide", accumulation=16, stages=2),
+    "two-slices": Setting(shape="wide", accumulation=16, slices=2),
+    "two-runs": Setting(shape="wide", accumulation=16, runs=2),
+    "tiny-two-slices": Setting(shape="tiny", length=128, accumulation=2, slices=2),
+    "tiny-two-runs": Setting(shape="tiny", length=128, accumulation=2, runs=2),
     "tiny-fp8": Setting(shape="tiny", rows=2, length=128, accumulation=2, fp8="tensorwise"),
     "tiny": Setting(shape="tiny", rows=2, length=128, accumulation=2),
     "tiny-packed": Setting(shape="tiny", rows=2, length=256, accumulation=2, mean_document=40),

@@ -3,6 +3,7 @@
     python benchmarks/gpu_train.py wide-kahan wide-masters
     python benchmarks/gpu_train.py 1b-kahan --rounds 2 --ours "--compile off"
     python benchmarks/gpu_train.py wide-fp8
+    python benchmarks/gpu_train.py two-stages two-slices two-runs    the same on two devices, in three ways
 
 Random weights and random tokens, bf16, 4,096 tokens a row, clipping at 1.0; `gpu_rows.py` has the settings. One JSON
 line a setting: tokens per second (median after warm-up), model FLOPs utilisation (of 989 TFLOP/s; `flops_per_token`),
@@ -53,7 +54,7 @@ def run_ours(
     steps += profile is not None  # one more, which is profiled and does not count
     write = write_pairs if setting.pairs else write_data
     write(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
-    command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.stages)]
+    command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.devices)]
     if setting.pairs:
         write_weights(scratch / "model", setting)
         command += ["-m", str(scratch / "model"), "--loss", "dpo", "--train_data", str(scratch / "ref")]
@@ -62,6 +63,8 @@ def run_ours(
         llama(setting.shape).save_pretrained(scratch / "model")
         command += ["-m", str(scratch / "model"), "--init", "--train_data", str(scratch / "data")]
     command += ["--pipe_parallel_size", str(setting.stages), "--seq_len", str(setting.length)]
+    command += ["--model_parallel_size", str(setting.slices)] if setting.slices > 1 else []
+    command += ["--sequence_parallel_size", str(setting.runs)] if setting.runs > 1 else []
     command += ["--micro_batch_size", str(setting.rows), "--learning_rate", str(RATE)]
     command += ["--gradient_accumulation_steps", str(setting.accumulation), "--max_steps", str(steps)]
     command += ["--log_dir", str(scratch / "log")]
@@ -95,7 +98,7 @@ def run_ours(
         found["head_share"] = round(statistics.median(each["trained_tokens"] / each["tokens"] for each in records), 3)
         attended = attended_length(scratch / "data")
     flops = flops_per_token(setting, attended=attended, share=found.get("head_share", 1.0))
-    found["mfu"] = float(f"{statistics.median(kept) * flops / (PEAK * setting.stages):.4g}")
+    found["mfu"] = float(f"{statistics.median(kept) * flops / (PEAK * setting.devices):.4g}")
     if setting.pairs:
         last = records[-1]
         found |= {"loss_first": records[0]["loss"], "margin_last": last["rewards/margins"], "references_s": references}
@@ -146,7 +149,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     ours: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
     for _ in range(options.rounds):
-        if not options.no_peer and setting.stages == 1:
+        if not options.no_peer and setting.devices == 1:
             peers.append(run_peer(name, setting, steps=options.steps, further=options.peer.split()))
         with tempfile.TemporaryDirectory() as scratch:
             ours.append(
@@ -216,7 +219,7 @@ def main() -> None:
     import torch
 
     for name in options.settings or [each for each in SETTINGS if not each.startswith("tiny")]:
-        if torch.cuda.device_count() < SETTINGS[name].stages and not (options.on_cpu and name.startswith("tiny")):
+        if torch.cuda.device_count() < SETTINGS[name].devices and not (options.on_cpu and name.startswith("tiny")):
             print(json.dumps({"benchmark": "gpu_train", "setting": name, "skipped": "no CUDA devices enough"}))
             continue
         found: dict[str, Any] = {"device": "cpu"}

@@ -32,13 +32,13 @@ def planned(name: str) -> Estimate:
     setting = SETTINGS[name]
     peak = peak_of("H200")
     assert peak is not None
-    devices = {"devices": setting.stages, "devices_per_node": 8}
+    devices = {"devices": setting.devices, "devices_per_node": 8}
     cluster = Cluster(**devices, memory=140.0 * 2**30, operations=peak, inside=400e9, between=50e9)
     layout = Layout(
         pipe=setting.stages,
         data=1,
-        sequence=1,
-        tensor=1,
+        sequence=setting.runs,
+        tensor=setting.slices,
         rows=setting.rows,
         micro_batches=setting.accumulation,
         interval=int(setting.recompute),

@@ -5,6 +5,7 @@ with plain and with packed rows, then saved by its stages and loaded by plain tr
 by their lengths are compared with the default one, windows and the like narrower than the rows. The head alone is
 compared with the whole forward, a loss fused with it with one that is not, and compiled layers with layers as they are.
 Where layers can be cut between attention and mlp is searched, and stages cut there are compared with the whole model.
+So are slices on several processes, and rows that these share.
 The result goes to `jllm/models/families.json` (what `jllm models` shows) and `docs/families.md`. A type that crashes or
 hangs costs a worker process, not the run. Takes about half an hour on two cores, most of it for the compiler.
 
@@ -12,9 +13,11 @@ hangs costs a worker process, not the run. Takes about half an hour on two cores
     python tools/test_families.py llama opt  these only; their lines are written anew
     python tools/test_families.py --compiled [llama ...]   of types that pass, only what is compiled, anew
     python tools/test_families.py --halves [llama ...]     likewise only what half layers are shown to do; some minutes
+    python tools/test_families.py --slices [llama ...]     what slices do (tensor parallelism); a quarter of an hour
+    python tools/test_families.py --rows [llama ...]       what shared rows do (sequence parallelism); some minutes
     python tools/test_families.py --jobs 8   so many at a time
 
-A type that a renewal with `--compiled` or `--halves` does not get to, because it is interrupted, keeps its line.
+A type that a renewal of a column does not get to, because it is interrupted, keeps its line.
 """
 
 import argparse
@@ -35,7 +38,15 @@ sys.path.insert(0, str(ROOT))
 
 from jllm import children  # noqa: E402
 from jllm.errors import UserError  # noqa: E402
-from jllm.models.families import CATALOGUE, NAMED, REFUSED, Family, catalogue  # noqa: E402
+from jllm.models.families import (  # noqa: E402
+    CATALOGUE,
+    NAMED,
+    NOT_SLICED,
+    REFUSED,
+    VOCABULARY,
+    Family,
+    catalogue,
+)
 
 TIMEOUT = 600
 
@@ -59,6 +70,8 @@ def walk_one(model_type: str) -> Family:
         make_folder,
     )
     from tests.models.half_check import how_halved
+    from tests.models.share_check import how_shared
+    from tests.models.slice_check import how_sliced
     from tests.models.tiny import has_plan, tiny_config
 
     torch.set_num_threads(1)
@@ -89,6 +102,8 @@ def walk_one(model_type: str) -> Family:
             is_plain = is_apart and head_is_plain(whole, config)
             compiled = how_compiled(whole, config)
             halves, not_halved = how_halved(whole, config)
+            slices = how_sliced(whole)
+            rows = how_shared(whole)
     except UserError as refusal:
         return result("refused", _reason(str(refusal)))
     except Exception as error:
@@ -97,7 +112,7 @@ def walk_one(model_type: str) -> Family:
     shown = f"2 and 3 stages = whole model, {tie}; export = source"
     heads = {"head_apart": is_apart, "plain_head": is_plain}
     facts = {"isolates_documents": isolates, "by_lengths": by_lengths, **heads, "compiled": compiled}
-    facts |= {"halves": halves, "not_halved": not_halved}
+    facts |= {"halves": halves, "not_halved": not_halved, **slices, "shared_rows": rows}
     return result("pass", shown, **facts)
 
 
@@ -140,7 +155,23 @@ def _made(model_type: str) -> Iterator[tuple[Path, Any]]:
         yield Path(folder) / "whole", config
 
 
-RENEWALS = {"compiled": compile_one, "halves": halve_one}
+def slice_one(known: Family) -> Family:
+    """The same with what its slices are shown to do (tensor parallelism)."""
+    from tests.models.slice_check import how_sliced
+
+    with _made(known.model_type) as (folder, _):
+        return replace(known, **how_sliced(folder))
+
+
+def share_one(known: Family) -> Family:
+    """The same with what rows that processes share are shown to do (sequence parallelism)."""
+    from tests.models.share_check import how_shared
+
+    with _made(known.model_type) as (folder, _):
+        return replace(known, shared_rows=how_shared(folder))
+
+
+RENEWALS = {"compiled": compile_one, "halves": halve_one, "slices": slice_one, "rows": share_one}
 """Columns that can be renewed alone."""
 
 
@@ -211,7 +242,10 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         f"pipeline plan, {sum(family.status == 'pass' for family in planned)} pass. "
         f"Heads: {sum(family.head_apart for family in families)} apart, "
         f"of which {sum(family.plain_head for family in families)} plain. "
-        f"Half layers: {sum(bool(family.halves) for family in families)}.",
+        f"Half layers: {sum(bool(family.halves) for family in families)}. "
+        f"Slices: {sum(family.in_slices not in ('', NOT_SLICED) for family in families)}, of which "
+        f"{sum(family.in_slices == VOCABULARY for family in families)} of the vocabulary alone. "
+        f"Shared rows: {sum(family.in_rows == 'yes' for family in families)}.",
         "",
         "*Pass*: a tiny random model of the type, cut into two and into three stages, has the whole model's loss and "
         "gradients (fp32, 1e-5), with plain rows and, where the type takes them, with packed rows; what its stages "
@@ -236,21 +270,33 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "model's loss and every gradient (fp32, 1e-4 relative; biases, norms and factors moved away from 0 and 1), are "
         "exported whole and start from the same random weights; `--split_dlayer` takes no other, nor layers of kinds "
         "that the tiny model does not have. "
+        "*Slices*: what of a model several processes can share (`--model_parallel_size`), two of them, and where that "
+        "leaves less than one key and value head to each, more: then loss and every gradient are the whole model's (as "
+        "for halves), and so is what they write together. Embedding and head are cut, and of decoder layers what most "
+        "families have (*layers*), what transformers' plan cuts (*plan*) or nothing (*vocabulary*); a model whose "
+        "layers have parameters that the tiny one has not is refused. "
+        "*Rows*: two processes that share the tokens of rows (`--sequence_parallel_size`) have the whole model's loss "
+        "and every gradient, in both modes (fp32, 1e-5). "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
-        "| type | plan | result | documents apart | by lengths | head | layers | halves | shown by, or reason |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| type | plan | result | documents apart | by lengths | head | layers | halves | slices | rows | shown by, or"
+        " reason |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         plan = "yes" if family.has_plan else ""
         shown = family.shown.replace("|", "/")
         known = (family.apart, family.kernels, family.head, family.layers, family.half_layers)
-        facts = (name, plan, family.status, *known, shown)
+        facts = (name, plan, family.status, *known, family.in_slices, family.in_rows, shown)
         lines.append(f"| {' | '.join(facts)} |")
     target = ROOT / "docs" / "families.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _detail(family: Family, renewal: str | None) -> str:
+    return {"halves": family.not_halved, "slices": family.not_sliced}.get(renewal or "", family.shown)
 
 
 def _renew(families: Sequence[Family]) -> None:
@@ -266,6 +312,8 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="model types; default: all")
     parser.add_argument("--compiled", action="store_true", help="renew only what compiled layers are shown to do")
     parser.add_argument("--halves", action="store_true", help="renew only what half layers are shown to do")
+    parser.add_argument("--slices", action="store_true", help="renew only what slices are shown to do")
+    parser.add_argument("--rows", action="store_true", help="renew only what shared rows are shown to do")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time (default: 1)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -290,7 +338,7 @@ def main() -> int:
         families.append(family)
         print(
             f"{family.model_type:<28} {family.status:<8} {family.kernels:<7} {family.layers:<9} {family.half_layers:<4}"
-            f" {family.not_halved if renewal == 'halves' else family.shown}",
+            f" {family.slices:<10} {family.shared_rows:<3} {_detail(family, renewal)}",
             flush=True,
         )
         if renewal and family.status == "pass":

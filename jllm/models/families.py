@@ -9,6 +9,8 @@ transformers, tiny and random, whole and in stages, and compares. Nothing in it 
 """
 
 import functools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +48,9 @@ NAMED = (
     "gpt_oss",
 )
 
-# Those that train the same in tensor-parallel slices: loss and every gradient are compared in every run of the tests.
-TENSOR_PARALLEL = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
+IN_LAYERS, BY_PLAN, VOCABULARY, NOT_SLICED = "layers", "plan", "vocabulary", "no"
+"""What of a family is cut in slices (tensor parallelism): layers as most families' are and as transformers' plan says,
+by that plan alone, embedding and head alone, nothing."""
 
 # Families whose layers do more than hand a hidden state from one to the next, whatever the configuration.
 REFUSED = {
@@ -95,11 +98,21 @@ class Family:
     (`jllm.models.pipeline.halves.LayerHalves`); nothing where it was not shown of one of them."""
     not_halved: str = ""
     """Why there are none, as far as the walk knows."""
+    slices: str = NOT_SLICED
+    """What of it is cut for tensor parallelism, and then has the loss and every gradient of the whole model."""
+    sliced: tuple[str, ...] = ()
+    """Parameters of its decoder layers, by their names there, each with the axis along which it is cut, if it is."""
+    shares_heads: bool = False
+    """Whether that was shown for more slices than key and value heads."""
+    not_sliced: str = ""
+    """Why not more of it is cut, as far as the walk knows."""
+    shared_rows: str = "no"
+    """Whether processes that share the tokens of rows have its loss and every gradient: `yes` or `no`."""
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Family":
         """The line that `dataclasses.asdict` made `entry` of, by way of JSON."""
-        return cls(**{**entry, "halves": tuple(entry["halves"])})
+        return cls(**{**entry, **{name: tuple(entry.get(name, ())) for name in ("halves", "sliced")}})
 
     @property
     def apart(self) -> str:
@@ -123,6 +136,16 @@ class Family:
         return "" if self.status != "pass" else self.compiled
 
     @property
+    def in_slices(self) -> str:
+        """`slices` for people."""
+        return "" if self.status != "pass" else self.slices
+
+    @property
+    def in_rows(self) -> str:
+        """`shared_rows` for people."""
+        return "" if self.status != "pass" else self.shared_rows
+
+    @property
     def half_layers(self) -> str:
         """`halves` for people."""
         return "" if self.status != "pass" else "yes" if self.halves else "no"
@@ -139,14 +162,17 @@ def catalogue_table() -> str:
     version, families = catalogue()
     width = max(len(family.model_type) for family in families)
     counts = {status: sum(family.status == status for family in families) for status in ("pass", "refused", "failed")}
-    rows = [("type", "result", "apart", "lengths", "halves", "shown by, or reason")]
+    rows = [("type", "result", "apart", "lengths", "halves", "slices", "rows", "shown by, or reason")]
     rows += [
-        (family.model_type, family.status, family.apart, family.kernels, family.half_layers, family.shown)
+        (
+            *(family.model_type, family.status, family.apart, family.kernels),
+            *(family.half_layers, family.in_slices, family.in_rows, family.shown),
+        )
         for family in families
     ]
     lines = [
-        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {halves:<6}  {shown}"
-        for name, status, apart, kernels, halves, shown in rows
+        f"{name:<{width}}  {status:<7}  {apart:<5}  {kernels:<7}  {halves:<6}  {slices:<10}  {shared:<4}  {shown}"
+        for name, status, apart, kernels, halves, slices, shared, shown in rows
     ]
     return "\n".join(
         [
@@ -155,6 +181,8 @@ def catalogue_table() -> str:
             "apart: --block_mask keeps documents of a row apart",
             "lengths: kernels that are right without a mask; varlen stands for flash-attn too",
             "halves: --split_dlayer cuts inside layers",
+            "slices: what --model_parallel_size cuts: layers, layers by transformers' plan, or the vocabulary alone",
+            "rows: --sequence_parallel_size has processes share the tokens of rows",
             f"transformers {version}: {counts['pass']} pass, {counts['refused']} refused, {counts['failed']} failed",
         ]
     )
@@ -184,10 +212,67 @@ def shown_compiled(family: type["PreTrainedModel"]) -> bool:
     return known is not None and known.compiled != "no"
 
 
-def shown_tensor_parallel(family: type["PreTrainedModel"]) -> bool:
-    """Whether slices of transformers' own class `family` were shown to train as the whole model does."""
+@dataclass(frozen=True, kw_only=True)
+class ShownSlices:
+    """What was shown of a family in slices.
+
+    Attributes:
+        model_type: of the family.
+        how: `Family.slices`.
+        why: not more of it is cut.
+        shares_heads: as `Family.shares_heads`.
+        axes: the axis along which a parameter of a decoder layer is cut, None for one that is whole, by its name there.
+    """
+
+    model_type: str
+    how: str
+    why: str
+    shares_heads: bool
+    axes: Mapping[str, int | None]
+
+    def axis(self, name: str) -> int | None:
+        """How a parameter of a decoder layer is cut, by its name there; None for a whole one.
+
+        Raises:
+            UserError: no model with such a parameter was shown to train the same.
+        """
+        if self.how == VOCABULARY:
+            return None
+        name = _NUMBERS.sub("*", name)
+        if name in self.axes:
+            return self.axes[name]
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and weight in self.axes:  # whichever way a map is cut, its bias follows
+            return 0 if self.axes[weight] == 0 else None
+        raise UserError(
+            f"--model_parallel_size: models of type {self.model_type!r} with {name} in their layers were not shown to"
+            " train the same in slices; use --pipe_parallel_size"
+        )
+
+
+_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def layer_parameter(name: str, cut_along: int | None) -> str:
+    """An entry of `Family.sliced`."""
+    name = _NUMBERS.sub("*", name)
+    return name if cut_along is None else f"{name} {cut_along}"
+
+
+def shown_slices(family: type["PreTrainedModel"]) -> ShownSlices:
+    """What was shown of transformers' own class `family` in slices."""
     known = _shown(family)
-    return known is not None and known.model_type in TENSOR_PARALLEL
+    if known is None:
+        model_type = getattr(family.config_class, "model_type", family.__name__)
+        return ShownSlices(model_type=model_type, how=NOT_SLICED, why="not walked", shares_heads=False, axes={})
+    entries = [entry.partition(" ") for entry in known.sliced]
+    return ShownSlices(
+        model_type=known.model_type,
+        how=known.slices,
+        why=known.not_sliced,
+        shares_heads=known.shares_heads,
+        axes={name: int(axis) if axis else None for name, _, axis in entries},
+    )
 
 
 def shown_halves(family: type["PreTrainedModel"]) -> tuple[tuple[str, ...], str]:

@@ -22,7 +22,8 @@ from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
 from jllm.models.sequence_parallel.share import RunPlan
-from jllm.models.tensor_parallel.slicing import check_tensor_parallel, sharers, slice_stage
+from jllm.models.tensor_parallel.checks import check_tensor_parallel, sharers
+from jllm.models.tensor_parallel.slicing import slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
@@ -260,7 +261,13 @@ def plan_stages(
     notes.append(family.compiling.said)
     notes += family.runs.said(length) if family.runs is not None else []
     if shape.mesh.tensor > 1:
-        notes.append(f"{shape.mesh.tensor} processes share each stage; the table is of one of them")
+        slices = shape.mesh.tensor
+        held = costs.parameters(0, len(costs.layers)).total * slices / parameters.total
+        whole = max(0.0, (held - 1) / (slices - 1))
+        notes.append(
+            f"{slices} processes share each stage; the table is of one of them; {whole:.1%} of the weights are whole on"
+            " each"
+        )
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")

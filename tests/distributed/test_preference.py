@@ -100,6 +100,8 @@ LAYOUTS = {
     "ZeRO-1, checkpointed": (2, {"pipe_parallel_size": 1, "gradient_accumulation_steps": 2, "zero_stage": 1,
                                  "checkpoint_grad_interval": 1}),
     "overlapped": (2, {"gradient_accumulation_steps": 4, "schedule": "overlapped"}),
+    "slices": (2, {"pipe_parallel_size": 1, "model_parallel_size": 2, "per_device_train_batch_size": 4}),
+    "2 stages x 2 slices": (4, {"model_parallel_size": 2, "gradient_accumulation_steps": 4}),
 }  # fmt: skip
 
 

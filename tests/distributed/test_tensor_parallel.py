@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jllm.models.families import TENSOR_PARALLEL
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
 from tests.distributed.runs import records, train_rank, train_ranks
 from tests.fixtures import VOCABULARY, random_rows, write_rows
 from tests.models.family_check import make_folder
+from tests.models.slice_check import SLICED
 from tests.models.tiny import tiny_config
 
 STEPS = 5
@@ -165,7 +165,7 @@ def test_one_process_of_a_pipeline_reads(ranks: Callable[[int], Ranks], tmp_path
     np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in one], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", TENSOR_PARALLEL)
+@pytest.mark.parametrize("family", [*SLICED, "deepseek_v3", "gpt_oss"])
 def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM

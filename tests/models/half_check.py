@@ -33,14 +33,11 @@ from tests.models.chain import (
     whole_loss_and_gradients,
 )
 from tests.models.family_check import compare_export, load_whole, make_folder, takes_packed_rows
+from tests.models.moved import LIMIT, DiffersError, difference_of, move_weights
 from tests.models.tiny import tiny_config
 
-LIMIT = 1e-4
-"""Of losses and gradients, relative."""
 EXACT = 1e-6
 """Of what a single layer gives, relative: its halves do the same operations."""
-SMALL = 1e-4
-"""Of the largest gradient: what is smaller may be rounding alone, and is compared with this."""
 
 
 SWITCHES: dict[str, Any] = {
@@ -76,7 +73,7 @@ def _halved(folder: Path, config: PretrainedConfig) -> tuple[tuple[str, ...], st
         halves = find_cuts(whole)
         with believed(config.model_type, halves):
             show_cuts(whole, moved, config)
-    except NotHalvedError as error:
+    except (NotHalvedError, DiffersError) as error:
         return (), str(error)
     except UserError as error:
         return (), str(error).partition("; ")[0]
@@ -91,17 +88,6 @@ def believed(model_type: str, halves: tuple[str, ...]) -> Iterator[None]:
     known = _by_type().get(model_type) or Family(model_type=model_type, status="pass", shown="", has_plan=False)
     with mock.patch.dict(_by_type(), {model_type: replace(known, status="pass", halves=halves)}):
         yield
-
-
-@torch.no_grad()
-def move_weights(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with every number changed a little, buffers that are stored included; it is saved in `folder`."""
-    torch.manual_seed(1)
-    for tensor in {id(each): each for each in model.state_dict().values()}.values():
-        if tensor.is_floating_point():
-            tensor.add_(0.1 * torch.randn_like(tensor))
-    model.save_pretrained(folder)
-    return load_whole(folder)
 
 
 def find_cuts(model: PreTrainedModel) -> tuple[str, ...]:
@@ -252,7 +238,7 @@ def show_cuts(whole: PreTrainedModel, folder: Path, config: PretrainedConfig) ->
     """Loss, gradients, exports and random weights of stages that are cut inside every layer; the largest difference.
 
     Raises:
-        NotHalvedError: one of them is not that of the whole model in `folder`.
+        DiffersError, NotHalvedError: one of them is not that of the whole model in `folder`.
     """
     vocab = config.get_text_config(decoder=True).vocab_size
     layers = whole.get_submodule(find_layers(whole))
@@ -268,33 +254,12 @@ def show_cuts(whole: PreTrainedModel, folder: Path, config: PretrainedConfig) ->
             expected = whole_loss_and_gradients(whole, *packed_batch(vocab, packed=packed))
             torch.manual_seed(0)
             found = chained_loss_and_gradients(stages, *packed_batch(vocab, packed=packed))
-            worst = max(worst, _difference(expected, found))
+            worst = max(worst, difference_of(expected, found))
         if boundaries is everywhere:
             difference = compare_export(whole, stages, folder, folder.with_name("halves"))
             if not difference.is_equal:
                 raise NotHalvedError(f"an export of half layers differs: {difference.where}")
             _check_random_weights(config, boundaries)
-    return worst
-
-
-def _difference(expected: tuple[Tensor, dict[str, Tensor]], found: tuple[Tensor, dict[str, Tensor]]) -> float:
-    """Of losses and gradients, relative.
-
-    Raises:
-        NotHalvedError: it is too large.
-    """
-    (loss, gradients), (other_loss, others) = expected, found
-    worst = ((loss - other_loss).abs() / loss.abs()).item()
-    if worst > LIMIT:
-        raise NotHalvedError(f"the loss differs by {worst:.0e}")
-    if absent := gradients.keys() ^ others.keys():
-        raise NotHalvedError(f"only one side has a gradient of {sorted(absent)[0]}")
-    least = SMALL * max(each.abs().max() for each in gradients.values())
-    for name, gradient in gradients.items():
-        off = ((gradient - others[name]).abs().max() / max(gradient.abs().max(), least)).item()
-        if off > LIMIT:
-            raise NotHalvedError(f"the gradient of {name} differs by {off:.0e}")
-        worst = max(worst, off)
     return worst
 
 

@@ -108,6 +108,7 @@ def test_rows_of_fewer_tokens_than_processes_are_refused() -> None:
     ("options", "named"),
     [
         ({"lora": Path("adapter")}, "--lora"),
+        ({"write_ref_logps": Path("out"), "max_steps": None}, "--write_ref_logps"),
         ({"lora_dim": 4, "use_dora": True}, "--use_dora"),
         ({"lora_dim": 4, "lora_dropout": 0.1}, "--lora_dropout"),
         ({"lora_dim": 4, "modules_to_save": "lm_head"}, "--modules_to_save"),

@@ -17,10 +17,19 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.families import has_head_apart, has_plain_head
+from jllm.models.families import VOCABULARY, has_head_apart, has_plain_head, shown_slices
 from jllm.models.pipeline.carving import plain_name
 from jllm.models.pipeline.halves import as_modules, find_halves
 from jllm.models.pipeline.head import tokens_of_a_chunk
+from jllm.models.pipeline.layer_costs import (
+    Parts,
+    activation_bytes_per_token,
+    attention_operations,
+    in_one_part,
+    parts_of_attention,
+    unpacked,
+    weights_used,
+)
 from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
 from jllm.models.weights.source import bare_model, causal_class
@@ -235,6 +244,11 @@ def estimate_costs(
     structure = whole_structure(model) if is_whole else find_structure(model)
     layers = _layers(model, structure)
     halves = [find_halves(layer, type(model)) for layer in layers] if in_halves else []
+    is_cut = _cut_parameters(model, structure, layers) if slices > 1 else frozenset()
+
+    def parts(parameter: nn.Parameter) -> int:
+        return slices if id(parameter) in is_cut else 1
+
     if attach is not None:
         attach(model)
     text = config.get_text_config(decoder=True)
@@ -258,8 +272,8 @@ def estimate_costs(
     share = 1 / units
     few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
     full = [
-        tokens * _activation_bytes_per_token(layer, own, dtype.itemsize, 0.0 if is_compiled else share, slices)
-        + dtype.itemsize * _unpacked(layer, few_bits)
+        tokens * activation_bytes_per_token(layer, own, dtype.itemsize, 0.0 if is_compiled else share, parts)
+        + dtype.itemsize * unpacked(layer, few_bits)
         for layer, own in zip(layers, configs, strict=True)
     ]
     kept = full
@@ -280,9 +294,8 @@ def estimate_costs(
         )
     trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
 
-    def count(parameters: Iterable[nn.Parameter], parts: int = slices) -> Parameters:
-        """Vectors are whole in every slice."""
-        known = [(id(each), math.ceil(each.numel() / (parts if each.dim() > 1 else 1))) for each in parameters]
+    def count(parameters: Iterable[nn.Parameter], parts: Parts = parts) -> Parameters:
+        known = [(id(each), math.ceil(each.numel() / parts(each))) for each in parameters]
         return Parameters(
             total=sum(size for _, size in known),
             trained=sum(size for each, size in known if each in trained),
@@ -291,11 +304,6 @@ def estimate_costs(
 
     before, after = ([*_parameters(model, names)] for names in (structure.before, structure.after))
     in_both = {id(each) for each in before} & {id(each) for each in after}
-    head_products = sum(_weights_used(model.get_submodule(name), text) for name in structure.after) / slices
-    head_frozen = (
-        head_products
-        - sum(_weights_used(model.get_submodule(name), text, trained) for name in structure.after) / slices
-    )
     # An objective takes the logits of a large vocabulary in chunks, which are computed twice where it is not fused.
     vocabulary = math.ceil(text.vocab_size / slices)
     logits = held = tokens * vocabulary
@@ -303,18 +311,24 @@ def estimate_costs(
     is_fused = is_fused and has_plain_head(type(model))
     itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
     held = min(logits, tokens_of_a_chunk(vocabulary, itemsize=itemsize) * vocabulary)
-    per_token = [
-        (2.0 * _weights_used(layer, own) + (0.0 if kind is None else _attention_operations(own, kind, sequence_length)))
-        / slices
-        for layer, own, kind in zip(layers, configs, attentions, strict=True)
-    ]
-    # The backward pass makes no gradients of frozen weights.
-    spared = [
-        2.0 * (_weights_used(layer, own) - _weights_used(layer, own, trained)) / slices
-        for layer, own in zip(layers, configs, strict=True)
-    ]
+
+    def work(parts: Parts) -> tuple[list[float], list[float], float, float]:
+        """Operations a token: of layers, forward; what their backward passes are spared; the same of the head."""
+        per_token, spared = [], []
+        for layer, own, kind in zip(layers, configs, attentions, strict=True):
+            used = weights_used(layer, own, parts)
+            scores = 0.0 if kind is None else attention_operations(own, kind, sequence_length)
+            per_token.append(2.0 * used + scores / parts_of_attention(layer, parts))
+            # The backward pass makes no gradients of frozen weights.
+            spared.append(2.0 * (used - weights_used(layer, own, parts, trained)))
+        ends = [model.get_submodule(name) for name in structure.after]
+        products = sum(weights_used(end, text, parts) for end in ends)
+        frozen = products - sum(weights_used(end, text, parts, trained) for end in ends)
+        return per_token, spared, 2.0 * products, 2.0 * frozen
+
+    per_token, spared, head_per_token, head_spared = work(parts)
+    whole = work(in_one_part)
     is_repeated = is_apart and held < logits and not is_fused
-    head_per_token, head_spared = 2.0 * head_products, 2.0 * head_frozen
     return Costs(
         layers=tuple(
             LayerCost(
@@ -334,17 +348,28 @@ def estimate_costs(
         # Logits in the compute dtype, and fp32 logits with their gradient inside a loss that is not fused.
         head_activation_bytes=float((held if is_apart else logits) * dtype.itemsize + held * 8 * (not is_fused))
         # A chunk's share of the gradient, before it is added.
-        + is_fused * (head_products - head_frozen) * dtype.itemsize,
+        + is_fused * (head_per_token - head_spared) / 2 * dtype.itemsize,
         boundary_bytes=hidden_bytes,
         transient_bytes=checkpoint_interval * max(sum(full[at : at + units]) for at in range(0, len(full), units)),
         state=state or state_bytes(dtype),
-        operations=slices
-        * shares
-        * tokens
-        * (_TRAINING * (sum(per_token) + head_per_token) - sum(spared) - head_spared),
+        operations=shares * tokens * (_TRAINING * (sum(whole[0]) + whole[2]) - sum(whole[1]) - whole[3]),
         tied_parameters=count(each for each in before if id(each) in in_both),
-        model_parameters=count(model.parameters(), 1),
+        model_parameters=count(model.parameters(), in_one_part),
     )
+
+
+def _cut_parameters(model: PreTrainedModel, structure: Structure, layers: Sequence[nn.Module]) -> frozenset[int]:
+    """The identities of the parameters of which each of several processes has a slice.
+
+    Raises:
+        UserError: layers have parameters that models of the family which were shown in slices have not.
+    """
+    shown = shown_slices(type(model))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {id(each) for end in ends if end is not None for each in end.parameters()}
+    for layer in layers if structure.layers and shown.how != VOCABULARY else ():
+        found |= {id(each) for name, each in layer.named_parameters() if shown.axis(name) is not None}
+    return frozenset(found)
 
 
 def with_timings(costs: Costs, *, layers: Sequence[float], embedding: float, head: float) -> Costs:
@@ -364,81 +389,3 @@ def _layers(model: PreTrainedModel, structure: Structure) -> list[nn.Module]:
     """The decoder layers, or the model itself where it has no list of them."""
     listed = model.get_submodule(structure.layers)
     return list(listed) if isinstance(listed, nn.ModuleList) else [listed]
-
-
-def _weights_used(module: nn.Module, config: PretrainedConfig, among: Collection[int] | None = None) -> float:
-    """Weights that one token is multiplied with: all matrices, experts as far as they are chosen.
-
-    `among` are the identities of those that count; None for all.
-    """
-    share = _expert_share(config)
-    used = 0.0
-    for name, parameter in module.named_parameters():
-        if parameter.dim() >= 2 and (among is None or id(parameter) in among):
-            is_routed = "experts" in name.split(".") and "shared" not in name
-            used += parameter.numel() * (share if is_routed else 1.0)
-    return used
-
-
-def _expert_share(config: PretrainedConfig) -> float:
-    """Chosen experts per token / experts."""
-    total = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))),
-        None,
-    )
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if isinstance(total, int) and isinstance(chosen, int):
-        return min(1.0, chosen / total)
-    return 1.0
-
-
-def _attention_operations(config: PretrainedConfig, layer_type: str, sequence_length: int) -> float:
-    """Scores and their product with the values, per token, forward, causal."""
-    heads = getattr(config, "num_attention_heads", None) or 0
-    if not isinstance(heads, int):
-        return 0.0
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    seen = sequence_length / 2
-    window = getattr(config, "sliding_window", None)
-    if "sliding" in layer_type and isinstance(window, int):
-        seen = min(seen, window)
-    return float(4.0 * seen * heads * head_size)
-
-
-def _activation_bytes_per_token(
-    layer: nn.Module, config: PretrainedConfig, itemsize: int, share_of_norms: float, slices: int
-) -> float:
-    """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32.
-
-    Compiled layers (`share_of_norms` 0) make norms again, and keep once what several products read. The last matrix of
-    a module leads back to the hidden state and has slices of its input; the others have slices of their output.
-    """
-    share = _expert_share(config) or 1.0
-    width = int(config.hidden_size)
-    elements, read = 0.0, dict[tuple[str, int, bool], float]()
-    matrices = [(name, each) for name, each in layer.named_parameters() if each.dim() > 1]
-    last = {_outer(name): name for name, _ in matrices}
-    for name, parameter in matrices:
-        is_routed = "experts" in name.split(".") and "shared" not in name
-        if parameter.dim() == 2 and not is_routed:
-            outputs, inputs = parameter.shape
-            leads_back = outputs == width and last[_outer(name)] == name
-            elements += outputs / (1 if leads_back else slices)
-            wanted = inputs / (slices if leads_back else 1)
-            if share_of_norms:
-                elements += wanted
-            else:
-                read[_outer(name), inputs, leads_back] = wanted
-        elif parameter.dim() == 3 and is_routed:
-            elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2]) / slices
-    return float(itemsize * (elements + sum(read.values()))) + share_of_norms * 2.0 * width * (4 + itemsize)
-
-
-def _outer(name: str) -> str:
-    """The module whose linear map has this parameter."""
-    return name.rsplit(".", 2)[0]
-
-
-def _unpacked(layer: nn.Module, few_bits: Collection[int]) -> int:
-    """Weights of packed experts that are held in few bits: a forward pass keeps them in whole for the backward pass."""
-    return sum(each.numel() for each in layer.parameters() if id(each) in few_bits and each.ndim == 3)

@@ -16,6 +16,7 @@ from jllm.models.attention import takes_varlen
 from jllm.models.dropout import check_no_chance
 from jllm.models.families import shown_by_lengths
 from jllm.models.sequence_parallel.share import BALANCED, ULYSSES, RunPlan
+from jllm.models.sizes import size_of
 from jllm.models.weights.source import rotary_by_length
 from jllm.parallel.sequence.runs import TokenCost
 
@@ -97,14 +98,3 @@ def token_cost(text: PretrainedConfig) -> TokenCost:
     for kind, count in kinds.items():
         windows[window if _ATTENTION.get(str(kind)) else None] += count
     return TokenCost(apart=layers * max(1, linear // (2 * of_heads)), windows=tuple(windows.items()))
-
-
-def size_of(text: PretrainedConfig, name: str) -> int:
-    """A size of a configuration, the largest where layers have their own; 0 where it has none.
-
-    Read as it is stored, if it is: some configurations refuse to be asked for what may differ between layers.
-    """
-    stored = text.attribute_map.get(name, name)
-    value = vars(text)[stored] if stored in vars(text) else getattr(text, name, None)
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return max((each for each in values if isinstance(each, int)), default=0)

@@ -3,6 +3,7 @@
 Beside a column-parallel map the second matrix has the same outputs, and the first is whole; beside a row-parallel one
 the first has the same inputs, and the second is whole. What lies between the two, rank numbers a token, is what the
 slices have in common, so that sums over them are small and every whole matrix has its whole gradient on each rank.
+Beside a map that is whole on every rank both are whole.
 
 Attach adapters to a stage that is cut, then call `slice_adapters`.
 """
@@ -18,7 +19,7 @@ from jllm.models.pipeline.span import StageSpan
 from jllm.models.tensor_parallel.saving import SlicedFile, SlicedTensor
 from jllm.models.tensor_parallel.slicing import mark_repeats, mark_shared, partial_gradient
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup
-from jllm.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, take_columns, take_rows
+from jllm.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, move_copies, take_columns, take_rows
 from jllm.parallel.tensor.slices import slice_of, whole_shape
 
 
@@ -35,8 +36,9 @@ def slice_adapters(model: PreTrainedModel, group: TensorGroup) -> None:
         assert isinstance(weight, nn.Parameter)
         assert isinstance(second.weight, nn.Parameter)
         held = slice_of(weight)
-        assert held is not None
-        if isinstance(base, RowParallelLinear):
+        if held is None:
+            move_copies(base, module)
+        elif isinstance(base, RowParallelLinear):
             take_rows(first, held.ranges, held.shape[1], group)
         else:
             assert isinstance(base, ColumnParallelLinear)

@@ -141,9 +141,12 @@ def sliced_files(
     published, wholes = published_tensors(model, held), published_tensors(model, whole)
     assert published.keys() == wholes.keys()
 
+    by_place = {(tensor.data_ptr(), tuple(tensor.shape)): parameters.get(name) for name, tensor in held.items()}
+
     def tensor_of(name: str) -> SlicedTensor:
         local, shape = published[name], tuple(wholes[name].shape)
-        own = parameters.get(name)
+        # A parameter may be published as it is, by another name.
+        own = by_place.get((local.data_ptr(), tuple(local.shape)), parameters.get(name))
         if own is not None and tuple(own.shape) == tuple(local.shape):
             place = slice_of(own)
         else:

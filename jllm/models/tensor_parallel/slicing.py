@@ -1,28 +1,28 @@
-"""Tensor parallelism of a loaded stage: which of its layers are cut how, and what cannot be.
+"""Tensor parallelism of a loaded stage: its layers are cut as a plan says, its embedding and head by the vocabulary.
 
-Linear maps, experts and norms are cut as transformers' plan for the family says; embedding and head always by the
-vocabulary. Attention is cut between heads. Where a family packs several maps into one parameter, each of them is cut,
-which the plan does not do. Key and value heads that are fewer than ranks are shared by neighbours, each of which has a
-part of their gradient.
+Attention is cut between heads. Where a family packs several maps into one parameter, each of them is cut. Key and value
+heads that are fewer than ranks are shared by neighbours, each of which has a part of their gradient.
 
-Which families compute the same as on one process is shown by every gradient (`jllm.models.families.TENSOR_PARALLEL`),
-never by a plan. Costs: one parameter is there twice at a time.
+Which families compute the same as on one process, and which of their parts are cut, is shown by every gradient
+(`Family.slices`), never by a plan. Costs: one parameter is there twice at a time.
 """
 
 import copy
-import re
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from jllm.errors import UserError
-from jllm.models.dropout import check_no_chance
-from jllm.models.families import TENSOR_PARALLEL, shown_tensor_parallel
+from jllm.models.families import BY_PLAN, IN_LAYERS, shown_slices
 from jllm.models.pipeline.carving import structure_of
+from jllm.models.tensor_parallel import plans
+from jllm.models.tensor_parallel.checks import shared_heads
+from jllm.models.tensor_parallel.plans import SlicingPlan
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup
 from jllm.parallel.tensor.layers import (
+    add_once,
     column_parallel,
+    copied_from,
     even,
     row_parallel,
     sliced_experts,
@@ -31,70 +31,37 @@ from jllm.parallel.tensor.layers import (
 )
 from jllm.parallel.tensor.slices import Ranges, chunk, chunks_of_packed, cut, slice_of
 
-OPTION = "--model_parallel_size"
-FUSED_ATTENTION, FUSED_GATES = "qkv_proj", "gate_up_proj"
-"""Linear maps that hold several behind one another: queries, keys and values; gate and what it multiplies."""
-_COLUMNS = ("colwise", "colwise_gather_output")
-_ROWS = ("rowwise", "rowwise_split_input")
-_HEAD_COUNTS = ("num_heads", "num_attention_heads")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "all_head_size")
+"""What an attention module may say of all its heads: how many they are, and how wide together."""
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
+_SHARED_MAPS = ("k_proj", "v_proj")
+_ALIGNED = 16
 
 
-def check_tensor_parallel(config: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
-    """Raises:
-    UserError: the model cannot be cut into so many slices, or was not shown to compute the same then.
-    """
-    if size == 1:
-        return
-    given = f"{OPTION} {size}"
-    if not shown_tensor_parallel(family):
-        raise UserError(
-            f"{given}: model type {config.model_type!r} was not shown to train the same in slices, as"
-            f" {', '.join(TENSOR_PARALLEL)} were; use --pipe_parallel_size"
-        )
-    text = config.get_text_config(decoder=True)
-    queries, keys = text.num_attention_heads, shared_heads(config)
-    if queries % size:
-        raise UserError(f"{given} does not divide the {queries} attention heads; give a divisor of {queries}")
-    if keys % size and size % keys:
-        raise UserError(
-            f"{given}: neither it nor the {keys} key and value heads divide the other; give a divisor or a multiple of"
-            f" {keys}"
-        )
-    is_fused = any(name.endswith(FUSED_ATTENTION) for name in getattr(text, "base_model_tp_plan", None) or {})
-    if is_fused and size > keys:
-        raise UserError(
-            f"{given}: the {keys} key and value heads of model type {config.model_type!r} lie in one parameter with the"
-            f" queries and are not shared; give at most {keys}"
-        )
-    for name in ("vocab_size", "intermediate_size"):
-        length = getattr(text, name)
-        if chunk(length, size, size - 1)[0] >= length:
-            raise UserError(f"{given}: {name} {length} leaves nothing for the last process; give less")
-    check_no_chance(config, given, "slices")
-
-
-def shared_heads(config: PretrainedConfig) -> int:
-    """How many key and value heads a model has."""
-    text = config.get_text_config(decoder=True)
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-
-
-def sharers(config: PretrainedConfig, size: int) -> int:
-    """How many of `size` ranks share one key/value head."""
-    return max(1, size // shared_heads(config))
-
-
-def slice_stage(model: PreTrainedModel, group: TensorGroup) -> None:
+def slice_stage(model: PreTrainedModel, group: TensorGroup, *, how: str | None = None) -> None:
     """Leave a stage this rank's slices, and have its layers compute with them.
 
     Args:
         model: loaded and sealed, of a family that `check_tensor_parallel` lets pass.
         group: the ranks that share it.
+        how: what of it is cut, as `Family.slices` says; None for what was shown of its family.
     """
     ends = (model.get_submodule(structure_of(model).embedding), model.get_output_embeddings())
-    _Slicing(model, group).run(ends)
+    _slice_vocabulary(ends, group)
+    how = how or shown_slices(type(model)).how
+    if how in (IN_LAYERS, BY_PLAN):
+        _Slicing(model, group, SlicingPlan(model, with_usual=how == IN_LAYERS)).run()
     mark_repeats(model, group)
+
+
+def _slice_vocabulary(ends: tuple[nn.Module, nn.Module | None], group: TensorGroup) -> None:
+    """Cut embedding and head, or what stands in for them."""
+    embedding, head = ends
+    tied = isinstance(head, nn.Linear) and getattr(embedding, "weight", None) is head.weight
+    if isinstance(embedding, nn.Embedding):
+        vocabulary_parallel_embedding(embedding, group)
+    if isinstance(head, nn.Linear):
+        vocabulary_parallel_head(head, group, weight=embedding.get_parameter("weight") if tied else None)
 
 
 def mark_repeats(model: nn.Module, group: TensorGroup) -> None:
@@ -123,116 +90,110 @@ def mark_shared(parameter: nn.Parameter, sharing: Any) -> None:
 _SHARED, _PARTIAL = "jllm_shared_over", "jllm_partial_over"
 
 
+def _take_any_width(experts: Any) -> None:
+    """Have experts whose slices are no multiple of 16 bytes wide multiply one by one: grouped products cannot."""
+    packed = [each for each in experts.parameters(recurse=False) if each.ndim == 3]
+    if "config" in vars(experts) and any(each.stride(1) * each.itemsize % _ALIGNED for each in packed):
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation_internal = "eager"
+
+
 class _Slicing:
-    """The walk over one stage."""
+    """The walk over the layers of one stage."""
 
-    def __init__(self, model: PreTrainedModel, group: TensorGroup) -> None:
-        self._model, self._group = model, group
-        text = model.config.get_text_config(decoder=True)
-        self._queries, self._keys = text.num_attention_heads, shared_heads(model.config)
-        self._plan = [
-            (re.compile(re.escape(name).replace(r"\*", r"\d+")), style) for name, style in model.tp_plan.items()
-        ]
+    def __init__(self, model: PreTrainedModel, group: TensorGroup, plan: SlicingPlan) -> None:
+        self._model, self._group, self._plan = model, group, plan
         self._copies: dict[str, SharedCopies] = {}
+        self._counted: set[str] = set()
 
-    def run(self, ends: tuple[nn.Module, nn.Module | None]) -> None:
-        """Cut everything; `ends` are the embedding and the head, or what stands in for them."""
-        embedding, head = ends
-        tied = isinstance(head, nn.Linear) and getattr(embedding, "weight", None) is head.weight
-        if isinstance(embedding, nn.Embedding):
-            vocabulary_parallel_embedding(embedding, self._group)
-        if isinstance(head, nn.Linear):
-            weight = embedding.get_parameter("weight") if tied else None
-            vocabulary_parallel_head(head, self._group, weight=weight)
+    def run(self) -> None:
+        """Cut everything that the plan has a style for."""
         for name, module in list(self._model.named_modules()):
-            style = self._style(name)
-            if style is not None and not any(module is end for end in ends):
+            if (style := self._plan.style(name)) is not None:
                 self._cut_module(name, module, style)
         for name, _ in list(self._model.named_parameters()):
-            style = self._style(name)
-            if style is not None:
+            if (style := self._plan.style(name)) is not None:
                 self._cut_parameter(name, style)
-
-    def _style(self, name: str) -> str | None:
-        return next((style for pattern, style in self._plan if pattern.fullmatch(name)), None)
 
     def _cut_module(self, name: str, module: nn.Module, style: str) -> None:
         parent_name, _, leaf = name.rpartition(".")
-        parent = self._model.get_submodule(parent_name)
-        is_attention = hasattr(parent, "head_dim")
-        if isinstance(module, nn.Linear) and style in _COLUMNS:
-            copies = self._copies.setdefault(parent_name, SharedCopies(self._group))
-            column_parallel(
-                module, self._outputs(parent, leaf, module) if is_attention else self._even(module, leaf), copies
-            )
-            if is_attention and leaf in ("k_proj", "v_proj") and self._group.sharers > 1:
-                for parameter in module.parameters():
-                    mark_shared(parameter, self._group.sharing)
-            if is_attention:
-                self._count_heads(parent, is_fused=leaf == FUSED_ATTENTION)
-        elif isinstance(module, nn.Linear) and style in _ROWS:
-            ranges = (self._of_heads(parent.head_dim),) if is_attention else even(module.in_features, self._group)
-            row_parallel(module, ranges, self._group)
-        elif style == "replicated_with_grad_allreduce":
+        parent: Any = self._model.get_submodule(parent_name)
+        if style == plans.PARTIAL:
             for parameter in module.parameters():
                 setattr(parameter, _PARTIAL, self._group.handle)
-        elif style == "moe_tp_experts":
+        elif style == plans.EXPERTS:
             sliced_experts(module, self._group)
+        elif style == plans.LATENT:
+            copied_from(module, parent.kv_lora_rank, self._group)
+        elif isinstance(module, nn.Linear) and style in (plans.COLUMNS, plans.PACKED_COLUMNS, plans.PACKED_QKV):
+            column_parallel(
+                module,
+                self._outputs(parent, leaf, module, style),
+                self._copies.setdefault(parent_name, SharedCopies(self._group)),
+            )
+            if leaf in _SHARED_MAPS and self._group.sharers > 1:
+                for parameter in module.parameters():
+                    mark_shared(parameter, self._group.sharing)
+            if parent_name not in self._counted:
+                self._counted.add(parent_name)
+                self._count_heads(parent, is_packed=style == plans.PACKED_QKV)
+        elif isinstance(module, nn.Linear) and style == plans.ROWS:
+            row_parallel(module, even(module.in_features, self._group), self._group)
         else:
-            raise AssertionError(f"{name}: {style} of a {type(module).__name__}, in a family that was shown to work")
+            assert style == plans.LOCAL, f"{name}: {style} of a {type(module).__name__}"
 
     def _cut_parameter(self, name: str, style: str) -> None:
-        """Of packed experts, [experts, out, in]."""
+        """Of packed experts, [experts, out, in] or [experts, in, out], their biases, and what a module has a head."""
         parent_name, _, leaf = name.rpartition(".")
         parent = self._model.get_submodule(parent_name)
-        shape = parent.get_parameter(leaf).shape
-        assert len(shape) == 3, name
-        if style == "packed_colwise":
-            half = shape[1] // 2
-            cut(parent, leaf, 1, chunks_of_packed((half, half), self._group.size, self._group.rank))
+        shape, group = parent.get_parameter(leaf).shape, self._group
+        columns = max(len(shape) - 2, 0)
+        if style == plans.ADDED_ONCE:
+            setattr(parent.get_parameter(leaf), _PARTIAL, group.handle)
+            add_once(parent, leaf, group)
+        elif style in (plans.PACKED_COLUMNS, plans.PACKED_ROWS):
+            axis = columns if style == plans.PACKED_COLUMNS else len(shape) - 1
+            half = shape[axis] // 2
+            cut(parent, leaf, axis, chunks_of_packed((half, half), group.size, group.rank))
+        elif style == plans.PAIRED_ROWS:
+            first, end = chunk(shape[-1] // 2, group.size, group.rank)
+            cut(parent, leaf, len(shape) - 1, ((2 * first, 2 * end),))
         else:
-            assert style in _ROWS, (name, style)
-            cut(parent, leaf, 2, even(shape[2], self._group))
+            assert style in (plans.COLUMNS, plans.ROWS), f"{name}: {style}"
+            axis = columns if style == plans.COLUMNS else len(shape) - 1
+            cut(parent, leaf, axis, even(shape[axis], group))
+        _take_any_width(parent)
 
-    def _even(self, module: nn.Linear, leaf: str) -> Ranges:
-        if leaf == FUSED_GATES:
+    def _outputs(self, parent: nn.Module, leaf: str, module: nn.Linear, style: str) -> Ranges:
+        """The outputs of a map that are this rank's."""
+        size, rank = self._group.size, self._group.rank
+        if style == plans.PACKED_COLUMNS:
             half = module.out_features // 2
-            return chunks_of_packed((half, half), self._group.size, self._group.rank)
+            return chunks_of_packed((half, half), size, rank)
+        if style == plans.PACKED_QKV:
+            text = self._model.config.get_text_config(decoder=True)
+            width, queries, keys = parent.head_dim, text.num_attention_heads, shared_heads(self._model.config)
+            assert isinstance(width, int)
+            assert module.out_features == (queries + 2 * keys) * width
+            return chunks_of_packed((queries * width, keys * width, keys * width), size, rank)
+        if leaf in _SHARED_MAPS and self._group.sharers > 1:
+            width = parent.head_dim
+            assert isinstance(width, int)
+            first, end = self._group.shared_range(module.out_features // width)
+            return ((first * width, end * width),)
         return even(module.out_features, self._group)
 
-    def _outputs(self, parent: nn.Module, leaf: str, module: nn.Linear) -> Ranges:
-        """The outputs of a map of attention that are of this rank's heads."""
-        width = parent.head_dim
-        assert isinstance(width, int)
-        queries, keys = self._of_heads(width), self._of_shared_heads(width)
-        if leaf == FUSED_ATTENTION:
-            ranges: Ranges = (queries,)
-            for place in (self._queries, self._queries + self._keys):
-                ranges += ((place * width + keys[0], place * width + keys[1]),)
-            assert module.out_features == (self._queries + 2 * self._keys) * width
-            return ranges
-        count = {"q_proj": self._queries, "k_proj": self._keys, "v_proj": self._keys}[leaf]
-        assert module.out_features == count * width, leaf
-        return (queries if leaf == "q_proj" else keys,)
-
-    def _of_heads(self, width: Any) -> tuple[int, int]:
-        first, end = chunk(self._queries, self._group.size, self._group.rank)
-        return first * width, end * width
-
-    def _of_shared_heads(self, width: int) -> tuple[int, int]:
-        first, end = self._group.shared_range(self._keys)
-        return first * width, end * width
-
-    def _count_heads(self, attention: Any, *, is_fused: bool) -> None:
+    def _count_heads(self, attention: Any, *, is_packed: bool) -> None:
         """Tell an attention module how many heads it has."""
-        queries = self._queries // self._group.size
-        keys = self._keys * self._group.sharers // self._group.size
-        counts = {**dict.fromkeys(_HEAD_COUNTS, queries), **dict.fromkeys(_SHARED_COUNTS, keys)}
-        counts["num_key_value_groups"] = queries // keys
-        for name, count in counts.items():
-            if name in vars(attention):
-                setattr(attention, name, count)
-        if is_fused:  # where the queries end, it asks the configuration
+        size, sharers = self._group.size, self._group.sharers
+        has = vars(attention)
+        for names, factor in ((_HEAD_COUNTS, 1), (_SHARED_COUNTS, sharers)):
+            for name in names:
+                if isinstance(count := has.get(name), int):
+                    setattr(attention, name, count * factor // size)
+        if isinstance(groups := has.get("num_key_value_groups"), int):
+            attention.num_key_value_groups = groups // sharers
+        if is_packed:  # where the queries end, it asks the configuration
             attention.config = copy.copy(attention.config)
-            attention.config.num_attention_heads = queries
-            attention.config.num_key_value_heads = keys
+            attention.config.num_attention_heads //= size
+            attention.config.num_key_value_heads //= size

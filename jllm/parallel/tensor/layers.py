@@ -134,6 +134,43 @@ def sliced_experts(module: nn.Module, group: TensorGroup) -> None:
     module.register_forward_hook(sum_out)
 
 
+def copied_from(module: nn.Module, first: int, group: TensorGroup) -> None:
+    """Of what a whole map gives, have the entries from `first` on go into sliced layers as they are.
+
+    Latent attention is of this kind: the ones before `first` pass through maps that copy them, the others, its rotary
+    keys, go straight to every rank's heads (DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1).
+    """
+
+    def copy_rest(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.cat((output[..., :first], copied(output[..., first:], group)), -1)
+
+    handle = module.register_forward_hook(copy_rest)
+    module.jllm_copies = (handle, first, group)  # type: ignore[assignment]
+
+
+def move_copies(module: nn.Module, to: nn.Module) -> None:
+    """Have what `copied_from` does with the results of a map done with those of another module, that has it within."""
+    if (known := vars(module).pop("jllm_copies", None)) is not None:
+        handle, first, group = known
+        handle.remove()
+        copied_from(to, first, group)
+
+
+def add_once(module: nn.Module, name: str, group: TensorGroup) -> None:
+    """Have a module that adds a whole parameter on every rank add its part of it, so that their sum has it once.
+
+    The gradients of the ranks are parts, too.
+    """
+
+    def part_of(self: nn.Module) -> Tensor:
+        whole = self._parameters[name]
+        assert whole is not None
+        return whole / group.size
+
+    own = type(module)
+    module.__class__ = type(own.__name__, (own,), {name: property(part_of)})
+
+
 def shard_of(module: nn.Module | None) -> VocabularyShard | None:
     """Which part of the vocabulary a head gives the logits of; None where it gives all."""
     return getattr(module, "shard", None)

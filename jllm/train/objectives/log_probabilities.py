@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
+from jllm.parallel.tensor.vocabulary import cross_entropies
 from jllm.train.objectives.fused import ALIGNED, LogitChunks, add_shares
 from jllm.train.objectives.logit_rows import RowLoss
 
@@ -97,7 +98,10 @@ def _chunked(tokens: Tensor, head: Head, targets: Tensor) -> Tensor:
 
     def of_chunk(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = head(tokens).float()
-        found = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
+        if head.shard is not None:
+            found = -cross_entropies(logits, targets.clamp(min=0), head.shard)
+        else:
+            found = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
         return found.masked_fill(targets == IGNORE_INDEX, 0.0)
 
     size = tokens_of_a_chunk(head.vocabulary)

@@ -30,8 +30,9 @@ from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import bubble_share, micro_batches_in_flight, partition
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.structure import count_layers
-from jllm.models.sequence_parallel.checks import check_sequence_parallel, size_of
-from jllm.models.tensor_parallel.slicing import check_tensor_parallel
+from jllm.models.sequence_parallel.checks import check_sequence_parallel
+from jllm.models.sizes import size_of
+from jllm.models.tensor_parallel.checks import check_tensor_parallel
 from jllm.models.weights.source import causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS

@@ -95,6 +95,8 @@ class PairsOfRun:
     def sums(self) -> PairSums:
         """What the objective in use found since it is, on all processes."""
         found = self._in_use.all_reported(PAIRS, len(NAMES_OF_SUMS))
+        if not self._agreement.place.is_first_slice:  # the slices of a stage counted the same pairs
+            found = [0.0] * len(found)
         return PairSums(**dict(zip(NAMES_OF_SUMS, self._agreement.sums(found), strict=True)))
 
     def evaluate(self, data: Data, exchange: Exchange) -> PairEvaluation | None:

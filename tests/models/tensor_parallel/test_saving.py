@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from jllm.models.families import TENSOR_PARALLEL
 from jllm.models.pipeline.span import spans_of
 from jllm.models.tensor_parallel.saving import sliced_files
 from jllm.models.tensor_parallel.slicing import slice_stage
@@ -14,10 +13,11 @@ from jllm.models.weights.loading import load_stage
 from jllm.models.weights.saving import save_stage, write_index
 from jllm.parallel.tensor.group import TensorGroup
 from tests.models.family_check import make_folder
+from tests.models.slice_check import SLICED
 from tests.models.tiny import tiny_config
 
 
-@pytest.mark.parametrize("family", TENSOR_PARALLEL)
+@pytest.mark.parametrize("family", [*SLICED, "deepseek_v3", "gpt_oss", "glm4", "olmo2", "aria_text"])
 def test_files_are_those_of_whole_stages(tmp_path: Path, family: str) -> None:
     source, whole, sliced = (tmp_path / name for name in ("source", "whole", "sliced"))
     make_folder(tiny_config(family, tied=family in ("gemma2", "qwen2"), vocab_size=97), source)

@@ -1,0 +1,176 @@
+"""Whether slices of a family compute what the whole model computes, and what of it can be cut.
+
+Nothing is known of the family: its layers are cut as most families' are, then by transformers' plan alone, then not at
+all (embedding and head are), until loss and every gradient are those of the whole model, and the files that the slices
+write together hold its weights. All weights are moved away from 0 and 1 before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from jllm.errors import UserError
+from jllm.models.families import BY_PLAN, IN_LAYERS, NOT_SLICED, VOCABULARY, layer_parameter
+from jllm.models.sizes import size_of
+from jllm.models.tensor_parallel.checks import shared_heads
+from tests.distributed.ranks import Ranks
+from tests.models.chain import packed_batch, whole_loss_and_gradients
+from tests.models.family_check import load_whole, takes_packed_rows
+from tests.models.moved import DiffersError, Limits, difference_of, limits_of, move_weights
+
+SLICED = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
+"""Families that are tried in every layout: plain, biases, norms of heads, tied with soft caps, experts, packed maps."""
+
+Found = tuple[list[tuple[float, dict[str, Any]]], list[str]]
+"""Of one rank: sums of losses and of gradients with their slices, for each kind of rows; and what is cut how."""
+
+
+def how_sliced(folder: Path) -> dict[str, Any]:
+    """What `Family` says of slices, for the model in `folder`, beside which others are written."""
+    moved = folder.with_name("moved")
+    whole = move_weights(load_whole(folder), moved)
+    why = ""
+    for how in (IN_LAYERS, BY_PLAN, VOCABULARY):
+        try:
+            sliced = show_slices(whole, moved, how, 2)
+        except (DiffersError, UserError) as error:
+            why = str(error) if how == VOCABULARY else why or str(error)
+            continue
+        if not any(" " in entry for entry in sliced):  # the plan has nothing for its layers
+            how = VOCABULARY
+            why = why or "no plan says how its layers are cut"
+        shares = how != VOCABULARY and _shares_heads(whole, moved, how)
+        return {"slices": how, "sliced": tuple(sliced), "shares_heads": shares, "not_sliced": why}
+    return {"slices": NOT_SLICED, "sliced": (), "shares_heads": False, "not_sliced": why}
+
+
+def _shares_heads(whole: PreTrainedModel, folder: Path, how: str) -> bool:
+    size = 2 * shared_heads(whole.config)
+    if size > size_of(whole.config.get_text_config(decoder=True), "num_attention_heads"):
+        return False
+    try:
+        show_slices(whole, folder, how, size)
+    except DiffersError:
+        return False
+    return True
+
+
+def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int) -> list[str]:
+    """Compare so many slices of the model in `folder` with it; which parameters of its layers are cut, and how.
+
+    Raises:
+        DiffersError: something is not that of the whole model.
+    """
+    ways = (False, True) if takes_packed_rows(whole) else (False,)
+    target = folder.with_name(f"sliced-{how}-{size}")
+    try:
+        by_rank: list[Found] = Ranks(size).run(sliced_rank, folder, target, how, ways, timeout=60)
+    except AssertionError as error:  # a rank's exception, or none of its answers
+        raise DiffersError(f"they fail in slices ({_last_words(str(error))})") from None
+    vocab = whole.config.get_text_config(decoder=True).vocab_size
+    for number, packed in enumerate(ways):
+        torch.manual_seed(0)
+        batch = packed_batch(vocab, packed=packed)
+        mean, expected = whole_loss_and_gradients(whole, *batch)
+        limits: Limits | None = None
+        trained = int((batch[1][0] != -100).sum())
+        for answers, _ in by_rank:
+            loss, gradients = answers[number]
+            found, wanted = {}, {}
+            for name, (gradient, part) in gradients.items():
+                if name in expected:
+                    wanted[name] = expected[name] if part is None else part.of(expected[name])
+                if name in expected or gradient.any():
+                    found[name] = torch.from_numpy(gradient) / trained
+            try:
+                difference_of((mean, wanted), (torch.tensor(loss / trained), found))
+            except DiffersError:
+                limits = limits or _limits(folder, expected, batch)
+                difference_of((mean, wanted), (torch.tensor(loss / trained), found), limits)
+            if absent := expected.keys() - gradients.keys():
+                raise DiffersError(f"no slice has {sorted(absent)[0]}")
+    stored = load_whole(target).state_dict()
+    for name, tensor in whole.state_dict().items():
+        if not torch.equal(tensor, stored[name]):
+            raise DiffersError(f"{name} is written otherwise")
+    return by_rank[0][1]
+
+
+def _limits(folder: Path, expected: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> Limits:
+    other = load_whole(folder)
+    return limits_of(other, expected, lambda: whole_loss_and_gradients(other, *batch)[1])
+
+
+def _last_words(text: str) -> str:
+    """What a rank said of its failure, without what lies around it."""
+    return text.partition("\n")[0].partition(": ")[2][:100] or text[:100]
+
+
+def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...]) -> Found:
+    """One rank."""
+    import torch.distributed as dist
+
+    from jllm.models.pipeline.carving import published_names, structure_of
+    from jllm.models.pipeline.span import spans_of
+    from jllm.models.pipeline.stage import PipelineStage
+    from jllm.models.pipeline.structure import count_layers
+    from jllm.models.tensor_parallel.checks import sharers
+    from jllm.models.tensor_parallel.saving import sliced_files
+    from jllm.models.tensor_parallel.slicing import partial_gradient, slice_stage
+    from jllm.models.weights.loading import load_stage
+    from jllm.models.weights.saving import write_companions, write_index
+    from jllm.models.weights.source import read_config
+    from jllm.parallel.mesh import Mesh
+    from jllm.parallel.tensor.group import TensorGroup
+    from jllm.parallel.tensor.slices import slice_of
+    from jllm.train.objectives.cross_entropy import CrossEntropy
+    from jllm.train.objectives.objective import ObjectiveInUse
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    [span] = spans_of([0, count_layers(read_config(folder))])
+    model = load_stage(folder, span, dtype=torch.float32)
+    group = TensorGroup.make(Mesh(tensor=size), rank, sharers=sharers(model.config, size))
+    slice_stage(model, group, how=how)
+    names = published_names(model, span)
+    stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
+    answers = []
+    for packed in ways:
+        stage.zero_grad()
+        torch.manual_seed(0)
+        loss = stage(packed_batch(model.config.get_text_config(decoder=True).vocab_size, packed=packed))
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        found = {}
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            if (handle := partial_gradient(parameter)) is not None:
+                dist.all_reduce(gradient, group=handle)
+            found[names[name]] = (gradient.clone().numpy(), slice_of(parameter))
+        answers.append((float(loss.detach()), found))
+    head = model.get_output_embeddings()
+    if head is None or slice_of(head.get_parameter("weight")) is None:
+        raise DiffersError("its head is no map to the vocabulary")
+    files = sliced_files(model, span, dtype=torch.float32, source=None, rank=rank, ranks=size)
+    if rank == 0:
+        target.mkdir(exist_ok=True)
+        for file in files:
+            file.begin(target)
+    dist.barrier()
+    for file in files:
+        file.write(target, is_first=rank == 0)
+    dist.barrier()
+    if rank == 0:
+        write_companions(model, target, dtype=torch.float32, source=folder)
+        write_index(target)
+    prefix = f"{structure_of(model).layers}."
+    entries = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            part = slice_of(parameter)
+            inside = name.removeprefix(prefix).partition(".")[2]
+            entries.append(layer_parameter(inside, None if part is None else part.axis))
+    return answers, list(dict.fromkeys(entries))
