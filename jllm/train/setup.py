@@ -260,14 +260,9 @@ def plan_stages(
     notes += quantisation.said() if quantisation is not None else []
     notes.append(family.compiling.said)
     notes += family.runs.said(length) if family.runs is not None else []
-    if shape.mesh.tensor > 1:
-        slices = shape.mesh.tensor
-        held = costs.parameters(0, len(costs.layers)).total * slices / parameters.total
-        whole = max(0.0, (held - 1) / (slices - 1))
-        notes.append(
-            f"{slices} processes share each stage; the table is of one of them; {whole:.1%} of the weights are whole on"
-            " each"
-        )
+    if (slices := shape.mesh.tensor) > 1:
+        said = f"{slices} processes share each stage; the table is of one of them"
+        notes.append(f"{said}; {costs.share_of_whole(slices):.1%} of the weights are whole on each")
     if parameters.trained < parameters.total:
         share = parameters.trained / parameters.total
         notes.append(f"{parameters.trained:,} of {parameters.total:,} parameters train ({share:.2%})")

@@ -103,9 +103,9 @@ def test_catalogue() -> None:
     listed = CliRunner().invoke(list_models.main, [])
     assert listed.exit_code == 0
     table = listed.output
-    assert re.search(r"^llama +pass +yes +varlen +yes +2 and 3 stages", table, re.MULTILINE)
-    assert re.search(r"^nemotron +pass +yes +none +(yes|no) +2 and 3 stages", table, re.MULTILINE)
-    assert re.search(r"^bloom +pass +no +none +no +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^llama +pass +yes +varlen +yes +layers +yes +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^nemotron +pass +yes +none +(yes|no) +layers +no +2 and 3 stages", table, re.MULTILINE)
+    assert re.search(r"^bloom +pass +no +none +no +layers +no +2 and 3 stages", table, re.MULTILINE)
     assert re.search(r"^hrm_text +refused +it runs its two lists", table, re.MULTILINE)
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     for family in families:

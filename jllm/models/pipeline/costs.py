@@ -176,6 +176,11 @@ class Costs:
                 count -= self.tied_parameters
         return count
 
+    def share_of_whole(self, slices: int) -> float:
+        """How much of the model is whole on each of the processes that share it, of parameters, where they are more."""
+        held = self.parameters(0, len(self.layers)).total * slices / self.model_parameters.total
+        return max(0.0, (held - 1) / (slices - 1))
+
     def time(self, first: int, end: int) -> float:
         """Time of a stage for one micro-batch, forward and backward."""
         total = sum(layer.time for layer in self.layers[first:end])

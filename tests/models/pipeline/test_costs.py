@@ -126,3 +126,20 @@ def test_memory_of_what_is_held_in_few_bits(family: str) -> None:
     unpacked = 2 * sum(parameter.numel() for parameter in wanted.values() if parameter.ndim == 3)
     spared = plain.memory(0, 4, in_flight=1) - quantised.memory(0, 4, in_flight=1)
     assert spared == pytest.approx((2.0 - how.bytes_of_a_parameter) * held - unpacked)
+
+
+def test_slices_of_what_is_cut_alone() -> None:
+    """A family of which only the vocabulary is cut has whole layers on each process, and does their work on each."""
+    llama, gpt2 = (
+        [estimate_costs(tiny_config(name), dtype=torch.bfloat16, slices=slices) for slices in (1, 2)]
+        for name in ("llama", "gpt2")
+    )
+    assert llama[1].share_of_whole(2) < 0.02
+    assert gpt2[1].share_of_whole(2) > 0.8
+    assert gpt2[1].layers[0].parameters == gpt2[0].layers[0].parameters
+    assert gpt2[1].layers[0].time == gpt2[0].layers[0].time
+    assert llama[1].layers[0].time == pytest.approx(llama[0].layers[0].time / 2)
+    for one, two in (llama, gpt2):
+        assert two.head_time == pytest.approx(one.head_time / 2, rel=0.01)
+        assert two.operations == pytest.approx(one.operations)
+        assert two.model_parameters == one.model_parameters

@@ -20,7 +20,8 @@ from jllm.models.weights.source import bare_model, causal_class
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, worst_gradient
 from tests.models.compiled_check import TRACED
 from tests.models.family_check import load_whole, make_folder
-from tests.models.half_check import NotHalvedError, believed, find_cuts, how_halved, move_weights, show_cuts
+from tests.models.half_check import believed, find_cuts, how_halved, show_cuts
+from tests.models.moved import DiffersError, move_weights
 from tests.models.tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -98,7 +99,7 @@ def test_what_is_shown_can_fail(tmp_path: Path) -> None:
     [right] = find_cuts(whole)
     wrong = LayerHalves.parse(right)
     wrong = LayerHalves(kind=wrong.kind, first=(*wrong.first, wrong.second[0]), second=wrong.second[1:])
-    with believed("llama", (str(wrong),)), pytest.raises(NotHalvedError, match="differs by"):
+    with believed("llama", (str(wrong),)), pytest.raises(DiffersError, match="differs by"):
         show_cuts(whole, tmp_path / "moved", config)
     halves, why = how_halved(model_in(tmp_path / "other", "cohere", tied=False), tiny_config("cohere"))
     assert (halves, why) == ((), "self_attn and mlp work on the same input")
