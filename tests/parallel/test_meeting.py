@@ -30,7 +30,7 @@ try:
         offer=lambda: ["desk", rank],
     )
     # In one piece: processes of a launcher have one pipe.
-    os.write(1, f"told {met.offer} {len(set(met.hosts))} {len(met.hosts)}\n".encode())
+    os.write(1, f"told {met.offer} {len(set(met.hosts))} {len(met.hosts)}\\n".encode())
     meeting.attend(rank=int(rank), world_size=int(world), timeout=float(timeout), facts={}, offer=lambda: 2)
 except UserError as error:
     print(f"error: {error}", flush=True)
