@@ -48,7 +48,8 @@ def gradients_of(folder: Path, dtype: Any, length: int, device: str, group: Any 
     from jllm.models.pipeline.span import spans_of
     from jllm.models.pipeline.stage import PipelineStage
     from jllm.models.pipeline.structure import count_layers
-    from jllm.models.tensor_parallel.slicing import partial_gradient, slice_stage
+    from jllm.models.tensor_parallel.marks import partial_gradient
+    from jllm.models.tensor_parallel.slicing import slice_stage
     from jllm.models.weights.loading import load_stage
     from jllm.models.weights.source import read_config
     from jllm.parallel.tensor.slices import slice_of

@@ -104,6 +104,8 @@ class Family:
     """Parameters of its decoder layers, by their names there, each with the axis along which it is cut, if it is."""
     shares_heads: bool = False
     """Whether that was shown for more slices than key and value heads."""
+    sharded_norms: bool = False
+    """Whether that was shown with the tokens between attention and mlp shared by the slices, too."""
     not_sliced: str = ""
     """Why not more of it is cut, as far as the walk knows."""
     shared_rows: str = "no"
@@ -220,7 +222,7 @@ class ShownSlices:
         model_type: of the family.
         how: `Family.slices`.
         why: not more of it is cut.
-        shares_heads: as `Family.shares_heads`.
+        shares_heads, sharded_norms: as in `Family`.
         axes: the axis along which a parameter of a decoder layer is cut, None for one that is whole, by its name there.
     """
 
@@ -228,6 +230,7 @@ class ShownSlices:
     how: str
     why: str
     shares_heads: bool
+    sharded_norms: bool
     axes: Mapping[str, int | None]
 
     def axis(self, name: str) -> int | None:
@@ -264,13 +267,16 @@ def shown_slices(family: type["PreTrainedModel"]) -> ShownSlices:
     known = _shown(family)
     if known is None:
         model_type = getattr(family.config_class, "model_type", family.__name__)
-        return ShownSlices(model_type=model_type, how=NOT_SLICED, why="not walked", shares_heads=False, axes={})
+        return ShownSlices(
+            model_type=model_type, how=NOT_SLICED, why="not walked", shares_heads=False, sharded_norms=False, axes={}
+        )
     entries = [entry.partition(" ") for entry in known.sliced]
     return ShownSlices(
         model_type=known.model_type,
         how=known.slices,
         why=known.not_sliced,
         shares_heads=known.shares_heads,
+        sharded_norms=known.sharded_norms,
         axes={name: int(axis) if axis else None for name, _, axis in entries},
     )
 

@@ -95,6 +95,13 @@ class TrainConfig(
             raise UserError("--resume_ckpt auto looks under --checkpoint; give that folder")
         if self.sequence_parallel_size > 1:
             check_sequences(self)
+        if self.async_tensor_model_parallel_allreduce:
+            raise UserError(
+                "--async_tensor_model_parallel_allreduce: sums of slices do not overlap with products; drop it, or give"
+                " --sequence_sharded_norms, with which slices share the tokens between attention and mlp"
+            )
+        if self.sequence_sharded_norms and self.model_parallel_size == 1:
+            raise UserError("--sequence_sharded_norms is for slices of a stage; give --model_parallel_size, or drop it")
         if self.model_parallel_size > 1:
             check_slices(self)
         if self.split_dlayer and self.pipe_parallel_size > 1:

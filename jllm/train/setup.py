@@ -108,7 +108,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
     model_class = causal_class(model_config, folder=config.model, trust_remote_code=config.trust_remote_code)
     trained = copy.deepcopy(model_config)
     set_dropout(trained, config.dropout)
-    check_tensor_parallel(trained, model_class, config.model_parallel_size)
+    check_tensor_parallel(trained, model_class, config.model_parallel_size, sharded_norms=config.sequence_sharded_norms)
     attention, runs = attention_of(config, trained, model_class)
     quantisation = find_quantisation(config, model_config, model_class)
     adapters = find_adapters(config, model_config, model_class, quantisation)
@@ -332,7 +332,7 @@ def build_stage(
     if shape.mesh.tensor > 1:
         shared = sharers(family.config, shape.mesh.tensor)
         group = TensorGroup.make(shape.mesh, agreement.rank, sharers=shared)
-        cut = functools.partial(slice_stage, group=group)
+        cut = functools.partial(slice_stage, group=group, sharded_norms=config.sequence_sharded_norms)
     if not config.reads_weights:
         model = init_stage(
             family.config,

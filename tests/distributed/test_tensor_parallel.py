@@ -27,6 +27,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "checkpoint_grad_interval": 1,
         "schedule": "overlapped",
     },
+    "pp2xtp2, sharded norms": {
+        "processes": 4,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "sequence_sharded_norms": True,
+        "checkpoint_grad_interval": 2,
+    },
     "tp2xdp2": {"processes": 4, "model_parallel_size": 2, "checkpoint_grad_attention": True},
     "tp2xdp2, ZeRO-1": {"processes": 4, "model_parallel_size": 2, "zero_stage": 1},
     "tp4": {"processes": 4, "model_parallel_size": 4},

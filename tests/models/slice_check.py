@@ -23,6 +23,8 @@ from tests.models.moved import DiffersError, Limits, difference_of, limits_of, m
 SLICED = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
 """Families that are tried in every layout: plain, biases, norms of heads, tied with soft caps, experts, packed maps."""
 
+LENGTH = 23
+"""Of rows: no two ranks have equally many of their tokens."""
 Found = tuple[list[tuple[float, dict[str, Any]]], list[str]]
 """Of one rank: sums of losses and of gradients with their slices, for each kind of rows; and what is cut how."""
 
@@ -41,9 +43,15 @@ def how_sliced(folder: Path) -> dict[str, Any]:
         if not any(" " in entry for entry in sliced):  # the plan has nothing for its layers
             how = VOCABULARY
             why = why or "no plan says how its layers are cut"
-        shares = how != VOCABULARY and _shares_heads(whole, moved, how)
-        return {"slices": how, "sliced": tuple(sliced), "shares_heads": shares, "not_sliced": why}
-    return {"slices": NOT_SLICED, "sliced": (), "shares_heads": False, "not_sliced": why}
+        found = {"slices": how, "sliced": tuple(sliced), "not_sliced": why}
+        is_inside = how != VOCABULARY
+        return {
+            **found,
+            "shares_heads": is_inside and _shares_heads(whole, moved, how),
+            "sharded_norms": is_inside and _shards_norms(whole, moved, how),
+        }
+    nothing = {"sliced": (), "shares_heads": False, "sharded_norms": False}
+    return {"slices": NOT_SLICED, "not_sliced": why, **nothing}
 
 
 def _shares_heads(whole: PreTrainedModel, folder: Path, how: str) -> bool:
@@ -57,7 +65,15 @@ def _shares_heads(whole: PreTrainedModel, folder: Path, how: str) -> bool:
     return True
 
 
-def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int) -> list[str]:
+def _shards_norms(whole: PreTrainedModel, folder: Path, how: str) -> bool:
+    try:
+        show_slices(whole, folder, how, 2, sharded_norms=True)
+    except DiffersError:
+        return False
+    return True
+
+
+def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int, *, sharded_norms: bool = False) -> list[str]:
     """Compare so many slices of the model in `folder` with it; which parameters of its layers are cut, and how.
 
     Raises:
@@ -66,13 +82,13 @@ def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int) -> li
     ways = (False, True) if takes_packed_rows(whole) else (False,)
     target = folder.with_name(f"sliced-{how}-{size}")
     try:
-        by_rank: list[Found] = Ranks(size).run(sliced_rank, folder, target, how, ways, timeout=60)
+        by_rank: list[Found] = Ranks(size).run(sliced_rank, folder, target, how, ways, sharded_norms, timeout=60)
     except AssertionError as error:  # a rank's exception, or none of its answers
         raise DiffersError(f"they fail in slices ({_last_words(str(error))})") from None
     vocab = whole.config.get_text_config(decoder=True).vocab_size
     for number, packed in enumerate(ways):
         torch.manual_seed(0)
-        batch = packed_batch(vocab, packed=packed)
+        batch = packed_batch(vocab, length=LENGTH, packed=packed)
         mean, expected = whole_loss_and_gradients(whole, *batch)
         limits: Limits | None = None
         trained = int((batch[1][0] != -100).sum())
@@ -108,7 +124,7 @@ def _last_words(text: str) -> str:
     return text.partition("\n")[0].partition(": ")[2][:100] or text[:100]
 
 
-def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...]) -> Found:
+def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...], sharded_norms: bool) -> Found:
     """One rank."""
     import torch.distributed as dist
 
@@ -117,8 +133,9 @@ def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...]) ->
     from jllm.models.pipeline.stage import PipelineStage
     from jllm.models.pipeline.structure import count_layers
     from jllm.models.tensor_parallel.checks import sharers
+    from jllm.models.tensor_parallel.marks import partial_gradient
     from jllm.models.tensor_parallel.saving import sliced_files
-    from jllm.models.tensor_parallel.slicing import partial_gradient, slice_stage
+    from jllm.models.tensor_parallel.slicing import slice_stage
     from jllm.models.weights.loading import load_stage
     from jllm.models.weights.saving import write_companions, write_index
     from jllm.models.weights.source import read_config
@@ -134,14 +151,14 @@ def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...]) ->
     [span] = spans_of([0, count_layers(read_config(folder))])
     model = load_stage(folder, span, dtype=torch.float32)
     group = TensorGroup.make(Mesh(tensor=size), rank, sharers=sharers(model.config, size))
-    slice_stage(model, group, how=how)
+    slice_stage(model, group, how=how, sharded_norms=sharded_norms)
     names = published_names(model, span)
     stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
-    answers = []
+    answers, vocab = [], model.config.get_text_config(decoder=True).vocab_size
     for packed in ways:
         stage.zero_grad()
         torch.manual_seed(0)
-        loss = stage(packed_batch(model.config.get_text_config(decoder=True).vocab_size, packed=packed))
+        loss = stage(packed_batch(vocab, length=LENGTH, packed=packed))
         assert isinstance(loss, torch.Tensor)
         loss.backward()
         found = {}

@@ -133,6 +133,24 @@ def test_what_slices_were_not_shown_with_is_refused_by_name(options: dict[str, A
         config_of(**{"precision": "fp32", **options}, model_parallel_size=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model_parallel_size": 1}, "is for slices of a stage; give --model_parallel_size, or drop it"),
+        ({"lora_dim": 4}, "with --lora_dim 4: tokens shared by slices were not shown to work with it"),
+        ({"sequence_parallel_size": 2}, "with --sequence_parallel_size 2: tokens shared by slices were not shown"),
+    ],
+)
+def test_what_tokens_shared_by_slices_were_not_shown_with(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"--sequence_sharded_norms.* {says}"):
+        config_of(**{"precision": "fp32", "model_parallel_size": 2, **options}, sequence_sharded_norms=True)
+
+
+def test_an_option_of_others_names_ours() -> None:
+    with pytest.raises(UserError, match="or give --sequence_sharded_norms"):
+        config_of(async_tensor_model_parallel_allreduce=True)
+
+
 def test_values_that_follow() -> None:
     config = config_of(global_batch_size=8, checkpoint=Path("run"))
     values = automatic_options(config, resolve_shape(config, 2))

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from jllm.models.adapters.lora_plan import ADAPTER
-from jllm.models.tensor_parallel.slicing import repeats
+from jllm.models.tensor_parallel.marks import repeats
 from jllm.parallel.tensor.group import TensorGroup
 from jllm.parallel.tensor.layers import RowParallelLinear
 from jllm.parallel.tensor.slices import slice_of

@@ -16,8 +16,8 @@ from jllm.models.adapters.adapter_folder import AdapterFolder
 from jllm.models.adapters.lora_plan import ADAPTER
 from jllm.models.adapters.peft_folder import stored_parameters
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.tensor_parallel.marks import mark_repeats, mark_shared, partial_gradient
 from jllm.models.tensor_parallel.saving import SlicedFile, SlicedTensor
-from jllm.models.tensor_parallel.slicing import mark_repeats, mark_shared, partial_gradient
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup
 from jllm.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, move_copies, take_columns, take_rows
 from jllm.parallel.tensor.slices import slice_of, whole_shape

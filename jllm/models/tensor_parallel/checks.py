@@ -19,9 +19,12 @@ _HEADS = re.compile(r"(?!.*index).*attention_heads")
 _SHARED_HEADS = re.compile(r"(?!.*index).*(key_value|kv)_heads")
 
 
-def check_tensor_parallel(config: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
+def check_tensor_parallel(
+    config: PretrainedConfig, family: type[PreTrainedModel], size: int, *, sharded_norms: bool = False
+) -> None:
     """Raises:
-    UserError: the model cannot be cut into so many slices, or was not shown to compute the same then.
+    UserError: the model cannot be cut into so many slices, or was not shown to compute the same then, or with
+        `sharded_norms`.
     """
     if size == 1:
         return
@@ -31,6 +34,11 @@ def check_tensor_parallel(config: PretrainedConfig, family: type[PreTrainedModel
         raise UserError(
             f"{given}: {kind} was not shown to train the same in slices ({shown.why}); use --pipe_parallel_size, and"
             " `jllm models` for the families that were"
+        )
+    if sharded_norms and not shown.sharded_norms:
+        raise UserError(
+            f"--sequence_sharded_norms: {kind} was not shown to train the same when slices share the tokens between"
+            " its attention and mlp; drop it"
         )
     text = config.get_text_config(decoder=True)
     if shown.how != VOCABULARY:

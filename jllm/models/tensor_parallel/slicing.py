@@ -17,7 +17,9 @@ from jllm.models.families import BY_PLAN, IN_LAYERS, shown_slices
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.tensor_parallel import plans
 from jllm.models.tensor_parallel.checks import shared_heads
+from jllm.models.tensor_parallel.marks import mark_partial, mark_repeats, mark_shared
 from jllm.models.tensor_parallel.plans import SlicingPlan
+from jllm.models.tensor_parallel.sharded_norms import shard_norms
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup
 from jllm.parallel.tensor.layers import (
     add_once,
@@ -29,7 +31,7 @@ from jllm.parallel.tensor.layers import (
     vocabulary_parallel_embedding,
     vocabulary_parallel_head,
 )
-from jllm.parallel.tensor.slices import Ranges, chunk, chunks_of_packed, cut, slice_of
+from jllm.parallel.tensor.slices import Ranges, chunk, chunks_of_packed, cut
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "all_head_size")
 """What an attention module may say of all its heads: how many they are, and how wide together."""
@@ -38,19 +40,24 @@ _SHARED_MAPS = ("k_proj", "v_proj")
 _ALIGNED = 16
 
 
-def slice_stage(model: PreTrainedModel, group: TensorGroup, *, how: str | None = None) -> None:
+def slice_stage(
+    model: PreTrainedModel, group: TensorGroup, *, how: str | None = None, sharded_norms: bool = False
+) -> None:
     """Leave a stage this rank's slices, and have its layers compute with them.
 
     Args:
         model: loaded and sealed, of a family that `check_tensor_parallel` lets pass.
         group: the ranks that share it.
         how: what of it is cut, as `Family.slices` says; None for what was shown of its family.
+        sharded_norms: whether they share the tokens between attention and mlp, too.
     """
     ends = (model.get_submodule(structure_of(model).embedding), model.get_output_embeddings())
     _slice_vocabulary(ends, group)
     how = how or shown_slices(type(model)).how
     if how in (IN_LAYERS, BY_PLAN):
         _Slicing(model, group, SlicingPlan(model, with_usual=how == IN_LAYERS)).run()
+    if sharded_norms:
+        shard_norms(model, group)
     mark_repeats(model, group)
 
 
@@ -62,32 +69,6 @@ def _slice_vocabulary(ends: tuple[nn.Module, nn.Module | None], group: TensorGro
         vocabulary_parallel_embedding(embedding, group)
     if isinstance(head, nn.Linear):
         vocabulary_parallel_head(head, group, weight=embedding.get_parameter("weight") if tied else None)
-
-
-def mark_repeats(model: nn.Module, group: TensorGroup) -> None:
-    """Say of every parameter whether another rank of the group acts for it."""
-    for parameter in model.parameters():
-        is_whole, is_shared = slice_of(parameter) is None, hasattr(parameter, _SHARED)
-        repeats = not group.leads if is_whole else is_shared and not group.leads_sharers
-        parameter.jllm_repeats = repeats  # type: ignore[attr-defined]
-
-
-def repeats(parameter: nn.Parameter) -> bool:
-    """Whether another rank of the tensor group has the same elements, and acts for all that have."""
-    return getattr(parameter, "jllm_repeats", False)
-
-
-def partial_gradient(parameter: nn.Parameter) -> Any:
-    """The process group over which the gradients of a parameter have to be summed; None for most."""
-    return getattr(parameter, _SHARED, getattr(parameter, _PARTIAL, None))
-
-
-def mark_shared(parameter: nn.Parameter, sharing: Any) -> None:
-    """Say that the ranks of a process group have the same slice of a parameter, and each a part of its gradient."""
-    setattr(parameter, _SHARED, sharing)
-
-
-_SHARED, _PARTIAL = "jllm_shared_over", "jllm_partial_over"
 
 
 def _take_any_width(experts: Any) -> None:
@@ -120,7 +101,7 @@ class _Slicing:
         parent: Any = self._model.get_submodule(parent_name)
         if style == plans.PARTIAL:
             for parameter in module.parameters():
-                setattr(parameter, _PARTIAL, self._group.handle)
+                mark_partial(parameter, self._group.handle)
         elif style == plans.EXPERTS:
             sliced_experts(module, self._group)
         elif style == plans.LATENT:
@@ -149,7 +130,7 @@ class _Slicing:
         shape, group = parent.get_parameter(leaf).shape, self._group
         columns = max(len(shape) - 2, 0)
         if style == plans.ADDED_ONCE:
-            setattr(parent.get_parameter(leaf), _PARTIAL, group.handle)
+            mark_partial(parent.get_parameter(leaf), group.handle)
             add_once(parent, leaf, group)
         elif style in (plans.PACKED_COLUMNS, plans.PACKED_ROWS):
             axis = columns if style == plans.PACKED_COLUMNS else len(shape) - 1

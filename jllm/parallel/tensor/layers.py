@@ -17,27 +17,31 @@ from torch.nn.functional import linear
 
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup, copied, summed
 from jllm.parallel.tensor.slices import Ranges, Slice, chunk, cut, mark_slice
+from jllm.parallel.tensor.tokens import scattered
 from jllm.parallel.tensor.vocabulary import VocabularyShard
 
 
 class ColumnParallelLinear(nn.Linear):
     """A linear map with some of its outputs; what follows works on them."""
 
-    copies: SharedCopies
+    copies: SharedCopies | None
 
     def forward(self, input: Tensor) -> Tensor:
         """This rank's outputs."""
-        return linear(self.copies(input), self.weight.to(input.dtype), self.bias)
+        copy = input if self.copies is None else self.copies(input)
+        return linear(copy, self.weight.to(input.dtype), self.bias)
 
 
 class RowParallelLinear(nn.Linear):
     """A linear map with some of its inputs; all of its outputs, on every rank."""
 
     group: TensorGroup
+    scatters = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """All outputs. The bias is added once, after the sum."""
-        total = summed(linear(input, self.weight.to(input.dtype)), self.group)
+        """All outputs; with `scatters` those of this rank's tokens. The bias is added once, after the sum."""
+        part = linear(input, self.weight.to(input.dtype))
+        total = scattered(part, self.group) if self.scatters else summed(part, self.group)
         return total if self.bias is None else total + self.bias
 
 
@@ -73,6 +77,16 @@ def row_parallel(layer: nn.Linear, ranges: Ranges, group: TensorGroup) -> None:
     layer.in_features = layer.weight.shape[1]
     layer.__class__ = RowParallelLinear
     layer.group = group  # type: ignore[assignment]
+
+
+def take_as_given(layer: ColumnParallelLinear) -> None:
+    """Have a map not copy its input: whoever gives it adds the gradients of the ranks."""
+    layer.copies = None
+
+
+def scatter_sums(layer: RowParallelLinear) -> None:
+    """Have a map give each rank its tokens' sums alone."""
+    layer.scatters = True
 
 
 def take_columns(layer: nn.Linear, ranges: Ranges, outputs: int, copies: SharedCopies) -> None:

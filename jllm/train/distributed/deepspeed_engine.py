@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of, tied_parameter
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.tensor_parallel.slicing import partial_gradient, repeats
+from jllm.models.tensor_parallel.marks import partial_gradient, repeats
 from jllm.parallel.mesh import Mesh, Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.collate import MicroBatch

@@ -37,6 +37,14 @@ class ParallelismOptions:
         most=1 << 20,
         help="processes that share the weights of a stage, each with slices of them (tensor parallelism)",
     )
+    sequence_sharded_norms: bool = option(
+        False,
+        help="slices of a stage share the tokens between attention and mlp: norms and sums there keep a part of each"
+        " hidden state; with --model_parallel_size",
+    )
+    async_tensor_model_parallel_allreduce: bool = option(
+        False, help="refused: sums of slices overlap nothing; --sequence_sharded_norms takes its place", hidden=True
+    )
     sequence_parallel_size: int = option(
         1,
         least=1,
@@ -92,6 +100,12 @@ def check_slices(options: Any) -> None:
         UserError: one of them.
     """
     _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", _not_shown(options))
+    if options.sequence_sharded_norms:
+        others = {
+            f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1,
+            f"lora_dim {options.lora_dim}": bool(options.lora_dim),
+        }
+        _refuse("--sequence_sharded_norms", "tokens shared by slices", others)
 
 
 def check_sequences(options: Any) -> None:

@@ -58,3 +58,37 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
     found, theirs = (records(tmp_path / f"{name}-bf16-log") for name in ("sliced", "one"))
     np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in theirs], rtol=5e-3)
     np.testing.assert_allclose([each["grad_norm"] for each in found], [each["grad_norm"] for each in theirs], rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        # Its rotary keys go straight to every slice's heads, with what the adapter adds to them.
+        ("deepseek_v3", "kv_a_proj_with_mqa,kv_b_proj,q_a_proj,q_b_proj,o_proj,up_proj"),
+        # Attention is whole on every slice.
+        ("olmo2", "q_proj,o_proj,up_proj"),
+    ],
+)
+def test_lora_beside_maps_that_are_whole(tmp_path: Path, family: str, targets: str) -> None:
+    save_model(tmp_path / "model", family)
+    write_rows(tmp_path / "data", random_rows(12, vocabulary=96, labels=True, packed=True), files=2)
+    more = {
+        "lora_target_modules": targets,
+        "max_steps": 3,
+        "pipe_parallel_size": 1,
+        "optimizer": "sgd",
+        "adam_eps": 1e-8,
+        "learning_rate": 0.2,
+    }
+    for name, slices in (("sliced", 2), ("one", 1)):
+        log = {"log_dir": tmp_path / f"{name}-log", "model_parallel_size": slices, "checkpoint": None}
+        options = lora_options(tmp_path, name, **log, **more)
+        assert Ranks(slices).run(train_ranks, [options]) == [[None]] * slices
+    one, sliced = (records(tmp_path / f"{name}-log") for name in ("one", "sliced"))
+    assert len(one) == 3
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([each[key] for each in sliced], [each[key] for each in one], rtol=1e-4)
+    expected, found = adapter_in(tmp_path / "one"), adapter_in(tmp_path / "sliced")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_allclose(found[key], tensor, atol=1e-5, err_msg=key)

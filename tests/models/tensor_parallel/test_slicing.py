@@ -32,7 +32,8 @@ def sliced_gradients(folders: list[Path], size: int) -> list[tuple[float, dict[s
     from jllm.models.pipeline.span import spans_of
     from jllm.models.pipeline.stage import PipelineStage
     from jllm.models.tensor_parallel.checks import sharers
-    from jllm.models.tensor_parallel.slicing import partial_gradient, slice_stage
+    from jllm.models.tensor_parallel.marks import partial_gradient
+    from jllm.models.tensor_parallel.slicing import slice_stage
     from jllm.models.weights.loading import load_stage
     from jllm.parallel.mesh import Mesh
     from jllm.parallel.tensor.group import TensorGroup
