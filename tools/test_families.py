@@ -275,20 +275,22 @@ def write_table(version: str, families: Sequence[Family]) -> None:
         "for halves), and so is what they write together. Embedding and head are cut, and of decoder layers what most "
         "families have (*layers*), what transformers' plan cuts (*plan*) or nothing (*vocabulary*); a model whose "
         "layers have parameters that the tiny one has not is refused. "
+        "*Norms*: the same where slices share the tokens between attention and mlp (`--sequence_sharded_norms`), of "
+        "rows that they do not divide. "
         "*Rows*: two processes that share the tokens of rows (`--sequence_parallel_size`) have the whole model's loss "
         "and every gradient, in both modes (fp32, 1e-5). "
         "Types in bold are tested in every run of the tests, tied and untied.",
         "",
-        "| type | plan | result | documents apart | by lengths | head | layers | halves | slices | rows | shown by, or"
-        " reason |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| type | plan | result | documents apart | by lengths | head | layers | halves | slices | norms | rows | shown"
+        " by, or reason |",
+        f"|{' --- |' * 12}",
     ]
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         plan = "yes" if family.has_plan else ""
         shown = family.shown.replace("|", "/")
         known = (family.apart, family.kernels, family.head, family.layers, family.half_layers)
-        facts = (name, plan, family.status, *known, family.in_slices, family.in_rows, shown)
+        facts = (name, plan, family.status, *known, family.in_slices, family.in_norms, family.in_rows, shown)
         lines.append(f"| {' | '.join(facts)} |")
     target = ROOT / "docs" / "families.md"
     target.parent.mkdir(exist_ok=True)

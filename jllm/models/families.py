@@ -143,6 +143,11 @@ class Family:
         return "" if self.status != "pass" else self.slices
 
     @property
+    def in_norms(self) -> str:
+        """`sharded_norms` for people; empty where no layers are cut."""
+        return "" if self.in_slices not in (IN_LAYERS, BY_PLAN) else "yes" if self.sharded_norms else "no"
+
+    @property
     def in_rows(self) -> str:
         """`shared_rows` for people."""
         return "" if self.status != "pass" else self.shared_rows

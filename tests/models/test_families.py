@@ -95,6 +95,10 @@ def test_catalogue() -> None:
     assert [name for name in NAMED if not shown_halves(causal_class(tiny_config(name)))[0]] == ["cohere", "cohere2"]
     assert all(family.status == "pass" and not family.not_halved for family in families if family.halves)
     assert sum(bool(family.halves) for family in families) >= 95
+    assert sum(family.in_slices in ("layers", "plan", "vocabulary") for family in families) >= 140
+    assert sum(family.in_slices == "layers" for family in families) >= 110
+    assert all(family.sliced for family in families if family.in_slices == "layers")
+    assert sum(family.in_rows == "yes" for family in families) >= 84
     planned = [family for family in families if family.has_plan]
     assert len(planned) >= 85
     assert sum(family.status == "pass" for family in planned) >= 75
@@ -111,6 +115,7 @@ def test_catalogue() -> None:
     for family in families:
         name = f"**{family.model_type}**" if family.model_type in NAMED else family.model_type
         facts = (family.status, family.apart, family.kernels, family.head, family.layers, family.half_layers)
+        facts += (family.in_slices, family.in_norms, family.in_rows)
         columns = re.escape(" | ".join(facts))
         assert re.search(rf"^\| {re.escape(name)} \|.*\| {columns}", page, re.MULTILINE), family.model_type
 

@@ -12,6 +12,7 @@ Costs: building the model on the meta device, some milliseconds per layer.
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -218,6 +219,7 @@ def estimate_costs(
     in_halves: bool = False,
     slices: int = 1,
     shares: int = 1,
+    model: PreTrainedModel | None = None,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -240,12 +242,13 @@ def estimate_costs(
         in_halves: stages may be cut inside layers, so what these cost is given by halves.
         slices: processes that share every matrix of a stage (tensor parallelism); costs are those of one of them.
         shares: processes that share the tokens of every row (sequence parallelism); costs are those of one of them.
+        model: without memory and with nothing attached, for whom many estimates are made; None to build it.
 
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names; or its layers
             cannot be cut inside.
     """
-    model = bare_model(config, family or causal_class(config), dtype=dtype)
+    model = model or bare_model(config, family or causal_class(config), dtype=dtype)
     structure = whole_structure(model) if is_whole else find_structure(model)
     layers = _layers(model, structure)
     halves = [find_halves(layer, type(model)) for layer in layers] if in_halves else []
@@ -276,14 +279,6 @@ def estimate_costs(
         attentions = [each for kind in types for each in (kind, None)]
     share = 1 / units
     few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
-    full = [
-        tokens * activation_bytes_per_token(layer, own, dtype.itemsize, 0.0 if is_compiled else share, parts)
-        + dtype.itemsize * unpacked(layer, few_bits)
-        for layer, own in zip(layers, configs, strict=True)
-    ]
-    kept = full
-    if checkpoint_interval:
-        kept = [0.0 if checkpoint_offload else share * hidden_bytes / checkpoint_interval] * len(full)
     copies = dict(structure.tied)
     names = {name: copies.get(plain_name(name), plain_name(name)) for name, _ in model.named_parameters()}
     chosen = set(names.values())
@@ -298,6 +293,25 @@ def estimate_costs(
             )
         )
     trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
+
+    firsts: dict[Any, int] = {}
+    alike = [
+        firsts.setdefault((id(own), kind, _shapes(layer, parts, trained, few_bits)), index)
+        for index, (layer, own, kind) in enumerate(zip(layers, configs, attentions, strict=True))
+    ]
+    unlike = sorted(firsts.values())
+    bytes_of = {
+        index: tokens
+        * activation_bytes_per_token(
+            layers[index], configs[index], dtype.itemsize, 0.0 if is_compiled else share, parts
+        )
+        + dtype.itemsize * unpacked(layers[index], few_bits)
+        for index in unlike
+    }
+    full = [bytes_of[index] for index in alike]
+    kept = full
+    if checkpoint_interval:
+        kept = [0.0 if checkpoint_offload else share * hidden_bytes / checkpoint_interval] * len(full)
 
     def count(parameters: Iterable[nn.Parameter], parts: Parts = parts) -> Parameters:
         known = [(id(each), math.ceil(each.numel() / parts(each))) for each in parameters]
@@ -319,30 +333,33 @@ def estimate_costs(
 
     def work(parts: Parts) -> tuple[list[float], list[float], float, float]:
         """Operations a token: of layers, forward; what their backward passes are spared; the same of the head."""
-        per_token, spared = [], []
-        for layer, own, kind in zip(layers, configs, attentions, strict=True):
+        per_token, spared = {}, {}
+        for index in unlike:
+            layer, own, kind = layers[index], configs[index], attentions[index]
             used = weights_used(layer, own, parts)
             scores = 0.0 if kind is None else attention_operations(own, kind, sequence_length)
-            per_token.append(2.0 * used + scores / parts_of_attention(layer, parts))
+            per_token[index] = 2.0 * used + scores / parts_of_attention(layer, parts)
             # The backward pass makes no gradients of frozen weights.
-            spared.append(2.0 * (used - weights_used(layer, own, parts, trained)))
+            spared[index] = 2.0 * (used - weights_used(layer, own, parts, trained))
         ends = [model.get_submodule(name) for name in structure.after]
         products = sum(weights_used(end, text, parts) for end in ends)
         frozen = products - sum(weights_used(end, text, parts, trained) for end in ends)
-        return per_token, spared, 2.0 * products, 2.0 * frozen
+        of_layers = ([found[index] for index in alike] for found in (per_token, spared))
+        return *of_layers, 2.0 * products, 2.0 * frozen  # type: ignore[return-value]
 
     per_token, spared, head_per_token, head_spared = work(parts)
-    whole = work(in_one_part)
+    whole = work(in_one_part) if is_cut else (per_token, spared, head_per_token, head_spared)
+    counts = {index: count(layers[index].parameters()) for index in unlike}
     is_repeated = is_apart and held < logits and not is_fused
     return Costs(
         layers=tuple(
             LayerCost(
                 kind=kinds[index],
-                parameters=count(layer.parameters()),
+                parameters=counts[first],
                 time=tokens * (passes * per_token[index] - spared[index]),
                 activation_bytes=kept[index],
             )
-            for index, layer in enumerate(layers)
+            for index, first in enumerate(alike)
         ),
         in_halves=in_halves,
         embedding_parameters=count(before),
@@ -360,6 +377,14 @@ def estimate_costs(
         operations=shares * tokens * (_TRAINING * (sum(whole[0]) + whole[2]) - sum(whole[1]) - whole[3]),
         tied_parameters=count(each for each in before if id(each) in in_both),
         model_parameters=count(model.parameters(), in_one_part),
+    )
+
+
+def _shapes(layer: nn.Module, parts: Parts, *chosen: Collection[int]) -> tuple[Any, ...]:
+    """What the costs of a layer depend on, beside its configuration and kind."""
+    return tuple(
+        (name, each.shape, parts(each), *(id(each) in some for some in chosen))
+        for name, each in layer.named_parameters()
     )
 
 

@@ -33,7 +33,7 @@ from jllm.models.pipeline.structure import count_layers
 from jllm.models.sequence_parallel.checks import check_sequence_parallel
 from jllm.models.sizes import size_of
 from jllm.models.tensor_parallel.checks import check_tensor_parallel
-from jllm.models.weights.source import causal_class
+from jllm.models.weights.source import bare_model, causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
@@ -67,6 +67,11 @@ class Wanted:
     length: int
     rows: int
     optimizer: str
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """Without memory."""
+        return bare_model(self.config, causal_class(self.config), dtype=torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +242,7 @@ def _costs(wanted: Wanted, *, tensor: int, sequence: int, rows: int, interval: i
         is_compiled=not is_shared,
         slices=tensor,
         shares=sequence,
+        model=wanted.model,
     )
 
 
