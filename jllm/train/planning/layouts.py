@@ -25,7 +25,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.families import check_split
+from jllm.models.families import VOCABULARY, check_split, shown_slices
 from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import bubble_share, micro_batches_in_flight, partition
 from jllm.models.pipeline.span import spans_of
@@ -308,8 +308,9 @@ def _exchange_of_a_layer(wanted: Wanted, cluster: Cluster, layout: Layout) -> fl
     text = wanted.config.get_text_config(decoder=True)
     passes = 3 if layout.interval else 2
     tensor, sequence = layout.tensor, layout.sequence
-    sums = 2 * passes * 2 * (tensor - 1) / tensor * _hidden(wanted, layout)
-    seconds = cluster.sends(tensor, sums)
+    # Layers that are whole on every process have nothing to sum.
+    sums = 0.0 if shown_slices(type(wanted.model)).how == VOCABULARY else 2 * passes * 2 * (tensor - 1) / tensor
+    seconds = cluster.sends(tensor, sums * _hidden(wanted, layout))
     if sequence == 1:
         return seconds
     heads = size_of(text, "num_attention_heads") / tensor
