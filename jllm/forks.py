@@ -123,18 +123,27 @@ class Workers:
     @property
     def wants(self) -> int:
         """How many tasks would be begun now, or be there when a worker is done with one."""
-        return sum(_AT_ONCE - len(worker.tasks) for worker in self._workers)
+        return sum(_AT_ONCE - len(worker.tasks) for worker in self._workers if not worker.is_long)
 
     @property
     def busy(self) -> bool:
         """Whether some worker has something to do."""
         return any(worker.tasks for worker in self._workers)
 
-    def submit(self, task: Any, callback: Callback) -> None:
-        """Give a task to the worker that has least to do; only while `wants` is more than 0."""
-        worker = min(self._workers, key=lambda each: len(each.tasks))
+    def submit(self, task: Any, callback: Callback, *, is_long: bool = False) -> None:
+        """Give a task to the worker that has least to do; only while `wants` is more than 0.
+
+        Behind one that `is_long` no other waits: its worker gets nothing more until it is done.
+        """
+        worker = min((each for each in self._workers if not each.is_long), key=lambda each: len(each.tasks))
         assert len(worker.tasks) < _AT_ONCE
-        worker.tasks.append(callback)
+
+        def done(result: Any, error: BaseException | None) -> None:
+            worker.is_long = False
+            callback(result, error)
+
+        worker.is_long = is_long
+        worker.tasks.append(done if is_long else callback)
         worker.send(task)
         self._watch(worker)
 
@@ -189,6 +198,7 @@ class _Process:
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self.tasks: collections.deque[Callback] = collections.deque()
+        self.is_long = False
         self.unsent: collections.deque[memoryview] = collections.deque()
         self._received = bytearray()
         self.socket, theirs = socket.socketpair()
@@ -273,6 +283,7 @@ class _Thread:
 
     def __init__(self, work: Callable[[Any], Any], wake: Callable[[], None]) -> None:
         self.tasks: collections.deque[Callback] = collections.deque()
+        self.is_long = False
         self._given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._ended = False

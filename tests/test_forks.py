@@ -47,6 +47,31 @@ def work(task: Any) -> Any:
     return os.getpid() if task == 0 else task * 2
 
 
+def wait_for(task: Any) -> Any:
+    """A path: until it is there."""
+    while isinstance(task, Path) and not task.exists():
+        time.sleep(0.01)
+    return task
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_nothing_waits_behind_a_long_task(tmp_path: Path, threads: bool) -> None:
+    """All others are done while it is at work; afterwards its worker has others again."""
+    long, found = tmp_path / "end", list[Any]()
+    with Workers(2, wait_for, threads=threads) as workers:
+        for _ in range(2):
+            workers.submit(long, lambda result, error: found.append(result), is_long=True)
+            others = results_of(workers, [*range(20)])
+            assert others == {number: number for number in range(20)}
+            assert found == []
+            long.touch()
+            while not found:
+                workers.step(10)
+            assert found.pop() == long
+            long.unlink()
+        assert workers.wants == 4
+
+
 @pytest.mark.parametrize("threads", [False, True])
 def test_results_and_mistakes_come_back(threads: bool) -> None:
     with Workers(3, work, threads=threads) as workers:

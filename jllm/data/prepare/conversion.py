@@ -155,7 +155,7 @@ class _Queue:
                 self._run.work.sent.give_back(sent.slot)
             self.results[number] = counted if error is None else error
 
-        self._workers.submit(ChunkTask(chunk, kind, sent), done)
+        self._workers.submit(ChunkTask(chunk, kind, sent), done, is_long=large > 0)
 
     def _sent(self, chunk: Chunk) -> tuple[Chunk, SentContent | None]:
         """The chunk with its content in shared memory, where there is room."""
