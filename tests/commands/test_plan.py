@@ -68,6 +68,10 @@ def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
     given = [each.split(":")[0] for each in found["left_out"]]
     assert given == ["--sequence_parallel_size 2"]
     assert all(each["layout"]["sequence"] == 1 for each in found["layouts"])
+    make_folder(tiny_config("phi", qk_layernorm=True, num_hidden_layers=2), tmp_path / "phi")
+    assert "left out: --model_parallel_size: models of type 'phi' with self_attn.q_layernorm.weight" in plan(
+        capsys, "-m", str(tmp_path / "phi")
+    )
 
 
 @pytest.mark.parametrize(

@@ -137,20 +137,24 @@ def test_the_first_step_of_dpo(ranks: Callable[[int], Ranks], tmp_path: Path, fo
 LORA = {"lora_dim": 4, "lora_target_modules": "q_proj,v_proj,down_proj", "optimizer": "adamw", "learning_rate": 5e-3}
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_lora_is_its_own_reference(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, stages: int) -> None:
+@pytest.mark.parametrize(("stages", "slices"), [(1, 1), (2, 1), (1, 2)])
+def test_lora_is_its_own_reference(
+    ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, stages: int, slices: int
+) -> None:
     """Adapters and dropout off: the same losses as with references that the base model wrote."""
-    more = {**LORA, "gradient_accumulation_steps": 2, "pipe_parallel_size": stages, "output_dir": None}
+    layout = {"pipe_parallel_size": stages, "model_parallel_size": slices}
+    more = {**LORA, **layout, "gradient_accumulation_steps": 2, "output_dir": None}
     evaluated = {"eval_data": (f"all={folder / 'data'}",), "steps_per_eval": 4}
     own = run_options(
         folder, tmp_path, "dpo", **more, **evaluated, train_data=(str(folder / "data"),), log_dir=tmp_path / "own"
     )
-    assert ranks(stages).run(train_rank, own) == [None] * stages
+    world = stages * slices
+    assert ranks(world).run(train_rank, own) == [None] * world
     # The order of rows depends on the files, so both are read as they are.
     written = run_options(folder, tmp_path, "dpo", **more, log_dir=tmp_path / "written", no_shuf=True)
-    assert ranks(stages).run(train_rank, written) == [None] * stages
+    assert ranks(world).run(train_rank, written) == [None] * world
     again = {**own, "no_shuf": True, "log_dir": tmp_path / "again", "eval_data": ()}
-    assert ranks(stages).run(train_rank, again) == [None] * stages
+    assert ranks(world).run(train_rank, again) == [None] * world
     found = records(tmp_path / "again")
     assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert found[-1]["loss"] != pytest.approx(np.log(2), abs=1e-4)

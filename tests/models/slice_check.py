@@ -5,11 +5,12 @@ all (embedding and head are), until loss and every gradient are those of the who
 write together hold its weights. All weights are moved away from 0 and 1 before.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
 from jllm.models.families import BY_PLAN, IN_LAYERS, NOT_SLICED, VOCABULARY, layer_parameter
@@ -17,12 +18,22 @@ from jllm.models.sizes import size_of
 from jllm.models.tensor_parallel.checks import shared_heads
 from tests.distributed.ranks import Ranks
 from tests.models.chain import packed_batch, whole_loss_and_gradients
-from tests.models.family_check import load_whole, takes_packed_rows
+from tests.models.family_check import load_whole, make_folder, takes_packed_rows
+from tests.models.half_check import SWITCHES
 from tests.models.moved import DiffersError, Limits, difference_of, limits_of, move_weights
+from tests.models.tiny import tiny_config
 
 SLICED = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "phi3")
 """Families that are tried in every layout: plain, biases, norms of heads, tied with soft caps, experts, packed maps."""
 
+FURTHER: dict[str, Any] = {
+    "q_lora_rank": None,
+    **dict.fromkeys(("qk_layernorm", "use_qk_norm", "qk_norm", "attention_qk_norm"), True),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias"), True),
+    "add_swa_attention_sink_bias": True,
+    "first_k_dense_replace": 0,
+}
+"""What a configuration may say, and layers then have other parameters."""
 LENGTH = 23
 """Of rows: no two ranks have equally many of their tokens."""
 Found = tuple[list[tuple[float, dict[str, Any]]], list[str]]
@@ -43,8 +54,10 @@ def how_sliced(folder: Path) -> dict[str, Any]:
         if not any(" " in entry for entry in sliced):  # the plan has nothing for its layers
             how = VOCABULARY
             why = why or "no plan says how its layers are cut"
-        found = {"slices": how, "sliced": tuple(sliced), "not_sliced": why}
         is_inside = how != VOCABULARY
+        if is_inside:
+            sliced = list(dict.fromkeys((*sliced, *_with_switches(whole.config, folder, how))))
+        found = {"slices": how, "sliced": tuple(sliced), "not_sliced": why}
         return {
             **found,
             "shares_heads": is_inside and _shares_heads(whole, moved, how),
@@ -52,6 +65,20 @@ def how_sliced(folder: Path) -> dict[str, Any]:
         }
     nothing = {"sliced": (), "shares_heads": False, "sharded_norms": False}
     return {"slices": NOT_SLICED, "not_sliced": why, **nothing}
+
+
+def _with_switches(config: PretrainedConfig, folder: Path, how: str) -> list[str]:
+    """Parameters of layers that other configurations of the family have, where these are shown too."""
+    found: list[str] = []
+    for name, value in (SWITCHES | FURTHER).items():
+        if getattr(config, name, value) == value:
+            continue
+        with contextlib.suppress(DiffersError, UserError, ValueError):
+            other = folder.with_name(name) / "whole"
+            make_folder(tiny_config(config.model_type, **{name: value}), other)
+            moved = other.with_name("moved")
+            found += show_slices(move_weights(load_whole(other), moved), moved, how, 2)
+    return found
 
 
 def _shares_heads(whole: PreTrainedModel, folder: Path, how: str) -> bool:

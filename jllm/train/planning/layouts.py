@@ -263,7 +263,12 @@ def why_not_split(wanted: Wanted) -> str | None:
 
 def why_not_cut(wanted: Wanted, size: int) -> str | None:
     """Why so many processes cannot share the matrices of a stage; None where they can."""
-    return _refusal(wanted, size, check_tensor_parallel)
+
+    def check(config: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
+        check_tensor_parallel(config, family, size)
+        _costs(wanted, tensor=size, sequence=1, rows=1, interval=0)  # its layers may have parts that were not shown
+
+    return _refusal(wanted, size, check)
 
 
 def why_not_shared(wanted: Wanted, size: int) -> str | None:
