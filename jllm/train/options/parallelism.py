@@ -43,7 +43,7 @@ class ParallelismOptions:
         " hidden state; with --model_parallel_size",
     )
     async_tensor_model_parallel_allreduce: bool = option(
-        False, help="refused: sums of slices overlap nothing; --sequence_sharded_norms takes its place", hidden=True
+        False, help="refused: sums of slices overlap nothing; --sequence_sharded_norms takes its place"
     )
     sequence_parallel_size: int = option(
         1,
