@@ -71,9 +71,9 @@ def _with_switches(config: PretrainedConfig, folder: Path, how: str) -> list[str
     """Parameters of layers that other configurations of the family have, where these are shown too."""
     found: list[str] = []
     for name, value in (SWITCHES | FURTHER).items():
-        if getattr(config, name, value) == value:
-            continue
-        with contextlib.suppress(DiffersError, UserError, ValueError):
+        with contextlib.suppress(Exception):  # there is no such model, or it is not shown
+            if getattr(config, name, value) == value:
+                continue
             other = folder.with_name(name) / "whole"
             make_folder(tiny_config(config.model_type, **{name: value}), other)
             moved = other.with_name("moved")
