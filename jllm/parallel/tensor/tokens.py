@@ -20,7 +20,7 @@ from jllm.parallel.tensor.group import TensorGroup
 
 def own_tokens(hidden: Tensor, group: TensorGroup) -> Tensor:
     """[B, S, width], alike on all ranks → this rank's tokens [B, S / ranks, width]."""
-    result: Tensor = _Own.apply(hidden, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _Some.apply(hidden, group, False)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -36,7 +36,7 @@ def all_tokens(part: Tensor, length: int, group: TensorGroup, *, is_partial: boo
 
 def scattered(part: Tensor, group: TensorGroup) -> Tensor:
     """Each rank's part of a sum [B, S, width] → of the sum this rank's tokens."""
-    result: Tensor = _Scattered.apply(part, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _Some.apply(part, group, True)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -67,16 +67,18 @@ def _summed_cut(part: Tensor, group: TensorGroup) -> Tensor:
     return found
 
 
-class _Own(torch.autograd.Function):
+class _Some(torch.autograd.Function):
+    """Of whole rows, or of the sum of the ranks' parts, this rank's tokens."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: TensorGroup) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, group: TensorGroup, is_partial: bool) -> Tensor:
         ctx.group, ctx.length = group, hidden.shape[1]
-        return _cut(hidden, group)
+        return (_summed_cut if is_partial else _cut)(hidden, group)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _joined(gradient, ctx.length, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _joined(gradient, ctx.length, ctx.group), None, None
 
 
 class _All(torch.autograd.Function):
@@ -89,15 +91,3 @@ class _All(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return (_summed_cut if ctx.is_partial else _cut)(gradient, ctx.group), None, None, None
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group, ctx.length = group, part.shape[1]
-        return _summed_cut(part, group)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _joined(gradient, ctx.length, ctx.group), None
