@@ -71,6 +71,11 @@ class Setting:
         return self.stages * self.slices * self.runs
 
     @property
+    def has_weights(self) -> bool:
+        """Whether ours reads them from a folder: where references are made with them, and where drawing takes long."""
+        return self.pairs or self.lora
+
+    @property
     def vocabulary(self) -> int:
         """Tokens of the vocabulary."""
         return int(llama(self.shape).vocab_size)
@@ -86,6 +91,7 @@ SETTINGS: Mapping[str, Setting] = {
     "packed": Setting(shape="1b", rows=4, mean_document=500),
     "dpo": Setting(shape="1b", rows=4, mean_document=500, pairs=True),
     "lora-8b": Setting(shape="8b", lora=True),
+    "lora-wide": Setting(shape="wide", lora=True),
     "two-stages": Setting(shape="wide", accumulation=16, stages=2),
     "two-slices": Setting(shape="wide", accumulation=16, slices=2),
     "two-runs": Setting(shape="wide", accumulation=16, runs=2),

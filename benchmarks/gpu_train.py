@@ -55,13 +55,14 @@ def run_ours(
     write = write_pairs if setting.pairs else write_data
     write(scratch / "data", setting, rows=steps * setting.accumulation * setting.rows)
     command = [sys.executable, "-m", "jllm", "train", "--processes", str(setting.devices)]
-    if setting.pairs:
+    if setting.has_weights:
         write_weights(scratch / "model", setting)
-        command += ["-m", str(scratch / "model"), "--loss", "dpo", "--train_data", str(scratch / "ref")]
-        references = write_references(scratch, setting, further)
     else:
         llama(setting.shape).save_pretrained(scratch / "model")
-        command += ["-m", str(scratch / "model"), "--init", "--train_data", str(scratch / "data")]
+    command += ["-m", str(scratch / "model"), "--train_data", str(scratch / ("ref" if setting.pairs else "data"))]
+    command += [] if setting.has_weights else ["--init"]
+    command += ["--loss", "dpo"] if setting.pairs else []
+    references = write_references(scratch, setting, further) if setting.pairs else 0.0
     command += ["--pipe_parallel_size", str(setting.stages), "--seq_len", str(setting.length)]
     command += ["--model_parallel_size", str(setting.slices)] if setting.slices > 1 else []
     command += ["--sequence_parallel_size", str(setting.runs)] if setting.runs > 1 else []

@@ -9,6 +9,7 @@ device's allocator, and median tokens per second after warm-up. With --hidden 25
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,12 @@ def run_ours(folder: Path, options: argparse.Namespace) -> dict[str, float | Non
     command += ["--gradient_accumulation_steps", str(options.accumulation), "--max_steps", str(options.steps)]
     command += ["--learning_rate", str(RATE), "--log_dir", str(folder / "log")]
     command += ["--checkpoint_grad_interval", "1"] if options.recompute else []
+    command += ["--profile_step", str(options.steps)] if options.profile is not None else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        for path in (folder / "log").glob("profile*.txt"):
+            shutil.copy(path, options.profile / f"qlora-8b-{path.name}")
     lines = (folder / "log/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record][WARM_UP:]
     return {
@@ -155,6 +161,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=4, help="rows of a step, one at a time")
     parser.add_argument("--recompute", action="store_true", help="recompute the activations of every layer, in both")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of ours")
+    parser.add_argument("--no_peer", action="store_true")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer is not None:
@@ -166,9 +174,11 @@ def main() -> int:
         folder = Path(name)
         make_model(folder / "model", options)
         ours = run_ours(folder, options)
-        command = [sys.executable, __file__, *sys.argv[1:], "--peer", str(folder)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        peer = json.loads(done.stdout.splitlines()[-1])
+        peer = None
+        if not options.no_peer:
+            command = [sys.executable, __file__, *sys.argv[1:], "--peer", str(folder)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            peer = json.loads(done.stdout.splitlines()[-1])
     found = {
         "benchmark": "qlora_8b",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -177,8 +187,9 @@ def main() -> int:
         "recompute": options.recompute,
         "jllm": ours,
         "peer": peer,
-        "ratio": round(float(ours["tokens_per_second"] or 0) / peer["tokens_per_second"], 3),
     }
+    if peer is not None:
+        found["ratio"] = round(float(ours["tokens_per_second"] or 0) / peer["tokens_per_second"], 3)
     print(json.dumps(found))
     return 0
 

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
-from jllm.train.objectives.logit_rows import RowLoss, compiles, losses_of
+from jllm.train.objectives.logit_rows import RowLoss, losses_of
 
 ALIGNED = 64
 """Rows of logits start at multiples of so many elements, and chunks have multiples of so many tokens, where they can:
@@ -102,13 +101,13 @@ class _FusedLoss(torch.autograd.Function):
             tokens = hidden[place : place + chunks.size]
             logits = chunks.multiply(tokens, weight, bias)
             targets = labels[place : place + chunks.size]
-            losses.append(chunks.losses(call.rows, targets, factor, has_gradient=any(call.wanted)).sum())
+            losses.append(chunks.losses(call.rows, targets, factor, has_gradient=any(call.wanted)))
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[place : place + chunks.size])
             add_shares(logits, tokens, of_weight, of_bias, is_first=place == 0)
         ctx.expected = call.expected
         ctx.gradients = of_hidden, of_weight, of_bias.to(weight.dtype) if of_bias is not None else None
-        return torch.stack(losses).sum()
+        return torch.cat(losses).sum()
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -156,13 +155,11 @@ class LogitChunks:
     def __init__(self, tokens: int, weight: Tensor) -> None:
         vocabulary = len(weight)
         self.size = tokens_of_a_chunk(vocabulary, itemsize=weight.dtype.itemsize)
-        self._is_of_one_shape = compiles(weight.device)
-        if self._is_of_one_shape:
-            # Whatever the number of tokens: each shape would be compiled for itself.
+        width = vocabulary
+        if weight.device.type != "cpu":
             self.size = max(self.size // ALIGNED * ALIGNED, 1)
-            rows, width = self.size, -(-vocabulary // ALIGNED) * ALIGNED
-        else:
-            rows, width = min(self.size, tokens), vocabulary
+            width = -(-vocabulary // ALIGNED) * ALIGNED
+        rows = min(self.size, tokens)
         self._logits = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)[:, :vocabulary]
 
     def multiply(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,10 +174,6 @@ class LogitChunks:
     def losses(self, rows: RowLoss, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
         """Of the products that are there, with these labels, one a token and some 0; with `has_gradient` the products
         become the gradient of their sum times `factor`, a scalar or one a token."""
-        if self._is_of_one_shape and (missing := self.size - len(labels)):
-            # What lies in the other rows is not looked at.
-            labels = pad(labels, (0, missing), value=IGNORE_INDEX)
-            factor = pad(factor, (0, missing)) if factor.ndim else factor
         return losses_of(rows, self._logits[: len(labels)], labels, factor, has_gradient=has_gradient)
 
 

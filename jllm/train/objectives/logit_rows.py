@@ -1,16 +1,16 @@
 """Rows of products to the losses of their tokens, and in place to the gradients of these: all in fp32.
 
-A row is what the output embedding gives a token. Two functions go over rows: one reads them, and tells of each row a
-few numbers; the other one reads and overwrites them. On CUDA both are compiled, and go over all rows of a chunk; on CPU
-they go over some rows at a time.
+A row is what the output embedding gives a token. On CUDA one kernel goes over all rows of a chunk
+(`jllm.train.objectives.row_kernel`). Elsewhere two functions go over some rows at a time: one reads them, and tells of
+each row a few numbers; the other one reads and overwrites them.
 
-Cost: nothing of the size of the rows where they are compiled; elsewhere some fp32 copies of `BLOCK_ELEMENTS` elements.
+Cost: nothing of the size of the rows on CUDA; elsewhere some fp32 copies of `BLOCK_ELEMENTS` elements.
 """
 
 import dataclasses
 import functools
+import importlib.util
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class RowLoss:
         total = (logits - highest).exp().sum(1, keepdim=True).log()
         of_targets = self._logits(rows.gather(1, labels.clamp(min=0)[:, None]).float())
         # In this order: where the target is the highest, it is as small as it is, with all its digits.
-        losses, slopes = self._of((total - (of_targets - highest))[:, 0])
+        losses, slopes = self.of_cross_entropy((total - (of_targets - highest))[:, 0])
         slopes = torch.where(trained, slopes * (factor * self.factor), 0.0)
         return highest, total, torch.where(trained, losses, 0.0), slopes
 
@@ -56,34 +56,39 @@ class RowLoss:
         probabilities = (logits - highest).sub_(total).exp_()
         is_target = torch.arange(rows.shape[1], device=rows.device) == labels[:, None]
         gradient = torch.where(is_target, probabilities - 1, probabilities).mul_(slopes[:, None])
-        if self.cap is not None:
-            gradient = gradient * (1 - (logits / (self._sharpness * self.cap)).square())
+        if self.ceiling is not None:
+            gradient = gradient * (1 - (logits / self.ceiling).square())
         rows.copy_(gradient)
 
     @property
-    def _sharpness(self) -> float:
+    def sharpness(self) -> float:
+        """What the head's logits are multiplied with."""
         return self.gamma if self.kind == "star" else 1.0
+
+    @property
+    def scale(self) -> float:
+        """From products to the loss' logits, or to what these are the hyperbolic tangent of."""
+        return self.sharpness * self.factor if self.cap is None else self.factor / self.cap
+
+    @property
+    def ceiling(self) -> float | None:
+        """The loss' logits are below it."""
+        return None if self.cap is None else self.sharpness * self.cap
 
     def _logits(self, products: Tensor) -> Tensor:
         """Of the loss: those of the head, sharper for `star`."""
-        if self.cap is not None:
-            return torch.tanh(products * (self.factor / self.cap)) * (self._sharpness * self.cap)
-        factor = self._sharpness * self.factor
-        return products if factor == 1.0 else products * factor
+        if self.ceiling is not None:
+            return torch.tanh(products * self.scale) * self.ceiling
+        return products if self.scale == 1.0 else products * self.scale
 
-    def _of(self, ce: Tensor) -> tuple[Tensor, Tensor]:
+    def of_cross_entropy(self, ce: Tensor) -> tuple[Tensor, Tensor]:
         """(losses, their slopes over the head's logits by those of the cross-entropy), of the logits' cross-entropy."""
         of = OF_CROSS_ENTROPY.get(self.kind)
         if of is None:
             # `star` is divided by what its logits are multiplied with.
-            return ce / self._sharpness, torch.ones_like(ce)
+            return ce / self.sharpness, torch.ones_like(ce)
         slopes: Tensor = torch.func.grad(lambda each: of(each, self.gamma).sum())(ce)
         return of(ce, self.gamma), slopes
-
-
-def compiles(device: torch.device) -> bool:
-    """Whether rows on this device are worked on by a compiled function."""
-    return device.type == "cuda" and not _failed
 
 
 def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
@@ -96,40 +101,49 @@ def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_
         factor: of the gradient, a scalar or [n].
         has_gradient: whether it is made.
     """
+    if has_kernel(rows.device):
+        return _by_kernel(of, rows, labels, factor, has_gradient=has_gradient)
     size = max(1, BLOCK_ELEMENTS // rows.shape[1])
-    if compiles(rows.device):
-        # Here: it takes a second, which a run on CPU need not wait.
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-        try:
-            return _losses(*_compiled(of), rows, labels, factor, has_gradient)
-        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
-            # Nothing is written yet: compiling comes before that, in the second function too.
-            _failed.append(True)
-            logging.getLogger(__name__).warning("the loss runs uncompiled, which is slower: %s", error)
     blocks = zip(rows.split(size), labels.split(size), factor.expand(len(labels)).split(size), strict=True)
-    return torch.cat([_losses(of.statistics, of.write_gradient, *block, has_gradient) for block in blocks])
+    return torch.cat([_by_block(of, *block, has_gradient=has_gradient) for block in blocks])
 
 
-def _losses(
-    statistics: Callable[..., Statistics],
-    write_gradient: Callable[..., None],
-    rows: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    has_gradient: bool,
-) -> Tensor:
-    highest, total, losses, slopes = statistics(rows, labels, factor)
+def _by_block(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
+    highest, total, losses, slopes = of.statistics(rows, labels, factor)
     if has_gradient:
-        write_gradient(rows, labels, highest, total, slopes)
+        of.write_gradient(rows, labels, highest, total, slopes)
     return losses
 
 
-_failed: list[bool] = []
+def _by_kernel(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
+    from jllm.train.objectives.row_kernel import cross_entropies
+
+    over = functools.partial(cross_entropies, rows, labels, scale=of.scale, cap=of.ceiling, slope=of.factor)
+    if of.kind not in OF_CROSS_ENTROPY:
+        # Of these the slope over the cross-entropy is 1: nothing lies between losses and gradients.
+        losses, _ = over(factor if has_gradient else None)
+        return losses if of.sharpness == 1.0 else losses / of.sharpness
+    ce, sums = over(None)
+    losses, slopes = of.of_cross_entropy(ce)
+    if has_gradient:
+        over(slopes * factor, sums=sums)
+    return torch.where(labels != IGNORE_INDEX, losses, 0.0)
 
 
 @functools.cache
-def _compiled(of: RowLoss) -> tuple[Callable[..., Statistics], Callable[..., None]]:
-    """Each loss for itself; its numbers are constants."""
-    whole = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-    return whole(of.statistics), whole(of.write_gradient)
+def has_kernel(device: torch.device) -> bool:
+    """Whether rows on this device have a kernel of their own: tried once, and said where it does not work."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from jllm.train.objectives.row_kernel import cross_entropies
+
+        one = torch.ones(1, 8, device=device, dtype=torch.bfloat16)
+        cross_entropies(one, torch.zeros(1, device=device, dtype=torch.int64), one[0, 0].float(), scale=1.0, cap=None)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # whatever a compiler lacks on this machine
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        logging.getLogger(__name__).warning("the loss has no kernel here, and is slower: %s", said)
+        return False
+    return True

@@ -1,64 +1,104 @@
-"""Rows that compiled functions work on, as on GPUs: two graphs for any number of tokens, and the same numbers."""
+"""The kernel that goes over rows on CUDA, by Triton's interpreter, in a process of its own; and what happens without."""
 
+import importlib.util
 import logging
-from typing import Any
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from jllm.train.objectives import fused, logit_rows
+from jllm.train.objectives import logit_rows
+
+CHECK = """
+import contextlib
+import torch
+
+torch.set_num_threads(1)
+torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # there is no device
+
+from jllm.models.pipeline import head as heads
+from jllm.train.objectives import logit_rows, row_kernel
+from jllm.train.objectives.log_probabilities import document_sums
 from jllm.train.options.objective import LOSSES
 from tests.train.objectives.product_heads import HEADS, ProductHead, assert_equal, micro_batch, results
 
-torch.set_num_threads(1)
+row_kernel._BLOCK = 32
+plain, kernel = (lambda device: False), (lambda device: True)
 
 
-@pytest.mark.parametrize("chunk", [64, 200], indirect=True)
-@pytest.mark.parametrize("more", [HEADS[0], HEADS[4]], ids=str)
-@pytest.mark.parametrize("kind", LOSSES)
-def test_compiled_rows(kind: str, more: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on GPUs: one graph for all numbers of tokens, on a buffer whose rows are wider than the vocabulary."""
-    monkeypatch.setattr(logit_rows, "compiles", lambda device: True)
-    monkeypatch.setattr(fused, "compiles", lambda device: True)
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    logit_rows._compiled.cache_clear()
-    torch._dynamo.reset()
-    plain_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda of, **options: plain_compile(of, backend=backend, **options))
-    head = ProductHead(50, 8, **more)
-    try:
-        for length in (5, 64, 150):
-            hidden, fields = micro_batch(head, (2, length))
-            expected = results(head, hidden, fields, is_fused=False, kind=kind)
-            assert_equal(results(head, hidden, fields, is_fused=True, kind=kind), expected)
-    finally:
-        logit_rows._compiled.cache_clear()
-        torch._dynamo.reset()
-    assert len(graphs) == 2
+def sums(head, hidden, fields):
+    # Log-probabilities of documents, and all gradients of them.
+    documents = torch.arange(hidden.shape[0])[:, None].expand(hidden.shape[:2])
+    given = hidden.clone().requires_grad_()
+    for parameter in head.parameters():
+        parameter.grad = None
+    found = document_sums(given, head, fields["labels"], documents, is_fused=True).logps
+    (found * torch.linspace(-1, 1, len(found))).sum().backward()
+    return [found.float(), given.grad, *(parameter.grad for parameter in head.parameters())]
 
 
-def test_what_cannot_be_compiled_runs_nonetheless(
+def both(make):
+    found = []
+    for logit_rows.has_kernel in (plain, kernel):
+        found.append(make())
+    assert_equal(found[1], found[0])
+
+
+for vocabulary in (1, 31, 32, 50, 96, 100):
+    heads.CHUNK_ELEMENTS = 7 * vocabulary
+    for more in HEADS:
+        head = ProductHead(vocabulary, 8, **more)
+        hidden, fields = micro_batch(head)
+        for kind in LOSSES if vocabulary in (50, 96) else LOSSES[:1]:
+            both(lambda: results(head, hidden, fields, is_fused=True, kind=kind))
+            both(lambda: results(head, hidden, fields, is_fused=True, kind=kind, gradient=0.3))
+        both(lambda: sums(head, hidden, fields))
+
+# Rows inside wider ones: nothing beside them changes; without gradients they do not either.
+buffer = torch.randn(5, 64)
+before, labels = buffer.clone(), torch.tensor([0, 49, -100, 3, 7])
+lost, _ = row_kernel.cross_entropies(buffer[:, :50], labels, None, scale=1.0, cap=None)
+assert torch.equal(buffer, before)
+row_kernel.cross_entropies(buffer[:, :50], labels, torch.ones(()), scale=1.0, cap=None)
+assert torch.equal(buffer[:, 50:], before[:, 50:])
+assert not buffer[2, :50].any() and lost[2] == 0
+# Logits that are not finite are told by a loss that is not.
+for bad in (float("nan"), float("inf")):
+    rows = before[:, :50].clone()
+    rows[1, 33] = bad
+    lost, _ = row_kernel.cross_entropies(rows, labels, None, scale=1.0, cap=None)
+    assert lost.isfinite().tolist() == [True, False, True, True, True]
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes with CUDA")
+def test_the_kernel_has_the_same_losses_and_gradients() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout == "equal\n", found.stderr
+
+
+def test_other_devices_have_no_kernel() -> None:
+    assert not logit_rows.has_kernel(torch.device("cpu"))
+
+
+def test_a_kernel_that_cannot_be_made_is_told_and_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from torch._dynamo.exc import TorchDynamoException
-
-    def fails(*arguments: Any) -> Any:
-        raise TorchDynamoException("no compiler here")
-
-    monkeypatch.setattr(logit_rows, "_failed", [])
-    monkeypatch.setattr(logit_rows, "compiles", lambda device: not logit_rows._failed)
-    monkeypatch.setattr(logit_rows, "_compiled", lambda of: (of.statistics, fails))
-    head = ProductHead(50, 8)
-    hidden, fields = micro_batch(head)
-    expected = results(head, hidden, fields, is_fused=False)
+    """Here for want of a device; on machines with one for want of a compiler."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch, "ones", _without_compiler)
+    logit_rows.has_kernel.cache_clear()
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert_equal(results(head, hidden, fields, is_fused=True), expected)
-    assert [record.getMessage() for record in caplog.records] == [
-        "the loss runs uncompiled, which is slower: no compiler here"
-    ]
+        assert not any(logit_rows.has_kernel(torch.device("cuda")) for _ in range(2))
+    logit_rows.has_kernel.cache_clear()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith("the loss has no kernel here, and is slower: ")
+
+
+def _without_compiler(*size: int, **options: object) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
