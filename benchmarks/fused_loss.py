@@ -26,7 +26,7 @@ from jllm.models.pipeline.head import Head, PlainHead  # noqa: E402
 from jllm.train.objectives.cross_entropy import CrossEntropy  # noqa: E402
 
 SHAPES = ((8192, 4096, 128_256), (16384, 2048, 128_256), (8192, 2048, 32_000))
-CHUNKS = (2**26, 2**27, 2**28)
+CHUNKS = (2**25, 2**26, 2**27)
 ROUNDS = 7
 
 
@@ -75,10 +75,12 @@ def compared(tokens: int, width: int, vocabulary: int) -> dict[str, Any]:
     found: dict[str, tuple[float, float]] = {}
     head, fields = LinearHead(linear), {LABELS: labels}
     chunk = heads.CHUNK_ELEMENTS
+    fused = CrossEntropy(is_fused=True)
     for size in CHUNKS:
         heads.CHUNK_ELEMENTS = size
-        fused = CrossEntropy(is_fused=True)
-        found[f"fused {size >> 20} Mi"] = measured(lambda: fused(hidden, head, fields).loss, [hidden, linear.weight])  # noqa: B023
+        found[f"fused {8 * size >> 20} MiB"] = measured(
+            lambda: fused(hidden, head, fields).loss, [hidden, linear.weight]
+        )
     heads.CHUNK_ELEMENTS = chunk
     chunked = CrossEntropy(is_fused=False)
     found["in chunks"] = measured(lambda: chunked(hidden, head, fields).loss, [hidden, linear.weight])
@@ -98,7 +100,7 @@ def compared(tokens: int, width: int, vocabulary: int) -> dict[str, Any]:
         pass
     for name, run in others.items():
         found[name] = measured(run, [hidden, linear.weight])
-    ours = found[f"fused {chunk >> 20} Mi"][0]
+    ours = found[f"fused {8 * chunk >> 20} MiB"][0]
     best = min(found[name][0] for name in others) if others else None
     return {
         "benchmark": "fused_loss",

@@ -329,7 +329,8 @@ def estimate_costs(
     is_apart = has_head_apart(type(model))
     is_fused = is_fused and has_plain_head(type(model))
     itemsize = dtype.itemsize if is_fused else 4  # what is not fused has fp32 copies
-    held = min(logits, tokens_of_a_chunk(vocabulary, itemsize=itemsize) * vocabulary)
+    is_summed = is_fused and any(id(each) in trained for each in after)
+    held = min(logits, tokens_of_a_chunk(vocabulary, itemsize=itemsize, is_trained=is_summed) * vocabulary)
 
     def work(parts: Parts) -> tuple[list[float], list[float], float, float]:
         """Operations a token: of layers, forward; what their backward passes are spared; the same of the head."""

@@ -4,8 +4,9 @@ Each chunk's logits are written once, by one product in the compute type, and ov
 which two more products make the gradients of the hidden states and of the weight. So the backward pass does nothing,
 and what it would need is never kept: neither logits nor anything of their size in fp32.
 
-The logits of all chunks take turns in one buffer of 256 MiB at most (`tokens_of_a_chunk`): each chunk's share of the
-weight's gradient has to read and write all of it, so smaller chunks are slower (`benchmarks/fused_loss.py`).
+The logits of all chunks take turns in one buffer of 256 MiB at most, or of 512 where the weight is trained
+(`tokens_of_a_chunk`): each chunk's share of the weight's gradient has to read and write all of it, so smaller chunks
+are slower (`benchmarks/fused_loss.py`).
 From them to losses and gradients everything is in fp32 (`jllm.train.objectives.logit_rows`). The gradient of the weight
 is summed over chunks in the type of the weight: each sum is rounded once, where autograd rounds each chunk's share too.
 
@@ -92,7 +93,7 @@ class _FusedLoss(torch.autograd.Function):
             torch.empty_like(each) if each is not None and wanted else None
             for each, wanted in zip((hidden, weight, bias), call.wanted, strict=True)
         )
-        chunks = LogitChunks(len(hidden), weight)
+        chunks = LogitChunks(len(hidden), weight, is_trained=of_weight is not None)
         # In fp32: it is small, and a sum over many rows.
         of_bias = of_bias.float().zero_() if of_bias is not None else None
         factor = torch.full((), 1.0 if call.expected is None else call.expected, device=hidden.device)
@@ -148,13 +149,18 @@ def add_shares(
 class LogitChunks:
     """The buffer in which the logits of chunks take turns.
 
+    Args:
+        tokens: that there are.
+        weight: of the head, [V, width].
+        is_trained: whether chunks add to the gradient of the weight.
+
     Attributes:
         size: tokens of a chunk, but of the last one.
     """
 
-    def __init__(self, tokens: int, weight: Tensor) -> None:
+    def __init__(self, tokens: int, weight: Tensor, *, is_trained: bool) -> None:
         vocabulary = len(weight)
-        self.size = tokens_of_a_chunk(vocabulary, itemsize=weight.dtype.itemsize)
+        self.size = tokens_of_a_chunk(vocabulary, itemsize=weight.dtype.itemsize, is_trained=is_trained)
         width = vocabulary
         if weight.device.type != "cpu":
             self.size = max(self.size // ALIGNED * ALIGNED, 1)

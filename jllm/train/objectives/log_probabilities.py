@@ -129,7 +129,7 @@ class _FusedLogps(torch.autograd.Function):
         """The log-probabilities, chunk by chunk."""
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.rows = rows
-        chunks = LogitChunks(len(hidden), weight)
+        chunks = LogitChunks(len(hidden), weight, is_trained=False)
         found, one = [], torch.ones((), device=hidden.device)
         for place in range(0, len(hidden), chunks.size):
             tokens = hidden[place : place + chunks.size]
@@ -147,7 +147,7 @@ class _FusedLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.empty_like(weight) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
-        chunks = LogitChunks(len(hidden), weight)
+        chunks = LogitChunks(len(hidden), weight, is_trained=of_weight is not None)
         for place in range(0, len(hidden), chunks.size):
             tokens = hidden[place : place + chunks.size]
             logits = chunks.multiply(tokens, weight, bias)

@@ -1,4 +1,4 @@
-"""The kernel that goes over rows on CUDA, by Triton's interpreter, in a process of its own; and what happens without."""
+"""The kernel that goes over rows on CUDA, by Triton's interpreter, in a process of its own; and without it."""
 
 import importlib.util
 import logging
