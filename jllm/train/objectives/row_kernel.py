@@ -27,7 +27,7 @@ _LEAST = -3.0e38
 """Below every logit that is finite, and finite itself: a difference of infinities is no number."""
 
 
-class Sums(NamedTuple):
+class RowSums(NamedTuple):
     """Of n rows of logits, fp32: the highest [n], and the logarithms of the sums of exp(logit - highest) [n]."""
 
     highest: Tensor
@@ -128,8 +128,8 @@ def cross_entropies(
     scale: float,
     cap: float | None,
     slope: float = 1.0,
-    sums: Sums | None = None,
-) -> tuple[Tensor, Sums]:
+    sums: RowSums | None = None,
+) -> tuple[Tensor, RowSums]:
     """Cross-entropies [n] of products [n, V], fp32 and 0 where a label is `IGNORE_INDEX`, and the sums behind them.
 
     Args:
@@ -143,7 +143,7 @@ def cross_entropies(
     count, vocabulary = rows.shape
     assert rows.stride(1) == 1
     losses = torch.empty(count, device=rows.device)
-    found = Sums(torch.empty_like(losses), torch.empty_like(losses)) if sums is None else sums
+    found = RowSums(torch.empty_like(losses), torch.empty_like(losses)) if sums is None else sums
     if count:
         with torch.cuda.device_of(rows):
             _rows[(count,)](

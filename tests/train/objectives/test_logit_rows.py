@@ -1,84 +1,12 @@
-"""The kernel that goes over rows on CUDA, by Triton's interpreter, in a process of its own; and without it."""
+"""Whether a device has a kernel for rows of logits, and what happens where it cannot be made."""
 
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from jllm.train.objectives import logit_rows
-
-CHECK = """
-import contextlib
-import torch
-
-torch.set_num_threads(1)
-torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # there is no device
-
-from jllm.models.pipeline import head as heads
-from jllm.train.objectives import logit_rows, row_kernel
-from jllm.train.objectives.log_probabilities import document_sums
-from jllm.train.options.objective import LOSSES
-from tests.train.objectives.product_heads import HEADS, ProductHead, assert_equal, micro_batch, results
-
-row_kernel._BLOCK = 32
-plain, kernel = (lambda device: False), (lambda device: True)
-
-
-def sums(head, hidden, fields):
-    # Log-probabilities of documents, and all gradients of them.
-    documents = torch.arange(hidden.shape[0])[:, None].expand(hidden.shape[:2])
-    given = hidden.clone().requires_grad_()
-    for parameter in head.parameters():
-        parameter.grad = None
-    found = document_sums(given, head, fields["labels"], documents, is_fused=True).logps
-    (found * torch.linspace(-1, 1, len(found))).sum().backward()
-    return [found.float(), given.grad, *(parameter.grad for parameter in head.parameters())]
-
-
-def both(make):
-    found = []
-    for logit_rows.has_kernel in (plain, kernel):
-        found.append(make())
-    assert_equal(found[1], found[0])
-
-
-for vocabulary in (1, 31, 32, 50, 96, 100):
-    heads.CHUNK_ELEMENTS = 7 * vocabulary
-    for more in HEADS:
-        head = ProductHead(vocabulary, 8, **more)
-        hidden, fields = micro_batch(head)
-        for kind in LOSSES if vocabulary in (50, 96) else LOSSES[:1]:
-            both(lambda: results(head, hidden, fields, is_fused=True, kind=kind))
-            both(lambda: results(head, hidden, fields, is_fused=True, kind=kind, gradient=0.3))
-        both(lambda: sums(head, hidden, fields))
-
-# Rows inside wider ones: nothing beside them changes; without gradients they do not either.
-buffer = torch.randn(5, 64)
-before, labels = buffer.clone(), torch.tensor([0, 49, -100, 3, 7])
-lost, _ = row_kernel.cross_entropies(buffer[:, :50], labels, None, scale=1.0, cap=None)
-assert torch.equal(buffer, before)
-row_kernel.cross_entropies(buffer[:, :50], labels, torch.ones(()), scale=1.0, cap=None)
-assert torch.equal(buffer[:, 50:], before[:, 50:])
-assert not buffer[2, :50].any() and lost[2] == 0
-# Logits that are not finite are told by a loss that is not.
-for bad in (float("nan"), float("inf")):
-    rows = before[:, :50].clone()
-    rows[1, 33] = bad
-    lost, _ = row_kernel.cross_entropies(rows, labels, None, scale=1.0, cap=None)
-    assert lost.isfinite().tolist() == [True, False, True, True, True]
-print("equal")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes with CUDA")
-def test_the_kernel_has_the_same_losses_and_gradients() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, check=False)
-    assert found.stdout == "equal\n", found.stderr
 
 
 def test_other_devices_have_no_kernel() -> None:
