@@ -86,6 +86,7 @@ class TokenLengths:
         for index in np.flatnonzero(~good).tolist():
             i = int(number[index])
             low = int(offsets[i])
-            for begin, stop in engine.tokens_of_bytes(texts[i], int(start[index]), int(end[index])):
+            bounds = int(start[index]), int(end[index])
+            for begin, stop in engine.tokens_of_bytes(texts[i], *bounds, marks_first=self.marks_first):
                 mask[low + begin : low + stop] = True
         return mask

@@ -89,12 +89,13 @@ class CheckedEngine:
         chunk has no turn to be checked."""
         return None if self._reference is None or not has_turn(chunk) else self._reference.whole(text)
 
-    def tokens_of_bytes(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
-        """Stretches of the text's tokens that overlap these bytes, by the reference engine's offsets."""
+    def tokens_of_bytes(self, text: str, start: int, end: int, *, marks_first: bool = False) -> list[tuple[int, int]]:
+        """Stretches of the text's tokens that overlap these bytes, by the reference engine's offsets; `marks_first` as
+        there."""
         assert self._reference is not None
         data = text.encode()
         first, last = len(data[:start].decode()), len(data[:end].decode())
-        spans = self._reference.token_spans(text)
+        spans = self._reference.token_spans(text, marks_first=marks_first)
         inside = [i for i, (begin, stop) in enumerate(spans) if begin < last and stop > first]
         return [(i, i + 1) for i in inside]
 

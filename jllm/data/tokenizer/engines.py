@@ -87,8 +87,19 @@ class ReferenceEngine:
         ids = self._backend(False, True).encode(text, add_special_tokens=False).ids
         return np.array(ids, dtype=np.int32)
 
-    def token_spans(self, text: str) -> list[tuple[int, int]]:
-        """The characters of the text that each of its tokens stands for."""
+    def token_spans(self, text: str, *, marks_first: bool = False) -> list[tuple[int, int]]:
+        """The characters of the text that each of its tokens stands for.
+
+        Args:
+            marks_first: the tokenizer marks the first segment of a conversation, and no other one.
+        """
+        loaded = self._backends.get((False, True))
+        if self.inert and loaded is not None and not marks_first:
+            # What checks need serves too, and processes share it: where no added token was met, nothing was parsed.
+            encoding = loaded.encode(text, add_special_tokens=False)
+            if loaded.get_added_tokens_decoder().keys().isdisjoint(encoding.ids):
+                found: list[tuple[int, int]] = encoding.offsets
+                return found
         spans: list[tuple[int, int]] = self._backend(self.inert, False).encode(text, add_special_tokens=False).offsets
         return spans
 

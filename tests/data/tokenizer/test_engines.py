@@ -71,6 +71,10 @@ def test_the_reference_tells_whole_texts_and_places(byte_tokenizer: Path, facts:
     spans = reference.token_spans("naïve 日本")
     assert spans[0][0] == 0
     assert spans[-1][1] == len("naïve 日本")
+    own = reference.token_spans(text), spans
+    reference.load()
+    # By what checks have loaded, where no added token is met.
+    assert (reference.token_spans(text), reference.token_spans("naïve 日本")) == own
     before = rows(reference, [text])
     reference.forget()
     assert rows(reference, [text]) == before
@@ -87,3 +91,14 @@ def test_cores_of_both_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     use_cores(3)
     assert os.environ["RAYON_NUM_THREADS"] == "3"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false", "what a user set stays"
+
+
+def test_what_checks_have_loaded_tells_places_too(facts: TokenizerFacts) -> None:
+    """A worker makes no instance of its own for it."""
+    assert facts.backend is not None
+    reference = ReferenceEngine(facts.backend, inert=True)
+    reference.load()
+    plain = reference.token_spans("naïve 日本")
+    assert list(reference._backends) == [(False, True)]
+    assert reference.token_spans("naïve 日本", marks_first=True) == plain
+    assert len(reference._backends) == 2

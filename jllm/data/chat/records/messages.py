@@ -39,6 +39,8 @@ _KEYS = frozenset(
 )
 """Roles that may be the key of their text; other names are those of fields too."""
 PLAIN_ROLES = frozenset(("system", "user", "assistant", "tool"))
+_PLAIN_NAMES = {name: role for name, role in ROLES.items() if role in PLAIN_ROLES}
+_PLAIN_KEYS = {name: role for name, role in _PLAIN_NAMES.items() if name in _KEYS}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 METADATA = frozenset(
     [
@@ -79,10 +81,8 @@ def read_messages(given: list[Any], style: ReadingStyle) -> Conversation:
     Raises:
         BadRecordError: a message has none of them.
     """
-    roles = _plain_roles(given)
-    if roles:
-        trained = [role == "assistant" for role in roles]
-        return Conversation(messages=given, trained=trained, refused=[False] * len(roles), roles=roles)
+    if plain := _plain(given):
+        return plain
     found = Conversation(messages=[], trained=[], refused=[])
     for number, item in enumerate(given):
         if not isinstance(item, dict):
@@ -91,18 +91,33 @@ def read_messages(given: list[Any], style: ReadingStyle) -> Conversation:
     return found
 
 
-def _plain_roles(given: list[Any]) -> tuple[str, ...]:
-    """The roles of messages that are as they are read, texts that say something; empty where one is not. Most are, and
-    looking is faster than reading."""
-    roles = []
+def _plain(given: list[Any]) -> Conversation | None:
+    """Messages that are nothing but a role and a text that says something, whatever names these have; None where one is
+    not. Most are, and looking is faster than reading."""
+    messages, roles = [], []
     for item in given:
-        if type(item) is not dict or len(item) != 2 or type(role := item.get("role")) is not str:
-            return ()
-        content = item.get("content")
-        if type(content) is not str or not content or content.isspace() or role not in PLAIN_ROLES:
-            return ()
+        if type(item) is not dict:
+            return None
+        if len(item) == 1:
+            ((name, content),) = item.items()
+            role = _PLAIN_KEYS.get(name)
+        elif len(item) == 2:
+            name = item.get("role")
+            content = item.get("content")
+            if type(name) is str and name in PLAIN_ROLES and type(content) is str:
+                role = name
+            else:
+                name = item.get("from") if name is None else name
+                content = item.get("value") if content is None else content
+                role = _PLAIN_NAMES.get(name) if type(name) is str else None
+        else:
+            return None
+        if role is None or type(content) is not str or not content or content.isspace():
+            return None
+        messages.append({"role": role, "content": content})
         roles.append(role)
-    return tuple(roles)
+    trained = [role == "assistant" for role in roles]
+    return Conversation(messages=messages, trained=trained, refused=[False] * len(roles), roles=tuple(roles))
 
 
 def _read(item: dict[str, Any], number: int, style: ReadingStyle, found: Conversation) -> None:

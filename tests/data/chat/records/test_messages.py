@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jllm.data.chat.records.conversation import BadRecordError, ReadingStyle
+from jllm.data.chat.records import messages
+from jllm.data.chat.records.conversation import BadRecordError, Conversation, ReadingStyle
 from jllm.data.chat.records.messages import ROLES, read_messages
 from tests.data.chats import assistant, user
 
@@ -95,3 +98,46 @@ def test_the_text_of_a_message_may_be_called_text() -> None:
     found = read_messages([{"role": "user", "content": "q", "text": "t"}], STYLE)
     assert found.messages == [user("q")]
     assert found.notes == {"unused field: text of messages": 1}
+
+
+_NAMES = st.sampled_from([*ROLES, "Human", " user", "critic", "", "name"])
+_TEXTS = st.sampled_from(["x", "a b", "", " ", "\u2003", None, 3, ["x"], {"text": "x"}])
+_FORMS = st.one_of(
+    st.builds(lambda name, text: {"role": name, "content": text}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {"from": name, "value": text}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {"value": text, "role": name}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {"from": name, "content": text}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {name: text}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {"content": text, "value": text, name: 1}, _NAMES, _TEXTS),
+    st.builds(lambda name, text: {"role": None, "from": name, "value": text}, _NAMES, _TEXTS),
+    st.sampled_from([{}, "x", {"user": "a", "assistant": "b"}, {"role": ["user"], "content": "x"}, {"content": "x"}]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(found=st.lists(_FORMS, max_size=4), as_system=st.booleans())
+def test_plain_messages_are_read_as_all_others_are(found: list[Any], as_system: bool) -> None:
+    """The short way for most messages, and the long one."""
+    style = ReadingStyle(developer_as_system=as_system)
+
+    def read() -> Conversation | str:
+        try:
+            return read_messages(found, style)
+        except BadRecordError as error:
+            return f"{error.kind}: {error}"
+
+    short = read()
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(messages, "_plain", lambda given: None)
+        long = read()
+    if isinstance(short, Conversation):
+        assert short.roles in ((), tuple(message["role"] for message in short.messages))
+        short.roles = ()
+    assert short == long
+
+
+@pytest.mark.parametrize("form", [("role", "content"), ("from", "value")])
+def test_all_plain_forms_go_the_short_way(form: tuple[str, str]) -> None:
+    names = ["system", "human", "gpt", "observation"]
+    for given_ in ([{form[0]: name, form[1]: "x"} for name in names], [{name: "x"} for name in names]):
+        assert read_messages(given_, STYLE).roles == ("system", "user", "assistant", "tool")
