@@ -59,9 +59,10 @@ def _against(config: TrainConfig) -> str | None:
     """Why the options and the device say no."""
     if config.fused_loss == "off":
         return "--fused_loss off"
-    for name in ("model_parallel_size", "sequence_parallel_size"):
-        if getattr(config, name) > 1:
-            return f"--{name} {getattr(config, name)}"
+    if config.sequence_parallel_size > 1:
+        return f"--sequence_parallel_size {config.sequence_parallel_size}"
+    if config.model_parallel_size > 1 and config.is_preference:
+        return f"--model_parallel_size {config.model_parallel_size} with --loss {config.loss}"
     if config.fused_loss == "auto" and config.precision == "fp16":
         return "--precision fp16"
     if config.fused_loss == "auto" and get_accelerator().device_name() != "cuda":

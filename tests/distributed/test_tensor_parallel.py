@@ -82,10 +82,13 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
     [
         ("qwen3", {"frozen_modules": "q_proj,embed_tokens,k_norm"}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),
+        ("gemma2", {"fused_loss": "on"}),
+        ("llama", {"fused_loss": "on", "loss": "star"}),
     ],
 )
 def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
-    """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened."""
+    """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened; a
+    loss fused with the part of a head."""
     model = tmp_path / "model"
     make_folder(tiny_config(family, tied=False, vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)

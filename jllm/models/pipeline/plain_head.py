@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jllm.models.pipeline.head import FamilyHead, PlainHead
+from jllm.parallel.tensor.layers import VocabularyParallelLinear
 
 _LEAST, _MOST = 2.0**-30, 2.0**30
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -68,9 +69,10 @@ def _tried(head: FamilyHead, linear: nn.Linear, width: int) -> tuple[float, floa
 
 
 def _is_bare(module: nn.Module | None) -> bool:
-    """Whether calling `module` multiplies with its weight and does nothing else."""
+    """Whether calling `module` multiplies with its weight, or its part of it, and does nothing else."""
     return (
-        type(module) is nn.Linear
+        module is not None
+        and type(module) in (nn.Linear, VocabularyParallelLinear)
         and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)  # as accelerate wraps it
         and not any(getattr(module, hooks) for hooks in _HOOKS)

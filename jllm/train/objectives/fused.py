@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
+from jllm.parallel.tensor.layers import VocabularyParallelLinear
+from jllm.parallel.tensor.vocabulary import VocabularyShard
 from jllm.train.objectives.logit_rows import RowLoss, losses_of
 
 ALIGNED = 64
@@ -59,9 +61,12 @@ def fused_loss(
             trained = trained if len(trained) else trained.new_zeros(1)
             tokens, targets = tokens.index_select(0, trained), targets.index_select(0, trained)
     rows = RowLoss(kind=kind, gamma=gamma, factor=plain.factor, cap=plain.cap)
-    inputs = head.before(tokens), plain.linear.weight, plain.linear.bias
+    reached = head.before(tokens)
+    if isinstance(plain.linear, VocabularyParallelLinear) and plain.linear.copies is not None:
+        reached = plain.linear.copies(reached)
+    inputs = reached, plain.linear.weight, plain.linear.bias
     wanted = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in inputs]
-    call = _FusedCall(rows=rows, wanted=tuple(wanted), expected=expected)
+    call = _FusedCall(rows=rows, wanted=tuple(wanted), expected=expected, shard=head.shard)
     loss: Tensor = _FusedLoss.apply(*inputs, targets, call)  # type: ignore[no-untyped-call]
     return loss
 
@@ -74,11 +79,13 @@ class _FusedCall:
         rows: logits to losses.
         wanted: whether hidden states, weight and bias want gradients.
         expected: as in `fused_loss`.
+        shard: which part of the vocabulary the weight is of.
     """
 
     rows: RowLoss
     wanted: tuple[bool, ...]
     expected: float | None
+    shard: VocabularyShard | None
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -93,7 +100,7 @@ class _FusedLoss(torch.autograd.Function):
             torch.empty_like(each) if each is not None and wanted else None
             for each, wanted in zip((hidden, weight, bias), call.wanted, strict=True)
         )
-        chunks = LogitChunks(len(hidden), weight, is_trained=of_weight is not None)
+        chunks = LogitChunks(len(hidden), weight, is_trained=of_weight is not None, shard=call.shard)
         # In fp32: it is small, and a sum over many rows.
         of_bias = of_bias.float().zero_() if of_bias is not None else None
         factor = torch.full((), 1.0 if call.expected is None else call.expected, device=hidden.device)
@@ -153,14 +160,18 @@ class LogitChunks:
         tokens: that there are.
         weight: of the head, [V, width].
         is_trained: whether chunks add to the gradient of the weight.
+        shard: which part of the vocabulary the weight is of, where other ranks have others.
 
     Attributes:
         size: tokens of a chunk, but of the last one.
     """
 
-    def __init__(self, tokens: int, weight: Tensor, *, is_trained: bool) -> None:
+    def __init__(self, tokens: int, weight: Tensor, *, is_trained: bool, shard: VocabularyShard | None = None) -> None:
         vocabulary = len(weight)
-        self.size = tokens_of_a_chunk(vocabulary, itemsize=weight.dtype.itemsize, is_trained=is_trained)
+        # Ranks that share the vocabulary take the same tokens at a time.
+        widest, itemsize = vocabulary if shard is None else shard.largest, weight.dtype.itemsize
+        self.size = tokens_of_a_chunk(widest, itemsize=itemsize, is_trained=is_trained)
+        self._shard = shard
         width = vocabulary
         if weight.device.type != "cpu":
             self.size = max(self.size // ALIGNED * ALIGNED, 1)
@@ -180,7 +191,8 @@ class LogitChunks:
     def losses(self, rows: RowLoss, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
         """Of the products that are there, with these labels, one a token and some 0; with `has_gradient` the products
         become the gradient of their sum times `factor`, a scalar or one a token."""
-        return losses_of(rows, self._logits[: len(labels)], labels, factor, has_gradient=has_gradient)
+        logits = self._logits[: len(labels)]
+        return losses_of(rows, logits, labels, factor, has_gradient=has_gradient, shard=self._shard)
 
 
 def _scale(numbers: Tensor | None, factor: Tensor) -> None:

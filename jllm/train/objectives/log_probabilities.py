@@ -63,7 +63,9 @@ def document_sums(hidden: Tensor, head: Head, labels: Tensor, documents: Tensor,
     trained = pad(trained, (0, max(-count % aligned, (count == 0) * aligned)))
     tokens, targets, numbers = (each.index_select(0, trained) for each in (tokens, targets, documents.flatten()))
     targets[count:] = IGNORE_INDEX
-    logps = _fused(tokens, head, targets) if is_fused and head.plain is not None else _chunked(tokens, head, targets)
+    # Ranks with parts of the vocabulary find their logits one by one.
+    is_fused = is_fused and head.plain is not None and head.shard is None
+    logps = _fused(tokens, head, targets) if is_fused else _chunked(tokens, head, targets)
     size = labels.numel() + labels.numel() % 2
     counts = torch.zeros(size, dtype=torch.int64, device=labels.device)
     counts.index_add_(0, numbers, (targets != IGNORE_INDEX).long())

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from jllm.data.dataset.shards import IGNORE_INDEX
+from jllm.parallel.tensor.vocabulary import VocabularyShard
 from jllm.train.objectives.token_losses import OF_CROSS_ENTROPY
 
 BLOCK_ELEMENTS = 2**20
+ELSEWHERE = -1
+"""The label of a token whose target another rank's part of the vocabulary has."""
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of n rows: the highest logits [n, 1], the logarithms of the sums of exp(logit - highest) [n, 1], the losses [n], and
 what the gradient of the cross-entropy is multiplied with [n]."""
@@ -38,13 +41,17 @@ class RowLoss:
     factor: float = 1.0
     cap: float | None = None
 
-    def statistics(self, rows: Tensor, labels: Tensor, factor: Tensor) -> Statistics:
+    def statistics(
+        self, rows: Tensor, labels: Tensor, factor: Tensor, shard: VocabularyShard | None = None
+    ) -> Statistics:
         """Of products [n, V], with losses and gradients 0 where a label is `IGNORE_INDEX`; these `factor` times."""
         trained = labels != IGNORE_INDEX
         logits = self._logits(rows.float())
         highest = logits.amax(1, keepdim=True)
         total = (logits - highest).exp().sum(1, keepdim=True).log()
-        of_targets = self._logits(rows.gather(1, labels.clamp(min=0)[:, None]).float())
+        of_targets = self.of_targets(rows, labels)[:, None]
+        if shard is not None:
+            highest, total, of_targets = _of_all_parts(highest, total, of_targets, shard)
         # In this order: where the target is the highest, it is as small as it is, with all its digits.
         losses, slopes = self.of_cross_entropy((total - (of_targets - highest))[:, 0])
         slopes = torch.where(trained, slopes * (factor * self.factor), 0.0)
@@ -81,6 +88,11 @@ class RowLoss:
             return torch.tanh(products * self.scale) * self.ceiling
         return products if self.scale == 1.0 else products * self.scale
 
+    def of_targets(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """The logits [n] of the targets, of any token where there is none, and 0 where it is in another part."""
+        found = self._logits(rows.gather(1, labels.clamp(min=0)[:, None]).float())[:, 0]
+        return found.masked_fill(labels == ELSEWHERE, 0.0)
+
     def of_cross_entropy(self, ce: Tensor) -> tuple[Tensor, Tensor]:
         """(losses, their slopes over the head's logits by those of the cross-entropy), of the logits' cross-entropy."""
         of = OF_CROSS_ENTROPY.get(self.kind)
@@ -91,7 +103,15 @@ class RowLoss:
         return of(ce, self.gamma), slopes
 
 
-def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
+def losses_of(
+    of: RowLoss,
+    rows: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    *,
+    has_gradient: bool,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
     """Losses [n] of products [n, V], in the way that is fast on their device.
 
     Args:
@@ -100,34 +120,75 @@ def losses_of(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_
         labels: [n]; where they are `IGNORE_INDEX`, loss and gradient are 0.
         factor: of the gradient, a scalar or [n].
         has_gradient: whether it is made.
+        shard: which part of the vocabulary the products are of, as other ranks have those of the others; the losses are
+            those of the whole one, on every rank.
     """
+    if shard is not None:
+        inside = (labels >= shard.start) & (labels < shard.stop)
+        labels = torch.where(inside, labels - shard.start, torch.where(labels == IGNORE_INDEX, labels, ELSEWHERE))
     if has_kernel(rows.device):
-        return _by_kernel(of, rows, labels, factor, has_gradient=has_gradient)
-    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
+        return _by_kernel(of, rows, labels, factor, has_gradient=has_gradient, shard=shard)
+    # Ranks that share a vocabulary take the same tokens at a time.
+    size = max(1, BLOCK_ELEMENTS // (rows.shape[1] if shard is None else shard.largest))
     blocks = zip(rows.split(size), labels.split(size), factor.expand(len(labels)).split(size), strict=True)
-    return torch.cat([_by_block(of, *block, has_gradient=has_gradient) for block in blocks])
+    return torch.cat([_by_block(of, *block, has_gradient=has_gradient, shard=shard) for block in blocks])
 
 
-def _by_block(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
-    highest, total, losses, slopes = of.statistics(rows, labels, factor)
+def _by_block(
+    of: RowLoss,
+    rows: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    *,
+    has_gradient: bool,
+    shard: VocabularyShard | None,
+) -> Tensor:
+    highest, total, losses, slopes = of.statistics(rows, labels, factor, shard)
     if has_gradient:
         of.write_gradient(rows, labels, highest, total, slopes)
     return losses
 
 
-def _by_kernel(of: RowLoss, rows: Tensor, labels: Tensor, factor: Tensor, *, has_gradient: bool) -> Tensor:
-    from jllm.train.objectives.row_kernel import cross_entropies
+def _by_kernel(
+    of: RowLoss,
+    rows: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    *,
+    has_gradient: bool,
+    shard: VocabularyShard | None,
+) -> Tensor:
+    from jllm.train.objectives.row_kernel import RowSums, cross_entropies
 
     over = functools.partial(cross_entropies, rows, labels, scale=of.scale, cap=of.ceiling, slope=of.factor)
-    if of.kind not in OF_CROSS_ENTROPY:
+    if of.kind not in OF_CROSS_ENTROPY and shard is None:
         # Of these the slope over the cross-entropy is 1: nothing lies between losses and gradients.
         losses, _ = over(factor if has_gradient else None)
         return losses if of.sharpness == 1.0 else losses / of.sharpness
     ce, sums = over(None)
+    if shard is not None:
+        highest, totals, of_targets = _of_all_parts(*sums, of.of_targets(rows, labels), shard)
+        sums = RowSums(highest, totals)
+        ce = sums.totals - (of_targets - sums.highest)
     losses, slopes = of.of_cross_entropy(ce)
     if has_gradient:
         over(slopes * factor, sums=sums)
     return torch.where(labels != IGNORE_INDEX, losses, 0.0)
+
+
+def _of_all_parts(
+    highest: Tensor, totals: Tensor, of_targets: Tensor, shard: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ranks found of their parts of the vocabulary, to what holds for all of it, alike on all of them.
+
+    Args:
+        highest: logits.
+        totals: logarithms of the sums of exp(logit - highest).
+        of_targets: logits of the targets, 0 where another rank has them.
+        shard: this rank's part.
+    """
+    most = shard.highest(highest)
+    return most, shard.total((totals + (highest - most)).exp()).log(), shard.total(of_targets)
 
 
 @functools.cache

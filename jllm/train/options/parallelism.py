@@ -99,7 +99,8 @@ def check_slices(options: Any) -> None:
     Raises:
         UserError: one of them.
     """
-    _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", _not_shown(options))
+    own = {f"loss {options.loss} and --fused_loss on": options.is_preference and options.fused_loss == "on"}
+    _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", own | _not_shown(options))
     if options.sequence_sharded_norms:
         others = {
             f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1,
@@ -126,6 +127,7 @@ def check_sequences(options: Any) -> None:
         "router_aux_loss_coef": options.router_aux_loss_coef is not None,
         "ds_config": options.ds_config is not None,
         f"loss {options.loss}": options.is_preference,
+        "fused_loss on": options.fused_loss == "on",
     }
     _refuse(given, "shared rows", own | _not_shown(options))
 
@@ -147,7 +149,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "compile on": options.compile == "on",
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",
-        "fused_loss on": options.fused_loss == "on",
         f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
         "precision fp16": options.precision == "fp16",
         "neftune_alpha": options.neftune_alpha is not None,

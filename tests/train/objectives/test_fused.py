@@ -1,20 +1,26 @@
 """A loss fused with the head's product has the loss and every gradient of one that is not, whatever the chunks."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jllm.models.pipeline import head as head_module
+from jllm.parallel.mesh import Mesh
+from jllm.parallel.tensor.group import TensorGroup
+from jllm.parallel.tensor.layers import shard_of, vocabulary_parallel_head
 from jllm.train.objectives import logit_rows
 from jllm.train.objectives.cross_entropy import CrossEntropy, CrossEntropyAndAccuracy
 from jllm.train.objectives.objective import ObjectiveInUse
 from jllm.train.options.objective import LOSSES
+from tests.distributed.ranks import Ranks
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch, worst_gradient
 from tests.models.family_check import make_folder
 from tests.models.tiny import tiny_config
@@ -211,3 +217,35 @@ def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (loss, gradients), (together, differing) = found
         torch.testing.assert_close(together, loss, rtol=1e-6, atol=0)
         assert worst_gradient(gradients, differing)[0] < 1e-5
+
+
+def of_parts() -> list[list[Any]]:
+    """Of every head: the loss and the gradients with this rank's part of it, and this part."""
+    dist.init_process_group("gloo")
+    group = TensorGroup.make(Mesh(tensor=2), dist.get_rank())
+    head_module.CHUNK_ELEMENTS = 5 * 26
+    logit_rows.BLOCK_ELEMENTS = 3 * 26  # the larger part has 26
+    answers = []
+    for more in HEADS:
+        for kind in LOSSES:
+            head = ProductHead(51, 8, **more)
+            hidden, fields = micro_batch(head)
+            vocabulary_parallel_head(head.linear, group)
+            head.shard = shard_of(head.linear)
+            found = results(head, hidden, fields, is_fused=True, kind=kind)
+            answers.append([each.numpy() if each is not None else None for each in found])
+    return answers
+
+
+def test_parts_of_the_vocabulary() -> None:
+    """Two ranks, whose parts are not of one size, have the loss and the gradients of one that has all of it."""
+    answers = Ranks(2).run(of_parts)
+    for number, (more, kind) in enumerate(itertools.product(HEADS, LOSSES)):
+        head = ProductHead(51, 8, **more)
+        hidden, fields = micro_batch(head)
+        expected = results(head, hidden, fields, is_fused=True, kind=kind)
+        first, second = ([torch.from_numpy(each) for each in answer[number]] for answer in answers)
+        for one in (first, second):  # the loss, and the gradients of hidden states and of what comes before the product
+            assert_equal([*one[:3]], expected[:3])
+        parts = [torch.cat(pair) for pair in zip(first[3:], second[3:], strict=True)]
+        assert_equal([*parts], expected[3:])

@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # there is no device
 
 from jllm.models.pipeline import head as heads
+from jllm.parallel.tensor.group import TensorGroup
+from jllm.parallel.tensor.vocabulary import VocabularyShard
 from jllm.train.objectives import logit_rows, row_kernel
 from jllm.train.objectives.log_probabilities import document_sums
 from jllm.train.options.objective import LOSSES
@@ -51,6 +53,19 @@ for vocabulary in (1, 31, 32, 50, 96, 100):
             both(lambda: results(head, hidden, fields, is_fused=True, kind=kind))
             both(lambda: results(head, hidden, fields, is_fused=True, kind=kind, gradient=0.3))
         both(lambda: sums(head, hidden, fields))
+
+# Rows of a part of the vocabulary, of which no other rank has the rest: the targets of some tokens are nowhere.
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+group = TensorGroup(rank=0, size=1, handle=torch.distributed.group.WORLD)
+shard = VocabularyShard(start=10, stop=60, whole=100, group=group)
+labels = torch.tensor([0, 10, 59, 60, -100, 33])
+for of in (logit_rows.RowLoss(kind=kind, gamma=1.5, cap=cap) for kind in LOSSES for cap in (None, 4.0)):
+    found, given = [], torch.randn(6, 50)
+    for logit_rows.has_kernel in (plain, kernel):
+        rows = given.clone()
+        factor = torch.linspace(0.5, 1, 6)
+        found.append([logit_rows.losses_of(of, rows, labels, factor, has_gradient=True, shard=shard), rows])
+    assert_equal(found[1], found[0])
 
 # Rows inside wider ones: nothing beside them changes; without gradients they do not either.
 buffer = torch.randn(5, 64)
