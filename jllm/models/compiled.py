@@ -10,7 +10,8 @@ get the one that they had.
 
 What cannot be traced (attention that is recomputed alone, routers that are watched) runs between compiled pieces.
 Before a compiled layer's first pass in training, and the first with other arguments, it is tried on what it was given,
-forward and backward. Where compiling or that fails, layers of that kind run as they are, and a line says why.
+forward and backward. Where compiling or that fails, layers of that kind run as they are, and a line says why. Slices
+try theirs alone: one in which it fails would leave the others waiting.
 
 Guarantees: losses and gradients are those of the layers as they are, but for rounding and for the numbers that dropout
 draws; the catalogue says for which families that was shown (`Family.compiled`).
@@ -36,6 +37,7 @@ from jllm.models.activation_checkpointing import find_attention
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.trial import trial
+from jllm.parallel.tensor.group import alone
 
 Forward = Callable[..., Any]
 
@@ -151,7 +153,7 @@ class _Kind:
         self._tried.add(about)
         inputs = [*_tensors((args, kwargs))]
         try:
-            with trial(inputs[0].device):
+            with trial(inputs[0].device), alone():
                 output = function(layer, *self._further, *args, **kwargs)
                 made = [each for each in _tensors(output) if each.requires_grad]
                 # Nothing is added to the gradients of parameters, which have hooks.

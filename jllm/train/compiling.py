@@ -70,9 +70,11 @@ def choose_compiling(
         doubt = "" if shown else f", which was not shown to be right for {family.__name__}"
         return Compiling(is_on=True, said=f"decoder layers are compiled{doubt}")
     why = None
-    for name in ("model_parallel_size", "sequence_parallel_size"):
-        if getattr(config, name) > 1:
-            return Compiling(is_on=False, said=f"decoder layers are not compiled: --{name} {getattr(config, name)}")
+    if config.sequence_parallel_size > 1:
+        given = f"--sequence_parallel_size {config.sequence_parallel_size}"
+        return Compiling(is_on=False, said=f"decoder layers are not compiled: {given}")
+    if config.sequence_sharded_norms:
+        return Compiling(is_on=False, said="decoder layers are not compiled: --sequence_sharded_norms")
     if torch.device(device).type != "cuda":
         why = f"the device is {torch.device(device).type}"
     elif config.precision not in _PRECISIONS:

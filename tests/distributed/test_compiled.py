@@ -1,10 +1,12 @@
-"""A run with `--compile on` on two stages is the run of one plain process, and says what was compiled."""
+"""A run with `--compile on` on two stages, also of slices, is that of one plain process, and says what was compiled."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,25 +18,39 @@ from tests.fixtures import random_rows, tiny_llama, write_rows
 STEPS = 3
 
 
-def train_compiled(options: dict[str, Any], console: Path) -> tuple[str | None, int, str]:
-    """A rank's answer, how many graphs it made, and where its code would be kept."""
+def fails(graph: Any, inputs: Any) -> Any:
+    """A backend whose code ends where it begins."""
+
+    def run(*arguments: Any) -> Any:
+        raise RuntimeError("no kernel for this device")
+
+    return run
+
+
+def train_compiled(options: dict[str, Any], console: Path, without: int | None = None) -> tuple[str | None, int, str]:
+    """A rank's answer, how many graphs it made, and where its code would be kept;
+    rank `without` has a compiler whose code fails."""
     import os
 
     from torch._dynamo.utils import counters
 
     import jllm.train.compiling
 
-    jllm.train.compiling.BACKEND = "aot_eager"  # quick: it writes no code
-    answer = train_rank_into(options, console)
+    # The first is quick: it writes no code.
+    backend: Any = fails if without == int(os.environ["RANK"]) else "aot_eager"
+    jllm.train.compiling.BACKEND = backend
+    with console.open("a") as file, contextlib.redirect_stderr(file):
+        answer = train_rank_into(options, console)
     return answer, int(counters["stats"]["unique_graphs"]), os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+@pytest.mark.parametrize("slices", [1, 2])
+def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, slices: int) -> None:
     model = tiny_llama(tmp_path / "model", tied=True)
     data = write_rows(tmp_path / "data", random_rows(14, labels=True, packed=True), files=3)
     held_out = write_rows(tmp_path / "held out", random_rows(6, labels=True, packed=True), files=1)
     options = {"optimizer": "sgd", "learning_rate": 0.05, "gradient_clipping": 0.7, "seed": 7}
-    found = ranks(2).run(
+    found = ranks(2 * slices).run(
         train_compiled,
         {
             **options,
@@ -43,6 +59,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
             "eval_data": (f"held={held_out}",),
             "precision": "fp32",
             "pipe_parallel_size": 2,
+            "model_parallel_size": slices,
             "gradient_accumulation_steps": 2,
             "per_device_train_batch_size": 2,
             "checkpoint_grad_interval": 1,
@@ -55,6 +72,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
     )
     said = (tmp_path / "console").read_text()
     assert "decoder layers are compiled" in said
+    assert "is not compiled" not in said
     for answer, graphs, folder in found:
         assert answer is None
         # Training and evaluation, at the usual shape and at others.
@@ -69,3 +87,33 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
     for path in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
+
+
+def test_a_slice_that_cannot_compile_its_layers_keeps_nobody_waiting(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model", tied=True)
+    data = write_rows(tmp_path / "data", random_rows(14, labels=True, packed=True), files=3)
+    options = {"optimizer": "sgd", "learning_rate": 0.05, "gradient_clipping": 0.7, "seed": 7}
+    given = {
+        **options,
+        "model": model,
+        "train_data": (str(data),),
+        "precision": "fp32",
+        "model_parallel_size": 2,
+        "global_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "lr_scheduler_type": "constant",
+        "log_dir": tmp_path / "log",
+        "compile": "on",
+    }
+    found = ranks(2).run(train_compiled, given, tmp_path / "console", 1)
+    assert [answer for answer, *_ in found] == [None, None]
+    assert "is not compiled, and runs as it is: no kernel for this device" in (tmp_path / "console").read_text()
+    losses, norms, _ = train_reference(
+        model, batches_in_order(data, steps=STEPS, global_batch=4, seed=7), options=options
+    )
+    steps = records(tmp_path / "log")
+    np.testing.assert_allclose([record["loss"] for record in steps], losses, atol=1e-5)
+    np.testing.assert_allclose([record["grad_norm"] for record in steps], norms, rtol=1e-4)

@@ -6,7 +6,9 @@ forward and sums gradients backward, the other one sums forward and does nothing
 Guarantees: every process gets the same numbers, to the last bit. Cost of either: one all-reduce of its argument.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from jllm.parallel.mesh import Mesh
 from jllm.parallel.tensor.slices import chunk
+
+_HANDLES: dict[str, Any] = {}
+"""Process groups by their names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +40,14 @@ class TensorGroup:
     handle: Any
     sharers: int = 1
     sharing: Any = None
+
+    def __post_init__(self) -> None:
+        _HANDLES[self.name] = self.handle
+
+    @property
+    def name(self) -> str:
+        """Of the process group, the same on all of its ranks."""
+        return str(getattr(self.handle, "group_name", self.handle))
 
     @classmethod
     def make(cls, mesh: Mesh, rank: int, *, sharers: int = 1) -> "TensorGroup":
@@ -69,14 +82,28 @@ class TensorGroup:
 
 def copied(value: Tensor, group: TensorGroup) -> Tensor:
     """What all ranks have alike, for a sliced layer: its gradient is the sum of those of all ranks."""
-    result: Tensor = _Copied.apply(value, group.handle)  # type: ignore[no-untyped-call]
+    result: Tensor = _Copied.apply(value, group.name)  # type: ignore[no-untyped-call]
     return result
 
 
 def summed(part: Tensor, group: TensorGroup) -> Tensor:
     """The sum over the ranks of what their slices give."""
-    result: Tensor = _Summed.apply(part, group.handle)  # type: ignore[no-untyped-call]
+    result: Tensor = _Summed.apply(part, group.name)  # type: ignore[no-untyped-call]
     return result
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside it nothing passes between ranks, and sums are those of this one: for passes that one rank may break off,
+    and whose numbers nobody keeps."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+_alone: list[bool] = []
 
 
 class SharedCopies:
@@ -102,20 +129,20 @@ class SharedCopies:
 
 class _Copied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, handle: Any) -> Tensor:
-        ctx.handle = handle
+    def forward(ctx: Any, value: Tensor, group: str) -> Tensor:
+        ctx.group = group
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum_of(gradient, ctx.handle), None
+        return _sum_of(gradient, ctx.group), None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, handle: Any) -> Tensor:
-        return _sum_of(part, handle)
+    def forward(ctx: Any, part: Tensor, group: str) -> Tensor:
+        return _sum_of(part, group)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -123,7 +150,26 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
-def _sum_of(part: Tensor, handle: Any) -> Tensor:
+def _sum_of(part: Tensor, group: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        found: Tensor = _summed_as_it_is(part, group)
+        return found
+    return _reduced(part, group)
+
+
+def _reduced(part: Tensor, group: str) -> Tensor:
     total = part.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=handle)
+    if not _alone:
+        dist.all_reduce(total, group=_HANDLES[group])
     return total
+
+
+@torch.library.custom_op("jllm::sum_over_ranks", mutates_args=())
+def _summed_as_it_is(part: Tensor, group: str) -> Tensor:
+    """For compilers, which do not look inside: names of groups are constants in what they make."""
+    return _reduced(part, group)
+
+
+@_summed_as_it_is.register_fake
+def _like(part: Tensor, group: str) -> Tensor:
+    return torch.empty_like(part, memory_format=torch.contiguous_format)

@@ -105,6 +105,7 @@ def check_slices(options: Any) -> None:
         others = {
             f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1,
             f"lora_dim {options.lora_dim}": bool(options.lora_dim),
+            "compile on": options.compile == "on",
         }
         _refuse("--sequence_sharded_norms", "tokens shared by slices", others)
 
@@ -128,6 +129,7 @@ def check_sequences(options: Any) -> None:
         "ds_config": options.ds_config is not None,
         f"loss {options.loss}": options.is_preference,
         "fused_loss on": options.fused_loss == "on",
+        "compile on": options.compile == "on",
     }
     _refuse(given, "shared rows", own | _not_shown(options))
 
@@ -146,7 +148,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "only_ckpt_lora": options.only_ckpt_lora,
         str(options.load_in): options.load_in is not None,
         "control_adapter_rank": bool(options.control_adapter_rank),
-        "compile on": options.compile == "on",
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",
         f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,

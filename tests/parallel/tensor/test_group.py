@@ -11,7 +11,7 @@ def passed() -> dict[str, Any]:
     import torch.distributed as dist
 
     from jllm.parallel.mesh import Mesh
-    from jllm.parallel.tensor.group import SharedCopies, TensorGroup, copied, summed
+    from jllm.parallel.tensor.group import SharedCopies, TensorGroup, alone, copied, summed
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -25,7 +25,12 @@ def passed() -> dict[str, Any]:
     copies.takers = 2
     one, two = copies(value), copies(value)
     three, four = copies(value), copies(other)
+    own = None
+    if rank == 2:  # which waits for nobody
+        with alone():
+            own = summed(torch.ones(2), group).tolist()
     return {
+        "alone": own,
         "place": (group.rank, group.size, group.sharers),
         "shared": shared.tolist(),
         "sum": result.tolist(),
@@ -45,3 +50,4 @@ def test_sums_and_copies() -> None:
         # The second taker has the first one's copy; nothing is kept after it.
         assert answer["copies"] == (True, False, [1.0], False)
         assert answer["kept"]
+        assert answer["alone"] == ([1.0, 1.0] if rank == 2 else None)
