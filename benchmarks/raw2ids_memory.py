@@ -123,6 +123,7 @@ def _append_long_record(path: Path, megabytes: int) -> None:
 
 def _peak(source: Path, tokenizer: Path, output: Path) -> int:
     arguments = ["-i", source, "-o", output, "--tokenizer", tokenizer, "-t", "pretrain", "--stack", "--quiet", "-C"]
+    arguments += ["--max_record", "2G"]
     process = subprocess.Popen(
         [sys.executable, "-m", "jllm.raw2ids", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
     )

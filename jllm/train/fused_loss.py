@@ -59,8 +59,6 @@ def _against(config: TrainConfig) -> str | None:
     """Why the options and the device say no."""
     if config.fused_loss == "off":
         return "--fused_loss off"
-    if config.sequence_parallel_size > 1:
-        return f"--sequence_parallel_size {config.sequence_parallel_size}"
     if config.model_parallel_size > 1 and config.is_preference:
         return f"--model_parallel_size {config.model_parallel_size} with --loss {config.loss}"
     if config.fused_loss == "auto" and config.precision == "fp16":

@@ -39,7 +39,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ulysses": ULYSSES,
         "balanced": {**BALANCED, "_chunk": 7 * VOCABULARY},
-        "chunks": {**ULYSSES, "_chunk": 5 * VOCABULARY, "_like": "whole", **WHOLE},
+        "chunks": {**ULYSSES, "_chunk": 5 * VOCABULARY, "_like": "whole", **WHOLE, "fused_loss": "on"},
     },
     4: {
         "pp2 x sp2": {**PP2, **BALANCED},
@@ -51,12 +51,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "schedule": "overlapped",
         },
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
-        "sp4": {**BALANCED, "sequence_parallel_size": 4},
+        "sp4": {**BALANCED, "sequence_parallel_size": 4, "fused_loss": "on"},
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
         "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
-    8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2}},
+    8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
 }
 if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]

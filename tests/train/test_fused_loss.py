@@ -23,6 +23,13 @@ def config_of(**more: Any) -> TrainConfig:
         ({"precision": "fp32"}, "cuda", True, "loss: fused with the head"),
         ({"precision": "fp16"}, "cuda", False, "loss: not fused with the head: --precision fp16"),
         ({"fused_loss": "on"}, "cpu", True, "loss: fused with the head"),
+        ({"model_parallel_size": 2, "sequence_parallel_size": 2}, "cuda", True, "loss: fused with the head"),
+        (
+            {"model_parallel_size": 2, "loss": "dpo"},
+            "cuda",
+            False,
+            "loss: not fused with the head: --model_parallel_size 2 with --loss dpo",
+        ),
         ({"fused_loss": "off"}, "cuda", False, "loss: not fused with the head: --fused_loss off"),
     ],
 )
