@@ -37,7 +37,7 @@ from jllm.models.activation_checkpointing import find_attention
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.trial import trial
-from jllm.parallel.tensor.group import alone
+from jllm.parallel.alone import alone
 
 Forward = Callable[..., Any]
 

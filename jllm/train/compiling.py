@@ -17,6 +17,7 @@ from jllm.guards import caches
 from jllm.models.compiled import BACKEND, CompiledLayers, Shape, compile_layers
 from jllm.models.families import shown_compiled
 from jllm.models.pipeline.span import StageSpan
+from jllm.models.sequence_parallel.share import RunPlan
 from jllm.models.weights.quantisation import QuantisationPlan
 from jllm.parallel.mesh import Place
 from jllm.train.config import TrainConfig
@@ -70,9 +71,6 @@ def choose_compiling(
         doubt = "" if shown else f", which was not shown to be right for {family.__name__}"
         return Compiling(is_on=True, said=f"decoder layers are compiled{doubt}")
     why = None
-    if config.sequence_parallel_size > 1:
-        given = f"--sequence_parallel_size {config.sequence_parallel_size}"
-        return Compiling(is_on=False, said=f"decoder layers are not compiled: {given}")
     if config.sequence_sharded_norms:
         return Compiling(is_on=False, said="decoder layers are not compiled: --sequence_sharded_norms")
     if torch.device(device).type != "cuda":
@@ -100,7 +98,13 @@ def choose_compiling(
 
 
 def compile_stage(
-    model: PreTrainedModel, span: StageSpan, config: TrainConfig, shape: RunShape, place: Place, longest: int | None
+    model: PreTrainedModel,
+    span: StageSpan,
+    config: TrainConfig,
+    shape: RunShape,
+    place: Place,
+    longest: int | None,
+    runs: RunPlan | None = None,
 ) -> CompiledLayers:
     """Compile a loaded stage's decoder layers; the run's first process tells how long it took.
 
@@ -111,7 +115,12 @@ def compile_stage(
         shape: of the run.
         place: of this process.
         longest: tokens of the data's longest row, where that is known.
+        runs: how processes share the tokens of rows; None where each has them whole.
     """
+    usual = usual_shape(config, shape, longest)
+    if usual is not None and runs is not None:
+        bounds = runs.bounds(usual.length)
+        usual = usual._replace(length=bounds[place.sequence + 1] - bounds[place.sequence])
 
     def warn(line: str) -> None:
         # Other pipelines have the same stages.
@@ -125,7 +134,7 @@ def compile_stage(
     return compile_layers(
         model,
         span,
-        usual=usual_shape(config, shape, longest),
+        usual=usual,
         attention_apart=config.checkpoint_grad_attention,
         memory_budget=config.activation_memory_budget,
         tell=tell,

@@ -1,4 +1,4 @@
-"""A run with `--compile on` on two stages, also of slices, is that of one plain process, and says what was compiled."""
+"""A run with `--compile on` on two stages, of slices or with shared rows, is that of one plain process, and says so."""
 
 import contextlib
 from collections.abc import Callable
@@ -44,13 +44,22 @@ def train_compiled(options: dict[str, Any], console: Path, without: int | None =
     return answer, int(counters["stats"]["unique_graphs"]), os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-@pytest.mark.parametrize("slices", [1, 2])
-def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, slices: int) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"model_parallel_size": 2},
+        {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"},
+        {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"},
+    ],
+    ids=str,
+)
+def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, more: dict[str, Any]) -> None:
     model = tiny_llama(tmp_path / "model", tied=True)
     data = write_rows(tmp_path / "data", random_rows(14, labels=True, packed=True), files=3)
     held_out = write_rows(tmp_path / "held out", random_rows(6, labels=True, packed=True), files=1)
     options = {"optimizer": "sgd", "learning_rate": 0.05, "gradient_clipping": 0.7, "seed": 7}
-    found = ranks(2 * slices).run(
+    found = ranks(4 if more else 2).run(
         train_compiled,
         {
             **options,
@@ -59,7 +68,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, slice
             "eval_data": (f"held={held_out}",),
             "precision": "fp32",
             "pipe_parallel_size": 2,
-            "model_parallel_size": slices,
+            **more,
             "gradient_accumulation_steps": 2,
             "per_device_train_batch_size": 2,
             "checkpoint_grad_interval": 1,
@@ -75,8 +84,8 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, slice
     assert "is not compiled" not in said
     for answer, graphs, folder in found:
         assert answer is None
-        # Training and evaluation, at the usual shape and at others.
-        assert 2 <= graphs <= 4
+        # Training and evaluation, at the usual shape and at others; before and behind attention over shared rows.
+        assert 2 <= graphs <= (12 if "sequence_parallel_size" in more else 4)
         assert Path(folder).stat().st_mode & 0o077 == 0
     losses, norms, weights = train_reference(
         model, batches_in_order(data, steps=STEPS, global_batch=4, seed=7), options=options

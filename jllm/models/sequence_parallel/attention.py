@@ -13,6 +13,7 @@ sends keys and values to all ranks, adds up their gradients, and has them whole.
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -25,6 +26,8 @@ from jllm.parallel.sequence.exchange import gathered, heads_for_tokens, tokens_f
 NAME = "shared_rows"
 
 
+# Ranks have unlike runs, and what passes between them has its own shapes: compiled layers go around it.
+@torch.compiler.disable
 def shared_attention(
     module: nn.Module,
     query: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from jllm.parallel.alone import is_alone
 from jllm.parallel.sequence.group import SequenceGroup
 
 
@@ -79,6 +80,8 @@ def _exchanged(
 
 
 def _all_to_all(flat: Tensor, sizes: list[int], taken: list[int], handle: Any) -> Tensor:
+    if is_alone():
+        return flat.new_zeros(sum(taken))
     received = flat.new_empty(sum(taken))
     dist.all_to_all_single(received, flat.contiguous(), taken, sizes, group=handle)
     return received
@@ -100,6 +103,8 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: SequenceGroup) -> Tensor:
         ctx.group = group
+        if is_alone():
+            return rows.repeat(group.size, *[1] * rows.ndim)
         found = rows.new_empty(group.size, *rows.shape)
         dist.all_gather(list(found), rows.contiguous(), group=group.handle)
         return found
@@ -107,6 +112,8 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if is_alone():
+            return gradient[ctx.group.rank].clone(), None
         own = torch.empty_like(gradient[0], memory_format=torch.contiguous_format)
         dist.reduce_scatter(own, list(gradient.contiguous()), group=ctx.group.handle)
         return own, None

@@ -6,9 +6,7 @@ forward and sums gradients backward, the other one sums forward and does nothing
 Guarantees: every process gets the same numbers, to the last bit. Cost of either: one all-reduce of its argument.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jllm.parallel.alone import is_alone
 from jllm.parallel.mesh import Mesh
 from jllm.parallel.tensor.slices import chunk
 
@@ -92,20 +91,6 @@ def summed(part: Tensor, group: TensorGroup) -> Tensor:
     return result
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Inside it nothing passes between ranks, and sums are those of this one: for passes that one rank may break off,
-    and whose numbers nobody keeps."""
-    _alone.append(True)
-    try:
-        yield
-    finally:
-        _alone.pop()
-
-
-_alone: list[bool] = []
-
-
 class SharedCopies:
     """`copied`, once for an input that several layers take, so that they share one all-reduce in the backward pass.
 
@@ -159,7 +144,7 @@ def _sum_of(part: Tensor, group: str) -> Tensor:
 
 def _reduced(part: Tensor, group: str) -> Tensor:
     total = part.clone(memory_format=torch.contiguous_format)
-    if not _alone:
+    if not is_alone():
         dist.all_reduce(total, group=_HANDLES[group])
     return total
 

@@ -128,7 +128,6 @@ def check_sequences(options: Any) -> None:
         "router_aux_loss_coef": options.router_aux_loss_coef is not None,
         "ds_config": options.ds_config is not None,
         f"loss {options.loss}": options.is_preference,
-        "compile on": options.compile == "on",
     }
     _refuse(given, "shared rows", own | _not_shown(options))
 

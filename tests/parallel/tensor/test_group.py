@@ -10,8 +10,9 @@ def passed() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from jllm.parallel.alone import alone
     from jllm.parallel.mesh import Mesh
-    from jllm.parallel.tensor.group import SharedCopies, TensorGroup, alone, copied, summed
+    from jllm.parallel.tensor.group import SharedCopies, TensorGroup, copied, summed
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
