@@ -16,13 +16,14 @@ from jllm.errors import UserError, say
 from jllm.guards import caches
 from jllm.models.compiled import BACKEND, CompiledLayers, Shape, compile_layers
 from jllm.models.families import shown_compiled
+from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.sequence_parallel.share import RunPlan
 from jllm.models.weights.quantisation import QuantisationPlan
-from jllm.parallel.mesh import Place
 from jllm.train.config import TrainConfig
 from jllm.train.data.batching import padded_length
 from jllm.train.distributed import launch
+from jllm.train.distributed.agreement import Agreement
 from jllm.train.shape import RunShape
 
 _PRECISIONS = ("bf16", "fp32")
@@ -102,21 +103,24 @@ def compile_stage(
     span: StageSpan,
     config: TrainConfig,
     shape: RunShape,
-    place: Place,
+    agreement: Agreement,
     longest: int | None,
     runs: RunPlan | None = None,
-) -> CompiledLayers:
-    """Compile a loaded stage's decoder layers; the run's first process tells how long it took.
+) -> CompiledLayers | None:
+    """Compile a loaded stage's decoder layers; the run's first process tells how long it took. Every process calls it.
+
+    None where slices are of unlike sizes: a compiler may then order what passes between them differently in each.
 
     Args:
         model: with adapters attached.
         span: of the stage.
         config: the options.
         shape: of the run.
-        place: of this process.
+        agreement: between the processes.
         longest: tokens of the data's longest row, where that is known.
         runs: how processes share the tokens of rows; None where each has them whole.
     """
+    place = agreement.place
     usual = usual_shape(config, shape, longest)
     if usual is not None and runs is not None:
         bounds = runs.bounds(usual.length)
@@ -131,6 +135,10 @@ def compile_stage(
         if place.is_first:
             say(line, flush=True)
 
+    if shape.mesh.tensor > 1 and not _are_slices_alike(model, agreement):
+        if place.tensor == 0:
+            warn(f"note: decoder layers of stage {place.pipe} are not compiled: its slices are of unlike sizes")
+        return None
     return compile_layers(
         model,
         span,
@@ -141,6 +149,14 @@ def compile_stage(
         warn=warn,
         backend=BACKEND,
     )
+
+
+def _are_slices_alike(model: PreTrainedModel, agreement: Agreement) -> bool:
+    """Whether all processes of this stage hold the same sizes of its decoder layers."""
+    name = structure_of(model).layers
+    layers = model.get_submodule(name).parameters() if name else ()
+    own = agreement.place.pipe, [tuple(each.shape) for each in layers]
+    return all(found == own for found in agreement.gather(own) if found[0] == own[0])
 
 
 def usual_shape(config: TrainConfig, shape: RunShape, longest: int | None) -> Shape | None:

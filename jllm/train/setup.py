@@ -371,7 +371,7 @@ def build_stage(
         slice_adapters(model, group)
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
-        compile_stage(model, span, config, shape, agreement.place, longest_row, family.runs)
+        compile_stage(model, span, config, shape, agreement, longest_row, family.runs)
     checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)

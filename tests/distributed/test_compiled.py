@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_reference
 from tests.distributed.runs import records, train_rank_into
-from tests.fixtures import random_rows, tiny_llama, write_rows
+from tests.fixtures import VOCABULARY, random_rows, tiny_llama, write_rows
+from tests.models.family_check import make_folder
+from tests.models.tiny import tiny_config
 
 STEPS = 3
 
@@ -98,10 +100,19 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, more:
             torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
 
 
-def test_a_slice_that_cannot_compile_its_layers_keeps_nobody_waiting(
-    ranks: Callable[[int], Ranks], tmp_path: Path
+@pytest.mark.parametrize(
+    ("inner", "without", "note"),
+    [
+        (64, 1, "is not compiled, and runs as it is: no kernel for this device"),
+        (65, None, "note: decoder layers of stage 0 are not compiled: its slices are of unlike sizes"),
+    ],
+    ids=["no compiler", "unlike slices"],
+)
+def test_slices_that_are_not_compiled_keep_nobody_waiting(
+    ranks: Callable[[int], Ranks], tmp_path: Path, inner: int, without: int | None, note: str
 ) -> None:
-    model = tiny_llama(tmp_path / "model", tied=True)
+    model = tmp_path / "model"
+    make_folder(tiny_config("llama", tied=True, vocab_size=VOCABULARY, intermediate_size=inner), model)
     data = write_rows(tmp_path / "data", random_rows(14, labels=True, packed=True), files=3)
     options = {"optimizer": "sgd", "learning_rate": 0.05, "gradient_clipping": 0.7, "seed": 7}
     given = {
@@ -117,9 +128,9 @@ def test_a_slice_that_cannot_compile_its_layers_keeps_nobody_waiting(
         "log_dir": tmp_path / "log",
         "compile": "on",
     }
-    found = ranks(2).run(train_compiled, given, tmp_path / "console", 1)
+    found = ranks(2).run(train_compiled, given, tmp_path / "console", without)
     assert [answer for answer, *_ in found] == [None, None]
-    assert "is not compiled, and runs as it is: no kernel for this device" in (tmp_path / "console").read_text()
+    assert note in (tmp_path / "console").read_text()
     losses, norms, _ = train_reference(
         model, batches_in_order(data, steps=STEPS, global_batch=4, seed=7), options=options
     )
