@@ -88,7 +88,6 @@ def test_shared_rows() -> None:
         ({"checkpoint_grad_interval": 1, "checkpoint_grad_offload": True}, "--checkpoint_grad_offload"),
         ({"ds_config": Path("ds.json")}, "--ds_config"),
         ({"trace_step": 1, "log_dir": Path("log")}, "--trace_step"),
-        ({"profile_step": 1, "log_dir": Path("log")}, "--profile_step"),
     ],
 )
 def test_what_shared_rows_were_not_shown_with_is_refused_by_name(options: dict[str, Any], named: str) -> None:
@@ -117,9 +116,8 @@ def test_rows_of_fewer_tokens_than_processes_are_refused() -> None:
         ({"lora_dim": 4, "load_in_4bit": True}, "--load_in_4bit"),
         ({"lora_dim": 4, "only_ckpt_lora": True, "checkpoint": Path("c")}, "--only_ckpt_lora"),
         ({"control_adapter_rank": 2}, "--control_adapter_rank"),
-        ({"compile": "on"}, "--compile on"),
         ({"precision": "bf16", "fp8": "tensorwise"}, "--fp8 tensorwise"),
-        ({"fused_loss": "on"}, "--fused_loss on"),
+        ({"fused_loss": "on", "loss": "dpo"}, "--loss dpo and --fused_loss on"),
         ({"optimizer": "muon"}, "--optimizer muon"),
         ({"precision": "fp16"}, "--precision fp16"),
         ({"neftune_alpha": 5.0}, "--neftune_alpha"),
@@ -157,3 +155,9 @@ def test_values_that_follow() -> None:
     assert values == {"zero_stage": 1, "gradient_accumulation_steps": 4, "log_dir": "run/log"}
     by_tokens = config_of(batch_size_tokens=64)
     assert "global_batch_size" not in automatic_options(by_tokens, resolve_shape(by_tokens, 2))
+
+
+def test_what_tokens_shared_by_slices_were_not_shown_with_is_refused_by_name() -> None:
+    for more, named in (({"compile": "on"}, "--compile on"), ({"lora_dim": 4}, "--lora_dim 4")):
+        with pytest.raises(UserError, match=f"--sequence_sharded_norms with {named}: tokens shared by slices were not"):
+            config_of(model_parallel_size=2, sequence_sharded_norms=True, **more)

@@ -62,7 +62,9 @@ def _profiled(collectives: Collectives, config: TrainConfig, step: int, recorder
         for event in watched.events()
         if event.device_type == kind and event.cpu_parent is None
     ]
-    text = report(kernels, title=f"step {step}, stage {place.pipe}", seconds=seconds, host_waits=host_waits)
+    title = f"step {step}, stage {place.pipe}"
+    title += f", slice {place.tensor}" * (place.mesh.tensor > 1) + f", run {place.sequence}" * (place.mesh.sequence > 1)
+    text = report(kernels, title=title, seconds=seconds, host_waits=host_waits)
     path = folder / PROFILE_NAME.format(step=step, rank=place.rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)

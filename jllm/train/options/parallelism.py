@@ -156,7 +156,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "only_ckpt_model": options.only_ckpt_model,
         "partition_method profile": options.partition_method == "profile",
         "trace_step": options.trace_step is not None,
-        "profile_step": options.profile_step is not None,
     }
 
 

@@ -12,12 +12,13 @@ def profiled(folder: Path, errors: Path) -> list[str]:
     """What a run says of the profile of its step 2, in a process of its own; its standard error goes to a file."""
     import torch
 
+    from jllm.parallel.mesh import Mesh
     from jllm.train.distributed import profiling
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     said: list[str] = []
     recorder: Any = SimpleNamespace(warn=said.append, event=lambda kind, line, **more: said.append(line))
-    collectives: Any = SimpleNamespace(place=SimpleNamespace(data=0, pipe=0, rank=0))
+    collectives: Any = SimpleNamespace(place=Mesh().place(0))
     config: Any = SimpleNamespace(resolved_log_dir=folder, profile_step=2)
     for step in (1, 2, 3):
         with profiling._profiled(collectives, config, step, recorder):
