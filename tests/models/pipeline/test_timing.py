@@ -80,9 +80,17 @@ def test_cache(tmp_path: Path, spans: list[StageSpan]) -> None:
         assert len(json.loads(caches.read(stored) or b"")["layers"]) == 4
 
 
-def test_halves_of_layers(tmp_path: Path, spans: list[StageSpan]) -> None:
+def test_halves_of_layers(tmp_path: Path, spans: list[StageSpan], monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer costs what it costs whole, in two parts; those are timed where it lies between others."""
-    config = tiny_config("llama", intermediate_size=2048)
+    config = tiny_config("llama")
+    timed = timing._time_stage
+
+    def slow(stage: Any, *rest: Any) -> Any:
+        # By so much that it is the longer half, however busy the machine is.
+        seconds, shape = timed(stage, *rest)
+        return seconds + 100.0 * stage.span.starts_inside, shape
+
+    monkeypatch.setattr(timing, "_time_stage", slow)
     costs = estimate_costs(config, in_halves=True, **OPTIONS)
     measured = timing.measure_costs(config, costs, **TIMED, cache=tmp_path)
     inside = [(span.first_layer, span.starts_inside, span.ends_inside) for span in spans]
