@@ -83,7 +83,7 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
         ("qwen3", {"frozen_modules": "q_proj,embed_tokens,k_norm"}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),
         ("gemma2", {"fused_loss": "on"}),
-        ("llama", {"fused_loss": "on", "loss": "star", "compile": "on"}),
+        ("llama", {"fused_loss": "on", "loss": "star"}),
     ],
 )
 def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
