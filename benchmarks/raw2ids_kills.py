@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.raw2ids_corpus import MEGABYTE, tokenizer_folder, write_corpus  # noqa: E402
+from jllm.errors import UserError  # noqa: E402
 from jllm.options import command, option  # noqa: E402
 
 WORKERS = 8
@@ -56,6 +57,8 @@ class BenchmarkConfig:
 @command(BenchmarkConfig, name="raw2ids_kills")
 def main(config: BenchmarkConfig) -> None:
     """Print a JSON line for each mode."""
+    if unknown := set(config.modes.split(",")) - set(MODES):
+        raise UserError(f"--modes {config.modes}: no mode {sorted(unknown)[0]!r}; give some of {','.join(MODES)}")
     tokenizer, moments = tokenizer_folder(config.tokenizer), random.Random(config.seed)
     folder = Path(tempfile.mkdtemp(prefix="raw2ids-"))
     try:

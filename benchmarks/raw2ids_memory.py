@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.raw2ids_corpus import tokenizer_folder, write_corpus  # noqa: E402
+from jllm.errors import UserError  # noqa: E402
 from jllm.options import command, option  # noqa: E402
 
 BAR = 1.5 * (1 << 30)
@@ -48,6 +49,8 @@ class BenchmarkConfig:
 @command(BenchmarkConfig, name="raw2ids_memory")
 def main(config: BenchmarkConfig) -> None:
     """Print one JSON line."""
+    if config.rest and not config.document:
+        raise UserError(f"--rest {config.rest}: is around a --document; give that too, or drop it")
     tokenizer = tokenizer_folder(config.tokenizer)
     folder = Path(tempfile.mkdtemp(prefix="raw2ids-", dir=config.folder))
     peaks = {}

@@ -66,11 +66,12 @@ def choose_compiling(
         UserError: layers are not compiled, and an option needs that they are.
     """
     shown = shown_compiled(family)
+    where = ", where their slices are of one size" if config.model_parallel_size > 1 else ""
     if config.compile == "off":
         return Compiling(is_on=False, said="decoder layers are not compiled: --compile off")
     if config.compile == "on":
         doubt = "" if shown else f", which was not shown to be right for {family.__name__}"
-        return Compiling(is_on=True, said=f"decoder layers are compiled{doubt}")
+        return Compiling(is_on=True, said=f"decoder layers are compiled{where}{doubt}")
     why = None
     if config.sequence_sharded_norms:
         return Compiling(is_on=False, said="decoder layers are not compiled: --sequence_sharded_norms")
@@ -89,7 +90,7 @@ def choose_compiling(
     elif not shown:
         why = f"not shown to be right for {family.__name__}"
     if why is None:
-        return Compiling(is_on=True, said="decoder layers are compiled")
+        return Compiling(is_on=True, said=f"decoder layers are compiled{where}")
     if config.activation_memory_budget < 1:
         raise UserError(
             f"--activation_memory_budget {config.activation_memory_budget:g} is for compiled layers, and they are not:"

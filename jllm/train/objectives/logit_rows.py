@@ -130,23 +130,13 @@ def losses_of(
         return _by_kernel(of, rows, labels, factor, has_gradient=has_gradient, shard=shard)
     # Ranks that share a vocabulary take the same tokens at a time.
     size = max(1, BLOCK_ELEMENTS // (rows.shape[1] if shard is None else shard.largest))
-    blocks = zip(rows.split(size), labels.split(size), factor.expand(len(labels)).split(size), strict=True)
-    return torch.cat([_by_block(of, *block, has_gradient=has_gradient, shard=shard) for block in blocks])
-
-
-def _by_block(
-    of: RowLoss,
-    rows: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    *,
-    has_gradient: bool,
-    shard: VocabularyShard | None,
-) -> Tensor:
-    highest, total, losses, slopes = of.statistics(rows, labels, factor, shard)
-    if has_gradient:
-        of.write_gradient(rows, labels, highest, total, slopes)
-    return losses
+    found = []
+    for block in zip(rows.split(size), labels.split(size), factor.expand(len(labels)).split(size), strict=True):
+        highest, total, losses, slopes = of.statistics(*block, shard)
+        if has_gradient:
+            of.write_gradient(*block[:2], highest, total, slopes)
+        found.append(losses)
+    return torch.cat(found)
 
 
 def _by_kernel(

@@ -1,11 +1,6 @@
 """The kernel adds what PyTorch adds; run by Triton's interpreter, in a process of its own."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.interpreted import assert_says_equal, needs_triton
 
 CHECK = """
 import torch
@@ -20,8 +15,6 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes with CUDA")
+@needs_triton
 def test_the_same_sums() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, check=False)
-    assert found.stdout == "equal\n", found.stderr
+    assert_says_equal(CHECK)
