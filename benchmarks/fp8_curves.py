@@ -131,7 +131,7 @@ def with_option(name: str, folders: list[Path]) -> list[str]:
 def main() -> None:
     """Train twice, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", help="files of documents or conversations")
+    parser.add_argument("--text", type=Path, nargs="+", action="extend", help="files of documents or conversations")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder in place of the assets' model")
     parser.add_argument("--fp8", default="tensorwise", help="the recipe")
     parser.add_argument("--steps", type=int, default=200)

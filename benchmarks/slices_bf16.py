@@ -4,9 +4,10 @@
     python benchmarks/slices_bf16.py --width 128 --on_cpu   the same over gloo, as a trial
 
 The weights are bf16 numbers everywhere. Of each parameter: the norm of the difference to the fp32 gradient, over that
-gradient's norm; of slices together as of the whole. `worst_ratio` is the largest quotient of the two over all
-parameters, of gradients above a thousandth of the largest; 1.0 is as near as one process. The bar is 1.1. `norms` are
-the norms of all gradients together: fp32, one process, slices.
+gradient's norm; of slices together as of the whole, and over several batches, for the rounding of one is chance.
+`worst_ratio` is the largest quotient of the two over all parameters, of gradients above a thousandth of the largest;
+1.0 is as near as one process. The bar is 1.1. `norms` are the norms of all gradients together: fp32, one process,
+slices.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def write_model(folder: Path, family: str, width: int, layers: int) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def gradients_of(folder: Path, dtype: Any, length: int, device: str, group: Any = None) -> Gradients:
+def gradients_of(folder: Path, dtype: Any, length: int, device: str, seed: int, group: Any = None) -> Gradients:
     """Of the mean loss of two rows of random ids: gradient in fp32 and slice by parameter."""
     import torch
     import torch.distributed as dist
@@ -61,7 +62,7 @@ def gradients_of(folder: Path, dtype: Any, length: int, device: str, group: Any 
     if group is not None:
         slice_stage(model, group)
     model.to(device)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 32_000, (2, length + 1), generator=generator).to(device)
     places = torch.arange(length, device=device).repeat(2, 1)
     objective = ObjectiveInUse(CrossEntropy())
@@ -78,7 +79,7 @@ def gradients_of(folder: Path, dtype: Any, length: int, device: str, group: Any 
     return found
 
 
-def compared(rank: int, port: int, folder: str, length: int, on_cpu: bool, answer: str) -> None:
+def compared(rank: int, port: int, folder: str, length: int, batches: int, on_cpu: bool, answer: str) -> None:
     """One of the two processes."""
     import torch
     import torch.distributed as dist
@@ -92,16 +93,18 @@ def compared(rank: int, port: int, folder: str, length: int, on_cpu: bool, answe
         torch.cuda.set_device(rank)
     dist.init_process_group("gloo" if on_cpu else "nccl")
     group = TensorGroup.make(Mesh(tensor=SIZE), rank)
-    exact = gradients_of(Path(folder), torch.float32, length, device)
-    whole = gradients_of(Path(folder), torch.bfloat16, length, device)
-    sliced = gradients_of(Path(folder), torch.bfloat16, length, device, group)
-    sums = []  # squares by parameter: of fp32, of the whole's difference, of the slices', of both in bf16
-    for name, (mine, part) in sliced.items():
-        true, one = (each[name][0] if part is None else part.of(each[name][0]) for each in (exact, whole))
-        share = 1.0 if part is not None else 1 / SIZE  # what all have alike counts once
-        squares = [true, one - true, mine - true, one, mine]
-        sums.append(torch.stack([each.double().square().sum() * share for each in squares]))
-    total = torch.stack(sums)
+    total = torch.zeros(1)
+    for seed in range(batches):
+        exact = gradients_of(Path(folder), torch.float32, length, device, seed)
+        whole = gradients_of(Path(folder), torch.bfloat16, length, device, seed)
+        sliced = gradients_of(Path(folder), torch.bfloat16, length, device, seed, group)
+        sums = []  # squares by parameter: of fp32, of the whole's difference, of the slices', of both in bf16
+        for name, (mine, part) in sliced.items():
+            true, one = (each[name][0] if part is None else part.of(each[name][0]) for each in (exact, whole))
+            share = 1.0 if part is not None else 1 / SIZE  # what all have alike counts once
+            squares = [true, one - true, mine - true, one, mine]
+            sums.append(torch.stack([each.double().square().sum() * share for each in squares]))
+        total = total.to(device) + torch.stack(sums)
     dist.all_reduce(total)
     if rank == 0:
         norms = total.sqrt()
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batches", type=int, default=8, help="over which squares are summed")
     parser.add_argument("--on_cpu", action="store_true", help="over gloo, where there are no two GPUs")
     options = parser.parse_args()
     import torch
@@ -142,7 +146,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "model", family, options.width, options.layers)
             answer = Path(folder) / "answer.json"
-            given = (free_port(), str(Path(folder) / "model"), options.length, options.on_cpu, str(answer))
+            given = (
+                free_port(),
+                str(Path(folder) / "model"),
+                options.length,
+                options.batches,
+                options.on_cpu,
+                str(answer),
+            )
             multiprocessing.spawn(compared, given, nprocs=SIZE)  # type: ignore[attr-defined,no-untyped-call]
             device = "cpu" if options.on_cpu else torch.cuda.get_device_name()
             print(json.dumps({**said, "device": device, **json.loads(answer.read_text(encoding="utf-8"))}), flush=True)

@@ -28,7 +28,7 @@ GROUND = (
 ARROWS = {
     "jllm.data.dataset": (),
     "jllm.data.sources": (),
-    "jllm.data.tokenizer": ("jllm.data.dataset",),
+    "jllm.data.tokenizer": ("jllm.data.dataset", "jllm.data.sources"),
     "jllm.data.packing": ("jllm.data.dataset",),
     "jllm.data.shuffle": ("jllm.data.dataset",),
     "jllm.data.chat": ("jllm.data.dataset", "jllm.data.packing", "jllm.data.sources", "jllm.data.tokenizer"),

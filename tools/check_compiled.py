@@ -3,9 +3,10 @@
 Each family is a random model of four layers, trained on one micro-batch three times: in fp32 as it is, in bf16 as it
 is, and in bf16 compiled, all with the same weights (rounded to bf16) and the attention that a run would choose. The
 errors of the loss and of all gradients against fp32 are compared; compiled layers may have 1.1 times those of the
-layers as they are, all gradients taken together.
+layers as they are, all gradients taken together. Families that would get flex_attention, beside which `--compile auto`
+compiles nothing, are compared where they are named, and otherwise passed over.
 
-    python tools/check_compiled.py                 the named families; exit code 1 if one is worse
+    python tools/check_compiled.py                 the named families and some more; exit code 1 if one is worse
     python tools/check_compiled.py llama qwen3     these
     python tools/check_compiled.py --packed llama  rows of several documents
 """
@@ -34,6 +35,19 @@ from jllm.models.weights.source import causal_class  # noqa: E402
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch  # noqa: E402
 from tests.models.tiny import tiny_config  # noqa: E402
 
+MORE = (
+    "olmo",
+    "olmo3",
+    "phi",
+    "stablelm",
+    "gpt_neox",
+    "opt",
+    "gpt2",
+    "nemotron",
+    "exaone4",
+    "ernie4_5",
+)
+"""Of unlike structure, beside the named ones."""
 MOST = 1.1
 ROWS, LENGTH, VOCABULARY = 2, 512, 1024
 SIZES: dict[str, Any] = {
@@ -51,12 +65,13 @@ SIZES: dict[str, Any] = {
 """Large enough for the kernels of a run; only those that a family's configuration has are used."""
 
 
-def check(model_type: str, *, packed: bool, device: str) -> dict[str, Any]:
-    """The errors of one family against fp32, by way of computing."""
+def check(model_type: str, *, packed: bool, device: str, is_named: bool) -> dict[str, Any]:
+    """The errors of one family against fp32, by way of computing; `is_named` if it was asked for by name."""
     plain = tiny_config(model_type)
     sizes = {name: value for name, value in SIZES.items() if hasattr(plain, name)}
-    if getattr(plain, "kv_lora_rank", None):
+    if getattr(plain, "kv_lora_rank", None):  # latent attention: its head's size is that of what is turned by positions
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        sizes.pop("head_dim", None)
     config = tiny_config(model_type, **sizes)
     batch = [each.to(device) for each in packed_batch(VOCABULARY, batch=ROWS, length=LENGTH, packed=packed)]
     ways: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
@@ -67,6 +82,8 @@ def check(model_type: str, *, packed: bool, device: str) -> dict[str, Any]:
         family = causal_class(config)
         family._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         half = choose_attention(family, device=device, dtype=torch.bfloat16)
+        if half == "flex_attention" and not is_named:
+            return {"family": model_type, "attention": half, "skipped": "--compile auto is off", "is_right": True}
         whole = choose_attention(family, device=device, dtype=torch.float32)
         for way, dtype in (("fp32", torch.float32), ("eager", torch.bfloat16), ("compiled", torch.bfloat16)):
             attention = whole if dtype == torch.float32 else half
@@ -99,16 +116,16 @@ def _norm(tensors: dict[str, Tensor]) -> float:
 def main() -> int:
     """Parse, compare, print a line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="model types; default: the named ones")
+    parser.add_argument("types", nargs="*", help="model types; default: the named ones and some more")
     parser.add_argument("--packed", action="store_true", help="rows of several documents")
     parser.add_argument("--device", default="cuda", help="where (default: cuda)")
     arguments = parser.parse_args()
     prefer_cudnn()
     worse = 0
-    for model_type in arguments.types or NAMED:
+    for model_type in arguments.types or (*NAMED, *MORE):
         torch._dynamo.reset()
         try:
-            found = check(model_type, packed=arguments.packed, device=arguments.device)
+            found = check(model_type, packed=arguments.packed, device=arguments.device, is_named=bool(arguments.types))
         except Exception as error:  # the others are still to be compared
             found = {"family": model_type, "is_right": False, "error": f"{type(error).__name__}: {error}"[:300]}
         worse += not found["is_right"]

@@ -95,13 +95,10 @@ def by_lengths(
     """`torch.nn.attention.varlen` on CUDA: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all
     rows; documents by their `bounds`, and the length of the `longest`. Both are also those of keys, unless documents
     have more `keys`: the last query of a document then sees its last key."""
-    groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {"scale": scaling}
-    if groups > 1:
-        if "enable_gqa" in _VARLEN_TAKES:
-            options["enable_gqa"] = True
-        else:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.shape[1] > key.shape[1] and "enable_gqa" in _VARLEN_TAKES:
+        # Versions that have no such option take fewer key heads unasked.
+        options["enable_gqa"] = True
     size = query.shape[-1]
     narrow = value.shape[-1]
     if narrow != size:  # latent attention: values are narrower than keys

@@ -22,6 +22,7 @@ from jllm.data.dataset.columns import IGNORE_INDEX, Int32
 from jllm.data.dataset.token_counts import length_bucket
 from jllm.data.packing.documents import Documents, with_affixes
 from jllm.data.sources.chunk import Chunk
+from jllm.data.sources.long_texts import LongText
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import BadRecord, RefusedRecordError, texts_of
 from jllm.data.tokenizer.checked_engine import CheckedEngine
@@ -76,13 +77,13 @@ class PretrainEncoder:
     masked_ids: frozenset[int] = frozenset()
 
     def __call__(self, chunk: Chunk, kind: str) -> Encoded:
-        records = texts_of(parse_chunk(chunk, kind), kind, self.field)
+        records = texts_of(parse_chunk(chunk, kind, keep_long=True), kind, self.field)
         checks = self.engine.check(records.values, parse_special=self.parse_special, chunk=chunk.index)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
         documents = self.documents(records.values)
         return Encoded(documents=documents, bad=records.bad, counts=counts, end=chunk.end, end_line=chunk.end_line)
 
-    def documents(self, texts: list[str]) -> Documents:
+    def documents(self, texts: list[str] | list[str | LongText]) -> Documents:
         """Texts to documents: ids with the prefix and suffix, and labels where some ids are masked. The list is empty
         then: a text may be as large as all else here."""
         ids, offsets = self.engine.encode(texts, parse_special=self.parse_special)

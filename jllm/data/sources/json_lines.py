@@ -22,10 +22,10 @@ def record_beyond(data: bytes, most: int) -> int | None:
     return int(over[0]) if len(over) else None
 
 
-def parse(data: bytes, line: int) -> Records:
-    """The values of the lines, of which the first has the number `line`."""
+def parse(data: bytes, line: int, *, keep_long: bool = False) -> Records:
+    """The values of the lines, of which the first has the number `line`; `keep_long` as for `json_values`."""
     rows = _lines(data)
-    return json_values.parse(rows, range(line, line + len(rows)))
+    return json_values.parse(rows, range(line, line + len(rows)), keep_long=keep_long)
 
 
 def count_lines(data: bytes) -> int:

@@ -99,9 +99,10 @@ def chunks(
         yield _chunk_of(number, index, line, elements, position + len(held))
 
 
-def parse(elements: Sequence[bytes], line: int) -> Records:
-    """The values of the elements, of which the first has the number `line` in its list."""
-    return json_values.parse(elements, range(line, line + len(elements)))
+def parse(elements: Sequence[bytes], line: int, *, keep_long: bool = False) -> Records:
+    """The values of the elements, of which the first has the number `line` in its list; `keep_long` as for
+    `json_values`."""
+    return json_values.parse(elements, range(line, line + len(elements)), keep_long=keep_long)
 
 
 _TOO_MUCH = b"(something follows the list)"

@@ -7,12 +7,17 @@ Cost: orjson's; a Python object for each value.
 from collections.abc import Sequence
 from typing import Any
 
+from jllm.data.sources import long_texts
 from jllm.data.sources.records import BadRecord, Records
 from jllm.guards import notation
 
 
-def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int]) -> Records:
-    """The value of each row, blank rows passed over; `numbers` are the rows' lines, or places in a list."""
+def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, keep_long: bool = False) -> Records:
+    """The value of each row, blank rows passed over; `numbers` are the rows' lines, or places in a list.
+
+    Args:
+        keep_long: long strings may be `LongText`.
+    """
     import orjson
 
     values: list[Any] = []
@@ -21,7 +26,7 @@ def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int]) -> Records
     loads = orjson.loads
     for row, number in zip(rows, numbers, strict=True):
         try:
-            value = loads(row)
+            value = _with_long_texts(row) if keep_long and len(row) > long_texts.LONG else loads(row)
         except orjson.JSONDecodeError as error:
             text = bytes(row)
             if not text or text.isspace():
@@ -32,6 +37,15 @@ def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int]) -> Records
         values.append(value)
         lines.append(number)
     return Records(values=values, lines=lines, bad=bad)
+
+
+def _with_long_texts(row: bytes | memoryview) -> Any:
+    import orjson
+
+    try:
+        return long_texts.parse(memoryview(row))
+    except ValueError:
+        return orjson.loads(row)
 
 
 def _tolerant(row: bytes, number: int, message: str, bad: list[BadRecord]) -> Any:

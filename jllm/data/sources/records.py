@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jllm.data.sources.long_texts import LongText
 from jllm.errors import UserError
 
 
@@ -107,7 +108,8 @@ def json_type(value: Any) -> str:
 
 
 def texts_of(records: Records, kind: str, field: str) -> Records:
-    """The documents of pretraining records: the texts themselves, or the text in each record's `field`."""
+    """The documents of pretraining records: the texts themselves, or the text in each record's `field`, a `str` or a
+    `LongText` as it is there."""
     if kind == "text":
         return records
     path = path_of(field)
@@ -116,7 +118,10 @@ def texts_of(records: Records, kind: str, field: str) -> Records:
     bad = list(records.bad)
     for record, line in zip(records.values, records.lines, strict=True):
         text = field_of(record, path)
-        if isinstance(text, str):
+        if isinstance(text, LongText):
+            values.append(text)
+            lines.append(line)
+        elif isinstance(text, str):
             if text and not text.isspace():
                 values.append(text)
                 lines.append(line)

@@ -8,10 +8,15 @@ Cost: a second to open the engines of a large vocabulary; a checked chunk costs 
 `CHECK_CHARACTERS`.
 """
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 
 from jllm.data.dataset.columns import Int32, Int64
+from jllm.data.sources.long_texts import LongText
 from jllm.data.tokenizer.backend import marks_first_segment
+from jllm.data.tokenizer.cutting import can_be_cut, encode_long, is_long
 from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.engines import FastEngine, ReferenceEngine, SlowEngine, TokenizerEngine
 from jllm.data.tokenizer.facts import TokenizerFacts
@@ -37,6 +42,7 @@ class CheckedEngine:
 
     Args:
         for_special: the engine for texts whose special tokens are parsed, where that is another one.
+        backend: what the engine was built from, where long texts may be cut.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class CheckedEngine:
         reason: str,
         probes: int,
         for_special: TokenizerEngine | None = None,
+        backend: str | None = None,
     ) -> None:
         self.engine = engine
         self.name, self.version = engine.name, engine.version
@@ -54,16 +61,29 @@ class CheckedEngine:
         self.probes = probes
         self._reference = reference
         self._for_special = for_special or engine
+        self._backend = backend
 
     def load(self) -> None:
         """Load now what checks need, so that processes that are forked share it."""
         if self._reference is not None:
             self._reference.load()
 
-    def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
-        return (self._for_special if parse_special else self.engine).encode(texts, parse_special=parse_special)
+    @functools.cached_property
+    def _can_cut(self) -> bool:
+        return self._backend is not None and can_be_cut(self._backend)
 
-    def check(self, texts: list[str], *, parse_special: bool = False, chunk: int = 0) -> int:
+    def encode(self, texts: Sequence[str | LongText], *, parse_special: bool = False) -> tuple[Int32, Int64]:
+        """Ids of texts one after the other, and where each begins and the last one ends."""
+        engine = self._for_special if parse_special else self.engine
+
+        def encode(given: list[str]) -> tuple[Int32, Int64]:
+            return engine.encode(given, parse_special=parse_special)
+
+        if any(map(is_long, texts)) and self._can_cut:
+            return encode_long(texts, encode)
+        return encode([text if isinstance(text, str) else text.whole for text in texts])
+
+    def check(self, texts: Sequence[str | LongText], *, parse_special: bool = False, chunk: int = 0) -> int:
         """Encode a sample of `texts` by both engines; the number of texts compared, 0 where this chunk has no turn.
 
         The sample is one stretch of `CHECK_CHARACTERS` characters of one text, or several short texts; which ones
@@ -77,7 +97,7 @@ class CheckedEngine:
         """
         if self._reference is None or self._reference is self.engine or not texts or not has_turn(chunk):
             return 0
-        sample = sample_of(texts)
+        sample = sample_of([text if isinstance(text, str) else text.sample for text in texts])
         given, given_offsets = self.encode(sample, parse_special=parse_special)
         wanted, wanted_offsets = self._reference.encode(sample, parse_special=parse_special)
         if not (np.array_equal(given, wanted) and np.array_equal(given_offsets, wanted_offsets)):
@@ -146,8 +166,9 @@ def open_engine(
         return CheckedEngine(slow, None, reason="the tokenizer has no fast backend", probes=0)
     found = early.engines_of(facts.backend) if early else (None, None)
     reference = found[1] or ReferenceEngine(facts.backend, inert=inert)
+    checked = functools.partial(CheckedEngine, backend=None if inert else facts.backend)
     if choice == "hf":
-        return CheckedEngine(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
+        return checked(reference, reference, reason="asked for", probes=_proven(reference, facts, inert, False))
     try:
         fast = found[0] or FastEngine(facts.backend, inert=inert)
         proven = _proven(fast, facts, inert, False)
@@ -155,12 +176,12 @@ def open_engine(
         if choice == "fastokens":
             raise UserError(f"--engine fastokens: cannot run {facts.name} ({error}); use --engine hf or auto") from None
         proven = _proven(reference, facts, inert, False)
-        return CheckedEngine(reference, reference, reason=str(error), probes=proven)
+        return checked(reference, reference, reason=str(error), probes=proven)
     try:
         proven += 0 if inert else _proven(fast, facts, inert, True)
     except EngineMismatchError:
-        return CheckedEngine(fast, reference, reason="", probes=proven, for_special=reference)
-    return CheckedEngine(fast, reference, reason="", probes=proven)
+        return checked(fast, reference, reason="", probes=proven, for_special=reference)
+    return checked(fast, reference, reason="", probes=proven)
 
 
 def check_for_chat(facts: TokenizerFacts) -> None:
