@@ -144,7 +144,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "lora_weight_decay": options.lora_weight_decay > 0,
         "lora_max_norm": options.lora_max_norm is not None,
         "only_ckpt_lora": options.only_ckpt_lora,
-        str(options.load_in): options.load_in is not None,
         "control_adapter_rank": bool(options.control_adapter_rank),
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",
