@@ -33,7 +33,8 @@ BY_TOKENS = {
 }
 """Micro-batches that differ in shape."""
 BF16 = {"precision": "bf16"}
-NF4, INT8 = {**LORA, "load_in_4bit": True}, {**LORA, "load_in_8bit": True}
+NF4 = {**LORA, "load_in_4bit": True, "lora_weight_decay": 0.5, "lora_max_norm": 0.05}
+INT8 = {**LORA, "load_in_8bit": True}
 ONES: dict[str, dict[str, Any]] = {
     "one": {},
     "whole": WHOLE,
@@ -65,7 +66,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4, "fused_loss": "on"},
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
-        "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
+        "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA, "only_ckpt_lora": True},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
     8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
@@ -174,6 +175,8 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         for each in runs:
             if each["output_dir"].name in SAVED:
                 each |= {"checkpoint": tmp_path / SAVED[each["output_dir"].name], "steps_per_checkpoint": 3}
+            if each.get("only_ckpt_lora"):
+                each |= {"checkpoint": tmp_path / "adapters", "steps_per_checkpoint": STEPS}
         if count == 2:
             runs.append(options_of(tmp_path, "llama", "cut", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
         opened = run(count, runs)
@@ -185,6 +188,11 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
                 if more.get("_like") == "bf16" and family == "mixtral":
                     continue  # rounding sends tokens to other experts
                 assert_alike(tmp_path, f"{family}-{name}", f"{family}-{more.get('_like', 'one')}")
+    if "lora" in ONES:
+        [folder] = (tmp_path / "adapters").glob("step-*")
+        kept, exported = weights_of(folder), weights_of(tmp_path / "llama-pp2 x sp2, LoRA")
+        assert kept.keys() == exported.keys()
+        assert all((kept[key] == exported[key]).all() for key in exported)
     joined = [options_of(tmp_path, "llama", name, resume_ckpt=str(tmp_path / name / HALF)) for name in SAVED.values()]
     run(1, joined)
     for name in ("cut", *SAVED.values()):

@@ -111,8 +111,6 @@ def test_rows_of_fewer_tokens_than_processes_are_refused() -> None:
         ({"lora_dim": 4, "use_dora": True}, "--use_dora"),
         ({"lora_dim": 4, "lora_dropout": 0.1}, "--lora_dropout"),
         ({"lora_dim": 4, "modules_to_save": "lm_head"}, "--modules_to_save"),
-        ({"lora_dim": 4, "lora_weight_decay": 0.1}, "--lora_weight_decay"),
-        ({"lora_dim": 4, "lora_max_norm": 1.0}, "--lora_max_norm"),
         ({"lora_dim": 4, "only_ckpt_lora": True, "checkpoint": Path("c")}, "--only_ckpt_lora"),
         ({"control_adapter_rank": 2}, "--control_adapter_rank"),
         ({"precision": "bf16", "fp8": "tensorwise"}, "--fp8 tensorwise"),

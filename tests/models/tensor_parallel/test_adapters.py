@@ -33,11 +33,17 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
     half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
     outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
     bf16 = {"precision": "bf16"}  # of another type than the model
+    changed = {
+        "lora_weight_decay": 0.5,
+        "lora_max_norm": 0.02,
+        "lora_target_modules": "k_proj,o_proj,up_proj,down_proj",
+    }
     runs = [
         options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
         options_of("four", model_parallel_size=4, **half),
         outside,
         options_of("sliced-bf16", model_parallel_size=2, **bf16),
+        options_of("four-changed", model_parallel_size=4, max_steps=3, **changed),
     ]
     both = {"model_parallel_size": 2, "pipe_parallel_size": 2}
     if QLORA is not None:
@@ -57,19 +63,26 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         "--model_parallel_size 2 with an adapter on lm_head: slices have them on linear maps of decoder layers; name"
         " those with --lora_target_modules"
     )
-    answers = [None, None, message, None, None, None, says][: len(runs)]
+    answers = [None, None, message, None, None, None, None, says][: len(runs)]
     assert Ranks(4).run(train_ranks, runs) == [answers] * 4
     alone = [
         options_of("one"),
         options_of("joined", **half),
+        options_of("one-changed", max_steps=3, **changed),
         options_of("one-bf16", gradient_accumulation_steps=8, **bf16),
     ]
     if QLORA is not None:
         alone += [options_of("one-nf4", **quantised), options_of("joined-nf4", **half_quantised)]
     assert Ranks(1).run(train_ranks, alone) == [[None] * len(alone)]
-    names = ("sliced", "four", "joined", *(("sliced-nf4", "again-nf4", "joined-nf4") if QLORA is not None else ()))
+    names = (
+        "sliced",
+        "four",
+        "joined",
+        "four-changed",
+        *(("sliced-nf4", "again-nf4", "joined-nf4") if QLORA is not None else ()),
+    )
     for name in names:
-        one = "one-nf4" if name.endswith("nf4") else "one"
+        one = next((f"one-{kind}" for kind in ("nf4", "changed") if name.endswith(kind)), "one")
         found, expected = (records(tmp_path / f"{each}-log") for each in (name, one))
         whole = adapter_in(tmp_path / one)
         assert len(found) == (6 if name.startswith("sliced") else 3)
