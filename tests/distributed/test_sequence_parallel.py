@@ -35,12 +35,14 @@ BY_TOKENS = {
 BF16 = {"precision": "bf16"}
 NF4 = {**LORA, "load_in_4bit": True, "lora_weight_decay": 0.5, "lora_max_norm": 0.05}
 INT8 = {**LORA, "load_in_8bit": True}
+DORA = {**LORA, "load_in_4bit": True, "use_dora": True, "modules_to_save": "lm_head"}
 ONES: dict[str, dict[str, Any]] = {
     "one": {},
     "whole": WHOLE,
     "lora": LORA,
     "nf4": NF4,
     "int8": INT8,
+    "dora": DORA,
     "tokens": BY_TOKENS,
     "bf16": BF16,
 }
@@ -53,6 +55,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "ulysses, NF4": {**ULYSSES, "_like": "nf4", **NF4},
         "balanced, NF4": {**BALANCED, "_like": "nf4", **NF4},
         "balanced, 8 bits": {**BALANCED, "_like": "int8", **INT8},
+        "balanced, DoRA": {**BALANCED, "_like": "dora", **DORA},
     },
     4: {
         "pp2 x sp2": {**PP2, **BALANCED},
@@ -74,8 +77,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
 if importlib.util.find_spec("peft") is None or importlib.util.find_spec("bitsandbytes") is None:
-    del ONES["nf4"], ONES["int8"]
-    LAYOUTS[2] = {name: more for name, more in LAYOUTS[2].items() if more.get("_like") not in ("nf4", "int8")}
+    for few_bits in ("nf4", "int8", "dora"):
+        del ONES[few_bits]
+    LAYOUTS[2] = {name: more for name, more in LAYOUTS[2].items() if more.get("_like", "one") in ONES}
 SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
 """Runs with checkpoints, which one process goes on from."""
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
