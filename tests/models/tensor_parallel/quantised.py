@@ -36,7 +36,7 @@ class Case:
 
         from tests.models.family_check import make_folder
         from tests.models.tiny import tiny_config
-        from tests.models.weights.test_quantised_loading import whole
+        from tests.models.weights.by_bitsandbytes import whole
 
         torch.manual_seed(0)
         make_folder(tiny_config(self.family, **WIDE | self.settings), folder)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[adapters]")
 
@@ -23,6 +23,7 @@ from jllm.models.weights.quantisation import Quantisation, plan_quantisation, st
 from jllm.models.weights.quantising import held_bytes
 from jllm.models.weights.source import causal_class, model_info, read_config
 from tests.models.tiny import tiny_config
+from tests.models.weights.by_bitsandbytes import for_transformers, whole
 
 ROOT = Path(__file__).resolve().parents[3]
 FORMATS = {
@@ -31,25 +32,6 @@ FORMATS = {
     "8 bits": Quantisation(bits=8),
 }
 SCRIPT = ROOT / "benchmarks/quantised_loading.py"
-
-
-def for_transformers(how: Quantisation, **more: Any) -> BitsAndBytesConfig:
-    if how.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, **more)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        **{
-            "bnb_4bit_quant_type": how.kind,
-            "bnb_4bit_use_double_quant": how.double,
-            "bnb_4bit_compute_dtype": torch.float32,
-            **more,
-        },
-    )
-
-
-def whole(folder: Path, how: Quantisation, **more: Any) -> PreTrainedModel:
-    config = for_transformers(how, **more)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def stages(
