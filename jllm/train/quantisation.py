@@ -1,12 +1,25 @@
 """What the options and the folder say about 4 and 8 bits: the plan of a run, and what it is told from another by."""
 
+import functools
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
-from jllm.models.weights.quantisation import Quantisation, QuantisationPlan, plan_quantisation, stored_quantisation
+from jllm.models.pipeline.span import spans_of
+from jllm.models.pipeline.structure import count_layers
+from jllm.models.tensor_parallel.checks import sharers
+from jllm.models.tensor_parallel.slicing import slice_stage
+from jllm.models.weights.loading import stage_slices
+from jllm.models.weights.quantisation import (
+    Quantisation,
+    QuantisationPlan,
+    check_slices,
+    plan_quantisation,
+    stored_quantisation,
+)
 from jllm.models.weights.source import read_config
+from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.config import TrainConfig
 
 
@@ -56,11 +69,20 @@ def find_quantisation(
     """What of the model is quantised; None where nothing is.
 
     Raises:
-        UserError: as `chosen_quantisation` and `jllm.models.weights.quantisation.plan_quantisation`.
+        UserError: as `chosen_quantisation`, and `plan_quantisation` and `check_slices` of
+            `jllm.models.weights.quantisation`.
     """
     chosen = chosen_quantisation(config)
     assert config.model is not None
-    return None if chosen is None else plan_quantisation(origin, family, chosen, folder=config.model)
+    if chosen is None:
+        return None
+    plan = plan_quantisation(origin, family, chosen, folder=config.model)
+    if (size := config.model_parallel_size) > 1:
+        [whole] = spans_of([0, count_layers(origin)])
+        first = TensorGroup(rank=0, size=size, handle=None, sharers=sharers(origin, size))
+        slices = stage_slices(origin, family, whole, functools.partial(slice_stage, group=first))
+        check_slices(plan, slices, f"--model_parallel_size {size}")
+    return plan
 
 
 def quantisation_record(config: TrainConfig) -> dict[str, Any] | None:

@@ -353,8 +353,8 @@ def build_stage(
             config.model,
             span,
             dtype=dtype,
-            # A device may have room for slices only.
-            device=device if cut is None else "cpu",
+            # A device may have room for slices only. What is quantised, on the device, is cut by itself.
+            device=device if cut is None or family.quantisation is not None else "cpu",
             attn_implementation=family.attention,
             trust_remote_code=config.trust_remote_code,
             names_unused=agreement.place.is_first,

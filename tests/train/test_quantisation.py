@@ -13,7 +13,7 @@ from jllm.models.weights.quantisation import Quantisation, QuantisationPlan, pla
 from jllm.models.weights.source import causal_class
 from jllm.train.adapters import Adapters, find_adapters
 from jllm.train.config import TrainConfig
-from jllm.train.quantisation import chosen_quantisation, described, quantisation_record
+from jllm.train.quantisation import chosen_quantisation, described, find_quantisation, quantisation_record
 from tests.models.tiny import tiny_config
 
 FOUR = {"lora_dim": 4, "load_in_4bit": True}
@@ -117,6 +117,33 @@ def test_what_is_quantised_is_not_trained_whole() -> None:
         adapters("llama", modules_to_save="down_proj", **more)
     assert adapters("llama", skipped="down_proj", modules_to_save="down_proj", **more)[0] is not None
     assert adapters("llama", modules_to_save="lm_head", **more)[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "size", "skipped", "says"),
+    [
+        ("llama", {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}, 2, None, None),
+        ("llama", {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}, 4, None, "o_proj"),
+        ("llama", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}, 2, None, "mlp.down_proj"),
+        ("llama", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}, 2, "down_proj", None),
+        ("llama", {}, 2, None, "gate_proj"),
+        ("phi3", {"hidden_size": 128, "intermediate_size": 192}, 2, None, "mlp.down_proj"),
+        ("qwen3_moe", {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}, 2, None, "experts.down_proj"),
+        ("gpt2", {}, 2, None, None),  # its layers are not cut
+    ],
+)
+def test_slices_in_4_bits_have_whole_blocks(
+    family: str, settings: dict[str, Any], size: int, skipped: str | None, says: str | None
+) -> None:
+    origin = tiny_config(family, **settings)
+    given = config(**FOUR, model_parallel_size=size, skip_quant=skipped)
+    eight = config(lora_dim=4, load_in_8bit=True, model_parallel_size=size)
+    assert find_quantisation(eight, origin, causal_class(origin)) is not None
+    if says is None:
+        assert find_quantisation(given, origin, causal_class(origin)) is not None
+        return
+    with pytest.raises(UserError, match=rf"^--model_parallel_size {size}: .*{says}.* a slice, and 64 in a row share"):
+        find_quantisation(given, origin, causal_class(origin))
 
 
 def test_dora_beside_8_bits() -> None:

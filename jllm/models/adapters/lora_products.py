@@ -5,7 +5,8 @@ over its root). Packed experts have a product each. With G = BᵀB and H = AAᵀ
 |BA|² = Σ (G ⊙ H); the product itself, as large as the weight, is never formed.
 
 Guarantees: every process that holds the same adapters changes them alike. Cost: a copy of the adapters while the
-products are looked at, and rank² numbers for each; adapters of one shape are one batch.
+products are looked at, and rank² numbers for each, which are summed over the slices of a stage; adapters of one shape
+are one batch.
 """
 
 import dataclasses
@@ -89,9 +90,11 @@ class LoraProducts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        batches: dict[tuple[torch.Size, torch.Size], list[Product]] = {}
+        batches: dict[Any, list[Product]] = {}
         for product in products_of(model):
-            batches.setdefault((product.first.shape, product.second.shape), []).append(product)
+            # Beside slices all ranks have the same batches: two of one shape here may differ elsewhere.
+            cuts = [slice_of(owner) for owner in product.owners]
+            batches.setdefault((product.first.shape, product.second.shape, *cuts), []).append(product)
         self._batches = [_Batch(products=products) for products in batches.values()]
         self._group = next((group for group in map(_group_of, model.modules()) if group is not None), None)
 
@@ -103,23 +106,13 @@ class LoraProducts:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """[n] of all products, fp32, on the adapters' device. All slices of a stage call it together."""
-        if self._group is None or not self._batches:
-            return _joined([_norms(batch, batch.first(), batch.second()) for batch in self._batches])
-        # Either matrix is cut along an axis that the product has too: squares of slices add up.
-        squares = _joined([_norms(batch, batch.first(), batch.second()).square() for batch in self._batches])
-        is_counted = [
-            not any(repeats(owner) for owner in product.owners if slice_of(owner) is not None)
-            for batch in self._batches
-            for product in batch.products
-        ]
-        squares *= squares.new_tensor(is_counted)
-        dist.all_reduce(squares, group=self._group.handle)
-        return squares.sqrt()
+        found = [self._norms(batch, batch.first(), batch.second()) for batch in self._batches]
+        return torch.cat(found) if found else torch.empty(0)
 
     @torch.no_grad()
     def decay(self, weight: float, rate_of: Callable[[nn.Parameter], float]) -> None:
         """A step down the gradient of weight / 2 x |BA|²: A -= rate x weight x BᵀBA and B -= rate x weight x BAAᵀ, both
-        from the A and B before it. The scale has no part in it.
+        from the A and B before it. The scale has no part in it. All slices of a stage call it together.
 
         Args:
             weight: of the decay.
@@ -127,7 +120,8 @@ class LoraProducts:
         """
         for batch in self._batches:
             first, second = batch.first(), batch.second()
-            changes = (second.mT @ second @ first, second @ (first @ first.mT))
+            inner, outer = self._grams(batch, first, second)
+            changes = (inner @ first, second @ outer)
             for place, kept in enumerate(("first", "second")):
                 rates = first.new_tensor([rate_of(each.owners[place]) * weight for each in batch.products])
                 changed = changes[place] * rates[:, None, None]
@@ -135,11 +129,27 @@ class LoraProducts:
 
     @torch.no_grad()
     def limit(self, most: float) -> None:
-        """Scale down what is larger than `most`, A and B by the same factor. What is not finite stays so."""
+        """Scale down what is larger than `most`, A and B by the same factor. What is not finite stays so.
+
+        All slices of a stage call it together.
+        """
         for batch in self._batches:
-            factors = (most / _norms(batch, batch.first(), batch.second())).clamp(max=1.0).sqrt()
+            factors = (most / self._norms(batch, batch.first(), batch.second())).clamp(max=1.0).sqrt()
             for kept in ("first", "second"):
                 torch._foreach_mul_([getattr(each, kept) for each in batch.products], list(factors.unbind()))
+
+    def _norms(self, batch: _Batch, first: Tensor, second: Tensor) -> Tensor:
+        inner, outer = self._grams(batch, first, second)
+        return (inner * outer).sum(dim=(1, 2)).clamp(min=0).sqrt() * batch.scales(first)
+
+    def _grams(self, batch: _Batch, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """BᵀB and AAᵀ, [n, rank, rank] each. Matrices are cut along the axis that is summed here, so slices add up."""
+        inner, outer = second.mT @ second, first @ first.mT
+        for owner, gram in zip(batch.products[0].owners, (outer, inner), strict=True):
+            if self._group is not None and slice_of(owner) is not None:
+                gram *= not repeats(owner)
+                dist.all_reduce(gram, group=self._group.handle)
+        return inner, outer
 
 
 def products_of(model: nn.Module) -> Iterator[Product]:
@@ -159,15 +169,6 @@ def products_of(model: nn.Module) -> Iterator[Product]:
             yield Product(name=name, scale=scale, owners=(first, second), expert=expert, experts=experts)
 
 
-def _norms(batch: _Batch, first: Tensor, second: Tensor) -> Tensor:
-    squares = ((second.mT @ second) * (first @ first.mT)).sum(dim=(1, 2))
-    return squares.clamp(min=0).sqrt() * batch.scales(first)
-
-
 def _group_of(module: nn.Module) -> TensorGroup | None:
     """The ranks that have the other slices of an adapter's matrix."""
     return module.group if isinstance(module, RowParallelLinear) else None
-
-
-def _joined(found: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(found)) if found else torch.empty(0)

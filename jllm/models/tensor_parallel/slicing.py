@@ -4,17 +4,19 @@ Attention is cut between heads. Where a family packs several maps into one param
 heads that are fewer than ranks are shared by neighbours, each of which has a part of their gradient.
 
 Which families compute the same as on one process, and which of their parts are cut, is shown by every gradient
-(`Family.slices`), never by a plan. Costs: one parameter is there twice at a time.
+(`Family.slices`), never by a plan. What is quantised was cut while it was loaded; its modules learn of it here.
+Costs: one parameter is there twice at a time.
 """
 
 import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from jllm.models.families import BY_PLAN, IN_LAYERS, shown_slices
-from jllm.models.pipeline.carving import structure_of
+from jllm.models.pipeline.carving import plain_name, structure_of
 from jllm.models.tensor_parallel import plans
 from jllm.models.tensor_parallel.checks import shared_heads
 from jllm.models.tensor_parallel.marks import mark_partial, mark_repeats, mark_shared
@@ -74,7 +76,11 @@ def _slice_vocabulary(ends: tuple[nn.Module, nn.Module | None], group: TensorGro
 def _take_any_width(experts: Any) -> None:
     """Have experts whose slices are no multiple of 16 bytes wide multiply one by one: grouped products cannot."""
     packed = [each for each in experts.parameters(recurse=False) if each.ndim == 3]
-    if "config" in vars(experts) and any(each.stride(1) * each.itemsize % _ALIGNED for each in packed):
+    widths = [each.stride(1) * each.itemsize for each in packed]
+    for quantised in getattr(experts, "parametrizations", {}).values():
+        state = quantised[0].quant_state
+        widths.append(state.shape[-1] * state.dtype.itemsize)
+    if "config" in vars(experts) and any(width % _ALIGNED for width in widths):
         experts.config = copy.copy(experts.config)
         experts.config._experts_implementation_internal = "eager"
 
@@ -92,7 +98,7 @@ class _Slicing:
         for name, module in list(self._model.named_modules()):
             if (style := self._plan.style(name)) is not None:
                 self._cut_module(name, module, style)
-        for name, _ in list(self._model.named_parameters()):
+        for name in [plain_name(name) for name, _ in self._model.named_parameters()]:
             if (style := self._plan.style(name)) is not None:
                 self._cut_parameter(name, style)
 
@@ -127,6 +133,9 @@ class _Slicing:
         """Of packed experts, [experts, out, in] or [experts, in, out], their biases, and what a module has a head."""
         parent_name, _, leaf = name.rpartition(".")
         parent = self._model.get_submodule(parent_name)
+        if is_parametrized(parent, leaf):  # in few bits, and cut while it was loaded
+            _take_any_width(parent)
+            return
         shape, group = parent.get_parameter(leaf).shape, self._group
         columns = max(len(shape) - 2, 0)
         if style == plans.ADDED_ONCE:

@@ -50,7 +50,7 @@ from jllm.models.weights.source import (
     weight_of_quantised,
 )
 from jllm.models.weights.streamed_file import stored_tensors
-from jllm.parallel.tensor.slices import slice_of
+from jllm.parallel.tensor.slices import Slice, slice_of
 
 _STAND_INS = (AbsentEmbedding, AbsentLayer, AbsentModule, AbsentPart)
 
@@ -73,7 +73,8 @@ def load_stage(
     With `names_unused` a first stage says on standard error which stored tensors have no place in the whole model.
     `dropout` overrides the configuration's (`jllm.models.dropout.set_dropout`). `quantisation` is what is held in 4 or
     8 bits; products are then computed in `dtype`. `cut` leaves the model some of what was loaded, while that may still
-    be the mapped files: on CPU, where weights have the stored type, only what is left is read and takes memory.
+    be the mapped files: on CPU, where weights have the stored type, only what is left is read and takes memory. What is
+    quantised is cut by itself, whatever type it is stored in; to know how, `cut` is tried on a stage without memory.
 
     Raises:
         UserError: the folder holds no model, one that cannot be split this way, not all of its weights, or some that
@@ -88,6 +89,9 @@ def load_stage(
     reader: Any = stage_class(family, span)
     model: PreTrainedModel
     device = torch.device(device)
+    slices: dict[str, Slice] = {}
+    if quantisation is not None and cut is not None:
+        slices = stage_slices(config, family, span, cut)
     try:
         origin: dict[str, Any] = {"pretrained_model_name_or_path": folder}
         if (layout := layout_of(raw := read_raw_config(Path(folder)))) is not None:
@@ -104,7 +108,7 @@ def load_stage(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, in one line
-                **_quantiser(quantisation, dtype),
+                **_quantiser(quantisation, dtype, slices),
                 **({} if device.type == "cpu" else {"device_map": {"": device}}),
             )
     except SafetensorError as error:
@@ -184,6 +188,17 @@ def init_stage(
     return model
 
 
+def stage_slices(
+    config: PretrainedConfig, family: type[PreTrainedModel], span: StageSpan, cut: Callable[[PreTrainedModel], None]
+) -> dict[str, Slice]:
+    """What `cut` leaves of a stage's parameters, by their names; without what it leaves whole. Takes no memory."""
+    with torch.device("meta"):
+        bare = stage_class(family, span)._from_config(copy.deepcopy(config))
+    seal(bare, span)
+    cut(bare)
+    return {name: held for name, parameter in bare.named_parameters() if (held := slice_of(parameter)) is not None}
+
+
 def load_buffers(model: PreTrainedModel, folder: Path) -> None:
     """Give a stage the buffers that were published with its model, such as biases that choose experts.
 
@@ -249,14 +264,14 @@ def _name_unused(model: PreTrainedModel, unexpected: Collection[str], folder: st
         )
 
 
-def _quantiser(plan: QuantisationPlan | None, dtype: torch.dtype) -> dict[str, Any]:
+def _quantiser(plan: QuantisationPlan | None, dtype: torch.dtype, slices: dict[str, Slice]) -> dict[str, Any]:
     """What transformers needs to be told to quantise as planned."""
     if plan is None:
         return {}
     # Imported here: bitsandbytes is not there in every installation.
     from jllm.models.weights.quantised_loading import StageQuantizationConfig
 
-    return {"quantization_config": StageQuantizationConfig(plan, dtype)}
+    return {"quantization_config": StageQuantizationConfig(plan, dtype, slices)}
 
 
 def _own_memory(model: PreTrainedModel, stored: Collection[torch.dtype], *, has_quantised: bool) -> None:

@@ -8,6 +8,7 @@ Guarantees: every stage decides alike. Needs no bitsandbytes.
 Cost: the model without memory, once; some milliseconds for each layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jllm.errors import UserError
 from jllm.models.pipeline.structure import find_routers
 from jllm.models.trainable import check_matches, grouped, is_inside, matches, patterns_of
 from jllm.models.weights.source import bare_model, bitsandbytes_of
+from jllm.parallel.tensor.slices import Slice
 
 BLOCK, BLOCKS = 64, 256
 """Weights that share a scale of 4 bits; scales that share one where they are quantised too."""
@@ -154,6 +156,32 @@ def plan_quantisation(
         experts=frozenset(experts),
         left_out=(grouped(left),) if left else (),
     )
+
+
+def check_slices(plan: QuantisationPlan, slices: Mapping[str, Slice], given: str) -> None:
+    """See to it that rows of slices in 4 bits are whole blocks: so slices have the whole weight's values.
+
+    Where blocks are cut, a slice would be quantised otherwise than the whole weight. Where they go over the ends of
+    rows, bitsandbytes takes wrong scales on CPU.
+
+    Args:
+        plan: what is quantised.
+        slices: of parameters, by their names.
+        given: the option that asks for them.
+
+    Raises:
+        UserError: one has not.
+    """
+    if plan.quantisation.bits != 4:
+        return
+    quantised = {name: part for name, part in slices.items() if name in plan.parameters}
+    cut = [name for name, part in quantised.items() if part.local_shape[-1] % BLOCK or part.in_blocks(BLOCK) is None]
+    if cut:
+        where = "the folder of the model in bf16" if plan.quantisation.is_stored else "--skip_quant for those"
+        raise UserError(
+            f"{given}: {grouped(cut)} in 4 bits would have rows of {quantised[cut[0]].local_shape[-1]} weights in a"
+            f" slice, and {BLOCK} in a row share a scale; give another number, or {where}"
+        )
 
 
 def _packed(model: PreTrainedModel) -> set[str]:

@@ -3,6 +3,8 @@
 A quantiser for transformers' own loading, which brings each tensor into the model's layout; what becomes of it is what
 bitsandbytes makes of whole tensors, byte for byte, on the same kind of device.
 
+A process that is left a slice of a weight keeps the bytes of that alone, whose values are those of the whole weight.
+
 Guarantees: the modules and parameters of the plan are quantised, or loading ends with a mistake in one line; weights
 and scales are finite; nothing that is kept is a mapped file.
 Cost: the stage's own bytes, and beside them on CPU little (`jllm.models.weights.quantising`), on a GPU a tensor as it
@@ -10,6 +12,7 @@ is stored. Freed memory, and pages of the files, are given back after each tenso
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +32,16 @@ from jllm.errors import UserError
 from jllm.models.weights.finite import check_finite
 from jllm.models.weights.mapped import give_back, owned
 from jllm.models.weights.quantisation import QuantisationPlan
-from jllm.models.weights.quantising import is_quantised, params_4bit, params_8bit, quantise_4bit, quantise_8bit
+from jllm.models.weights.quantising import (
+    is_quantised,
+    params_4bit,
+    params_8bit,
+    quantise_4bit,
+    quantise_8bit,
+    slice_4bit,
+    slice_8bit,
+)
+from jllm.parallel.tensor.slices import Slice, mark_slice
 
 _METHOD = "jllm_stage"
 
@@ -41,11 +53,14 @@ class StageQuantizationConfig(QuantizationConfigMixin):
     Args:
         plan: for the whole model.
         compute_dtype: of products.
+        slices: what this process is left of parameters, by their names; all of those that are not there.
     """
 
-    def __init__(self, plan: QuantisationPlan, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, plan: QuantisationPlan, compute_dtype: torch.dtype, slices: Mapping[str, Slice] | None = None
+    ) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]
-        self.plan, self.compute_dtype = plan, compute_dtype
+        self.plan, self.compute_dtype, self.slices = plan, compute_dtype, slices or {}
 
 
 @register_quantizer(_METHOD)
@@ -59,6 +74,7 @@ class StageQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **keywords: Any) -> None:
         self.plan: QuantisationPlan = quantization_config.plan
         self._compute_dtype: torch.dtype = quantization_config.compute_dtype
+        self._slices: Mapping[str, Slice] = quantization_config.slices
         super().__init__(quantization_config, **keywords | {"pre_quantized": self.plan.quantisation.is_stored})
         self._extremes: list[tuple[str, Tensor]] = []
         self._misfits: list[tuple[str, list[int], list[int]]] = []
@@ -155,22 +171,31 @@ class StageQuantizer(HfQuantizer):
         found = self._in_8bit(name, value) if self.plan.quantisation.bits == 8 else self._in_4bit(module, name, value)
         module._is_hf_initialized = True  # type: ignore[assignment]
         give_back(value)
-        return found
+        return self._marked(found, name)
 
     def _in_8bit(self, name: str, value: Tensor) -> Any:
         found = quantise_8bit(value)
         # bitsandbytes quantises what it has first made fp16 of, where large weights are infinite.
         self._extremes.append((f"{name} in fp16", torch.stack(torch.aminmax(found.SCB))))
-        return found
+        part = self._slices.get(name)
+        return found if part is None else slice_8bit(found, part)
 
     def _in_4bit(self, module: nn.Module, name: str, value: Tensor) -> Any:
-        how = self.plan.quantisation
-        packed, state = quantise_4bit(value, how)
+        how, part = self.plan.quantisation, self._slices.get(name)
+        if part is not None and how.double:  # the scales' mean over the whole weight is taken off before
+            packed, state = slice_4bit(*quantise_4bit(value, how), part)
+        else:
+            packed, state = quantise_4bit(value if part is None else part.seen_in(value), how)
         if name in self.plan.experts:
             held = nn.Parameter(packed, requires_grad=False)
             held.quant_state = state  # type: ignore[attr-defined]
             return held
         return params_4bit(module, packed, state)
+
+    def _marked(self, parameter: Any, name: str) -> Any:
+        if (part := self._slices.get(name)) is not None:
+            mark_slice(parameter, part)
+        return parameter
 
     def restored(self, model: PreTrainedModel, name: str, stored: dict[str, Any]) -> Any:
         """The tensors that a folder has of a quantised weight → the parameter.
@@ -179,7 +204,8 @@ class StageQuantizer(HfQuantizer):
             UserError: they do not belong together.
         """
         module: Any = model.get_submodule(name.rpartition(".")[0])
-        weight = owned(stored.pop("weight"))
+        part = self._slices.get(name)
+        weight = stored.pop("weight") if part is not None else owned(stored.pop("weight"))  # a slice is copied below
         stored.pop("weight_format", None)
         values = {key: owned(tensor) for key, tensor in stored.items()}
         if not values or name not in self.plan.parameters:
@@ -190,14 +216,22 @@ class StageQuantizer(HfQuantizer):
             self._check(f"{name.removesuffix('weight')}SCB", values["SCB"].shape, torch.Size(shape[:1]))
             self._extremes.append((name, torch.stack(torch.aminmax(values["SCB"]))))
             module._is_hf_initialized = True
-            return params_8bit(weight, values["SCB"])
+            held = params_8bit(weight, values["SCB"])
+            if part is not None:
+                held = slice_8bit(held, part)
+                give_back(weight)
+            return self._marked(held, name)
         state = QuantState.from_dict(values, device=weight.device)
         self._check(name, state.shape, shape)
         scales = state.state2.absmax if state.nested else state.absmax
         self._extremes.append((name, torch.stack(torch.aminmax(scales))))
         module._is_hf_initialized = True
         # Other types than bytes, which some folders have, would be taken for weights where a model is converted.
-        return params_4bit(module, weight.view(torch.uint8).reshape(-1, 1), state)
+        packed = weight.view(torch.uint8).reshape(-1, 1)
+        if part is not None:
+            packed, state = slice_4bit(packed, state, part)
+            give_back(weight)
+        return self._marked(params_4bit(module, packed, state), name)
 
     def _check(self, name: str, found: torch.Size, wanted: torch.Size) -> None:
         if found != wanted:

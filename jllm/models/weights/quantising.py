@@ -3,21 +3,31 @@
 On CPU some rows at a time, because bitsandbytes' own code there holds a tensor several times over in fp32; the scales
 of all rows are then quantised together. On a device with memory of its own, whose kernels need no more, all at once.
 
+A slice of a weight in few bits has the values of the whole weight. In 4 bits it has whole blocks of it.
+
 Guarantees: the bytes and scales of `bitsandbytes.functional` on the same kind of device.
 Cost: on CPU `ELEMENTS` weights in fp32 a few times, beside the result.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_blockwise,
+    get_4bit_type,
+    int8_vectorwise_quant,
+    quantize_blockwise,
+)
 from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import Tensor, nn
 
 from jllm.models.weights.quantisation import BLOCK, BLOCKS, Quantisation
+from jllm.parallel.tensor.slices import Slice
 
 ELEMENTS = 1 << 16
 """Weights that are quantised at a time on CPU."""
@@ -63,6 +73,48 @@ def quantise_8bit(value: Tensor) -> Any:
         numbers[first : first + len(own)] = own
         scales[first : first + len(own)] = scale
     return params_8bit(numbers, scales)
+
+
+def slice_4bit(packed: Tensor, state: QuantState, part: Slice) -> tuple[Tensor, QuantState]:
+    """The bytes of a part of a whole weight, and how to read them: in whole blocks, each with its scale.
+
+    Scales that are quantised too stay so where the part has whole blocks of them; elsewhere they become fp32.
+
+    Raises:
+        ValueError: the part has some of a block's weights without the others.
+    """
+    pairs, blocks = part.in_blocks(2), part.in_blocks(state.blocksize)
+    if pairs is None or blocks is None:
+        raise ValueError(f"blocks of {state.blocksize} weights are cut")
+    scales, state2, offset = state.absmax, state.state2, state.offset
+    if state.nested:
+        if (groups := blocks.in_blocks(state2.blocksize)) is None:
+            scales = dequantize_blockwise(scales, state2) + offset
+            state2 = offset = None
+        else:
+            state2 = QuantState(
+                absmax=groups.of(state2.absmax.view(groups.shape)).flatten(),
+                code=state2.code,
+                blocksize=state2.blocksize,
+                dtype=state2.dtype,
+            )
+    own = QuantState(
+        absmax=blocks.of(scales.view(blocks.shape)).flatten(),
+        shape=torch.Size(part.local_shape),
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        code=state.code,
+        quant_type=state.quant_type,
+        offset=offset,
+        state2=state2,
+    )
+    return pairs.of(packed.view(pairs.shape)).view(-1, 1), own
+
+
+def slice_8bit(weight: Any, part: Slice) -> Any:
+    """A part of a weight in 8 bits: rows with their scales, or columns, beside the scales of whole rows."""
+    scales = dataclasses.replace(part, shape=part.shape[:1]).of(weight.SCB) if part.axis == 0 else weight.SCB
+    return params_8bit(part.of(weight.data), scales)
 
 
 def params_4bit(module: Any, packed: Tensor, state: QuantState) -> Any:

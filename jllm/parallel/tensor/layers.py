@@ -4,11 +4,12 @@ A layer keeps its place, its name and its parameters' names: it is given a class
 column-parallel layers and comes out of row-parallel ones is alike on all ranks.
 
 Guarantees: outputs and gradients of the whole layer, up to the order of sums. Weights of another type than the input's,
-as adapters may have, multiply in the input's.
+as adapters may have, multiply in the input's. Weights in few bits multiply as their own class does it.
 Cost: an all-reduce a row-parallel layer and an embedding in the forward pass, one an input of column-parallel layers in
 the backward pass.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from jllm.parallel.tensor.group import SharedCopies, TensorGroup, copied, summed
-from jllm.parallel.tensor.slices import Ranges, Slice, chunk, cut, mark_slice
+from jllm.parallel.tensor.slices import Ranges, Slice, chunk, cut, mark_slice, slice_of
 from jllm.parallel.tensor.tokens import scattered
 from jllm.parallel.tensor.vocabulary import VocabularyShard
 
@@ -28,8 +29,10 @@ class ColumnParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """This rank's outputs."""
-        copy = input if self.copies is None else self.copies(input)
-        return linear(copy, self.weight.to(input.dtype), self.bias)
+        return linear(self._copy(input), self.weight.to(input.dtype), self.bias)
+
+    def _copy(self, input: Tensor) -> Tensor:
+        return input if self.copies is None else self.copies(input)
 
 
 class RowParallelLinear(nn.Linear):
@@ -40,9 +43,28 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """All outputs; with `scatters` those of this rank's tokens. The bias is added once, after the sum."""
-        part = linear(input, self.weight.to(input.dtype))
-        total = scattered(part, self.group) if self.scatters else summed(part, self.group)
+        total = self._total(linear(input, self.weight.to(input.dtype)))
         return total if self.bias is None else total + self.bias
+
+    def _total(self, part: Tensor) -> Tensor:
+        return scattered(part, self.group) if self.scatters else summed(part, self.group)
+
+
+class FewBitsColumns(ColumnParallelLinear):
+    """A column-parallel map that multiplies as the class after this one does, which knows its weights in few bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """This rank's outputs."""
+        found: Tensor = super(ColumnParallelLinear, self).forward(self._copy(input))
+        return found
+
+
+class FewBitsRows(RowParallelLinear):
+    """The same of a row-parallel map. Each rank's product has its part of the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """All outputs."""
+        return self._total(super(RowParallelLinear, self).forward(input))
 
 
 class VocabularyParallelLinear(ColumnParallelLinear):
@@ -66,7 +88,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
 def column_parallel(layer: nn.Linear, ranges: Ranges, copies: SharedCopies) -> None:
     """Leave a linear map the outputs in `ranges`; `copies` is shared by all that take the same input."""
     _cut_outputs(layer, ranges)
-    layer.__class__ = ColumnParallelLinear
+    _become(layer, ColumnParallelLinear, FewBitsColumns)
     copies.takers += 1
     layer.copies = copies  # type: ignore[assignment]
 
@@ -74,9 +96,11 @@ def column_parallel(layer: nn.Linear, ranges: Ranges, copies: SharedCopies) -> N
 def row_parallel(layer: nn.Linear, ranges: Ranges, group: TensorGroup) -> None:
     """Leave a linear map the inputs in `ranges`."""
     cut(layer, "weight", 1, ranges)
-    layer.in_features = layer.weight.shape[1]
-    layer.__class__ = RowParallelLinear
+    layer.in_features = _local_shape(layer)[1]
+    _become(layer, RowParallelLinear, FewBitsRows)
     layer.group = group  # type: ignore[assignment]
+    if isinstance(layer, FewBitsRows) and layer.bias is not None:
+        add_once(layer, "bias", group)
 
 
 def take_as_given(layer: ColumnParallelLinear) -> None:
@@ -175,14 +199,8 @@ def add_once(module: nn.Module, name: str, group: TensorGroup) -> None:
 
     The gradients of the ranks are parts, too.
     """
-
-    def part_of(self: nn.Module) -> Tensor:
-        whole = self._parameters[name]
-        assert whole is not None
-        return whole / group.size
-
-    own = type(module)
-    module.__class__ = type(own.__name__, (own,), {name: property(part_of)})
+    own: Any = type(module)
+    module.__class__ = _adding_a_part(own, name, group.size)
 
 
 def shard_of(module: nn.Module | None) -> VocabularyShard | None:
@@ -197,7 +215,34 @@ def _cut_outputs(layer: nn.Linear, ranges: Ranges, *, weight: nn.Parameter | Non
         layer.weight = weight
     if layer.bias is not None:
         cut(layer, "bias", 0, ranges)
-    layer.out_features = layer.weight.shape[0]
+    layer.out_features = _local_shape(layer)[0]
+
+
+def _local_shape(layer: nn.Linear) -> tuple[int, ...]:
+    held = slice_of(layer.weight)
+    assert held is not None
+    return held.local_shape
+
+
+def _become(layer: nn.Linear, plain: type[nn.Linear], few_bits: type[nn.Linear]) -> None:
+    """Give a map one of two classes; in few bits its own class stays behind that."""
+    classes: tuple[Any, Any] = few_bits, type(layer)
+    layer.__class__ = plain if layer.weight.is_floating_point() else _derived(*classes)
+
+
+@functools.cache  # what compiles equal layers once needs them to be of one class
+def _derived(first: Any, own: Any) -> Any:
+    return type(own.__name__, (first, own), {})
+
+
+@functools.cache
+def _adding_a_part(own: Any, name: str, size: int) -> Any:
+    def part_of(self: nn.Module) -> Tensor:
+        whole = self._parameters[name]
+        assert whole is not None
+        return whole / size
+
+    return type(own.__name__, (own,), {name: property(part_of)})
 
 
 def even(length: int, group: TensorGroup) -> Ranges:

@@ -8,6 +8,7 @@ Costs: `cut` copies the slice; the whole tensor is free when nobody else holds i
 
 import dataclasses
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,25 @@ class Slice:
 
     def of(self, whole: Tensor) -> Tensor:
         """The part of a whole tensor, copied."""
+        return self.seen_in(whole).clone(memory_format=torch.contiguous_format)
+
+    def seen_in(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor, copied only where it is several ranges."""
         parts = [whole.narrow(self.axis, start, stop - start) for start, stop in self.ranges]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)).clone(
-            memory_format=torch.contiguous_format
-        )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+    def in_blocks(self, size: int) -> "Slice | None":
+        """The same part of the tensor's blocks of `size` elements that follow one another, [rows, blocks of a row].
+
+        The last block of the tensor may have less. None where the part has some elements of a block without the others.
+        """
+        rows, inner = math.prod(self.shape[: self.axis]), math.prod(self.shape[self.axis + 1 :])
+        length = self.shape[self.axis] * inner
+        ends = {end * inner for each in self.ranges for end in each}
+        if any(end % size and end != length for end in ends) or (rows > 1 and length % size):
+            return None
+        ranges = tuple((start * inner // size, -(-stop * inner // size)) for start, stop in self.ranges)
+        return Slice(shape=(rows, -(-length // size)), axis=1, ranges=ranges)
 
 
 def chunk(length: int, size: int, rank: int) -> tuple[int, int]:
@@ -60,8 +76,11 @@ def chunks_of_packed(lengths: tuple[int, ...], size: int, rank: int) -> Ranges:
 
 
 def cut(module: nn.Module, name: str, axis: int, ranges: Ranges) -> None:
-    """Put this process's part in the place of a module's parameter."""
+    """Put this process's part in the place of a module's parameter, but for one that was cut while it was loaded."""
     whole = module.get_parameter(name)
+    if (known := slice_of(whole)) is not None:
+        assert known == Slice(shape=known.shape, axis=axis % len(known.shape), ranges=ranges), name
+        return
     axis %= whole.ndim
     part = Slice(shape=tuple(whole.shape), axis=axis, ranges=ranges)
     local = nn.Parameter(part.of(whole.detach()), requires_grad=whole.requires_grad)
@@ -70,8 +89,8 @@ def cut(module: nn.Module, name: str, axis: int, ranges: Ranges) -> None:
 
 
 def mark_slice(parameter: nn.Parameter, part: Slice) -> None:
-    """Say what of its whole tensor a parameter is."""
-    assert tuple(parameter.shape) == part.local_shape, part
+    """Say what of its whole tensor a parameter is. Those in few bits have shapes of their own."""
+    assert not parameter.is_floating_point() or tuple(parameter.shape) == part.local_shape, part
     parameter.jllm_slice = part  # type: ignore[attr-defined]
 
 

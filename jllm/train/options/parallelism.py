@@ -99,7 +99,12 @@ def check_slices(options: Any) -> None:
     Raises:
         UserError: one of them.
     """
-    own = {f"loss {options.loss} and --fused_loss on": options.is_preference and options.fused_loss == "on"}
+    own = {
+        f"loss {options.loss} and --fused_loss on": options.is_preference and options.fused_loss == "on",
+        "use_dora": options.use_dora,
+        "modules_to_save": options.modules_to_save is not None,
+        "only_ckpt_lora": options.only_ckpt_lora,
+    }
     _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", own | _not_shown(options))
     if options.sequence_sharded_norms:
         others = {
@@ -139,12 +144,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "lora_dropout": options.lora_dropout > 0,
         "lora_compute model": options.lora_compute == "model",
         "write_ref_logps": options.write_ref_logps is not None,
-        "use_dora": options.use_dora,
-        "modules_to_save": options.modules_to_save is not None,
-        "lora_weight_decay": options.lora_weight_decay > 0,
-        "lora_max_norm": options.lora_max_norm is not None,
-        "only_ckpt_lora": options.only_ckpt_lora,
-        str(options.load_in): options.load_in is not None,
         "control_adapter_rank": bool(options.control_adapter_rank),
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",

@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quan
 
 from jllm.models.weights import quantising
 from jllm.models.weights.quantisation import Quantisation
+from jllm.parallel.tensor.slices import Slice, chunks_of_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,6 +57,39 @@ def test_4_bits_row_by_row(
         assert torch.equal(state.offset, wanted.offset)
     if shape[-1] % 2 == 0 and not transposed and len(packed) > 1:
         assert torch.equal(dequantize_4bit(packed, state), dequantize_4bit(expected, wanted))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([(64,), (256,), (3, 64)]),
+    blocks=st.sampled_from([2, 8]),
+    axis=st.integers(-2, -1),
+    size=st.sampled_from([2, 4]),
+    rank=st.integers(0, 1),
+    is_packed=st.booleans(),
+    double=st.booleans(),
+)
+def test_a_slice_in_4_bits_has_the_whole_weights_values(
+    rows: tuple[int, ...], blocks: int, axis: int, size: int, rank: int, is_packed: bool, double: bool
+) -> None:
+    """Rows, columns, parts of two maps behind one another; scales stay quantised where whole blocks are left."""
+    value = drawn((*rows, 64 * blocks), torch.float32, rank)
+    length = value.shape[axis]
+    lengths = (length // 2, length // 2) if is_packed else (length,)
+    part = Slice(shape=tuple(value.shape), axis=axis % value.ndim, ranges=chunks_of_packed(lengths, size, rank))
+    packed, state = quantising.quantise_4bit(value, Quantisation(bits=4, double=double))
+    if part.in_blocks(64) is None:
+        with pytest.raises(ValueError, match="blocks of 64 weights are cut"):
+            quantising.slice_4bit(packed, state, part)
+        return
+    own, read = quantising.slice_4bit(packed, state, part)
+    assert torch.equal(dequantize_4bit(own, read), part.of(dequantize_4bit(packed, state)))
+    whole_groups = (part.in_blocks(64) or part).in_blocks(256)
+    assert read.nested == (double and whole_groups is not None)
+    assert own.nbytes * 2 == value.numel() // size
+    by_itself, alone = quantising.quantise_4bit(part.seen_in(value), Quantisation(bits=4, double=False))
+    assert torch.equal(own, by_itself)
+    assert double or torch.equal(read.absmax, alone.absmax)
 
 
 @settings(max_examples=30, deadline=None)

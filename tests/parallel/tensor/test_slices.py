@@ -1,11 +1,37 @@
 """Slices of a tensor: together they are the whole of it, once."""
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from jllm.parallel.tensor.slices import Slice, chunk, chunks_of_packed, cut, slice_of, whole_shape
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    block=st.integers(1, 6),
+    draw=st.data(),
+)
+def test_a_part_in_blocks_has_its_elements(shape: list[int], block: int, draw: st.DataObject) -> None:
+    """Blocks of elements that follow one another: either all of a block's elements are in the part, or none."""
+    axis = draw.draw(st.integers(0, len(shape) - 1))
+    ends = sorted(draw.draw(st.sets(st.integers(0, shape[axis]), min_size=2)) if shape[axis] else (0, 1))
+    ranges = tuple(zip(ends[::2], ends[1::2], strict=False))
+    part, count = Slice(shape=tuple(shape), axis=axis, ranges=ranges), math.prod(shape)
+    elements = part.of(torch.arange(count).view(shape)).flatten().tolist()
+    numbers = torch.arange(-(-count // block))
+    inside = [number for number in numbers.tolist() if any(each // block == number for each in elements)]
+    expected = [each for number in inside for each in range(number * block, min((number + 1) * block, count))]
+    found = part.in_blocks(block)
+    if found is not None:
+        blocks = found.of(numbers.view(found.shape)).flatten().tolist()
+        assert blocks == inside
+        assert elements == expected
+    elif math.prod(shape[axis:]) % block == 0:
+        assert elements != expected
 
 
 @given(length=st.integers(1, 40), size=st.integers(1, 8))
