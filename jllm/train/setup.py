@@ -32,7 +32,7 @@ from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
-from jllm.train.attention import attention_of, share_of_rows
+from jllm.train.attention import attention_of, kernel_of, share_of_rows
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
@@ -81,6 +81,7 @@ class FamilyInUse:
         config: its configuration.
         model_class: the family's own class.
         attention: the attention implementation that it gets.
+        kernel: what computes that, with whole rows and with shared ones.
         runs: how processes share the tokens of rows; None where each has them whole.
         adapters: what is trained in its place; None where it trains itself.
         quantisation: what of it is held in 4 or 8 bits; None where nothing is.
@@ -90,6 +91,7 @@ class FamilyInUse:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     attention: str
+    kernel: str
     runs: RunPlan | None
     adapters: Adapters | None
     quantisation: QuantisationPlan | None
@@ -116,6 +118,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         config=model_config,
         model_class=model_class,
         attention=attention,
+        kernel=kernel_of(attention, runs, model_class),
         runs=runs,
         adapters=adapters,
         quantisation=quantisation,
@@ -297,7 +300,7 @@ class Built:
         routers: what watches the routers of a mixture of experts; None where nothing does.
         attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
-        attention: the implementation that the model has.
+        kernel: that of the model's attention.
     """
 
     stage: PipelineStage
@@ -306,7 +309,7 @@ class Built:
     routers: RouterBalance | None
     attached: frozenset[str]
     adapters: Adapters | None
-    attention: str
+    kernel: str
 
     def router_record(self, agreement: Agreement) -> dict[str, Any]:
         """What the record of a step has of the routers, on all processes; nothing where nothing watches them."""
@@ -316,11 +319,8 @@ class Built:
 def build_stage(
     config: TrainConfig, shape: RunShape, agreement: Agreement, objective: Objective, *, longest_row: int | None = None
 ) -> Built:
-    """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
-    `plan_stages`.
-
-    `objective` is what a last stage computes.
-    """
+    """This process's stage of the model, on its device, with what the options ask for; a last stage computes
+    `objective`. `longest_row` as in `plan_stages`."""
     assert config.model is not None
     keep_code_private()
     prefer_cudnn()
@@ -398,7 +398,7 @@ def build_stage(
         routers=routers,
         attached=frozenset(attached),
         adapters=family.adapters,
-        attention=family.attention,
+        kernel=family.kernel,
     )
 
 

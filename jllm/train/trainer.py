@@ -121,7 +121,7 @@ class TrainingRun:
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
         )
         self.stage, self.plan = self.built.stage, self.built.plan
-        check_references(config, agreement, self.data, self.eval_data, attention=self.built.attention)
+        check_references(config, agreement, self.data, self.eval_data, attention=self.built.kernel)
         self.exported = setup.exported_folder(config, model_info, self.built.adapters)
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)

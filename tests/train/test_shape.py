@@ -81,7 +81,6 @@ def test_shared_rows() -> None:
     ("options", "named"),
     [
         ({"attn_implementation": "eager"}, "--attn_implementation eager"),
-        ({"loss": "dpo"}, "--loss dpo"),
         ({"lora": Path("adapter")}, "--lora"),
         ({"lora_dim": 4, "lora_compute": "model"}, "--lora_compute model"),
         ({"router_aux_loss_coef": 0.1}, "--router_aux_loss_coef"),
@@ -107,7 +106,6 @@ def test_rows_of_fewer_tokens_than_processes_are_refused() -> None:
     ("options", "named"),
     [
         ({"lora": Path("adapter")}, "--lora"),
-        ({"write_ref_logps": Path("out"), "max_steps": None}, "--write_ref_logps"),
         ({"lora_dim": 4, "use_dora": True}, "--use_dora"),
         ({"lora_dim": 4, "lora_dropout": 0.1}, "--lora_dropout"),
         ({"lora_dim": 4, "modules_to_save": "lm_head"}, "--modules_to_save"),

@@ -127,7 +127,6 @@ def check_sequences(options: Any) -> None:
         f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
         "router_aux_loss_coef": options.router_aux_loss_coef is not None,
         "ds_config": options.ds_config is not None,
-        f"loss {options.loss}": options.is_preference,
     }
     _refuse(given, "shared rows", own | _not_shown(options))
 
@@ -138,7 +137,6 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "lora": options.lora is not None,
         "lora_dropout": options.lora_dropout > 0,
         "lora_compute model": options.lora_compute == "model",
-        "write_ref_logps": options.write_ref_logps is not None,
         "use_dora": options.use_dora,
         "modules_to_save": options.modules_to_save is not None,
         "lora_weight_decay": options.lora_weight_decay > 0,
