@@ -21,13 +21,12 @@ from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
-from jllm.models.sequence_parallel.share import RunPlan
+from jllm.models.sequence_parallel.share import RunPlan, SequenceShare
 from jllm.models.tensor_parallel.checks import check_tensor_parallel, sharers
 from jllm.models.tensor_parallel.slicing import slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
-from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
@@ -372,7 +371,8 @@ def build_stage(
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
         compile_stage(model, span, config, shape, agreement, longest_row, family.runs)
-    checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on)
+    share = share_of_rows(family.runs, agreement)
+    checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on, share=share)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(
@@ -383,7 +383,7 @@ def build_stage(
         is_frozen=family.adapters is not None or config.write_ref_logps is not None,
         tell=tell,
         are_rows_whole=not config.block_mask,
-        share=share_of_rows(family.runs, agreement),
+        share=share,
     )
     hosts = agreement.gather(socket.gethostname())
     places = shape.mesh.table(hosts) if shape.mesh.tensor * shape.mesh.sequence > 1 or len(set(hosts)) > 1 else []
@@ -403,7 +403,12 @@ def build_stage(
 
 
 def attach(
-    model: PreTrainedModel, span: StageSpan, config: TrainConfig, *, is_compiled: bool = False
+    model: PreTrainedModel,
+    span: StageSpan,
+    config: TrainConfig,
+    *,
+    is_compiled: bool = False,
+    share: SequenceShare | None = None,
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
     """Give a loaded stage what the options ask of its model: recomputation, noise, balanced routers.
 
@@ -427,7 +432,8 @@ def attach(
         attach_noise(model, span, config.neftune_alpha)
     routers = None
     if config.router_aux_loss_coef is not None:
-        routers = attach_router_balance(model, span, config.router_aux_loss_coef)
+        group = None if share is None else share.group
+        routers = attach_router_balance(model, span, config.router_aux_loss_coef, group=group)
     return checkpointing, routers
 
 
@@ -440,9 +446,3 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         attached_only=config.has_adapters,
         nothing=config.write_ref_logps is not None,
     )
-
-
-def exported_folder(config: TrainConfig, model: ModelInfo, adapters: Adapters | None) -> ExportedFolder:
-    """What the run leaves: the model, or its adapters."""
-    assert config.model is not None
-    return ModelFolder(source=config.model, dtype=model.dtype) if adapters is None else adapters.folder

@@ -1,6 +1,7 @@
 """Rows shared by several processes, through DeepSpeed: losses, norms, evaluations and weights of one process."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +34,24 @@ BY_TOKENS = {
 }
 """Micro-batches that differ in shape."""
 BF16 = {"precision": "bf16"}
-ONES: dict[str, dict[str, Any]] = {"one": {}, "whole": WHOLE, "lora": LORA, "tokens": BY_TOKENS, "bf16": BF16}
+ROUTED = {"_family": "mixtral", "router_aux_loss_coef": 0.5, "checkpoint_grad_interval": 1}
+OFFLOADED = {"checkpoint_grad_interval": 1, "checkpoint_grad_offload": True}
+ONES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "whole": WHOLE,
+    "lora": LORA,
+    "tokens": BY_TOKENS,
+    "bf16": BF16,
+    "routed": ROUTED,
+}
 """Runs of one process; layouts are `_like` the first of them, or another one."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ulysses": ULYSSES,
         "balanced": {**BALANCED, "_chunk": 7 * VOCABULARY},
         "chunks": {**ULYSSES, "_chunk": 5 * VOCABULARY, "_like": "whole", **WHOLE, "fused_loss": "on"},
+        "balanced, routed": {**BALANCED, "_like": "routed", **ROUTED},
+        "exports": {**BALANCED, "only_ckpt_model": True, "_settings": {"communication_data_type": "fp32"}, **OFFLOADED},
     },
     4: {
         "pp2 x sp2": {**PP2, **BALANCED},
@@ -53,6 +65,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4, "fused_loss": "on"},
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
+        "sp2 x dp2, bf16, host": {**ULYSSES, "_like": "bf16", **BF16, "offload_optimizer": True},
+        "pp2 x sp2, routed": {**PP2, **ULYSSES, "_like": "routed", **ROUTED},
         "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
@@ -62,6 +76,8 @@ if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
 SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
 """Runs with checkpoints, which one process goes on from."""
+EXPORTED = {"llama-exports": "exports-ckpt"}
+"""One whose checkpoints are folders of the model."""
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
 
 
@@ -93,8 +109,11 @@ def weights_of(folder: Path) -> dict[str, Any]:
 
 
 def options_of(folder: Path, family: str, name: str, **more: Any) -> dict[str, Any]:
+    if "_settings" in more:
+        more["ds_config"] = folder / f"{name}.json"
+        more["ds_config"].write_text(json.dumps(more["_settings"]))
     return {
-        "model": folder / family,
+        "model": folder / more.get("_family", family),
         "train_data": (str(folder / "data"),),
         "eval_data": (str(folder / "eval"),),
         "steps_per_eval": STEPS,
@@ -120,6 +139,9 @@ def assert_alike(folder: Path, name: str, other: str) -> None:
     mine, theirs = (records(folder / f"{each}-log") for each in (name, other))
     is_rounded = other.endswith("-bf16")  # each process rounds what it has; masters are fp32
     tolerances = ({"rtol": 5e-3}, {"rtol": 0.02}) if is_rounded else ({"atol": 1e-5}, {"rtol": 1e-4})
+    of_routers = [key for key in ("aux_loss", "max_expert_load") if key in theirs[0]]
+    for record, expected in zip(mine, theirs[-len(mine) :], strict=True):
+        assert [record[key] for key in of_routers] == pytest.approx([expected[key] for key in of_routers], abs=1e-5)
     for key, tolerance in zip(("loss", "grad_norm"), tolerances, strict=True):
         expected = [record[key] for record in theirs[-len(mine) :]]
         np.testing.assert_allclose([record[key] for record in mine], expected, **tolerance, err_msg=name)  # type: ignore[arg-type]
@@ -138,7 +160,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
     """Packed rows of an odd length; a checkpoint of one layout goes on as another; one process of eight reads."""
     write_rows(tmp_path / "data", random_rows(12, longest=LENGTH + 1, labels=True, packed=True), files=2)
     write_rows(tmp_path / "eval", random_rows(5, seed=1, longest=LENGTH + 1, packed=True))
-    for family in FAMILIES:  # tied, with soft caps and windows: gemma2
+    for family in {*FAMILIES, "mixtral"}:  # tied, with soft caps and windows: gemma2
         make_folder(tiny_config(family, tied=family == "gemma2", vocab_size=VOCABULARY), tmp_path / family)
 
     def run(count: int, runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -154,8 +176,9 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         families = FAMILIES if IN_FULL else ("gemma2",) if count == 8 else ("llama",)
         runs = [options_of(tmp_path, family, name, **more) for name, more in layouts.items() for family in families]
         for each in runs:
-            if each["output_dir"].name in SAVED:
-                each |= {"checkpoint": tmp_path / SAVED[each["output_dir"].name], "steps_per_checkpoint": 3}
+            if (saved := (SAVED | EXPORTED).get(each["output_dir"].name)) is not None:
+                often = 3 if saved in SAVED.values() else STEPS
+                each |= {"checkpoint": tmp_path / saved, "steps_per_checkpoint": often}
         if count == 2:
             runs.append(options_of(tmp_path, "llama", "cut", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
         opened = run(count, runs)
@@ -169,6 +192,12 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
                 assert_alike(tmp_path, f"{family}-{name}", f"{family}-{more.get('_like', 'one')}")
     joined = [options_of(tmp_path, "llama", name, resume_ckpt=str(tmp_path / name / HALF)) for name in SAVED.values()]
     run(1, joined)
+    for name, folder in EXPORTED.items():
+        exported, saved = weights_of(tmp_path / name), weights_of(tmp_path / folder / f"step-{STEPS:08d}")
+        assert exported.keys() == saved.keys()
+        assert all((exported[key] == saved[key]).all() for key in exported)
+    on_device, on_host = (records(tmp_path / f"llama-sp2 x dp2, bf16{where}-log") for where in ("", ", host"))
+    assert [record["loss"] for record in on_device] == [record["loss"] for record in on_host]
     for name in ("cut", *SAVED.values()):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3
         assert_alike(tmp_path, f"llama-{name}", "llama-one")
