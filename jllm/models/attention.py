@@ -84,12 +84,12 @@ def choose_attention(
             if is_shown and _takes_flash(family, name) and kernels.is_installed(name):
                 return name
         if dropout:
-            return "sdpa" if _takes_sdpa(family) else "eager"
+            return "sdpa" if takes_sdpa(family) else "eager"
         if takes_varlen(family) and kernels.HAS_VARLEN:
             return VARLEN
-        if family._supports_flex_attn and not _takes_sdpa(family):
+        if family._supports_flex_attn and not takes_sdpa(family):
             return "flex_attention"
-    return "sdpa" if _takes_sdpa(family) else "eager"
+    return "sdpa" if takes_sdpa(family) else "eager"
 
 
 def takes_varlen(family: type[PreTrainedModel]) -> bool:
@@ -105,7 +105,7 @@ def _shown_for(name: str, head_size: int | None) -> tuple[str, ...]:
     return ("varlen",) if head_size is not None and head_size <= kernels.LARGEST_FOR_FLASH_4 else ()
 
 
-def _takes_sdpa(family: type[PreTrainedModel]) -> bool:
+def takes_sdpa(family: type[PreTrainedModel]) -> bool:
     """Whether SDPA computes the family's attention.
 
     Some versions of transformers say so of families whose soft cap or sinks it then leaves out.
@@ -315,7 +315,7 @@ def _check(family: type[PreTrainedModel], wanted: str, device: torch.device, is_
         raise UserError(f"{given} needs CUDA: PyTorch has no backward pass for it on {device.type}; give auto or eager")
     supported = {
         "flex_attention": family._supports_flex_attn,
-        "sdpa": _takes_sdpa(family),
+        "sdpa": takes_sdpa(family),
         **{name: _takes_flash(family, name) for name in kernels.FLASH},
     }
     if not supported.get(wanted, True):

@@ -2,7 +2,8 @@
 2023): uniform between -m and m, with m = alpha / sqrt(row length x width), padding included.
 
 Guarantees: evaluations have none. The noise comes from the random state that checkpoints keep, so a run that goes on
-has the noise that it would have had. Cost: one tensor of the embedding's output.
+has the noise that it would have had; slices of a stage have the same state, and so the same noise. Cost: one tensor of
+the embedding's output.
 """
 
 import functools

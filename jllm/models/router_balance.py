@@ -7,9 +7,11 @@ that the router chose, where it says so (a bias or groups may decide), else of t
 
 Each router's layer adds its own part of the gradient where its output is used, so stages need not talk to each other:
 the loss never travels, and the value is only for the log. Works under activation checkpointing. Padding at the end of
-rows is routed as tokens are, and counts like them.
+rows is routed as tokens are, and counts like them. Where ranks share the tokens of rows, shares and probabilities are
+those of whole rows: each rank has the whole loss, and the gradient of its own tokens.
 
-Costs: a softmax, a histogram and a sum per routed layer; no wait for the device until `take` is called.
+Costs: a softmax, a histogram and a sum per routed layer; no wait for the device until `take` is called; where ranks
+share rows, two numbers for each expert that are summed over them.
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from jllm.models.pipeline.span import StageSpan
 from jllm.models.pipeline.structure import find_routers
 from jllm.models.pipeline.trial import is_trial
 from jllm.parallel.mesh import Mesh
+from jllm.parallel.sequence.group import SequenceGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,15 @@ class RouterBalance:
 
     `scale` is what the gradient of the training loss is multiplied with before it reaches this stage's parameters:
     1 / gradient accumulation steps under DeepSpeed, times the loss scale in fp16. That one changes between steps: the
-    owner sets `scale` anew before each.
+    owner sets `scale` anew before each. `group` are the ranks that share the tokens of rows; None where rows are whole.
     """
 
-    def __init__(self, model: PreTrainedModel, coefficient: float, *, scale: float = 1.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, coefficient: float, *, scale: float = 1.0, group: SequenceGroup | None = None
+    ) -> None:
         self.coefficient = coefficient
         self.scale = scale
+        self._group = group
         self._routed_layers = len(structure_of(model).routers)
         self._chosen = experts_per_token(model.config)
         self._loss: dict[str, Tensor] = {}
@@ -62,11 +68,14 @@ class RouterBalance:
             if not module.training or is_trial():  # an evaluation between two steps is not part of either
                 return None
             logits = output[index] if isinstance(output, tuple) else output
-            loss, counts = balance_loss(logits, self._chosen, _chosen_experts(output, logits, self._chosen))
+            picked = _chosen_experts(output, logits, self._chosen)
+            loss, counts = balance_loss(logits, self._chosen, picked, self._group)
             self._note(name, loss.detach(), counts)
             if not (self.coefficient and torch.is_grad_enabled() and loss.requires_grad):
                 return None
-            part = loss * (self.coefficient * self.scale / self._routed_layers)
+            # The engine averages over the ranks that share rows, and their parts of the gradient are to be added up.
+            scale = self.scale if self._group is None else self.scale * self._group.size
+            part = loss * (self.coefficient * scale / self._routed_layers)
             if not isinstance(output, tuple):
                 return _AddGradient.apply(output, part)
             # The experts use the scores rather than the logits where the router returns both.
@@ -92,9 +101,11 @@ class RouterBalance:
 
 
 def attach_router_balance(
-    model: PreTrainedModel, span: StageSpan, coefficient: float, *, scale: float = 1.0
+    model: PreTrainedModel, span: StageSpan, coefficient: float, *, group: SequenceGroup | None = None
 ) -> RouterBalance:
     """Watch this stage's routers; a coefficient of 0 only watches. A stage without routers reports nothing.
+
+    `group` as for `RouterBalance`.
 
     Raises:
         UserError: on every stage alike, for a model without routers that transformers records.
@@ -104,7 +115,7 @@ def attach_router_balance(
             f"--router_aux_loss_coef {coefficient}: model type {model.config.model_type!r} has no routers that "
             "transformers records; leave the option out"
         )
-    return RouterBalance(model, coefficient, scale=scale)
+    return RouterBalance(model, coefficient, group=group)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
@@ -120,10 +131,13 @@ def experts_per_token(config: PretrainedConfig) -> int:
     raise UserError(f"model type {config.model_type!r} does not say how many experts a token goes to")
 
 
-def balance_loss(logits: Tensor, chosen: int, picked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def balance_loss(
+    logits: Tensor, chosen: int, picked: Tensor | None = None, group: SequenceGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss of one layer, tokens per expert [experts]) from router logits [..., experts].
 
     `picked` [tokens, chosen] are the experts that the router chose; without it they are those of the largest logits.
+    With a `group`, both are of its ranks' tokens together; the gradient is that of the own ones.
     """
     logits = logits.flatten(0, -2).float()
     tokens, experts = logits.shape
@@ -133,6 +147,12 @@ def balance_loss(logits: Tensor, chosen: int, picked: Tensor | None = None) -> t
     counts = torch.zeros(experts, device=logits.device).scatter_add_(
         0, picked.flatten(), torch.ones(picked.numel(), device=logits.device)
     )
+    sums = probabilities.sum(0)
+    if group is not None:
+        # Of the others' tokens only the numbers are here: the gradient goes to the own ones.
+        everyone = group.total(torch.cat([counts, sums.detach(), counts.new_tensor([tokens])]))
+        counts, sums = everyone[:experts], sums + (everyone[experts:-1] - sums.detach())
+        return experts * (counts * sums).sum() / everyone[-1].square(), counts
     return experts * (counts / tokens * probabilities.mean(0)).sum(), counts
 
 
@@ -175,7 +195,7 @@ def summary(reports: Sequence[RouterReport], mesh: Mesh) -> dict[str, float | No
     for rank in mesh.writers:
         load |= reports[rank].load
     return {
-        # The slices of a stage have the same routers.
-        "aux_loss": sum(report.loss for report in reports) / (mesh.data * mesh.tensor),
+        # The slices of a stage have the same routers, and ranks that share rows the same loss.
+        "aux_loss": sum(report.loss for report in reports) / (mesh.copies * mesh.tensor),
         "max_expert_load": max(max(shares) for shares in load.values()) if load else None,
     }

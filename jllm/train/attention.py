@@ -3,7 +3,7 @@
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.attention import choose_attention
+from jllm.models.attention import VARLEN, choose_attention, takes_sdpa
 from jllm.models.sequence_parallel.attention import NAME
 from jllm.models.sequence_parallel.checks import check_sequence_parallel, plan_runs
 from jllm.models.sequence_parallel.seen import takes_runs
@@ -48,6 +48,15 @@ def attention_of(
         mode=config.sequence_parallel_mode,
         by_lengths=takes_runs(device, DTYPES[config.precision]),
     )
+
+
+def kernel_of(attention: str, plan: RunPlan | None, family: type[PreTrainedModel]) -> str:
+    """The kernel that computes the attention: under `plan` the one that has the numbers of runs of rows, by the name
+    that it has where rows are whole."""
+    if plan is None:
+        return attention
+    whole = "sdpa" if takes_sdpa(family) else "eager"
+    return VARLEN if plan.by_lengths else whole
 
 
 def share_of_rows(plan: RunPlan | None, agreement: Agreement) -> SequenceShare | None:

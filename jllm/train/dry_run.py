@@ -115,7 +115,7 @@ def dry_run(config: TrainConfig) -> None:
     keep_code_private()
     family = setup.find_family(config)
     if steps is not None:
-        steps.check_references(attention=family.attention)
+        steps.check_references(attention=family.kernel)
     plan = setup.plan_stages(config, shape, family, longest_row=steps.longest_row if steps is not None else None)
     stage = _whole_stage(config, family, plan)
     if config.from_ckpt is not None:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from jllm.errors import UserError, say
 from jllm.models.pipeline.stage import PipelineStage
-from jllm.models.weights.saving import ExportedFolder, has_template
+from jllm.models.weights.saving import ExportedFolder, ModelFolder, has_template
 from jllm.models.weights.source import ModelInfo
 from jllm.parallel import peers
 from jllm.train import setup
+from jllm.train.adapters import Adapters
 from jllm.train.checkpoint.export import export
 from jllm.train.checkpoint.reader import CheckpointReader
 from jllm.train.checkpoint.resume import is_exported, load_weights, load_weights_only
@@ -31,13 +32,19 @@ def convert(config: TrainConfig, shape: RunShape, agreement: Agreement, model: M
         built.stage,
         agreement,
         config.output_dir,
-        setup.exported_folder(config, model, built.adapters),
+        exported_folder(config, model, built.adapters),
         chat_template=template,
     )
     if agreement.place.is_first:
         say(f"wrote {config.output_dir}", flush=True)
     peers.leave()
     agreement.barrier()
+
+
+def exported_folder(config: TrainConfig, model: ModelInfo, adapters: Adapters | None) -> ExportedFolder:
+    """What the run leaves: the model, or its adapters."""
+    assert config.model is not None
+    return ModelFolder(source=config.model, dtype=model.dtype) if adapters is None else adapters.folder
 
 
 def say_templates(config: TrainConfig, facts: DataFacts, recorder: Recorder) -> None:

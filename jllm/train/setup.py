@@ -21,18 +21,17 @@ from jllm.models.pipeline.span import StageSpan, spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage
 from jllm.models.pipeline.timing import default_cache, measure_costs
 from jllm.models.router_balance import RouterBalance, attach_router_balance, summary
-from jllm.models.sequence_parallel.share import RunPlan
+from jllm.models.sequence_parallel.share import RunPlan, SequenceShare
 from jllm.models.tensor_parallel.checks import check_tensor_parallel, sharers
 from jllm.models.tensor_parallel.slicing import slice_stage
 from jllm.models.trainable import ParameterChoice, attached_parameters, select_trainable
 from jllm.models.weights.loading import init_stage, load_buffers, load_stage
 from jllm.models.weights.quantisation import QuantisationPlan
-from jllm.models.weights.saving import ExportedFolder, ModelFolder
 from jllm.models.weights.source import ModelInfo, causal_class, model_info
 from jllm.parallel.tensor.group import TensorGroup
 from jllm.train.adapters import DTYPES, Adapters, find_adapters
 from jllm.train.advice import PipelineAdvice
-from jllm.train.attention import attention_of, share_of_rows
+from jllm.train.attention import attention_of, kernel_of, share_of_rows
 from jllm.train.compiling import Compiling, choose_compiling, compile_stage, keep_code_private
 from jllm.train.config import TrainConfig
 from jllm.train.data.open import planes_of
@@ -81,6 +80,7 @@ class FamilyInUse:
         config: its configuration.
         model_class: the family's own class.
         attention: the attention implementation that it gets.
+        kernel: what computes that, with whole rows and with shared ones.
         runs: how processes share the tokens of rows; None where each has them whole.
         adapters: what is trained in its place; None where it trains itself.
         quantisation: what of it is held in 4 or 8 bits; None where nothing is.
@@ -90,6 +90,7 @@ class FamilyInUse:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     attention: str
+    kernel: str
     runs: RunPlan | None
     adapters: Adapters | None
     quantisation: QuantisationPlan | None
@@ -116,6 +117,7 @@ def find_family(config: TrainConfig) -> FamilyInUse:
         config=model_config,
         model_class=model_class,
         attention=attention,
+        kernel=kernel_of(attention, runs, model_class),
         runs=runs,
         adapters=adapters,
         quantisation=quantisation,
@@ -297,7 +299,7 @@ class Built:
         routers: what watches the routers of a mixture of experts; None where nothing does.
         attached: the names of what is attached to the model, on all stages.
         adapters: those of the run; None where the model itself trains.
-        attention: the implementation that the model has.
+        kernel: that of the model's attention.
     """
 
     stage: PipelineStage
@@ -306,7 +308,7 @@ class Built:
     routers: RouterBalance | None
     attached: frozenset[str]
     adapters: Adapters | None
-    attention: str
+    kernel: str
 
     def router_record(self, agreement: Agreement) -> dict[str, Any]:
         """What the record of a step has of the routers, on all processes; nothing where nothing watches them."""
@@ -316,11 +318,8 @@ class Built:
 def build_stage(
     config: TrainConfig, shape: RunShape, agreement: Agreement, objective: Objective, *, longest_row: int | None = None
 ) -> Built:
-    """This process's stage of the model, on its device, with what the options ask for; `longest_row` as in
-    `plan_stages`.
-
-    `objective` is what a last stage computes.
-    """
+    """This process's stage of the model, on its device, with what the options ask for; a last stage computes
+    `objective`. `longest_row` as in `plan_stages`."""
     assert config.model is not None
     keep_code_private()
     prefer_cudnn()
@@ -372,7 +371,8 @@ def build_stage(
     use_fp8(model, span, config.fp8)
     if family.compiling.is_on:
         compile_stage(model, span, config, shape, agreement, longest_row, family.runs)
-    checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on)
+    share = share_of_rows(family.runs, agreement)
+    checkpointing, routers = attach(model, span, config, is_compiled=family.compiling.is_on, share=share)
     attached = {name for each in agreement.gather(attached_parameters(model, span)) for name in each}
     select_trainable(model, span, chosen_parameters(config), attached=attached)
     stage = PipelineStage(
@@ -383,7 +383,7 @@ def build_stage(
         is_frozen=family.adapters is not None or config.write_ref_logps is not None,
         tell=tell,
         are_rows_whole=not config.block_mask,
-        share=share_of_rows(family.runs, agreement),
+        share=share,
     )
     hosts = agreement.gather(socket.gethostname())
     places = shape.mesh.table(hosts) if shape.mesh.tensor * shape.mesh.sequence > 1 or len(set(hosts)) > 1 else []
@@ -398,12 +398,17 @@ def build_stage(
         routers=routers,
         attached=frozenset(attached),
         adapters=family.adapters,
-        attention=family.attention,
+        kernel=family.kernel,
     )
 
 
 def attach(
-    model: PreTrainedModel, span: StageSpan, config: TrainConfig, *, is_compiled: bool = False
+    model: PreTrainedModel,
+    span: StageSpan,
+    config: TrainConfig,
+    *,
+    is_compiled: bool = False,
+    share: SequenceShare | None = None,
 ) -> tuple[Checkpointing | None, RouterBalance | None]:
     """Give a loaded stage what the options ask of its model: recomputation, noise, balanced routers.
 
@@ -427,7 +432,8 @@ def attach(
         attach_noise(model, span, config.neftune_alpha)
     routers = None
     if config.router_aux_loss_coef is not None:
-        routers = attach_router_balance(model, span, config.router_aux_loss_coef)
+        group = None if share is None else share.group
+        routers = attach_router_balance(model, span, config.router_aux_loss_coef, group=group)
     return checkpointing, routers
 
 
@@ -440,9 +446,3 @@ def chosen_parameters(config: TrainConfig) -> ParameterChoice:
         attached_only=config.has_adapters,
         nothing=config.write_ref_logps is not None,
     )
-
-
-def exported_folder(config: TrainConfig, model: ModelInfo, adapters: Adapters | None) -> ExportedFolder:
-    """What the run leaves: the model, or its adapters."""
-    assert config.model is not None
-    return ModelFolder(source=config.model, dtype=model.dtype) if adapters is None else adapters.folder

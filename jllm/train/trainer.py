@@ -42,7 +42,7 @@ from jllm.train.distributed.facts import join_alike
 from jllm.train.distributed.profiling import watched_step
 from jllm.train.dry_run import dry_run
 from jllm.train.evaluate import Evaluation, evaluate, mean_loss, open_evaluation_sets, warnings_of_share
-from jllm.train.exporting import convert, export_run, say_templates
+from jllm.train.exporting import convert, export_run, exported_folder, say_templates
 from jllm.train.fused_loss import training_objective
 from jllm.train.lifecycle.clean import remove_earlier_runs
 from jllm.train.lifecycle.ending import PERSON_EXIT_CODE, Ending, StoppedError
@@ -121,8 +121,8 @@ class TrainingRun:
             config, shape, agreement, self.objective, longest_row=self.data.facts.longest_row
         )
         self.stage, self.plan = self.built.stage, self.built.plan
-        check_references(config, agreement, self.data, self.eval_data, attention=self.built.attention)
-        self.exported = setup.exported_folder(config, model_info, self.built.adapters)
+        check_references(config, agreement, self.data, self.eval_data, attention=self.built.kernel)
+        self.exported = exported_folder(config, model_info, self.built.adapters)
         if config.from_ckpt is not None:
             load_weights_only(self.stage, config, agreement)
         optimizer = build_optimizer(self.stage, config, attached=self.built.attached)
@@ -447,4 +447,4 @@ class TrainingRun:
         self.eval_loss = self.early_stop.last = saved.eval_loss
         self.early_stop.rebounds = saved.rebounds
         self.evaluation_pending = saved.evaluation_pending
-        restore_random_states(reader.rng(self.agreement.rank))
+        restore_random_states(reader.rng(self.agreement.place.group("tensor")[0]))  # slices draw the same numbers

@@ -55,12 +55,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Ways that the trainer would refuse, for their optimizer or their family."""
+    """Ways that the trainer would refuse, for their family."""
     assert "left out" not in plan(capsys)
-    said = plan(capsys, "--optimizer", "adamw_kahan").splitlines()
-    assert [line for line in said if line.startswith("left out")] == [
-        "left out: --optimizer adamw_kahan was not shown to work where processes share layers"
-    ]
+    assert "left out" not in plan(capsys, "--optimizer", "adamw_kahan")
     make_folder(tiny_config("mamba"), tmp_path)
     capsys.readouterr()  # of other packages, which greet
     main(["-m", str(tmp_path), "--json"])

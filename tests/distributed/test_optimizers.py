@@ -13,7 +13,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip i
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order, train_model
-from tests.distributed.runs import options_of, records, train_rank
+from tests.distributed.runs import options_of, records, train_rank, train_ranks
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 STEPS, SAVED = 6, 3
@@ -93,6 +93,37 @@ def test_going_on(ranks: Callable[[int], Ranks], folder: Path, optimizer: str, p
         assert ranks(stages).run(train_rank, other) == [None] * stages
         for key, value in weights(folder / name).items():
             np.testing.assert_allclose(value, whole[key], atol=1e-5, err_msg=key)
+
+
+def test_slices_and_shared_rows(ranks: Callable[[int], Ranks], folder: Path) -> None:
+    """Those that work element by element, over slices; over shared rows, which leave weights whole, all of them. What
+    two slices saved is gone on with by one process."""
+    sizes = {"slices": {"model_parallel_size": 2}, "runs": {"sequence_parallel_size": 2}}
+    cases = {(kind, "slices") for kind in ("adamw_kahan", "schedule_free")}
+    cases |= {(kind, "runs") for kind in OPTIMIZERS if kind not in ("adamw", "sgd")}
+
+    def run(name: str, kind: str, **more: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {"gradient_accumulation_steps": 2, "pipe_parallel_size": 1, "max_steps": 3}
+        given |= {"eval_data": (), "steps_per_checkpoint": 2}
+        return options(folder, name, kind, **given | more)
+
+    shared = [run(f"{kind} {how}", kind, **sizes[how]) for kind, how in sorted(cases)]
+    assert ranks(2).run(train_ranks, shared) == [[None] * len(shared)] * 2
+    joined = [
+        run(f"{kind} joined", kind, resume_ckpt=str(folder / f"{kind} slices-ckpt/step-00000002"))
+        for kind, how in sorted(cases)
+        if how == "slices"
+    ]
+    alone = [run(f"{kind} one", kind) for kind in sorted({kind for kind, _ in cases})]
+    assert ranks(1).run(train_ranks, [*alone, *joined]) == [[None] * (len(alone) + len(joined))]
+    for made in (*shared, *joined):
+        out = made["output_dir"]
+        one = folder / f"{made['optimizer']} one"
+        expected, found = ([each["loss"] for each in records(Path(f"{each}-ckpt/log"))] for each in (one, out))
+        np.testing.assert_allclose(found, expected[-len(found) :], atol=1e-5, err_msg=out.name)
+        whole = weights(one)
+        for name, value in weights(out).items():
+            np.testing.assert_allclose(value, whole[name], atol=1e-5, err_msg=f"{out.name}: {name}")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

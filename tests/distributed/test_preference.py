@@ -12,7 +12,7 @@ from jllm.train.options.objective import PREFERENCE_LOSSES
 from tests.data.pairs import Pair, pairs_of_row, random_pairs, write_pairs
 from tests.distributed.ranks import Ranks
 from tests.distributed.reference import batches_in_order
-from tests.distributed.runs import options_of, records, train_rank
+from tests.distributed.runs import options_of, records, train_rank, train_ranks
 from tests.fixtures import tiny_llama
 
 STEPS, RATE = 4, 0.05
@@ -53,19 +53,13 @@ def run_options(folder: Path, out: Path, loss: str, **more: Any) -> dict[str, An
 
 
 def assert_trained_alike(out: Path, folder: Path, batches: list[list[Pair]], **loss: Any) -> list[dict[str, Any]]:
-    from safetensors.torch import load_file
-
     from tests.distributed.pairs_reference import train_on_pairs
 
     losses, norms, weights = train_on_pairs(folder / "model", batches, rate=RATE, **loss)
     found = records(out / "log")
     np.testing.assert_allclose([each["loss"] for each in found], losses, rtol=3e-6)
     np.testing.assert_allclose([each["grad_norm"] for each in found], norms, rtol=1e-4)
-    exported: dict[str, Any] = {}
-    for path in out.glob("*.safetensors"):
-        exported |= load_file(path)
-    assert exported
-    for name, tensor in exported.items():
+    for name, tensor in weights_of(out).items():
         np.testing.assert_allclose(tensor.numpy(), weights[name].numpy(), atol=3e-6, err_msg=name)
     assert [each["pairs"] for each in found] == [len(pairs) for pairs in batches]
     return found
@@ -116,6 +110,91 @@ def test_every_layout(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Pat
     assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
+LORA = {"lora_dim": 4, "lora_target_modules": "q_proj,v_proj,down_proj", "optimizer": "adamw", "learning_rate": 5e-3}
+ULYSSES = {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}
+BALANCED = {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"}
+ONE_STAGE = {"pipe_parallel_size": 1}
+SHARED: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        **dict(zip(PREFERENCE_LOSSES, 3 * (ULYSSES, BALANCED), strict=True)),
+        "lora": {**ULYSSES, "fused_loss": "on"},
+        "padded": BALANCED,
+    },
+    4: {
+        "lora, pp2 x sp2": {**BALANCED, "pipe_parallel_size": 2, "schedule": "overlapped"},
+        "ipo, dp2 x sp2": {**BALANCED, "zero_stage": 1, "gradient_accumulation_steps": 1},
+        "dpo, tp2 x sp2": {**ULYSSES, "model_parallel_size": 2},
+        "simpo, sp4": {**BALANCED, "sequence_parallel_size": 4, "checkpoint_grad_interval": 1},
+    },
+}
+"""Runs by the number of processes: of one of the kinds of `options_of_kind`, and how rows are shared."""
+
+
+def options_of_kind(folder: Path, tmp_path: Path, kind: str) -> dict[str, Any]:
+    """Of runs with steps of several micro-batches, whose rows have unlike numbers of pairs."""
+    more = {**ONE_STAGE, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3}
+    if kind == "dpo":
+        evaluated = {"eval_data": (f"all={folder / 'ref'}",), "steps_per_eval": 3}
+        return {"label_smoothing": 0.1, "pref_ftx": 0.5, **more, **evaluated}
+    if kind == "lora":
+        data = str(folder / "data")
+        given = {**LORA, "optimizer": "sgd", "learning_rate": 0.5, "train_data": (data,), "eval_data": (data,)}
+        return {"steps_per_eval": 3, **more, **given}
+    if kind == "padded":
+        more |= {"batch_size_tokens": 192, "per_device_train_batch_size": 1}
+        return {"train_data": (str(tmp_path / "padded"),), **more, "max_steps": 2}
+    given = LOSSES[kind]
+    options = {"beta": given["beta"], "simpo_gamma": given.get("gamma"), "pref_ftx": given.get("ftx")}
+    return {**options, **more}
+
+
+def test_shared_rows(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:
+    """A side's tokens lie on several processes: losses, norms, weights and records are those of whole rows."""
+    write_pairs(tmp_path / "pairs", random_pairs(30, vocab=97, longest=8), length=52, pad=True)
+    write = {"write_ref_logps": tmp_path / "padded", "train_data": (str(tmp_path / "pairs"),), **ONE_STAGE}
+    kinds = [*PREFERENCE_LOSSES, "lora", "padded"]
+
+    def run_of(name: str, kind: str, more: dict[str, Any]) -> dict[str, Any]:
+        loss = kind if kind in PREFERENCE_LOSSES else "dpo"
+        return run_options(folder, tmp_path / name, loss, **options_of_kind(folder, tmp_path, kind) | more)
+
+    alone = [run_of(f"one {kind}", kind, {}) for kind in kinds]
+    assert ranks(1).run(train_ranks, [options_of(folder, write), *alone]) == [[None] * (1 + len(kinds))]
+    for count, layouts in SHARED.items():
+        runs = [run_of(name, name.split(",")[0], more) for name, more in layouts.items()]
+        assert ranks(count).run(train_ranks, runs) == [[None] * len(runs)] * count
+        for name in layouts:
+            assert_alike(tmp_path / name, tmp_path / f"one {name.split(',')[0]}")
+
+
+def assert_alike(out: Path, one: Path) -> None:
+    """A run has the numbers of pairs, the losses and the weights of another one."""
+    for key in ("loss", "eval_loss"):
+        found, expected = (records(each / "log", key) for each in (out, one))
+        assert len(found) == len(expected)
+        for mine, theirs in zip(found, expected, strict=True):
+            names = [name for name in theirs if "/" in name or name in ("pairs", "loss", "eval_loss", "eval_pairs")]
+            assert len(names) > 7
+            if abs(theirs["rewards/margins"]) < 1e-5:  # rewards are 0 but for rounding, which decides who is right
+                names.remove("rewards/accuracies")
+            at = f"{out.name}, step {mine['step']}"
+            np.testing.assert_allclose([mine[k] for k in names], [theirs[k] for k in names], atol=1e-5, err_msg=at)
+            if key == "loss":
+                assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), at
+    weights, expected_weights = weights_of(out), weights_of(one)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        np.testing.assert_allclose(weights[name].numpy(), tensor.numpy(), atol=2e-6, err_msg=f"{out.name}: {name}")
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert found
+    return found
+
+
 def test_the_first_step_of_dpo(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:
     """From the reference itself: ln 2, and no margins; then they rise. Evaluations tell the same."""
     evaluated = {"eval_data": (f"all={folder / 'ref'}",), "steps_per_eval": 4}
@@ -132,9 +211,6 @@ def test_the_first_step_of_dpo(ranks: Callable[[int], Ranks], tmp_path: Path, fo
     assert after["rewards/margins"] == pytest.approx(after["rewards/chosen"] - after["rewards/rejected"])
     assert after["rewards/accuracies"] > 0.5
     assert after["logps/chosen"] < 0
-
-
-LORA = {"lora_dim": 4, "lora_target_modules": "q_proj,v_proj,down_proj", "optimizer": "adamw", "learning_rate": 5e-3}
 
 
 @pytest.mark.parametrize(("stages", "slices"), [(1, 1), (2, 1), (1, 2)])

@@ -1,6 +1,7 @@
 """Rows shared by several processes, through DeepSpeed: losses, norms, evaluations and weights of one process."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ BF16 = {"precision": "bf16"}
 NF4 = {**LORA, "load_in_4bit": True, "lora_weight_decay": 0.5, "lora_max_norm": 0.05}
 INT8 = {**LORA, "load_in_8bit": True}
 DORA = {**LORA, "load_in_4bit": True, "use_dora": True, "modules_to_save": "lm_head"}
+ROUTED = {"_family": "mixtral", "router_aux_loss_coef": 0.5, "checkpoint_grad_interval": 1}
+OFFLOADED = {"checkpoint_grad_interval": 1, "checkpoint_grad_offload": True}
 ONES: dict[str, dict[str, Any]] = {
     "one": {},
     "whole": WHOLE,
@@ -45,6 +48,7 @@ ONES: dict[str, dict[str, Any]] = {
     "dora": DORA,
     "tokens": BY_TOKENS,
     "bf16": BF16,
+    "routed": ROUTED,
 }
 """Runs of one process; layouts are `_like` the first of them, or another one."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -56,6 +60,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "balanced, NF4": {**BALANCED, "_like": "nf4", **NF4},
         "balanced, 8 bits": {**BALANCED, "_like": "int8", **INT8},
         "balanced, DoRA": {**BALANCED, "_like": "dora", **DORA},
+        "balanced, routed": {**BALANCED, "_like": "routed", **ROUTED},
+        "exports": {**BALANCED, "only_ckpt_model": True, "_settings": {"communication_data_type": "fp32"}, **OFFLOADED},
     },
     4: {
         "pp2 x sp2": {**PP2, **BALANCED},
@@ -69,6 +75,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4, "fused_loss": "on"},
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
+        "sp2 x dp2, bf16, host": {**ULYSSES, "_like": "bf16", **BF16, "offload_optimizer": True},
+        "pp2 x sp2, routed": {**PP2, **ULYSSES, "_like": "routed", **ROUTED},
         "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA, "only_ckpt_lora": True},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
@@ -82,6 +90,8 @@ if importlib.util.find_spec("peft") is None or importlib.util.find_spec("bitsand
     LAYOUTS[2] = {name: more for name, more in LAYOUTS[2].items() if more.get("_like", "one") in ONES}
 SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
 """Runs with checkpoints, which one process goes on from."""
+EXPORTED = {"llama-exports": "exports-ckpt"}
+"""One whose checkpoints are folders of the model."""
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
 
 
@@ -113,8 +123,11 @@ def weights_of(folder: Path) -> dict[str, Any]:
 
 
 def options_of(folder: Path, family: str, name: str, **more: Any) -> dict[str, Any]:
+    if "_settings" in more:
+        more["ds_config"] = folder / f"{name}.json"
+        more["ds_config"].write_text(json.dumps(more["_settings"]))
     return {
-        "model": folder / family,
+        "model": folder / more.get("_family", family),
         "train_data": (str(folder / "data"),),
         "eval_data": (str(folder / "eval"),),
         "steps_per_eval": STEPS,
@@ -140,6 +153,9 @@ def assert_alike(folder: Path, name: str, other: str) -> None:
     mine, theirs = (records(folder / f"{each}-log") for each in (name, other))
     is_rounded = other.endswith("-bf16")  # each process rounds what it has; masters are fp32
     tolerances = ({"rtol": 5e-3}, {"rtol": 0.02}) if is_rounded else ({"atol": 1e-5}, {"rtol": 1e-4})
+    of_routers = [key for key in ("aux_loss", "max_expert_load") if key in theirs[0]]
+    for record, expected in zip(mine, theirs[-len(mine) :], strict=True):
+        assert [record[key] for key in of_routers] == pytest.approx([expected[key] for key in of_routers], abs=1e-5)
     for key, tolerance in zip(("loss", "grad_norm"), tolerances, strict=True):
         expected = [record[key] for record in theirs[-len(mine) :]]
         np.testing.assert_allclose([record[key] for record in mine], expected, **tolerance, err_msg=name)  # type: ignore[arg-type]
@@ -161,7 +177,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
     """Packed rows of an odd length; a checkpoint of one layout goes on as another; one process of eight reads."""
     write_rows(tmp_path / "data", random_rows(12, longest=LENGTH + 1, labels=True, packed=True), files=2)
     write_rows(tmp_path / "eval", random_rows(5, seed=1, longest=LENGTH + 1, packed=True))
-    for family in FAMILIES:  # tied, with soft caps and windows: gemma2
+    for family in {*FAMILIES, "mixtral"}:  # tied, with soft caps and windows: gemma2
         make_folder(tiny_config(family, tied=family == "gemma2", vocab_size=VOCABULARY), tmp_path / family)
 
     def run(count: int, runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -177,8 +193,9 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         families = FAMILIES if IN_FULL else ("gemma2",) if count == 8 else ("llama",)
         runs = [options_of(tmp_path, family, name, **more) for name, more in layouts.items() for family in families]
         for each in runs:
-            if each["output_dir"].name in SAVED:
-                each |= {"checkpoint": tmp_path / SAVED[each["output_dir"].name], "steps_per_checkpoint": 3}
+            if (saved := (SAVED | EXPORTED).get(each["output_dir"].name)) is not None:
+                often = 3 if saved in SAVED.values() else STEPS
+                each |= {"checkpoint": tmp_path / saved, "steps_per_checkpoint": often}
             if each.get("only_ckpt_lora"):
                 each |= {"checkpoint": tmp_path / "adapters", "steps_per_checkpoint": STEPS}
         if count == 2:
@@ -199,6 +216,12 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         assert all((kept[key] == exported[key]).all() for key in exported)
     joined = [options_of(tmp_path, "llama", name, resume_ckpt=str(tmp_path / name / HALF)) for name in SAVED.values()]
     run(1, joined)
+    for name, folder in EXPORTED.items():
+        exported, saved = weights_of(tmp_path / name), weights_of(tmp_path / folder / f"step-{STEPS:08d}")
+        assert exported.keys() == saved.keys()
+        assert all((exported[key] == saved[key]).all() for key in exported)
+    on_device, on_host = (records(tmp_path / f"llama-sp2 x dp2, bf16{where}-log") for where in ("", ", host"))
+    assert [record["loss"] for record in on_device] == [record["loss"] for record in on_host]
     for name in ("cut", *SAVED.values()):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3
         assert_alike(tmp_path, f"llama-{name}", "llama-one")

@@ -61,6 +61,21 @@ def distance(one: Path, other: Path) -> float:
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
+def test_noise_goes_on_alike_on_all_slices(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """The second of two stages drew no noise; where it is a slice now, it has that of the first one."""
+    make_folder(tiny_config("llama", vocab_size=VOCABULARY), tmp_path / "model")
+    write_rows(tmp_path / "data", random_rows(10, labels=True, packed=True), files=2)
+    noisy: dict[str, Any] = {"neftune_alpha": 5.0, "eval_data": ()}
+    other = {"model_parallel_size": 2, "resume_ckpt": str(tmp_path / "stages" / "step-00000002")}
+    runs = [
+        options_of(tmp_path, "stages", pipe_parallel_size=2, **noisy),
+        options_of(tmp_path, "slices", **other, **noisy),
+    ]
+    run_all(ranks, 2, runs)
+    assert losses(tmp_path, "slices") == pytest.approx(losses(tmp_path, "stages")[2:], abs=1e-5)
+    assert distance(tmp_path / "slices-out", tmp_path / "stages-out") <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gemma2"])
 def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:
     """Experts are cut along their second axis; a tied embedding is on both ends. Four ranks share two heads."""

@@ -66,9 +66,13 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
     runs = [
         options_of("slices", model_parallel_size=2, pipe_parallel_size=2),
         options_of("copies", model_parallel_size=2),
+        options_of("host", model_parallel_size=2, offload_optimizer=True),
     ]
-    assert ranks(4).run(train_ranks, runs) == [[None, None]] * 4
+    assert ranks(4).run(train_ranks, runs) == [[None] * 3] * 4
     expected = records(tmp_path / "one/log")
+    assert [[each[key] for key in ("loss", "grad_norm")] for each in records(tmp_path / "copies/log")] == [
+        [each[key] for key in ("loss", "grad_norm")] for each in records(tmp_path / "host/log")
+    ]
     for name in ("slices", "copies"):
         found = records(tmp_path / name / "log")
         np.testing.assert_allclose([each["loss"] for each in found], [each["loss"] for each in expected], rtol=5e-3)
@@ -84,11 +88,12 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
         ("mixtral", {"router_aux_loss_coef": 0.5}),
         ("gemma2", {"fused_loss": "on"}),
         ("llama", {"fused_loss": "on", "loss": "star"}),
+        ("llama", {"neftune_alpha": 5.0, "checkpoint_grad_interval": 1, "checkpoint_grad_offload": True}),
     ],
 )
 def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
     """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened; a
-    loss fused with the part of a head."""
+    loss fused with the part of a head; noise, and activations in host memory."""
     model = tmp_path / "model"
     make_folder(tiny_config(family, tied=False, vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)

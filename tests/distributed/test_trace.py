@@ -69,10 +69,18 @@ def test_a_step_of_two_pipelines(ranks: Callable[[int], Ranks], folder: Path, tm
     assert "<h2>step 2</h2>" in page
 
 
-def test_a_profile_of_slices_and_of_shared_rows(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
-    sizes = {"pipe_parallel_size": 1, "model_parallel_size": 2, "sequence_parallel_size": 2, "profile_step": 2}
-    options = logged_options(folder, tmp_path, max_steps=2, **sizes)
+def test_slices_and_shared_rows(ranks: Callable[[int], Ranks], folder: Path, tmp_path: Path) -> None:
+    """Each process has a row of the timeline, and a profile."""
+    sizes = {"pipe_parallel_size": 1, "model_parallel_size": 2, "sequence_parallel_size": 2}
+    options = logged_options(folder, tmp_path, max_steps=2, trace_step=1, profile_step=2, **sizes)
     assert ranks(4).run(train_rank, options) == [None] * 4
+    traced = read_trace(tmp_path / "log/trace-step-1.json")
+    assert [(each.run, each.slice) for each in traced.processes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    timeline = timeline_of(traced)
+    assert [row.name for row in timeline.rows] == [
+        f"stage 0, run {run}, slice {slice_}" for run in range(2) for slice_ in range(2)
+    ]
+    assert [row.name for row in timeline.ideal] == ["stage 0, ideal"]
     found = [(tmp_path / f"log/profile-step-2-rank-{rank}.txt").read_text() for rank in range(4)]
     assert [text.split(":")[0] for text in found] == [
         f"step 2, stage 0, slice {slice_}, run {run}" for run in range(2) for slice_ in range(2)

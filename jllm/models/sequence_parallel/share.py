@@ -72,6 +72,19 @@ class SharedRows:
     seen: Seen
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnPlanes(Planes):
+    """The planes of one rank's run of rows.
+
+    Attributes:
+        group: the ranks that share the rows.
+        tokens: of the whole micro-batch, B x S.
+    """
+
+    group: SequenceGroup
+    tokens: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceShare:
     """The share of one rank.
@@ -89,9 +102,9 @@ class SequenceShare:
         start, end = self._run(value.shape[-1])
         return value[..., start:end]
 
-    def own_planes(self, planes: Planes) -> Planes:
+    def own_planes(self, planes: Planes) -> OwnPlanes:
         """Of planes the same."""
-        return Planes(planes.names, self.own(planes.stacked))
+        return OwnPlanes(planes.names, self.own(planes.stacked), self.group, planes.stacked[0].numel())
 
     def arguments(self, positions: Tensor) -> dict[str, Any]:
         """What the model's forward needs beside this rank's own tokens; `positions` are those of whole rows [B, S]."""

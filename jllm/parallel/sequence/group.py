@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from jllm.parallel.alone import is_alone
 from jllm.parallel.mesh import Mesh
 
 
@@ -31,4 +34,16 @@ class SequenceGroup:
             if rank in ranks:
                 found = cls(rank=ranks.index(rank), size=mesh.sequence, handle=handle)
         assert found is not None
+        return found
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it speaks for the ranks where all of them know the same numbers."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' numbers, place by place."""
+        found = values.clone(memory_format=torch.contiguous_format)
+        if not is_alone():
+            dist.all_reduce(found, group=self.handle)
         return found

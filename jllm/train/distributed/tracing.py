@@ -101,7 +101,8 @@ class StepTrace:
                 Span(kind=kind, start=start - late, end=end - late, micro_batch=number)
                 for kind, start, end, number in marks
             ]
-            processes.append(ProcessTrace(stage=place.pipe, pipeline=place.data, spans=tuple(spans)))
+            where = {"stage": place.pipe, "pipeline": place.data, "slice": place.tensor, "run": place.sequence}
+            processes.append(ProcessTrace(spans=tuple(spans), **where))
         return Trace(step=step, clock_error=error, processes=tuple(processes))
 
 

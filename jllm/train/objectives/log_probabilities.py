@@ -8,9 +8,11 @@ their gradient there (`jllm.train.objectives.logit_rows`), as `jllm.train.object
 the tokens are not known before all sums are, so the product is made twice.
 
 Sums are of whole numbers of 2^-32, in 64 bits: they are the same in whatever order a device adds, so that a step
-repeated is the same to the last bit, and ten thousand tokens lose no digits.
+repeated is the same to the last bit, and ten thousand tokens lose no digits. Ranks that share the tokens of rows add up
+theirs, and all of them have the sums of whole documents; the gradient of a sum goes to each rank's own tokens.
 
-Costs: four products; the logits of a chunk; one wait for the device, to know how many tokens are trained on.
+Costs: four products; the logits of a chunk; one wait for the device, to know how many tokens are trained on; where
+ranks share rows, three numbers for each token of a micro-batch, summed over them.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from jllm.data.dataset.shards import IGNORE_INDEX
 from jllm.models.pipeline.head import Head, tokens_of_a_chunk
+from jllm.models.sequence_parallel.share import OwnPlanes
+from jllm.parallel.sequence.group import SequenceGroup
 from jllm.parallel.tensor.vocabulary import cross_entropies
 from jllm.train.objectives.fused import ALIGNED, LogitChunks, add_shares
 from jllm.train.objectives.logit_rows import RowLoss
@@ -45,7 +49,15 @@ class DocumentSums:
     counts: Tensor
 
 
-def document_sums(hidden: Tensor, head: Head, labels: Tensor, documents: Tensor, *, is_fused: bool) -> DocumentSums:
+def document_sums(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    documents: Tensor,
+    *,
+    is_fused: bool,
+    shared: OwnPlanes | None = None,
+) -> DocumentSums:
     """The sums of a micro-batch.
 
     Args:
@@ -54,7 +66,10 @@ def document_sums(hidden: Tensor, head: Head, labels: Tensor, documents: Tensor,
         labels: [B, S], `IGNORE_INDEX` where not trained on.
         documents: [B, S] the number of each token's document in the micro-batch, below B x S.
         is_fused: whether a plain head's product is fused with the loss.
+        shared: what of whole rows these tokens are, where ranks share them.
     """
+    group, size = (None, labels.numel()) if shared is None else (shared.group, shared.tokens)
+    size += size % 2
     tokens, targets = hidden.flatten(0, -2), labels.flatten()
     trained = (targets != IGNORE_INDEX).nonzero()[:, 0]
     count = len(trained)
@@ -66,33 +81,34 @@ def document_sums(hidden: Tensor, head: Head, labels: Tensor, documents: Tensor,
     # Ranks with parts of the vocabulary find their logits one by one.
     is_fused = is_fused and head.plain is not None and head.shard is None
     logps = _fused(tokens, head, targets) if is_fused else _chunked(tokens, head, targets)
-    size = labels.numel() + labels.numel() % 2
     counts = torch.zeros(size, dtype=torch.int64, device=labels.device)
     counts.index_add_(0, numbers, (targets != IGNORE_INDEX).long())
-    sums: Tensor = _ExactSums.apply(logps, numbers, size)  # type: ignore[no-untyped-call]
-    return DocumentSums(logps=sums, counts=counts)
+    sums: Tensor = _ExactSums.apply(logps, numbers, size, group)  # type: ignore[no-untyped-call]
+    return DocumentSums(logps=sums, counts=counts if group is None else group.total(counts))
 
 
 class _ExactSums(torch.autograd.Function):
-    """Numbers [n] and where each belongs [n] → their sums [size] in fp64, the same in any order."""
+    """Numbers [n] and where each belongs [n] → their sums [size] in fp64, over all ranks of a group; the same in any
+    order."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, numbers: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, numbers: Tensor, size: int, group: SequenceGroup | None) -> Tensor:
         """The sums; NaN where a value is not finite."""
         ctx.save_for_backward(numbers)
         ctx.dtype = values.dtype
         sound = torch.isfinite(values)
         whole = (values.double().clamp(min=_LEAST, max=-_LEAST).nan_to_num(0.0) * _ONE).round().long()
-        sums = torch.zeros(size, dtype=torch.int64, device=values.device).index_add_(0, numbers, whole)
-        bad = torch.zeros(size, dtype=torch.int64, device=values.device).index_add_(0, numbers, (~sound).long())
+        found = torch.zeros(size, 2, dtype=torch.int64, device=values.device)
+        found.index_add_(0, numbers, torch.stack([whole, (~sound).long()], 1))
+        sums, bad = (found if group is None else group.total(found)).unbind(1)
         return torch.where(bad > 0, torch.nan, sums.double() / _ONE)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Each value's is that of its sum."""
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Each value's is that of its sum, which every rank has whole."""
         (numbers,) = ctx.saved_tensors
-        return gradient.index_select(0, numbers).to(ctx.dtype), None, None
+        return gradient.index_select(0, numbers).to(ctx.dtype), None, None, None
 
 
 def _chunked(tokens: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ s is the logistic function. `ftx` times the mean cross-entropy of the chosen ans
 What is reported of pairs (`PairSums`) counts rewards: b (logp - ref), of `orpo` and `simpo` b avg. All of a pair is
 computed in fp64: there are few pairs, and a sum of a thousand tokens has no digits to spare in fp32.
 
+Where ranks share the tokens of rows, each of them has the sums of whole answers, and the gradients of its own tokens;
+the first one alone has the pairs' losses and numbers, so that they count once.
+
 Costs: those of `jllm.train.objectives.log_probabilities`.
 """
 
@@ -29,6 +32,7 @@ from torch.nn.functional import logsigmoid
 
 from jllm.models.pipeline.bundle import DOCUMENTS, LABELS
 from jllm.models.pipeline.head import Head
+from jllm.models.sequence_parallel.share import OwnPlanes
 from jllm.train.objectives.log_probabilities import DocumentSums, document_sums
 from jllm.train.objectives.objective import Sums
 from jllm.train.options.objective import WITHOUT_REFERENCE
@@ -148,11 +152,14 @@ class Preference:
     def __call__(self, hidden: Tensor, head: Head, fields: Mapping[str, Tensor], gradient: float | None = None) -> Sums:
         """The summed losses of pairs, and the sums that records tell of them."""
         numbers, planted = unpacked_documents(fields[DOCUMENTS])
-        found = document_sums(hidden, head, fields[LABELS], numbers, is_fused=self._is_fused)
+        shared = _shared(fields)
+        found = document_sums(hidden, head, fields[LABELS], numbers, is_fused=self._is_fused, shared=shared)
         if self._references is None:
             references = torch.zeros_like(found.logps)
             # Exact in any order: all of a document's numbers but one are 0.
             references.index_add_(0, numbers.flatten(), planted.flatten().double())
+            if shared is not None:
+                references = shared.group.total(references)
         else:
             references = self._references.popleft()
         is_pair = (found.counts.view(-1, 2) > 0).all(1)
@@ -169,7 +176,15 @@ class Preference:
             logps[:, 1].detach(),
         ]
         sums = torch.stack([torch.where(is_pair, each, 0.0).sum() for each in told])
+        if shared is not None and not shared.group.is_first:
+            # Its own tokens need the gradient all the same.
+            loss, sums = loss - loss.detach(), torch.zeros_like(sums)
         return Sums(loss=loss.float(), reported={PAIRS: sums})
+
+
+def _shared(fields: Mapping[str, Tensor]) -> OwnPlanes | None:
+    """What the planes are where ranks share the tokens of rows; None where rows are whole."""
+    return fields if isinstance(fields, OwnPlanes) else None
 
 
 def _or_nothing(found: DocumentSums, references: Tensor, is_pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,6 +209,8 @@ class ReferenceLogps:
         """0: what is asked for is kept."""
         numbers, _ = unpacked_documents(fields[DOCUMENTS])
         with torch.no_grad():
-            found = document_sums(hidden, head, fields[LABELS], numbers, is_fused=self._is_fused)
+            found = document_sums(
+                hidden, head, fields[LABELS], numbers, is_fused=self._is_fused, shared=_shared(fields)
+            )
         self.found.append(found.logps.float().double())
         return Sums(loss=found.logps.new_zeros((), dtype=torch.float32))

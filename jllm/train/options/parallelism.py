@@ -8,7 +8,7 @@ from jllm.errors import UserError
 from jllm.options import option
 from jllm.train.limits import MOST_SECONDS
 
-SLICED_OPTIMIZERS = ("adamw", "sgd")
+SLICED_OPTIMIZERS = ("adamw", "adamw_kahan", "schedule_free", "sgd")
 """Those that change every element by itself, and were shown to with slices of tensors."""
 SCHEDULES = ("1f1b", OVERLAPPED := "overlapped")
 
@@ -104,6 +104,8 @@ def check_slices(options: Any) -> None:
         "use_dora": options.use_dora,
         "modules_to_save": options.modules_to_save is not None,
         "only_ckpt_lora": options.only_ckpt_lora,
+        f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
+        "only_ckpt_model": options.only_ckpt_model,
     }
     _refuse(f"--model_parallel_size {options.model_parallel_size}", "slices", own | _not_shown(options))
     if options.sequence_sharded_norms:
@@ -111,6 +113,7 @@ def check_slices(options: Any) -> None:
             f"sequence_parallel_size {options.sequence_parallel_size}": options.sequence_parallel_size > 1,
             f"lora_dim {options.lora_dim}": bool(options.lora_dim),
             "compile on": options.compile == "on",
+            "neftune_alpha": options.neftune_alpha is not None,
         }
         _refuse("--sequence_sharded_norms", "tokens shared by slices", others)
 
@@ -130,9 +133,7 @@ def check_sequences(options: Any) -> None:
         raise UserError(f"{given}: rows of --seq_len {options.seq_len} leave nothing for some processes; give less")
     own = {
         f"attn_implementation {options.attn_implementation}": options.attn_implementation != "auto",
-        "router_aux_loss_coef": options.router_aux_loss_coef is not None,
-        "ds_config": options.ds_config is not None,
-        f"loss {options.loss}": options.is_preference,
+        "neftune_alpha": options.neftune_alpha is not None,
     }
     _refuse(given, "shared rows", own | _not_shown(options))
 
@@ -143,18 +144,11 @@ def _not_shown(options: Any) -> dict[str, bool]:
         "lora": options.lora is not None,
         "lora_dropout": options.lora_dropout > 0,
         "lora_compute model": options.lora_compute == "model",
-        "write_ref_logps": options.write_ref_logps is not None,
         "control_adapter_rank": bool(options.control_adapter_rank),
         "activation_memory_budget": options.activation_memory_budget < 1,
         f"fp8 {options.fp8}": options.fp8 != "off",
-        f"optimizer {options.optimizer}": options.optimizer not in SLICED_OPTIMIZERS,
         "precision fp16": options.precision == "fp16",
-        "neftune_alpha": options.neftune_alpha is not None,
-        "offload_optimizer": options.offload_optimizer,
-        "checkpoint_grad_offload": options.checkpoint_grad_offload,
-        "only_ckpt_model": options.only_ckpt_model,
         "partition_method profile": options.partition_method == "profile",
-        "trace_step": options.trace_step is not None,
     }
 
 

@@ -37,7 +37,6 @@ from jllm.models.weights.source import bare_model, causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
-from jllm.train.options.parallelism import SLICED_OPTIMIZERS
 from jllm.train.planning.cluster import Cluster
 
 SHARE, SHARE_EAGER = 0.57, 0.45
@@ -281,8 +280,6 @@ def _refusal(
 ) -> str | None:
     if size == 1:
         return None
-    if wanted.optimizer not in SLICED_OPTIMIZERS:
-        return f"--optimizer {wanted.optimizer} was not shown to work where processes share layers"
     try:
         check(wanted.config, causal_class(wanted.config), size)
     except UserError as error:

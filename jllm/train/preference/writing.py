@@ -88,7 +88,7 @@ def write_references(config: TrainConfig, shape: RunShape, agreement: Agreement,
     family = setup.find_family(config)
     source = agreement.from_first_reader(lambda: open_data_set(given.folder).manifest)
     work = _ReferenceWork(config, source)
-    identity = agreement.from_first_reader(lambda: reference_identity(config, attention=family.attention))
+    identity = agreement.from_first_reader(lambda: reference_identity(config, attention=family.kernel))
     with _held(work, identity, agreement) as finished:
         if finished is not None:
             _say(agreement, f"{work.folder}: finished earlier: {finished.rows:,} rows")

@@ -76,13 +76,15 @@ class Timeline:
 def timeline_of(found: Trace) -> Timeline:
     """The rows of a trace."""
     seconds = max(span.end for process in found.processes for span in process.spans)
-    several = len(found.pipelines) > 1
+    axes = [axis for axis in ("pipeline", "run", "slice") if len({getattr(each, axis) for each in found.processes}) > 1]
     rows, ideal_of = [], None
     for number in found.pipelines:
-        stages = found.pipeline(number)
-        ideal_of = ideal_of or stages
-        for process in stages:
-            name = f"stage {process.stage}" + (f", pipeline {number}" if several else "")
+        processes = found.pipeline(number)
+        for process in processes:
+            # They pass activations on to those that have the same part of them.
+            stages = [each for each in processes if (each.run, each.slice) == (process.run, process.slice)]
+            ideal_of = ideal_of or stages
+            name = ", ".join([f"stage {process.stage}", *(f"{axis} {getattr(process, axis)}" for axis in axes)])
             rows.append(Lane(name=name, bars=_bars(process, stages)))
     assert ideal_of is not None
     ideal = _ideal(ideal_of)

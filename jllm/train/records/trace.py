@@ -48,11 +48,19 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessTrace:
-    """What one process did, in order."""
+    """What one process did, in order.
+
+    Attributes:
+        stage, pipeline: its own.
+        spans: what it did.
+        slice, run: its slice of the stage and its run of the rows' tokens, from 0.
+    """
 
     stage: int
     pipeline: int
     spans: tuple[Span, ...]
+    slice: int = 0
+    run: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +78,9 @@ class Trace:
     processes: tuple[ProcessTrace, ...]
 
     def pipeline(self, number: int) -> list[ProcessTrace]:
-        """The stages of a pipeline, in order."""
-        return sorted((each for each in self.processes if each.pipeline == number), key=lambda each: each.stage)
+        """The processes of a pipeline, stage by stage."""
+        found = (each for each in self.processes if each.pipeline == number)
+        return sorted(found, key=lambda each: (each.stage, each.run, each.slice))
 
     @property
     def pipelines(self) -> list[int]:
@@ -100,6 +109,8 @@ def read_trace(path: Path) -> Trace:
                 stage=int(each["stage"]),
                 pipeline=int(each["pipeline"]),
                 spans=tuple(_span(span) for span in each["spans"]),
+                slice=int(each.get("slice", 0)),
+                run=int(each.get("run", 0)),
             )
             for each in found["processes"]
         )

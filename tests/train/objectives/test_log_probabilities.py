@@ -117,11 +117,11 @@ def test_sums_are_the_same_in_any_order() -> None:
     generator = torch.Generator().manual_seed(1)
     values, numbers = -10 * torch.rand(5000, generator=generator), torch.randint(0, 7, (5000,), generator=generator)
     order = torch.randperm(5000, generator=generator)
-    first = _ExactSums.apply(values, numbers, 8)  # type: ignore[no-untyped-call]
-    again = _ExactSums.apply(values[order], numbers[order], 8)  # type: ignore[no-untyped-call]
+    first = _ExactSums.apply(values, numbers, 8, None)  # type: ignore[no-untyped-call]
+    again = _ExactSums.apply(values[order], numbers[order], 8, None)  # type: ignore[no-untyped-call]
     assert torch.equal(first, again)
     exact = torch.zeros(8, dtype=torch.float64).index_add_(0, numbers, values.double())
     torch.testing.assert_close(first, exact, atol=1e-6, rtol=0)
     values[3] = torch.inf
-    spoilt = _ExactSums.apply(values, numbers, 8)  # type: ignore[no-untyped-call]
+    spoilt = _ExactSums.apply(values, numbers, 8, None)  # type: ignore[no-untyped-call]
     assert torch.equal(spoilt.isnan(), torch.arange(8) == numbers[3])

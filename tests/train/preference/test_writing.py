@@ -23,7 +23,7 @@ from jllm.train.trainer import run
 from tests.data.pairs import pairs_of_row, random_pairs, write_pairs
 from tests.data.raw2ids_runs import tree
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import options_of, train_rank
+from tests.distributed.runs import options_of, train_rank, train_ranks
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 SIZE = int(os.environ.get("JLLM_TEST_SIZE", "1"))
@@ -85,13 +85,35 @@ def test_the_manifest_says_what_made_them(folder: Path) -> None:
     assert not (folder / "ref" / WORK_NAME).exists()
 
 
-@pytest.mark.parametrize(("world", "stages"), [(2, 2), (4, 2)])
-def test_any_layout(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, world: int, stages: int) -> None:
-    options = writing(folder, tmp_path / "ref", pipe_parallel_size=stages)
-    assert ranks(world).run(train_rank, options) == [None] * world
-    for one, other in zip(rows_of(folder / "ref"), rows_of(tmp_path / "ref"), strict=True):
-        np.testing.assert_allclose(one.pop(REF_LOGPS.name), other.pop(REF_LOGPS.name), rtol=1e-6)
-        assert one == other
+SHARED = {"sequence_parallel_size": 2, "per_device_train_batch_size": 2}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "stages": {"pipe_parallel_size": 2},
+        "slices": {"model_parallel_size": 2},
+        "ulysses": {**SHARED, "sequence_parallel_mode": "ulysses"},
+        "balanced": {**SHARED, "sequence_parallel_mode": "balanced", "fused_loss": "on"},
+    },
+    4: {
+        "pipelines of stages": {"pipe_parallel_size": 2},
+        "runs of slices": {**SHARED, "model_parallel_size": 2},
+        "stages of runs": {**SHARED, "pipe_parallel_size": 2, "column_major_topology": False},
+        "pipelines of slices": {"model_parallel_size": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_any_layout(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path, world: int) -> None:
+    """The numbers are those of one process, and so is what the manifest says of the model and its kernel."""
+    runs = [writing(folder, tmp_path / name, **more) for name, more in LAYOUTS[world].items()]
+    assert ranks(world).run(train_ranks, runs) == [[None] * len(runs)] * world
+    made_by_one = open_data_set(folder / "ref").manifest.reference
+    for name in LAYOUTS[world]:
+        for one, other in zip(rows_of(folder / "ref"), rows_of(tmp_path / name), strict=True):
+            found, expected = other.pop(REF_LOGPS.name), one.pop(REF_LOGPS.name)
+            np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+            assert one == other
+        assert open_data_set(tmp_path / name).manifest.reference == made_by_one
 
 
 def test_kills_leave_no_trace(ranks: Callable[[int], Ranks], tmp_path: Path, folder: Path) -> None:

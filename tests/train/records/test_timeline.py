@@ -1,5 +1,7 @@
 """Timelines: waiting is told from sending, and the ideal schedule is as long as the formula says."""
 
+import dataclasses
+
 import pytest
 
 from jllm.train.records import trace
@@ -35,3 +37,15 @@ def test_waiting_is_what_lies_before_the_other_stage_sends() -> None:
     for row in found.rows:
         ends = [bar.end for bar in row.bars]
         assert all(bar.start >= end - 1e-9 for bar, end in zip(row.bars[1:], ends, strict=False))
+
+
+def test_slices_wait_for_their_own_neighbours() -> None:
+    """Beside the slices of another step: each has the bars of a step of its own."""
+    quick, slow = (step_of(stages=2, micro_batches=2, forward=(each,), transfer=0.25) for each in (1.0, 3.0))
+    later = tuple(dataclasses.replace(each, slice=1) for each in slow.processes)
+    found = timeline_of(dataclasses.replace(quick, processes=(*quick.processes, *later)))
+    both = [(stage, each) for stage in range(2) for each in range(2)]
+    assert [row.name for row in found.rows] == [f"stage {stage}, slice {each}" for stage, each in both]
+    apart = [timeline_of(each).rows for each in (quick, slow)]
+    assert [row.bars for row in found.rows] == [apart[each][stage].bars for stage, each in both]
+    assert [row.name for row in found.ideal] == ["stage 0, ideal", "stage 1, ideal"]
