@@ -21,6 +21,8 @@ FAMILIES = ("llama", "gemma2", *(("qwen2", "qwen3", "mixtral", "phi3") if IN_FUL
 STEPS, HALF = 5, "step-00000003"
 LENGTH = 29
 PP2 = {"pipe_parallel_size": 2, "partition_method": "uniform"}
+CUT = {"pipe_parallel_size": 2, "split_dlayer": True, "partition_method": "3,5"}
+"""Two stages that are cut inside a layer."""
 ULYSSES = {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}
 BALANCED = {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"}
 WHOLE = {"block_mask": False}
@@ -53,14 +55,20 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "sp2 x dp2, ZeRO-1": {**BALANCED, "zero_stage": 1, "checkpoint_grad_attention": True},
         "sp4": {**BALANCED, "sequence_parallel_size": 4, "fused_loss": "on"},
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
-        "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA},
+        "pp2 x sp2, half layers": {**CUT, **BALANCED, "checkpoint_grad_interval": 1},
+        "pp2 x sp2, half layers, by heads": {**CUT, **ULYSSES, "partition_method": "1,7"},
+        "pp2 x sp2, LoRA": {**CUT, **ULYSSES, "_like": "lora", **LORA},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
-    8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
+    8: {"pp2 x tp2 x sp2": {**CUT, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
 }
 if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
-SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
+SAVED = {
+    "llama-ulysses": "shared-ckpt",
+    "llama-sp2 x dp2, ZeRO-1": "zero-ckpt",
+    "llama-pp2 x sp2, half layers": "cut-ckpt",
+}
 """Runs with checkpoints, which one process goes on from."""
 KEYS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "entropy_p50")
 
@@ -157,7 +165,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
             if each["output_dir"].name in SAVED:
                 each |= {"checkpoint": tmp_path / SAVED[each["output_dir"].name], "steps_per_checkpoint": 3}
         if count == 2:
-            runs.append(options_of(tmp_path, "llama", "cut", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
+            runs.append(options_of(tmp_path, "llama", "on", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
         opened = run(count, runs)
         if count == 8:
             assert opened[0]
@@ -169,6 +177,6 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
                 assert_alike(tmp_path, f"{family}-{name}", f"{family}-{more.get('_like', 'one')}")
     joined = [options_of(tmp_path, "llama", name, resume_ckpt=str(tmp_path / name / HALF)) for name in SAVED.values()]
     run(1, joined)
-    for name in ("cut", *SAVED.values()):
+    for name in ("on", *SAVED.values()):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3
         assert_alike(tmp_path, f"llama-{name}", "llama-one")

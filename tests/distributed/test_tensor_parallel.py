@@ -34,6 +34,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence_sharded_norms": True,
         "checkpoint_grad_interval": 2,
     },
+    "pp2xtp2, half layers": {
+        "processes": 4,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "split_dlayer": True,
+        "partition_method": "3,5",
+    },
+    "pp2xtp2, half layers, sharded norms": {
+        "processes": 4,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "sequence_sharded_norms": True,
+        "split_dlayer": True,
+        "partition_method": "1,7",
+        "checkpoint_grad_attention": True,
+    },
     "tp2xdp2": {"processes": 4, "model_parallel_size": 2, "checkpoint_grad_attention": True},
     "tp2xdp2, ZeRO-1": {"processes": 4, "model_parallel_size": 2, "zero_stage": 1},
     "tp4": {"processes": 4, "model_parallel_size": 4},
@@ -88,7 +104,7 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
 )
 def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
     """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened; a
-    loss fused with the part of a head."""
+    loss fused with the part of a head; stages that are cut inside a layer."""
     model = tmp_path / "model"
     make_folder(tiny_config(family, tied=False, vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
@@ -116,7 +132,9 @@ def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, famil
         }
 
     assert ranks(1).run(train_rank, options_of("one")) == [None]
-    assert ranks(4).run(train_rank, options_of("sliced", model_parallel_size=2, pipe_parallel_size=2)) == [None] * 4
+    cut = {"split_dlayer": True, "partition_method": "3,5"}
+    sliced = options_of("sliced", model_parallel_size=2, pipe_parallel_size=2, **cut)
+    assert ranks(4).run(train_rank, sliced) == [None] * 4
     for key in ("loss", "eval_loss", "grad_norm", *(["aux_loss"] if family == "mixtral" else [])):
         expected, found = (records(tmp_path / name / "log", key) for name in ("one", "sliced"))
         assert expected
@@ -195,6 +213,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
             runs.append(
                 {
                     **options,
+                    "partition_method": "uniform",
                     **layout,
                     "model": model,
                     "train_data": (str(data),),
@@ -204,7 +223,6 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
                     "max_steps": STEPS,
                     "lr_scheduler_type": "constant",
                     "output_dir": tmp_path / name,
-                    "partition_method": "uniform",
                 }
             )
         assert ranks(count).run(train_ranks, runs) == [[None] * len(runs)] * count

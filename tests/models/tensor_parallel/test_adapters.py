@@ -15,7 +15,7 @@ from tests.fixtures import random_rows, write_rows
 
 
 def test_lora_beside_slices(tmp_path: Path) -> None:
-    """Four slices share two heads; a checkpoint of 2 x 2 goes on as 1 and as 4."""
+    """Four slices share two heads; a checkpoint of 2 x 2, cut inside a layer, goes on as 1, as 4 and cut elsewhere."""
     save_model(tmp_path / "model", "qwen3")
     write_rows(tmp_path / "data", random_rows(22, vocabulary=96, labels=True, packed=True), files=3)
 
@@ -24,11 +24,13 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         return lora_options(tmp_path, name, **log | {"gradient_clipping": 0.05} | more)
 
     half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
+    cut = {"model_parallel_size": 2, "pipe_parallel_size": 2, "split_dlayer": True}
     outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
     bf16 = {"precision": "bf16"}  # of another type than the model
     runs = [
-        options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
+        options_of("sliced", **cut, partition_method="3,5"),
         options_of("four", model_parallel_size=4, **half),
+        options_of("elsewhere", **cut, partition_method="7,1", **half),
         outside,
         options_of("sliced-bf16", model_parallel_size=2, **bf16),
     ]
@@ -36,7 +38,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         "--model_parallel_size 2 with an adapter on lm_head: slices have them on linear maps of decoder layers; name"
         " those with --lora_target_modules"
     )
-    assert Ranks(4).run(train_ranks, runs) == [[None, None, message, None]] * 4
+    assert Ranks(4).run(train_ranks, runs) == [[None, None, None, message, None]] * 4
     alone = [
         options_of("one"),
         options_of("joined", **half),
@@ -45,7 +47,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
     assert Ranks(1).run(train_ranks, alone) == [[None] * 3]
     expected = records(tmp_path / "one-log")
     whole = adapter_in(tmp_path / "one")
-    for name in ("sliced", "four", "joined"):
+    for name in ("sliced", "four", "elsewhere", "joined"):
         found = records(tmp_path / f"{name}-log")
         assert len(found) == (6 if name == "sliced" else 3)
         for key in ("loss", "grad_norm", "lora_norm_avg", "lora_norm_min", "lora_norm_max"):

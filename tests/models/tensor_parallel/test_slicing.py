@@ -16,6 +16,8 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
         # Latent attention; sinks and experts with biases; activations that train; packed gates; attention that stays
         # whole; the vocabulary alone.
         *((family, {}) for family in ("deepseek_v3", "gpt_oss", "apertus", "glm4", "olmo2", "gpt2")),
+        # Maps of a layer's own, and an embedding inside another module.
+        *((family, {}) for family in ("opt", "modernbert-decoder")),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tied": True}),
     ],
     # Two key and value heads for four ranks, then one; an uneven vocabulary.
@@ -23,46 +25,57 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
 }
 
 
-def sliced_gradients(folders: list[Path], size: int) -> list[tuple[float, dict[str, tuple[Any, Any]]]]:
-    """One rank's losses, and gradients after the sums that the engine makes, with what of the whole they are."""
+def sliced_gradients(folders: list[Path], size: int) -> list[list[tuple[float, dict[str, tuple[Any, Any]]]]]:
+    """One rank's losses, and gradients after the sums that the engine makes, with what of the whole they are; of each
+    folder by `CUTS`, where layers may be cut inside."""
+    import functools
+
     import torch
     import torch.distributed as dist
 
+    from jllm.models.families import shown_halves
     from jllm.models.pipeline import head
-    from jllm.models.pipeline.span import spans_of
-    from jllm.models.pipeline.stage import PipelineStage
+    from jllm.models.pipeline.carving import published_names
     from jllm.models.tensor_parallel.checks import sharers
     from jllm.models.tensor_parallel.marks import partial_gradient
     from jllm.models.tensor_parallel.slicing import slice_stage
-    from jllm.models.weights.loading import load_stage
+    from jllm.models.weights.source import causal_class, read_config
     from jllm.parallel.mesh import Mesh
     from jllm.parallel.tensor.group import TensorGroup
     from jllm.parallel.tensor.slices import slice_of
     from jllm.train.objectives.cross_entropy import CrossEntropy
     from jllm.train.objectives.objective import ObjectiveInUse
-    from tests.models.chain import packed_batch
+    from tests.models.chain import CUTS, chained_loss_and_gradients, load_chain, packed_batch
 
     if size == 4:  # several chunks of tokens, each of which is computed again in the backward pass
         head.CHUNK_ELEMENTS = 5 * 25
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    [span] = spans_of([0, 4])
     answers = []
     for folder in folders:
-        model = load_stage(folder, span, dtype=torch.float32)
-        group = TensorGroup.make(Mesh(tensor=size), dist.get_rank(), sharers=sharers(model.config, size))
-        slice_stage(model, group)
-        stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
-        loss = stage(packed_batch(model.config.vocab_size))
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
-        found = {}
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            if (handle := partial_gradient(parameter)) is not None:
-                dist.all_reduce(parameter.grad, group=handle)
-            found[name] = (parameter.grad.numpy(), slice_of(parameter))
-        answers.append((float(loss.detach()), found))
+        config = read_config(folder)
+        group = TensorGroup.make(Mesh(tensor=size), dist.get_rank(), sharers=sharers(config, size))
+        by_cut = []
+        for boundaries in CUTS if shown_halves(causal_class(config))[0] else CUTS[:1]:
+            stages = load_chain(
+                folder,
+                boundaries,
+                in_halves=True,
+                objective=ObjectiveInUse(CrossEntropy()),
+                cut=functools.partial(slice_stage, group=group),
+            )
+            loss, gradients = chained_loss_and_gradients(stages, *packed_batch(config.vocab_size))
+            found: dict[str, tuple[Any, Any]] = {}
+            for stage in stages:
+                names = published_names(stage.model, stage.span)
+                for name, parameter in stage.model.named_parameters():
+                    if (published := names[name]) not in found:
+                        gradient = gradients[published]
+                        if (handle := partial_gradient(parameter)) is not None:
+                            dist.all_reduce(gradient, group=handle)
+                        found[published] = (gradient.numpy(), slice_of(parameter))
+            by_cut.append((float(loss), found))
+        answers.append(by_cut)
     return answers
 
 
@@ -85,13 +98,13 @@ def test_loss_and_gradients(tmp_path: Path, size: int) -> None:
         mean, gradients = whole_loss_and_gradients(whole, *batch)
         trained = int((batch[1][0] != -100).sum())
         for rank, answers in enumerate(by_rank):
-            loss, found = answers[number]
-            assert abs(loss / trained - float(mean)) <= LIMIT
-            assert set(found) == set(gradients)
-            for name, (gradient, part) in found.items():
-                where = f"{CASES[size][number]}, rank {rank}, {name}"
-                if (inside := re.match(r".*?\.(?:layers|h)\.\d+\.(.*)", name)) is not None:
-                    assert shown_slices(type(whole)).axis(inside[1]) == (part and part.axis), where
-                expected = gradients[name] if part is None else part.of(gradients[name])
-                found_one = torch.from_numpy(gradient) / trained
-                assert (found_one - expected).abs().max() <= LIMIT * max(1.0, float(expected.abs().max())), where
+            for cut, (loss, found) in enumerate(answers[number]):
+                assert abs(loss / trained - float(mean)) <= LIMIT
+                assert set(found) == set(gradients)
+                for name, (gradient, part) in found.items():
+                    where = f"{CASES[size][number]}, rank {rank}, cut {cut}, {name}"
+                    if (inside := re.match(r".*?\.(?:layers|h)\.\d+\.(.*)", name)) is not None:
+                        assert shown_slices(type(whole)).axis(inside[1]) == (part and part.axis), where
+                    expected = gradients[name] if part is None else part.of(gradients[name])
+                    found_one = torch.from_numpy(gradient) / trained
+                    assert (found_one - expected).abs().max() <= LIMIT * max(1.0, float(expected.abs().max())), where
