@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import Ranks
+from tests.models.chain import CUTS
 from tests.models.family_check import load_whole, make_folder
 from tests.models.moved import move_weights
 from tests.models.slice_check import show_slices
@@ -14,12 +15,13 @@ from tests.models.tiny import tiny_config
 @pytest.mark.parametrize(
     ("family", "size"), [("llama", 2), ("gemma2", 2), ("mixtral", 2), ("deepseek_v3", 2), ("qwen3", 4)]
 )
-def test_loss_gradients_and_export(tmp_path: Path, family: str, size: int) -> None:
+@pytest.mark.parametrize("boundaries", CUTS, ids=["one stage", "half layers"])
+def test_loss_gradients_and_export(tmp_path: Path, family: str, size: int, boundaries: list[int]) -> None:
     """Of rows whose tokens the slices do not divide; experts and latent attention need all tokens inside."""
     make_folder(tiny_config(family), tmp_path / "whole")
     moved = tmp_path / "moved"
     whole = move_weights(load_whole(tmp_path / "whole"), moved)
-    assert show_slices(whole, moved, "layers", size, sharded_norms=True)
+    assert show_slices(whole, moved, "layers", size, sharded_norms=True, boundaries=boundaries)
 
 
 def kept_bytes(folder: Path, sharded_norms: bool) -> int:
