@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from jllm.models.pipeline.costs import estimate_costs
 from tests.distributed.ranks import Ranks
 from tests.models.chain import CUTS
 from tests.models.family_check import load_whole, make_folder
@@ -63,7 +65,15 @@ def both(folder: Path) -> tuple[int, int]:
 
 
 def test_less_is_kept(tmp_path: Path) -> None:
-    """Of a wide model nearly all that norms and sums keep is halved."""
-    make_folder(tiny_config("llama", hidden_size=128, intermediate_size=64), tmp_path / "whole")
+    """Of what norms and sums keep, half; and the stage table knows it."""
+    config = tiny_config("llama", hidden_size=128, intermediate_size=352)
+    make_folder(config, tmp_path / "whole")
+    shape = {"sequence_length": 64, "micro_batch_size": 2, "dtype": torch.float32, "slices": 2}
+    whole, shared = (
+        sum(layer.activation_bytes for layer in estimate_costs(config, **shape, sharded_norms=is_shared).layers)
+        for is_shared in (False, True)
+    )
     for plain, sharded in Ranks(2).run(both, tmp_path / "whole"):
         assert sharded < 0.85 * plain, (sharded, plain)
+        assert shared == pytest.approx(sharded, rel=0.15)
+        assert shared / whole == pytest.approx(sharded / plain, rel=0.15)
