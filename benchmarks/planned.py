@@ -9,27 +9,36 @@ all estimates over their measurements that is furthest from 1. Needs no device, 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_rows import SETTINGS, llama  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
+
+from benchmarks.gpu_rows import LORA_RANK, SETTINGS, Setting, llama  # noqa: E402
+from jllm.models.weights.quantisation import Quantisation, plan_quantisation  # noqa: E402
 from jllm.train.planning.cluster import Cluster, peak_of  # noqa: E402
 from jllm.train.planning.layouts import Estimate, Layout, Wanted, estimate  # noqa: E402
 
+QLORA = "qlora-8b"
+"""`qlora_8b.py --length 4096 --recompute`."""
+SETTINGS_OF = {**SETTINGS, QLORA: Setting(shape="8b", rows=1, accumulation=4, lora=True, recompute=True)}
 MEASURED = {
     "wide-kahan": (36.0, 40_589),
     "wide-masters": (56.8, 39_153),
     "1b-kahan": (31.0, 65_298),
     "1b-masters": (41.7, 63_242),
     "two-stages": (38.3, 74_079),
+    "lora-8b": (50.9, 15_568),
+    QLORA: (8.1, 9_966),
 }
 """By the name of the setting: GiB of the fullest device (1b-masters: of its packed rows), and tokens a second."""
 
 
 def planned(name: str) -> Estimate:
     """The estimate of a setting."""
-    setting = SETTINGS[name]
+    setting = SETTINGS_OF[name]
     peak = peak_of("H200")
     assert peak is not None
     devices = {"devices": setting.devices, "devices_per_node": 8}
@@ -43,11 +52,20 @@ def planned(name: str) -> Estimate:
         micro_batches=setting.accumulation,
         interval=int(setting.recompute),
     )
+    config = llama(setting.shape)
+    adapters: dict[str, Any] = {}
+    if setting.lora:
+        from jllm.models.adapters.lora_plan import LoraChoice, plan_lora  # here: peft may not be there
+
+        adapters["lora"] = plan_lora(config, LlamaForCausalLM, LoraChoice(rank=LORA_RANK, alpha=LORA_RANK))
+    if name == QLORA:
+        adapters["quantised"] = plan_quantisation(config, LlamaForCausalLM, Quantisation(bits=4), folder=ROOT)
     wanted = Wanted(
-        config=llama(setting.shape),
+        config=config,
         length=setting.length,
         rows=setting.rows * setting.accumulation,
         optimizer="adamw_kahan" if setting.states == "bf16" else "adamw",
+        **adapters,
     )
     return estimate(wanted, cluster, layout)
 

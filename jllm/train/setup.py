@@ -219,6 +219,7 @@ def plan_stages(
         in_halves=config.split_dlayer and shape.mesh.pipe > 1,
         slices=shape.mesh.tensor,
         shares=shape.mesh.sequence,
+        sharded_norms=config.sequence_sharded_norms,
     )
     operations = costs.operations
     if config.partition_method == "profile" and shape.mesh.pipe > 1:

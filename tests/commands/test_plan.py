@@ -71,10 +71,37 @@ def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
     )
 
 
+def test_flags_of_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each where the fastest layout has it."""
+    last = plan(capsys, "--gpus", "6", "--split_dlayer").splitlines()[-1]
+    assert "--pipe_parallel_size" in last
+    assert " --split_dlayer " in last
+    assert "--split_dlayer" not in plan(capsys, "--gpus", "1", "-m", "llama-3.2-1b", "--split_dlayer")
+    of_slices = plan(capsys, "--gpus", "8", "--gpu_memory", "38G", "--sequence_sharded_norms", "--seq_len", "1024")
+    assert ("--model_parallel_size" in of_slices) == ("--sequence_sharded_norms" in of_slices)
+
+
+def test_adapters_need_less(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+    words = ("-m", "llama-3-8b", "--gpus", "1", "--lora_dim", "16", "--json")
+    leanest = []
+    for more in ([], ["--load_in_8bit"], ["--load_in_4bit"]):
+        main([*words, *more, "--show", "100"])
+        leanest.append(min(each["memory"] for each in json.loads(capsys.readouterr().out)["layouts"]))
+    assert leanest[0] < 18 * 2**30
+    assert leanest == sorted(leanest, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ([], "--model"),
+        (["-m", "llama-3-8b", "--load_in_4bit"], "--load_in_4bit: a quantised model is not trained itself"),
+        (["-m", "llama-3-8b", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit and --load_in_8bit exclude"),
+        (
+            ["-m", "llama-3-8b", "--sequence_sharded_norms", "--lora_dim", "4"],
+            "--sequence_sharded_norms with --lora_dim 4: tokens shared by slices were not shown to work with it",
+        ),
         (["-m", "nowhere"], "--model nowhere: no such folder, and no published shape"),
         (["-m", "llama-3-8b", "--gpu", "abacus"], "--gpu abacus: its peak is not known"),
         (["-m", "llama-3-8b", "--gpu_memory", "much"], "--gpu_memory"),

@@ -50,7 +50,7 @@ def train_compiled(options: dict[str, Any], console: Path, without: int | None =
     "more",
     [
         {},
-        {"model_parallel_size": 2},
+        {"model_parallel_size": 2, "split_dlayer": True, "partition_method": "3,5"},
         {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"},
         {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"},
     ],
@@ -86,8 +86,9 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, more:
     assert "is not compiled" not in said
     for answer, graphs, folder in found:
         assert answer is None
-        # Training and evaluation, at the usual shape and at others; before and behind attention over shared rows.
-        assert 2 <= graphs <= (12 if "sequence_parallel_size" in more else 4)
+        # Training and evaluation, at the usual shape and at others; before and behind attention over shared rows; of
+        # whole layers and of a half.
+        assert 2 <= graphs <= (12 if "sequence_parallel_size" in more else 8 if "split_dlayer" in more else 4)
         assert Path(folder).stat().st_mode & 0o077 == 0
     losses, norms, weights = train_reference(
         model, batches_in_order(data, steps=STEPS, global_batch=4, seed=7), options=options

@@ -22,6 +22,8 @@ FAMILIES = ("llama", "gemma2", *(("qwen2", "qwen3", "mixtral", "phi3") if IN_FUL
 STEPS, HALF = 5, "step-00000003"
 LENGTH = 29
 PP2 = {"pipe_parallel_size": 2, "partition_method": "uniform"}
+CUT = {"pipe_parallel_size": 2, "split_dlayer": True, "partition_method": "3,5"}
+"""Two stages that are cut inside a layer."""
 ULYSSES = {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}
 BALANCED = {"sequence_parallel_size": 2, "sequence_parallel_mode": "balanced"}
 WHOLE = {"block_mask": False}
@@ -77,10 +79,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "sp2 x dp2, bf16": {**ULYSSES, "_like": "bf16", **BF16},
         "sp2 x dp2, bf16, host": {**ULYSSES, "_like": "bf16", **BF16, "offload_optimizer": True},
         "pp2 x sp2, routed": {**PP2, **ULYSSES, "_like": "routed", **ROUTED},
-        "pp2 x sp2, LoRA": {**PP2, **ULYSSES, "_like": "lora", **LORA, "only_ckpt_lora": True},
+        "pp2 x sp2, half layers": {**CUT, **BALANCED, "checkpoint_grad_interval": 1},
+        "pp2 x sp2, half layers, by heads": {**CUT, **ULYSSES, "partition_method": "1,7"},
+        "pp2 x sp2, LoRA": {**CUT, **ULYSSES, "_like": "lora", **LORA, "only_ckpt_lora": True},
         "pp2 x sp2, by tokens": {**PP2, **BALANCED, "_like": "tokens", **BY_TOKENS},
     },
-    8: {"pp2 x tp2 x sp2": {**PP2, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
+    8: {"pp2 x tp2 x sp2": {**CUT, **BALANCED, "model_parallel_size": 2, "fused_loss": "on"}},
 }
 if importlib.util.find_spec("peft") is None:
     del ONES["lora"], LAYOUTS[4]["pp2 x sp2, LoRA"]
@@ -88,7 +92,11 @@ if importlib.util.find_spec("peft") is None or importlib.util.find_spec("bitsand
     for few_bits in ("nf4", "int8", "dora"):
         del ONES[few_bits]
     LAYOUTS[2] = {name: more for name, more in LAYOUTS[2].items() if more.get("_like", "one") in ONES}
-SAVED = {"llama-ulysses": "shared-ckpt", "llama-sp2 x dp2, ZeRO-1": "zero-ckpt"}
+SAVED = {
+    "llama-ulysses": "shared-ckpt",
+    "llama-sp2 x dp2, ZeRO-1": "zero-ckpt",
+    "llama-pp2 x sp2, half layers": "cut-ckpt",
+}
 """Runs with checkpoints, which one process goes on from."""
 EXPORTED = {"llama-exports": "exports-ckpt"}
 """One whose checkpoints are folders of the model."""
@@ -199,7 +207,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
             if each.get("only_ckpt_lora"):
                 each |= {"checkpoint": tmp_path / "adapters", "steps_per_checkpoint": STEPS}
         if count == 2:
-            runs.append(options_of(tmp_path, "llama", "cut", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
+            runs.append(options_of(tmp_path, "llama", "on", **BALANCED, resume_ckpt=str(tmp_path / "one-ckpt" / HALF)))
         opened = run(count, runs)
         if count == 8:
             assert opened[0]
@@ -222,6 +230,6 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> No
         assert all((exported[key] == saved[key]).all() for key in exported)
     on_device, on_host = (records(tmp_path / f"llama-sp2 x dp2, bf16{where}-log") for where in ("", ", host"))
     assert [record["loss"] for record in on_device] == [record["loss"] for record in on_host]
-    for name in ("cut", *SAVED.values()):
+    for name in ("on", *SAVED.values()):
         assert len(records(tmp_path / f"llama-{name}-log")) == STEPS - 3
         assert_alike(tmp_path, f"llama-{name}", "llama-one")

@@ -16,6 +16,8 @@ from tests.models.tiny import tiny_config
 
 STEPS = 4
 SLICES = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+CUT = {**SLICES, "split_dlayer": True, "partition_method": "3,5"}
+"""The same of stages that are cut inside a layer."""
 OF_EVALUATIONS = ("eval_loss", "eval_tokens", "accuracy", "top5_accuracy", "loss_p50", "loss_p99", "entropy_p50")
 
 
@@ -78,7 +80,8 @@ def test_noise_goes_on_alike_on_all_slices(ranks: Callable[[int], Ranks], tmp_pa
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma2"])
 def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, family: str) -> None:
-    """Experts are cut along their second axis; a tied embedding is on both ends. Four ranks share two heads."""
+    """Experts are cut along their second axis; a tied embedding is on both ends. Four ranks share two heads. Stages
+    are cut inside a layer, or are not."""
     from jllm.train.checkpoint.to_folder import to_folder
 
     make_folder(tiny_config(family, tied=family == "gemma2", vocab_size=VOCABULARY), tmp_path / "model")
@@ -89,7 +92,7 @@ def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, fami
         ranks,
         4,
         [
-            options_of(tmp_path, "slices", **SLICES),
+            options_of(tmp_path, "slices", **CUT),
             options_of(tmp_path, "zero", model_parallel_size=2, zero_stage=1),
             options_of(tmp_path, "four", model_parallel_size=4, resume_ckpt=str(tmp_path / "slices" / half)),
         ],
@@ -124,8 +127,9 @@ def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, fami
         ranks,
         4,
         [
-            options_of(tmp_path, "slices", **SLICES, resume_ckpt="auto"),
-            options_of(tmp_path, "cut", **SLICES, resume_ckpt=str(tmp_path / "one" / half)),
+            options_of(tmp_path, "slices", **CUT, resume_ckpt="auto"),
+            options_of(tmp_path, "whole", **SLICES, resume_ckpt=str(tmp_path / "slices" / half)),
+            options_of(tmp_path, "cut", **CUT, resume_ckpt=str(tmp_path / "one" / half)),
             {
                 **options_of(tmp_path, "converted", model_parallel_size=2, from_ckpt=tmp_path / "slices"),
                 "num_train_epochs": 0,
@@ -137,4 +141,6 @@ def test_other_layouts_go_on(ranks: Callable[[int], Ranks], tmp_path: Path, fami
     assert distance(tmp_path / "converted-out", tmp_path / "straight-out") == 0
     assert losses(tmp_path, "slices") == straight
     assert distance(tmp_path / "slices-out", tmp_path / "straight-out") == 0
-    assert losses(tmp_path, "cut") == pytest.approx(expected[2:], abs=1e-5)
+    for name in ("whole", "cut"):
+        assert losses(tmp_path, name) == pytest.approx(expected[2:], abs=1e-5), name
+        assert distance(tmp_path / f"{name}-out", tmp_path / "one-out") <= 1e-5, name

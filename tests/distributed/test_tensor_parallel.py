@@ -34,10 +34,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence_sharded_norms": True,
         "checkpoint_grad_interval": 2,
     },
+    "pp2xtp2, half layers": {
+        "processes": 4,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "split_dlayer": True,
+        "partition_method": "3,5",
+    },
+    "pp2xtp2, half layers, sharded norms": {
+        "processes": 4,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "sequence_sharded_norms": True,
+        "split_dlayer": True,
+        "partition_method": "1,7",
+        "checkpoint_grad_attention": True,
+    },
     "tp2xdp2": {"processes": 4, "model_parallel_size": 2, "checkpoint_grad_attention": True},
     "tp2xdp2, ZeRO-1": {"processes": 4, "model_parallel_size": 2, "zero_stage": 1},
     "tp4": {"processes": 4, "model_parallel_size": 4},
 }
+FEW = {"tp4": ("llama", "qwen3"), "pp2xtp2, half layers, sharded norms": ("llama", "mixtral")}
+"""Layouts that not all families are tried in."""
 
 
 def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
@@ -93,7 +111,7 @@ def test_bf16_is_near_one_process(ranks: Callable[[int], Ranks], tmp_path: Path)
 )
 def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, family: str, given: dict[str, Any]) -> None:
     """Another loss of a token, weights at random, rates of their own; parameters that stay, routers that are evened; a
-    loss fused with the part of a head; noise, and activations in host memory."""
+    loss fused with the part of a head; noise, activations in host memory; stages that are cut inside a layer."""
     model = tmp_path / "model"
     make_folder(tiny_config(family, tied=False, vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
@@ -121,7 +139,9 @@ def test_with_other_options(ranks: Callable[[int], Ranks], tmp_path: Path, famil
         }
 
     assert ranks(1).run(train_rank, options_of("one")) == [None]
-    assert ranks(4).run(train_rank, options_of("sliced", model_parallel_size=2, pipe_parallel_size=2)) == [None] * 4
+    cut = {"split_dlayer": True, "partition_method": "3,5"}
+    sliced = options_of("sliced", model_parallel_size=2, pipe_parallel_size=2, **cut)
+    assert ranks(4).run(train_rank, sliced) == [None] * 4
     for key in ("loss", "eval_loss", "grad_norm", *(["aux_loss"] if family == "mixtral" else [])):
         expected, found = (records(tmp_path / name / "log", key) for name in ("one", "sliced"))
         assert expected
@@ -189,7 +209,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
     make_folder(tiny_config(family, tied=family in ("gemma2", "qwen3"), vocab_size=VOCABULARY), model)
     data = write_rows(tmp_path / "data", random_rows(12, labels=True, packed=True), files=2)
     options = {"optimizer": "sgd", "learning_rate": 0.02, "gradient_clipping": 0.7, "seed": 7}
-    names = [name for name in LAYOUTS if name != "tp4" or family in ("llama", "qwen3")]
+    names = [name for name in LAYOUTS if name not in FEW or family in FEW[name]]
     for count in (2, 4):
         runs = []
         for name in names:
@@ -200,6 +220,7 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
             runs.append(
                 {
                     **options,
+                    "partition_method": "uniform",
                     **layout,
                     "model": model,
                     "train_data": (str(data),),
@@ -209,7 +230,6 @@ def test_equals_one_process(ranks: Callable[[int], Ranks], tmp_path: Path, famil
                     "max_steps": STEPS,
                     "lr_scheduler_type": "constant",
                     "output_dir": tmp_path / name,
-                    "partition_method": "uniform",
                 }
             )
         assert ranks(count).run(train_ranks, runs) == [[None] * len(runs)] * count

@@ -13,7 +13,11 @@ from jllm.models.pipeline.carving import published_names, tied_parameter
 from jllm.models.pipeline.head import Head
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.stage import Objective, PipelineStage, accepted_arguments
+from jllm.models.sequence_parallel.share import SequenceShare
 from jllm.models.weights.loading import load_stage
+
+CUTS = ([0, 8], [0, 1, 3, 5, 7, 8])
+"""In half layers of four: one stage, and every layer on two of them."""
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -71,12 +75,13 @@ def load_chain(
     objective: Objective = token_objective,
     head_apart: bool | None = None,
     in_halves: bool = False,
+    share: SequenceShare | None = None,
     **keywords: Any,
 ) -> list[PipelineStage]:
     """All stages, each loaded on its own; with `in_halves` the boundaries count half layers."""
     options: dict[str, Any] = {"dtype": torch.float32, **keywords}
     return [
-        PipelineStage(load_stage(folder, span, **options), span, objective, head_apart=head_apart)
+        PipelineStage(load_stage(folder, span, **options), span, objective, head_apart=head_apart, share=share)
         for span in spans_of(boundaries, in_halves=in_halves)
     ]
 

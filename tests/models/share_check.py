@@ -10,6 +10,10 @@ LENGTH = 29
 """The last documents of rows are longer than windows of 8."""
 
 
+Answer = tuple[float, dict[str, Any]] | str
+"""A sum of losses, and of gradients; of what fails, how."""
+
+
 def how_shared(folder: Path) -> str:
     """`Family.shared_rows` of the model in `folder`."""
     from jllm.errors import UserError
@@ -21,61 +25,80 @@ def how_shared(folder: Path) -> str:
         check_sequence_parallel(config, causal_class(config), 2)
     except UserError:
         return "no"
-    [of_modes], *_ = Ranks(2).run(shared_gradients, [folder])
-    worst = [worst_of(folder, answer) for answer in of_modes]
+    [by_way], *_ = Ranks(2).run(shared_gradients, [folder])
+    worst = [worst_of(folder, answer) for answer in by_way.values()]
     return "no" if any(isinstance(each, str) or each > LIMIT for each in worst) else "yes"
 
 
-def shared_gradients(folders: list[Path]) -> list[list[tuple[float, dict[str, Any]] | str]]:
-    """One rank's sums of losses and of gradients, for each folder and mode; of what fails, how."""
+def shared_gradients(folders: list[Path]) -> list[dict[str, Answer]]:
+    """One rank's of each folder, by mode, and by stages where layers may be cut inside."""
     import torch
     import torch.distributed as dist
 
-    from jllm.models.pipeline.span import spans_of
-    from jllm.models.pipeline.stage import PipelineStage
-    from jllm.models.sequence_parallel.attention import NAME
+    from jllm.models.families import shown_halves
     from jllm.models.sequence_parallel.checks import plan_runs
     from jllm.models.sequence_parallel.share import MODES, SequenceShare
-    from jllm.models.weights.loading import load_stage
+    from jllm.models.weights.source import causal_class, read_config
     from jllm.parallel.mesh import Mesh
     from jllm.parallel.sequence.group import SequenceGroup
-    from jllm.train.objectives.cross_entropy import CrossEntropy
-    from jllm.train.objectives.objective import ObjectiveInUse
-    from tests.models.chain import packed_batch
+    from tests.models.chain import CUTS
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     ranks = dist.get_world_size()
     group = SequenceGroup.make(Mesh(sequence=ranks), dist.get_rank())
-    [span] = spans_of([0, 4])
-    answers: list[list[tuple[float, dict[str, Any]] | str]] = []
+    answers: list[dict[str, Answer]] = []
     for folder in folders:
-        found: list[tuple[float, dict[str, Any]] | str] = []
+        config = read_config(folder)
+        family = causal_class(config)
+        found: dict[str, Answer] = {}
         for mode in MODES:
-            try:
-                model = load_stage(folder, span, dtype=torch.float32, attn_implementation=NAME)
-                plan = plan_runs(model.config, type(model), ranks, slices=1, mode=mode, by_lengths=False)
-                share = SequenceShare(plan=plan, group=group)
-                stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()), share=share)
-                loss = stage(packed_batch(model.config.get_text_config(decoder=True).vocab_size, length=LENGTH))
-                assert isinstance(loss, torch.Tensor)
-                loss.backward()
-            except Exception as error:  # the same on every rank: they compute alike
-                found.append(f"{type(error).__name__}: {error}")
-                continue
-            total = loss.detach()
-            dist.all_reduce(total)
-            gradients = {}
-            for name, parameter in model.named_parameters():
-                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-                dist.all_reduce(gradient)
-                gradients[name] = gradient.numpy()
-            found.append((float(total), gradients))
+            plan = plan_runs(config, family, ranks, slices=1, mode=mode, by_lengths=False)
+            share = SequenceShare(plan=plan, group=group)
+            for boundaries in CUTS if shown_halves(family)[0] else CUTS[:1]:
+                try:
+                    answer: Answer = _summed_gradients(folder, boundaries, share)
+                except Exception as error:  # the same on every rank: they compute alike
+                    answer = f"{type(error).__name__}: {error}"
+                found[f"{mode}, {len(boundaries) - 1} stages"] = answer
         answers.append(found)
     return answers if dist.get_rank() == 0 else []
 
 
-def worst_of(folder: Path, answer: tuple[float, dict[str, Any]] | str) -> float | str:
+def _summed_gradients(folder: Path, boundaries: list[int], share: Any) -> tuple[float, dict[str, Any]]:
+    """The sums over all ranks of stages between `boundaries`, in half layers."""
+    import torch
+    import torch.distributed as dist
+
+    from jllm.models.pipeline.carving import published_names
+    from jllm.models.sequence_parallel.attention import NAME
+    from jllm.train.objectives.cross_entropy import CrossEntropy
+    from jllm.train.objectives.objective import ObjectiveInUse
+    from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
+
+    stages = load_chain(
+        folder,
+        boundaries,
+        in_halves=True,
+        objective=ObjectiveInUse(CrossEntropy()),
+        share=share,
+        attn_implementation=NAME,
+    )
+    vocab = stages[0].model.config.get_text_config(decoder=True).vocab_size
+    total, own = chained_loss_and_gradients(stages, *packed_batch(vocab, length=LENGTH))
+    dist.all_reduce(total)
+    gradients = {}
+    for stage in stages:
+        names = published_names(stage.model, stage.span)
+        for name, parameter in stage.model.named_parameters():
+            if (published := names[name]) not in gradients:
+                gradient = own.get(published, torch.zeros_like(parameter))
+                dist.all_reduce(gradient)
+                gradients[published] = gradient.numpy()
+    return float(total), gradients
+
+
+def worst_of(folder: Path, answer: Answer) -> float | str:
     """How far the loss or a gradient is from those of whole rows."""
     import torch
 

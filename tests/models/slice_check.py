@@ -100,8 +100,18 @@ def _shards_norms(whole: PreTrainedModel, folder: Path, how: str) -> bool:
     return True
 
 
-def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int, *, sharded_norms: bool = False) -> list[str]:
+def show_slices(
+    whole: PreTrainedModel,
+    folder: Path,
+    how: str,
+    size: int,
+    *,
+    sharded_norms: bool = False,
+    boundaries: list[int] | None = None,
+) -> list[str]:
     """Compare so many slices of the model in `folder` with it; which parameters of its layers are cut, and how.
+
+    `boundaries` are of stages, in half layers; None for one stage.
 
     Raises:
         DiffersError: something is not that of the whole model.
@@ -109,7 +119,9 @@ def show_slices(whole: PreTrainedModel, folder: Path, how: str, size: int, *, sh
     ways = (False, True) if takes_packed_rows(whole) else (False,)
     target = folder.with_name(f"sliced-{how}-{size}")
     try:
-        by_rank: list[Found] = Ranks(size).run(sliced_rank, folder, target, how, ways, sharded_norms, timeout=60)
+        by_rank: list[Found] = Ranks(size).run(
+            sliced_rank, folder, target, how, ways, sharded_norms, boundaries, timeout=60
+        )
     except AssertionError as error:  # a rank's exception, or none of its answers
         raise DiffersError(f"they fail in slices ({_last_words(str(error))})") from None
     vocab = whole.config.get_text_config(decoder=True).vocab_size
@@ -151,19 +163,25 @@ def _last_words(text: str) -> str:
     return text.partition("\n")[0].partition(": ")[2][:100] or text[:100]
 
 
-def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...], sharded_norms: bool) -> Found:
+def sliced_rank(
+    folder: Path,
+    target: Path,
+    how: str,
+    ways: tuple[bool, ...],
+    sharded_norms: bool,
+    boundaries: list[int] | None,
+) -> Found:
     """One rank."""
+    import functools
+
     import torch.distributed as dist
 
     from jllm.models.pipeline.carving import published_names, structure_of
-    from jllm.models.pipeline.span import spans_of
-    from jllm.models.pipeline.stage import PipelineStage
     from jllm.models.pipeline.structure import count_layers
     from jllm.models.tensor_parallel.checks import sharers
     from jllm.models.tensor_parallel.marks import partial_gradient
     from jllm.models.tensor_parallel.saving import sliced_files
     from jllm.models.tensor_parallel.slicing import slice_stage
-    from jllm.models.weights.loading import load_stage
     from jllm.models.weights.saving import write_companions, write_index
     from jllm.models.weights.source import read_config
     from jllm.parallel.mesh import Mesh
@@ -171,34 +189,43 @@ def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...], sh
     from jllm.parallel.tensor.slices import slice_of
     from jllm.train.objectives.cross_entropy import CrossEntropy
     from jllm.train.objectives.objective import ObjectiveInUse
+    from tests.models.chain import chained_loss_and_gradients, load_chain
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, size = dist.get_rank(), dist.get_world_size()
-    [span] = spans_of([0, count_layers(read_config(folder))])
-    model = load_stage(folder, span, dtype=torch.float32)
-    group = TensorGroup.make(Mesh(tensor=size), rank, sharers=sharers(model.config, size))
-    slice_stage(model, group, how=how, sharded_norms=sharded_norms)
-    names = published_names(model, span)
-    stage = PipelineStage(model, span, ObjectiveInUse(CrossEntropy()))
-    answers, vocab = [], model.config.get_text_config(decoder=True).vocab_size
+    config = read_config(folder)
+    group = TensorGroup.make(Mesh(tensor=size), rank, sharers=sharers(config, size))
+    stages = load_chain(
+        folder,
+        boundaries or [0, 2 * count_layers(config)],
+        in_halves=True,
+        objective=ObjectiveInUse(CrossEntropy()),
+        cut=functools.partial(slice_stage, group=group, how=how, sharded_norms=sharded_norms),
+    )
+    parameters = {}
+    for stage in stages:
+        names = published_names(stage.model, stage.span)
+        parameters.update({names[name]: each for name, each in stage.model.named_parameters()})
+    answers, vocab = [], config.get_text_config(decoder=True).vocab_size
     for packed in ways:
-        stage.zero_grad()
         torch.manual_seed(0)
-        loss = stage(packed_batch(vocab, length=LENGTH, packed=packed))
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
+        loss, gradients = chained_loss_and_gradients(stages, *packed_batch(vocab, length=LENGTH, packed=packed))
         found = {}
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        for name, parameter in parameters.items():
+            gradient = gradients.get(name, torch.zeros_like(parameter))
             if (handle := partial_gradient(parameter)) is not None:
                 dist.all_reduce(gradient, group=handle)
-            found[names[name]] = (gradient.clone().numpy(), slice_of(parameter))
-        answers.append((float(loss.detach()), found))
-    head = model.get_output_embeddings()
+            found[name] = (gradient.clone().numpy(), slice_of(parameter))
+        answers.append((float(loss), found))
+    head = stages[-1].model.get_output_embeddings()
     if head is None or slice_of(head.get_parameter("weight")) is None:
         raise DiffersError("its head is no map to the vocabulary")
-    files = sliced_files(model, span, dtype=torch.float32, source=None, rank=rank, ranks=size)
+    files = [
+        file
+        for stage in stages
+        for file in sliced_files(stage.model, stage.span, dtype=torch.float32, source=None, rank=rank, ranks=size)
+    ]
     if rank == 0:
         target.mkdir(exist_ok=True)
         for file in files:
@@ -208,11 +235,11 @@ def sliced_rank(folder: Path, target: Path, how: str, ways: tuple[bool, ...], sh
         file.write(target, is_first=rank == 0)
     dist.barrier()
     if rank == 0:
-        write_companions(model, target, dtype=torch.float32, source=folder)
+        write_companions(stages[0].model, target, dtype=torch.float32, source=folder)
         write_index(target)
-    prefix = f"{structure_of(model).layers}."
+    prefix = f"{structure_of(stages[0].model).layers}."
     entries = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if name.startswith(prefix):
             part = slice_of(parameter)
             inside = name.removeprefix(prefix).partition(".")[2]

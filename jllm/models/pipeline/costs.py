@@ -9,6 +9,8 @@ backward pass. Estimates rank layers well and stages within some percent; they d
 Costs: building the model on the meta device, some milliseconds per layer.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +20,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from jllm.models.families import VOCABULARY, has_head_apart, has_plain_head, shown_slices
-from jllm.models.pipeline.carving import plain_name
-from jllm.models.pipeline.halves import as_modules, find_halves
+from jllm.models.families import has_head_apart, has_plain_head
+from jllm.models.pipeline.counted import CountedModel
+from jllm.models.pipeline.halves import as_modules
 from jllm.models.pipeline.head import tokens_of_a_chunk
 from jllm.models.pipeline.layer_costs import (
     Parts,
@@ -31,9 +33,7 @@ from jllm.models.pipeline.layer_costs import (
     unpacked,
     weights_used,
 )
-from jllm.models.pipeline.structure import Structure, find_structure, whole_structure
 from jllm.models.trainable import ParameterChoice, matching
-from jllm.models.weights.source import bare_model, causal_class
 
 # Forward and backward pass in units of the forward pass, and with the forward pass repeated.
 _TRAINING, _RECOMPUTED = 3.0, 4.0
@@ -100,7 +100,11 @@ class Parameters:
         )
 
     def __sub__(self, other: "Parameters") -> "Parameters":
-        return self + Parameters(total=-other.total, trained=-other.trained, quantised=-other.quantised)
+        return Parameters(
+            total=self.total - other.total,
+            trained=self.trained - other.trained,
+            quantised=self.quantised - other.quantised,
+        )
 
 
 NO_PARAMETERS = Parameters(total=0, trained=0)
@@ -166,9 +170,22 @@ class Costs:
         )
         return replace(self, layers=layers, in_halves=False)
 
+    # Partitions ask for every stage that there could be, so what lies between two layers is summed once.
+    @functools.cached_property
+    def _parameters_before(self) -> list[Parameters]:
+        return [*itertools.accumulate((layer.parameters for layer in self.layers), initial=NO_PARAMETERS)]
+
+    @functools.cached_property
+    def _times_from(self) -> list[list[float]]:
+        return _sums_from([layer.time for layer in self.layers])
+
+    @functools.cached_property
+    def _kept_from(self) -> list[list[float]]:
+        return _sums_from([layer.activation_bytes for layer in self.layers])
+
     def parameters(self, first: int, end: int) -> Parameters:
         """Parameters of a stage that owns layers [first, end)."""
-        count = sum((layer.parameters for layer in self.layers[first:end]), NO_PARAMETERS)
+        count = self._parameters_before[end] - self._parameters_before[first]
         if first == 0:
             count += self.embedding_parameters
         if end == len(self.layers):
@@ -184,13 +201,13 @@ class Costs:
 
     def time(self, first: int, end: int) -> float:
         """Time of a stage for one micro-batch, forward and backward."""
-        total = sum(layer.time for layer in self.layers[first:end])
+        total = self._times_from[first][end - first]
         total += self.embedding_time if first == 0 else 0.0
         return total + (self.head_time if end == len(self.layers) else 0.0)
 
     def memory(self, first: int, end: int, *, in_flight: int) -> float:
         """Estimated peak bytes of a stage that keeps `in_flight` micro-batches between forward and backward."""
-        kept = sum(layer.activation_bytes for layer in self.layers[first:end])
+        kept = self._kept_from[first][end - first]
         kept += self.embedding_activation_bytes if first == 0 else self.boundary_bytes
         parameters = self.parameters(first, end)
         frozen = parameters.total - parameters.trained - parameters.quantised
@@ -219,7 +236,8 @@ def estimate_costs(
     in_halves: bool = False,
     slices: int = 1,
     shares: int = 1,
-    model: PreTrainedModel | None = None,
+    sharded_norms: bool = False,
+    counted: CountedModel | None = None,
 ) -> Costs:
     """The cost model of `config`, from shapes alone.
 
@@ -242,23 +260,23 @@ def estimate_costs(
         in_halves: stages may be cut inside layers, so what these cost is given by halves.
         slices: processes that share every matrix of a stage (tensor parallelism); costs are those of one of them.
         shares: processes that share the tokens of every row (sequence parallelism); costs are those of one of them.
-        model: without memory and with nothing attached, for whom many estimates are made; None to build it.
+        sharded_norms: slices share the tokens between attention and mlp.
+        counted: the model without memory, with what `attach` gives it and the halves of its layers, where many
+            estimates are made of one; None to build it.
 
     Raises:
         UserError: the model has no list of layers that could be split, or not what `selection` names; or its layers
             cannot be cut inside.
     """
-    model = model or bare_model(config, family or causal_class(config), dtype=dtype)
-    structure = whole_structure(model) if is_whole else find_structure(model)
-    layers = _layers(model, structure)
-    halves = [find_halves(layer, type(model)) for layer in layers] if in_halves else []
-    is_cut = _cut_parameters(model, structure, layers) if slices > 1 else frozenset()
+    counted = counted or CountedModel.of(
+        config, family, dtype=dtype, attach=attach, is_whole=is_whole, in_halves=in_halves
+    )
+    model, structure, layers = counted.model, counted.structure, [*counted.layers]
+    is_cut = counted.cut_parameters() if slices > 1 else frozenset()
 
     def parts(parameter: nn.Parameter) -> int:
         return slices if id(parameter) in is_cut else 1
 
-    if attach is not None:
-        attach(model)
     text = config.get_text_config(decoder=True)
     tokens = math.ceil(sequence_length / shares) * micro_batch_size
     hidden_bytes = float(tokens * text.hidden_size * dtype.itemsize)
@@ -272,16 +290,16 @@ def estimate_costs(
     # What has scores: layers, or the first of their halves.
     attentions = [*types]
     if in_halves:
-        pairs = (as_modules(layer, each) for layer, each in zip(layers, halves, strict=True))
+        pairs = (as_modules(layer, each) for layer, each in zip(layers, counted.halves, strict=True))
         layers = [half for pair in pairs for half in pair]
         configs = [each for each in configs for _ in range(units)]
         kinds = [each for each in kinds for _ in range(units)]
         attentions = [each for kind in types for each in (kind, None)]
     share = 1 / units
-    few_bits = {id(each) for name, each in model.named_parameters() if plain_name(name) in quantised}
+    few_bits = {id(each) for name, each in counted.parameters if name in quantised}
     copies = dict(structure.tied)
-    names = {name: copies.get(plain_name(name), plain_name(name)) for name, _ in model.named_parameters()}
-    chosen = set(names.values())
+    names = [copies.get(name, name) for name, _ in counted.parameters]
+    chosen = set(names)
     if selection is not None:
         chosen = set(
             matching(
@@ -289,10 +307,10 @@ def estimate_costs(
                 selection,
                 layers=structure.layers,
                 num_layers=structure.num_layers,
-                attached=[name for name in names.values() if name not in structure.parameters],
+                attached=[name for name in names if name not in structure.parameters],
             )
         )
-    trained = {id(parameter) for name, parameter in model.named_parameters() if names[name] in chosen}
+    trained = {id(each) for name, (_, each) in zip(names, counted.parameters, strict=True) if name in chosen}
 
     firsts: dict[Any, int] = {}
     alike = [
@@ -300,10 +318,18 @@ def estimate_costs(
         for index, (layer, own, kind) in enumerate(zip(layers, configs, attentions, strict=True))
     ]
     unlike = sorted(firsts.values())
+    # Into how many parts the hidden states between attention and mlp are cut.
+    between = slices if sharded_norms else 1
     bytes_of = {
         index: tokens
         * activation_bytes_per_token(
-            layers[index], configs[index], dtype.itemsize, 0.0 if is_compiled else share, parts
+            layers[index],
+            configs[index],
+            dtype.itemsize,
+            0.0 if is_compiled else share,
+            parts,
+            trained=trained,
+            between=between,
         )
         + dtype.itemsize * unpacked(layers[index], few_bits)
         for index in unlike
@@ -311,7 +337,7 @@ def estimate_costs(
     full = [bytes_of[index] for index in alike]
     kept = full
     if checkpoint_interval:
-        kept = [0.0 if checkpoint_offload else share * hidden_bytes / checkpoint_interval] * len(full)
+        kept = [0.0 if checkpoint_offload else share * hidden_bytes / between / checkpoint_interval] * len(full)
 
     def count(parameters: Iterable[nn.Parameter], parts: Parts = parts) -> Parameters:
         known = [(id(each), math.ceil(each.numel() / parts(each))) for each in parameters]
@@ -381,26 +407,17 @@ def estimate_costs(
     )
 
 
+def _sums_from(numbers: Sequence[float]) -> list[list[float]]:
+    """Of each number and all after it the sums of the first ones, in their order: equal layers have equal sums."""
+    return [[*itertools.accumulate(numbers[first:], initial=0.0)] for first in range(len(numbers) + 1)]
+
+
 def _shapes(layer: nn.Module, parts: Parts, *chosen: Collection[int]) -> tuple[Any, ...]:
     """What the costs of a layer depend on, beside its configuration and kind."""
     return tuple(
         (name, each.shape, parts(each), *(id(each) in some for some in chosen))
         for name, each in layer.named_parameters()
     )
-
-
-def _cut_parameters(model: PreTrainedModel, structure: Structure, layers: Sequence[nn.Module]) -> frozenset[int]:
-    """The identities of the parameters of which each of several processes has a slice.
-
-    Raises:
-        UserError: layers have parameters that models of the family which were shown in slices have not.
-    """
-    shown = shown_slices(type(model))
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    found = {id(each) for end in ends if end is not None for each in end.parameters()}
-    for layer in layers if structure.layers and shown.how != VOCABULARY else ():
-        found |= {id(each) for name, each in layer.named_parameters() if shown.axis(name) is not None}
-    return frozenset(found)
 
 
 def with_timings(costs: Costs, *, layers: Sequence[float], embedding: float, head: float) -> Costs:
@@ -414,9 +431,3 @@ def _parameters(model: PreTrainedModel, names: Iterable[str]) -> Iterator[nn.Par
     """Each parameter of these modules once."""
     modules = nn.ModuleList(model.get_submodule(name) for name in names)
     return modules.parameters()
-
-
-def _layers(model: PreTrainedModel, structure: Structure) -> list[nn.Module]:
-    """The decoder layers, or the model itself where it has no list of them."""
-    listed = model.get_submodule(structure.layers)
-    return list(listed) if isinstance(listed, nn.ModuleList) else [listed]

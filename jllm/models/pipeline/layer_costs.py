@@ -10,6 +10,10 @@ from collections.abc import Callable, Collection
 from torch import nn
 from transformers import PretrainedConfig
 
+from jllm.models.pipeline.carving import plain_name
+
+_LORA = ".lora_"
+"""What the names of adapters have after that of the module which they are beside."""
 Parts = Callable[[nn.Parameter], int]
 """Into how many slices a parameter is cut."""
 
@@ -53,24 +57,43 @@ def parts_of_attention(layer: nn.Module, parts: Parts) -> int:
 
 
 def activation_bytes_per_token(
-    layer: nn.Module, config: PretrainedConfig, itemsize: int, share_of_norms: float, parts: Parts
+    layer: nn.Module,
+    config: PretrainedConfig,
+    itemsize: int,
+    share_of_norms: float,
+    parts: Parts,
+    *,
+    trained: Collection[int] | None = None,
+    between: int = 1,
 ) -> float:
     """Each product keeps its input and hands on an output that the next operation keeps; norms work in fp32.
 
     Compiled layers (`share_of_norms` 0) make norms again, and keep once what several products read. The last matrix of
-    a module leads back to the hidden state and has slices of its input; the others have slices of their output.
+    a module leads back to the hidden state and has slices of its input; the others have slices of their output. A
+    product with a weight that is not among `trained`, by identity (None: all are), keeps its input only for an adapter
+    beside it, which itself keeps what is between its two maps. Hidden states outside of attention and mlp are cut into
+    `between` parts.
     """
     share = _expert_share(config) or 1.0
     width = int(config.hidden_size)
     elements, read = 0.0, dict[tuple[str, int, bool], float]()
-    matrices = [(name, each) for name, each in layer.named_parameters() if each.dim() > 1]
+    named = [(plain_name(name), each) for name, each in layer.named_parameters() if each.dim() > 1]
+    adapters = [(name, each) for name, each in named if _LORA in name]
+    adapted = {name.partition(_LORA)[0] for name, _ in adapters}
+    for name, first in adapters:
+        if name.endswith("A.weight"):
+            elements += first.shape[0] * (share if _is_routed(name) else 1.0)
+    matrices = [(name, each) for name, each in named if _LORA not in name]
     last = {_outer(name): name for name, _ in matrices}
     for name, parameter in matrices:
         slices = parts(parameter)
         if parameter.dim() == 2 and not _is_routed(name):
             outputs, inputs = parameter.shape
             leads_back = outputs == width and last[_outer(name)] == name
-            elements += outputs / (1 if leads_back else slices)
+            elements += outputs / (between if leads_back else slices)
+            is_frozen = trained is not None and id(parameter) not in trained
+            if is_frozen and name.rpartition(".")[0] not in adapted:
+                continue
             wanted = inputs / (slices if leads_back else 1)
             if share_of_norms:
                 elements += wanted
@@ -78,7 +101,8 @@ def activation_bytes_per_token(
                 read[_outer(name), inputs, leads_back] = wanted
         elif parameter.dim() == 3 and _is_routed(name):
             elements += share * parameter.shape[0] * (parameter.shape[1] + parameter.shape[2]) / slices
-    return float(itemsize * (elements + sum(read.values()))) + share_of_norms * 2.0 * width * (4 + itemsize)
+    norms = share_of_norms * 2.0 * width * (4 + itemsize) / between
+    return float(itemsize * (elements + sum(read.values()))) + norms
 
 
 def unpacked(layer: nn.Module, few_bits: Collection[int]) -> int:

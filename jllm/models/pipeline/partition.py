@@ -172,7 +172,8 @@ def _split(
                 if first >= end:
                     continue
                 own = cost(first, end, stage)
-                if end in following and following[end][0] < add(0.0, own, end) and own < math.inf:
+                least = add(0.0, own, end)
+                if own < math.inf and (least == math.inf or (end in following and following[end][0] < least)):
                     break
                 candidate = (add(largest, own, end), squares + own * own, (*bounds, end))
                 if end not in following or candidate < following[end]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from jllm.models.families import BY_PLAN, IN_LAYERS, shown_slices
 from jllm.models.pipeline.carving import plain_name, structure_of
+from jllm.models.pipeline.stand_ins import AbsentModule, AbsentPart
 from jllm.models.tensor_parallel import plans
 from jllm.models.tensor_parallel.checks import shared_heads
 from jllm.models.tensor_parallel.marks import mark_partial, mark_repeats, mark_shared
@@ -53,8 +54,9 @@ def slice_stage(
         how: what of it is cut, as `Family.slices` says; None for what was shown of its family.
         sharded_norms: whether they share the tokens between attention and mlp, too.
     """
-    ends = (model.get_submodule(structure_of(model).embedding), model.get_output_embeddings())
-    _slice_vocabulary(ends, group)
+    # A later stage may lack what the embedding lies in.
+    embedding = dict(model.named_modules()).get(structure_of(model).embedding)
+    _slice_vocabulary((embedding, model.get_output_embeddings()), group)
     how = how or shown_slices(type(model)).how
     if how in (IN_LAYERS, BY_PLAN):
         _Slicing(model, group, SlicingPlan(model, with_usual=how == IN_LAYERS)).run()
@@ -63,14 +65,15 @@ def slice_stage(
     mark_repeats(model, group)
 
 
-def _slice_vocabulary(ends: tuple[nn.Module, nn.Module | None], group: TensorGroup) -> None:
-    """Cut embedding and head, or what stands in for them."""
+def _slice_vocabulary(ends: tuple[nn.Module | None, nn.Module | None], group: TensorGroup) -> None:
+    """Cut embedding and head, where they are here."""
     embedding, head = ends
     tied = isinstance(head, nn.Linear) and getattr(embedding, "weight", None) is head.weight
     if isinstance(embedding, nn.Embedding):
         vocabulary_parallel_embedding(embedding, group)
     if isinstance(head, nn.Linear):
-        vocabulary_parallel_head(head, group, weight=embedding.get_parameter("weight") if tied else None)
+        weight = embedding.get_parameter("weight") if tied and embedding is not None else None
+        vocabulary_parallel_head(head, group, weight=weight)
 
 
 def _take_any_width(experts: Any) -> None:
@@ -96,7 +99,8 @@ class _Slicing:
     def run(self) -> None:
         """Cut everything that the plan has a style for."""
         for name, module in list(self._model.named_modules()):
-            if (style := self._plan.style(name)) is not None:
+            # What a half of a layer lacks has the name of what it stands in for.
+            if (style := self._plan.style(name)) is not None and not isinstance(module, (AbsentModule, AbsentPart)):
                 self._cut_module(name, module, style)
         for name in [plain_name(name) for name, _ in self._model.named_parameters()]:
             if (style := self._plan.style(name)) is not None:

@@ -20,24 +20,31 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from jllm.errors import UserError
 from jllm.models.families import VOCABULARY, check_split, shown_slices
-from jllm.models.pipeline.costs import Costs, estimate_costs, state_bytes
+from jllm.models.pipeline.costs import Costs, StateBytes, estimate_costs, state_bytes
+from jllm.models.pipeline.counted import CountedModel
 from jllm.models.pipeline.partition import bubble_share, micro_batches_in_flight, partition
 from jllm.models.pipeline.span import spans_of
 from jllm.models.pipeline.structure import count_layers
 from jllm.models.sequence_parallel.checks import check_sequence_parallel
 from jllm.models.sizes import size_of
 from jllm.models.tensor_parallel.checks import check_tensor_parallel
-from jllm.models.weights.source import bare_model, causal_class
+from jllm.models.trainable import ParameterChoice
+from jllm.models.weights.quantisation import QuantisationPlan
+from jllm.models.weights.source import causal_class
 from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
 from jllm.train.planning.cluster import Cluster
+
+if TYPE_CHECKING:  # peft is not there in every installation
+    from jllm.models.adapters.lora_plan import LoraPlan
 
 SHARE, SHARE_EAGER = 0.57, 0.45
 """Of the peak, that one device reached with compiled decoder layers and without, 8 layers of 4,096 on an H200."""
@@ -60,17 +67,50 @@ class Wanted:
         length: tokens of a row.
         rows: of a step, over all pipelines.
         optimizer: by the name that `--optimizer` has for it.
+        lora: where adapters go that are trained in the model's place; None where it trains itself.
+        quantised: what of the model is held in few bits; None where nothing is.
+        split_dlayer: whether stages may be cut inside layers.
+        sharded_norms: whether slices share the tokens between attention and mlp.
     """
 
     config: PretrainedConfig
     length: int
     rows: int
     optimizer: str
+    lora: "LoraPlan | None" = None
+    quantised: QuantisationPlan | None = None
+    split_dlayer: bool = False
+    sharded_norms: bool = False
 
     @functools.cached_property
-    def model(self) -> PreTrainedModel:
-        """Without memory."""
-        return bare_model(self.config, causal_class(self.config), dtype=torch.bfloat16)
+    def counted(self) -> CountedModel:
+        """The model without memory, with its adapters."""
+        return CountedModel.of(self.config, attach=self._attach, in_halves=self.split_dlayer)
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        if self.lora is not None:
+            from jllm.models.adapters.lora import attach_lora  # here: peft may not be there
+
+            attach_lora(model, self.lora, seed=0, dtype=torch.float32)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether what trains has an fp32 copy; adapters are fp32 themselves."""
+        return self.lora is None and self.optimizer not in WITHOUT_MASTERS
+
+    def state(self, copies: int) -> StateBytes:
+        """Of a parameter, where so many ranks have the same stage."""
+        moments = KINDS[self.optimizer].moments
+        if self.lora is not None:
+            found = state_bytes(torch.float32, moments=moments)
+            few = self.quantised.quantisation.bytes_of_a_parameter if self.quantised is not None else 0.0
+            return dataclasses.replace(found, frozen=float(ITEM), quantised=few)
+        return state_bytes(
+            torch.bfloat16,
+            moments=moments,
+            has_masters=self.has_masters,
+            sharded_over=copies if self.has_masters else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +144,7 @@ class Estimate:
 
     Attributes:
         layout: of the devices.
-        boundaries: of the stages, in decoder layers.
+        boundaries: of the stages, in decoder layers; a half more is between attention and mlp.
         memory: bytes of the fullest device.
         seconds: of a step.
         tokens_per_second: over all devices.
@@ -114,7 +154,7 @@ class Estimate:
     """
 
     layout: Layout
-    boundaries: tuple[int, ...]
+    boundaries: tuple[float, ...]
     memory: float
     seconds: float
     tokens_per_second: float
@@ -150,7 +190,7 @@ def layouts(wanted: Wanted, cluster: Cluster) -> Iterator[Layout]:
     sequences = [1, *(size for size in _powers(longest)[1:] if why_not_shared(wanted, size) is None)]
     for tensor, sequence, pipe in itertools.product(tensors, sequences, range(1, count_layers(wanted.config) + 1)):
         mesh = Mesh.over(devices, pipe=pipe, sequence=sequence, tensor=tensor)
-        if mesh is None or wanted.rows % mesh.data:
+        if mesh is None or wanted.rows % mesh.data or (wanted.sharded_norms and min(tensor, sequence) > 1):
             continue
         own = wanted.rows // mesh.data
         for rows, interval in itertools.product(_powers(min(own, MOST_ROWS)), INTERVALS):
@@ -179,15 +219,7 @@ def estimate(
     """
     given = {name: getattr(layout, name) for name in ("tensor", "sequence", "rows", "interval")}
     costs = (costs_of or functools.partial(_costs, wanted))(**given)
-    copies = layout.data * layout.sequence
-    has_masters = wanted.optimizer not in WITHOUT_MASTERS
-    state = state_bytes(
-        torch.bfloat16,
-        moments=KINDS[wanted.optimizer].moments,
-        has_masters=has_masters,
-        sharded_over=copies if has_masters else None,
-    )
-    costs = dataclasses.replace(costs, state=state)
+    costs = dataclasses.replace(costs, state=wanted.state(layout.data * layout.sequence))
     boundaries = partition(
         "fast",
         config=wanted.config,
@@ -195,21 +227,24 @@ def estimate(
         micro_batches=layout.micro_batches,
         costs=costs,
     )
-    for span in spans_of(boundaries):
+    spans = spans_of(boundaries, in_halves=costs.in_halves)
+    for span in spans:
         check_split(wanted.config, span)
     stages = [*itertools.pairwise(boundaries)]
     share = SHARE_EAGER if layout.is_shared else SHARE
     exchanges = [
-        _exchange_of_a_layer(wanted, cluster, layout) * (end - first)
-        + _exchange_of_ends(wanted, cluster, layout) * ((first == 0) + (end == boundaries[-1]))
-        for first, end in stages
+        _sums_of_a_layer(wanted, cluster, layout) * span.num_layers
+        # The first half of a layer has its attention.
+        + _exchange_of_attention(wanted, cluster, layout) * (span.end_layer - span.first_layer - span.starts_inside)
+        + _exchange_of_ends(wanted, cluster, layout) * (span.is_first + span.is_last)
+        for span in spans
     ]
     times = [costs.time(first, end) / (cluster.operations * share) for first, end in stages]
     turns = layout.micro_batches + layout.pipe - 1
     slowest, shared = max(zip(times, exchanges, strict=True), key=sum)
     hand_over = 2 * _hidden(wanted, layout) / _link_between_stages(cluster, layout) if layout.pipe > 1 else 0.0
     gradients = max(
-        _sum_of_gradients(cluster, layout, float(costs.parameters(*stage).trained), has_masters) for stage in stages
+        _sum_of_gradients(wanted, cluster, layout, float(costs.parameters(*stage).trained)) for stage in stages
     )
     exchange = turns * (shared + hand_over) + gradients
     seconds = turns * slowest + exchange
@@ -220,7 +255,7 @@ def estimate(
     )
     return Estimate(
         layout=layout,
-        boundaries=tuple(boundaries),
+        boundaries=tuple(bound / 2 if costs.in_halves else bound for bound in boundaries),
         memory=fullest,
         seconds=seconds,
         tokens_per_second=wanted.rows * wanted.length / seconds,
@@ -239,9 +274,13 @@ def _costs(wanted: Wanted, *, tensor: int, sequence: int, rows: int, interval: i
         checkpoint_interval=interval,
         is_fused=not is_shared,
         is_compiled=not is_shared,
+        selection=ParameterChoice(attached_only=True) if wanted.lora is not None else None,
+        quantised=wanted.quantised.parameters if wanted.quantised is not None else (),
+        in_halves=wanted.split_dlayer,
         slices=tensor,
         shares=sequence,
-        model=wanted.model,
+        sharded_norms=wanted.sharded_norms,
+        counted=wanted.counted,
     )
 
 
@@ -264,7 +303,7 @@ def why_not_cut(wanted: Wanted, size: int) -> str | None:
     """Why so many processes cannot share the matrices of a stage; None where they can."""
 
     def check(config: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
-        check_tensor_parallel(config, family, size)
+        check_tensor_parallel(config, family, size, sharded_norms=wanted.sharded_norms)
         _costs(wanted, tensor=size, sequence=1, rows=1, interval=0)  # its layers may have parts that were not shown
 
     return _refusal(wanted, size, check)
@@ -305,23 +344,33 @@ def _link_between_stages(cluster: Cluster, layout: Layout) -> float:
     return min(cluster.inside, cluster.between / min(inside, cluster.devices_per_node))
 
 
-def _exchange_of_a_layer(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
-    """Seconds of a micro-batch, forward and backward."""
-    text = wanted.config.get_text_config(decoder=True)
-    passes = 3 if layout.interval else 2
-    tensor, sequence = layout.tensor, layout.sequence
+def _sums_of_a_layer(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
+    """Seconds of a micro-batch, forward and backward, in which slices sum; half of them behind attention."""
     # Layers that are whole on every process have nothing to sum.
-    sums = 0.0 if shown_slices(type(wanted.model)).how == VOCABULARY else 2 * passes * 2 * (tensor - 1) / tensor
-    seconds = cluster.sends(tensor, sums * _hidden(wanted, layout))
+    if shown_slices(type(wanted.counted.model)).how == VOCABULARY:
+        return 0.0
+    sums = 2 * _passes(layout) * 2 * (layout.tensor - 1) / layout.tensor
+    return cluster.sends(layout.tensor, sums * _hidden(wanted, layout))
+
+
+def _passes(layout: Layout) -> int:
+    """Through a layer, for a micro-batch."""
+    return 3 if layout.interval else 2
+
+
+def _exchange_of_attention(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
+    """The same of a layer's attention, in which those exchange that share rows."""
+    text = wanted.config.get_text_config(decoder=True)
+    tensor, sequence = layout.tensor, layout.sequence
     if sequence == 1:
-        return seconds
+        return 0.0
     heads = size_of(text, "num_attention_heads") / tensor
     keys = max((size_of(text, "num_key_value_heads") or heads * tensor) / tensor, 1.0)
     size = size_of(text, "head_dim") or text.hidden_size // size_of(text, "num_attention_heads")
     of_a_head = layout.rows * wanted.length / sequence * size * ITEM
     exchanged = (2 * heads + 2 * max(keys, sequence)) * of_a_head * (sequence - 1) / sequence
     gathered = 2 * keys * of_a_head * (sequence - 1)
-    return seconds + cluster.sends(sequence, passes * min(exchanged, gathered), stride=tensor)
+    return cluster.sends(sequence, _passes(layout) * min(exchanged, gathered), stride=tensor)
 
 
 def _exchange_of_ends(wanted: Wanted, cluster: Cluster, layout: Layout) -> float:
@@ -329,11 +378,12 @@ def _exchange_of_ends(wanted: Wanted, cluster: Cluster, layout: Layout) -> float
     return cluster.sends(layout.tensor, 2 * (layout.tensor - 1) / layout.tensor * _hidden(wanted, layout))
 
 
-def _sum_of_gradients(cluster: Cluster, layout: Layout, parameters: float, has_masters: bool) -> float:
+def _sum_of_gradients(wanted: Wanted, cluster: Cluster, layout: Layout, parameters: float) -> float:
     """Seconds of a step: fp32 sums (16 bits without masters), and weights back from those who share the masters."""
     copies = layout.data * layout.sequence
-    sent = 2 * (copies - 1) / copies * parameters * (4 if has_masters else ITEM)
-    if has_masters:
+    is_fp32 = wanted.has_masters or wanted.lora is not None
+    sent = 2 * (copies - 1) / copies * parameters * (4 if is_fp32 else ITEM)
+    if wanted.has_masters:
         sent += (copies - 1) / copies * parameters * ITEM
     # Those that share rows lie beside each other, other copies at the same place of each pipeline.
     stride = layout.tensor * (layout.sequence * layout.pipe if layout.data > 1 else 1)

@@ -1,5 +1,6 @@
 """What a layer costs for a token: products counted by hand, chosen experts alone, slices of what is cut."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,6 +57,41 @@ def test_bytes_of_slices() -> None:
     assert activation_bytes_per_token(layer, config, 4, 1.0, lambda each: 2) == 4 * halved + norms
     once = halved - 2 * 32 - 32  # compiled layers keep what several products read once, and no norms
     assert activation_bytes_per_token(layer, config, 4, 0.0, lambda each: 2) == 4 * once
+
+
+def test_bytes_between_attention_and_mlp() -> None:
+    """What leads back to the hidden state, and norms, are of each slice's own tokens."""
+    layer, config = layer_of("llama"), tiny_config("llama")
+    whole, shared = (
+        activation_bytes_per_token(layer, config, 4, 1.0, lambda each: 2, between=between) for between in (1, 2)
+    )
+    assert whole - shared == 4 * 2 * 32 / 2 + 2 * 32 * (4 + 4) / 2
+
+
+def test_bytes_beside_frozen_maps() -> None:
+    """Their inputs are kept for adapters alone; these keep what is between their maps."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+    from jllm.models.adapters.lora import attach_lora
+    from jllm.models.adapters.lora_plan import LoraChoice, plan_lora
+
+    config = tiny_config("llama")
+    family = causal_class(config)
+    outputs = (32 + 16 + 16) + 32 + (48 + 48) + 32
+
+    def kept(targets: str | None, share_of_norms: float = 0.0) -> float:
+        model = bare_model(config, family, dtype=torch.float32)
+        if targets is not None:
+            plan = plan_lora(config, family, LoraChoice(rank=4, alpha=4, targets=targets))
+            attach_lora(model, plan, seed=0, dtype=torch.float32)
+        trains = {id(each) for name, each in model.named_parameters() if "lora_" in name}
+        layer = model.get_submodule("model.layers.0")
+        return activation_bytes_per_token(layer, config, 4, share_of_norms, in_one_part, trained=trains) / 4
+
+    assert kept(None) == outputs
+    assert kept("q_proj,v_proj") == outputs + 32 + 2 * 4
+    assert kept("all-linear") == outputs + (32 + 32) + (32 + 48) + 7 * 4
+    norms = 2 * 32 * (4 + 4) / 4
+    assert kept("q_proj,v_proj", 1.0) == outputs + 2 * 32 + 2 * 4 + norms
 
 
 def test_packed_experts_in_few_bits() -> None:

@@ -1,6 +1,7 @@
 """Partitions: boundaries are sound for any request, the searched ones are the best there are, mistakes are one line."""
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,13 @@ def test_cuts_that_are_not_offered_are_options(options: dict[str, Any], tmp_path
     TrainConfig(**given, emb_partitions=1)
     with pytest.raises(UserError, match=f"--{next(iter(options))}.*leave it out"):
         TrainConfig(**given, **options)
+
+
+def test_many_half_layers_are_split_soon() -> None:
+    """80 layers in 16 stages: what every stage could have is summed once, and what is too long is not looked at."""
+    layers = costs_of([1.0 + number % 3 for number in range(160)])
+    costs = replace(layers, in_halves=True)
+    start = time.monotonic()
+    bounds = partition("mem", config=config_of(80), num_stages=16, micro_batches=64, costs=costs)
+    assert time.monotonic() - start < 5
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, 160, 17)

@@ -19,7 +19,7 @@ QLORA = {"load_in_4bit": True} if importlib.util.find_spec("bitsandbytes") is no
 
 
 def test_lora_beside_slices(tmp_path: Path) -> None:
-    """Four slices share two heads; a checkpoint of 2 x 2 goes on as 1 and as 4.
+    """Four slices share two heads; a checkpoint of 2 x 2, cut inside a layer, goes on as 1, as 4 and cut elsewhere.
 
     So one does beside weights in 4 bits, bit by bit on the same layout.
     """
@@ -31,6 +31,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         return lora_options(tmp_path, name, **log | {"gradient_clipping": 0.05} | more)
 
     half = {"resume_ckpt": str(tmp_path / "sliced-ckpt/step-00000003")}
+    cut = {"model_parallel_size": 2, "pipe_parallel_size": 2, "split_dlayer": True}
     outside = options_of("outside", model_parallel_size=2, lora_target_modules="q_proj,lm_head")
     bf16 = {"precision": "bf16"}  # of another type than the model
     changed = {
@@ -39,8 +40,9 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         "lora_target_modules": "k_proj,o_proj,up_proj,down_proj",
     }
     runs = [
-        options_of("sliced", model_parallel_size=2, pipe_parallel_size=2),
+        options_of("sliced", **cut, partition_method="3,5"),
         options_of("four", model_parallel_size=4, **half),
+        options_of("elsewhere", **cut, partition_method="7,1", **half),
         outside,
         options_of("sliced-bf16", model_parallel_size=2, **bf16),
         options_of("four-changed", model_parallel_size=4, max_steps=3, **changed),
@@ -63,7 +65,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
         "--model_parallel_size 2 with an adapter on lm_head: slices have them on linear maps of decoder layers; name"
         " those with --lora_target_modules"
     )
-    answers = [None, None, message, None, None, None, None, says][: len(runs)]
+    answers = [None, None, None, message, None, None, None, None, says][: len(runs)]
     assert Ranks(4).run(train_ranks, runs) == [answers] * 4
     alone = [
         options_of("one"),
@@ -77,6 +79,7 @@ def test_lora_beside_slices(tmp_path: Path) -> None:
     names = (
         "sliced",
         "four",
+        "elsewhere",
         "joined",
         "four-changed",
         *(("sliced-nf4", "again-nf4", "joined-nf4") if QLORA is not None else ()),

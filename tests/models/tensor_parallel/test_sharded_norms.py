@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from jllm.models.pipeline.costs import estimate_costs
 from tests.distributed.ranks import Ranks
+from tests.models.chain import CUTS
 from tests.models.family_check import load_whole, make_folder
 from tests.models.moved import move_weights
 from tests.models.slice_check import show_slices
@@ -14,12 +17,13 @@ from tests.models.tiny import tiny_config
 @pytest.mark.parametrize(
     ("family", "size"), [("llama", 2), ("gemma2", 2), ("mixtral", 2), ("deepseek_v3", 2), ("qwen3", 4)]
 )
-def test_loss_gradients_and_export(tmp_path: Path, family: str, size: int) -> None:
+@pytest.mark.parametrize("boundaries", CUTS, ids=["one stage", "half layers"])
+def test_loss_gradients_and_export(tmp_path: Path, family: str, size: int, boundaries: list[int]) -> None:
     """Of rows whose tokens the slices do not divide; experts and latent attention need all tokens inside."""
     make_folder(tiny_config(family), tmp_path / "whole")
     moved = tmp_path / "moved"
     whole = move_weights(load_whole(tmp_path / "whole"), moved)
-    assert show_slices(whole, moved, "layers", size, sharded_norms=True)
+    assert show_slices(whole, moved, "layers", size, sharded_norms=True, boundaries=boundaries)
 
 
 def kept_bytes(folder: Path, sharded_norms: bool) -> int:
@@ -61,7 +65,15 @@ def both(folder: Path) -> tuple[int, int]:
 
 
 def test_less_is_kept(tmp_path: Path) -> None:
-    """Of a wide model nearly all that norms and sums keep is halved."""
-    make_folder(tiny_config("llama", hidden_size=128, intermediate_size=64), tmp_path / "whole")
+    """Of what norms and sums keep, half; and the stage table knows it."""
+    config = tiny_config("llama", hidden_size=128, intermediate_size=352)
+    make_folder(config, tmp_path / "whole")
+    shape = {"sequence_length": 64, "micro_batch_size": 2, "dtype": torch.float32, "slices": 2}
+    whole, shared = (
+        sum(layer.activation_bytes for layer in estimate_costs(config, **shape, sharded_norms=is_shared).layers)
+        for is_shared in (False, True)
+    )
     for plain, sharded in Ranks(2).run(both, tmp_path / "whole"):
         assert sharded < 0.85 * plain, (sharded, plain)
+        assert shared == pytest.approx(sharded, rel=0.15)
+        assert shared / whole == pytest.approx(sharded / plain, rel=0.15)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gpu_rows import SETTINGS, llama
-from benchmarks.planned import MEASURED, planned
+from benchmarks.gpu_rows import llama
+from benchmarks.planned import MEASURED, QLORA, SETTINGS_OF, planned
 from jllm.errors import UserError
 from jllm.models.pipeline.costs import estimate_costs
+from jllm.models.weights.quantisation import Quantisation, plan_quantisation
+from jllm.models.weights.source import causal_class
 from jllm.train.planning.cluster import Cluster
 from jllm.train.planning.layouts import Layout, Wanted, estimate, layouts, left_out, plan
 from tests.models.tiny import tiny_config
@@ -31,11 +34,13 @@ def of_a_layout(pipe: int = 1, **more: Any) -> Layout:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_as_measured(name: str) -> None:
-    """Memory and speed within 15 %."""
-    found, setting = planned(name), SETTINGS[name]
+    """Memory and speed within 15 %; what unpacking a model in few bits takes is not in the speed."""
+    if SETTINGS_OF[name].lora:
+        pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+    found, setting = planned(name), SETTINGS_OF[name]
     gib, speed = MEASURED[name]
     assert found.memory / GIB == pytest.approx(gib, rel=0.15)
-    assert found.tokens_per_second == pytest.approx(speed, rel=0.15)
+    assert found.tokens_per_second == pytest.approx(speed, rel=0.2 if name == QLORA else 0.15)
     assert found.bubble == pytest.approx((setting.stages - 1) / (setting.accumulation + setting.stages - 1))
 
 
@@ -125,6 +130,84 @@ def test_shared_layers_are_slower_than_their_share() -> None:
     cut = estimate(wanted, cluster(2), of_a_layout(rows=2, tensor=2))
     assert one.tokens_per_second < cut.tokens_per_second < 2 * one.tokens_per_second * 0.45 / 0.57
     assert dataclasses.replace(one.layout, tensor=2) == cut.layout
+
+
+def test_stages_cut_inside_layers() -> None:
+    """Where the slowest stage gains; each half of a layer has one of its sums, the first one its attention."""
+    config = llama("wide")
+    whole, halves = (
+        Wanted(config=config, length=4096, rows=16, optimizer="adamw", split_dlayer=cut) for cut in (False, True)
+    )
+    gains = []
+    for more in ({"pipe": 2}, {"pipe": 4}, {"pipe": 4, "tensor": 2}, {"pipe": 4, "sequence": 2}):
+        layout = of_a_layout(**more)
+        plain, cut = (estimate(wanted, cluster(8), layout) for wanted in (whole, halves))
+        assert all(bound == int(bound) for bound in plain.boundaries)
+        assert cut.seconds <= plain.seconds
+        gains.append(any(bound % 1 for bound in cut.boundaries))
+        assert gains[-1] == (cut.boundaries != plain.boundaries)
+        assert cut.utilisation * cut.seconds == pytest.approx(plain.utilisation * plain.seconds)
+    assert True in gains
+    slow = cluster(4, operations=1e30, inside=1e9)
+    wanted = Wanted(config=tiny_config("llama", num_hidden_layers=3), length=4096, rows=8, optimizer="adamw")
+    shared = of_a_layout(2, tensor=2)
+    even = estimate(dataclasses.replace(wanted, split_dlayer=True), slow, shared)
+    assert even.boundaries == (0, 1.5, 3)
+    hidden = 4096 * 32 * 2
+    assert even.seconds == pytest.approx((8 + 1) * (4 * 1.5 + 1 + 2) * hidden / 1e9, rel=1e-3)
+    refused = Wanted(config=tiny_config("cohere"), length=4096, rows=8, optimizer="adamw", split_dlayer=True)
+    with pytest.raises(UserError, match="--split_dlayer: layers of model type 'cohere' cannot be cut inside"):
+        plan(refused, cluster(2))
+
+
+def test_tokens_shared_by_slices() -> None:
+    """They keep less, in the same time; never beside rows that are shared too."""
+    config = llama("wide")
+    whole, shared = (
+        Wanted(config=config, length=4096, rows=16, optimizer="adamw", sharded_norms=share) for share in (False, True)
+    )
+    for interval in (0, 1):
+        layout = of_a_layout(tensor=2, interval=interval)
+        plain, less = (estimate(wanted, cluster(2), layout) for wanted in (whole, shared))
+        assert plain.seconds == less.seconds
+        # Of two norms what they keep in fp32 and in bf16, and what leads back to the hidden state.
+        of_a_layer = 4096 * 4096 * (2 * 6 + 2 * 2) / 2
+        kept_inputs = 8 * 4096 * 4096 * 2 / 2
+        spared = of_a_layer + kept_inputs if interval else 8 * of_a_layer
+        assert plain.memory - less.memory == pytest.approx(spared)
+        assert estimate(shared, cluster(1), of_a_layout()) == estimate(whole, cluster(1), of_a_layout())
+    found = [*layouts(shared, cluster(8))]
+    assert any(each.tensor > 1 for each in found)
+    assert any(each.sequence > 1 for each in found)
+    assert not any(min(each.tensor, each.sequence) > 1 for each in found)
+
+
+def test_adapters_beside_a_frozen_model() -> None:
+    """No state and no gradients of the model, which may be in few bits; less than half of the backward pass's work."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install .[adapters]")
+    from jllm.models.adapters.lora_plan import LoraChoice, plan_lora
+
+    config = llama("wide")
+    family = causal_class(config)
+    lora = plan_lora(config, family, LoraChoice(rank=16, alpha=16))
+    quantised = plan_quantisation(config, family, Quantisation(bits=4), folder=Path("none"))
+    full = Wanted(config=config, length=4096, rows=16, optimizer="adamw")
+    adapted = dataclasses.replace(full, lora=lora)
+    small = dataclasses.replace(adapted, quantised=quantised)
+    layout = of_a_layout(rows=2)
+    memory = [estimate(wanted, cluster(1), layout).memory for wanted in (full, adapted, small)]
+    parameters = estimate_costs(config).parameters(0, 8).total
+    trained = 8 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14_336))
+    between = 8 * 2 * 4096 * 7 * 16 * 2  # of each micro-batch, what is between the maps of adapters
+    head = 4096 * 128_256 * 2  # a chunk's share of the gradient, which the head has no more; and chunks are shorter
+    assert memory[0] - memory[1] == pytest.approx(parameters * (18 - 2) - trained * 16 - between + head, rel=1e-2)
+    in_bits = 8 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14_336)
+    assert memory[1] - memory[2] == pytest.approx(in_bits * (2 - 0.5 - 1 / 64), rel=1e-2)
+    copies = [estimate(wanted, cluster(2, operations=1e30), of_a_layout(data=2)) for wanted in (full, adapted)]
+    # fp32 sums, and weights back from those who share the masters, which adapters have not.
+    assert copies[0].seconds / copies[1].seconds == pytest.approx(parameters * (4 + 1) / (trained * 4), rel=1e-3)
+    assert not [each for each in layouts(small, cluster(8)) if each.tensor * each.sequence > 1]
+    assert left_out(small) == ["--load_in_4bit was not shown to work where processes share layers"]
 
 
 @pytest.mark.parametrize(
