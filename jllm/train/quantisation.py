@@ -69,7 +69,7 @@ def find_quantisation(
     """What of the model is quantised; None where nothing is.
 
     Raises:
-        UserError: as `chosen_quantisation`, and `plan_quantisation` and `check_slices` of
+        UserError: as `chosen_quantisation`, `check_cut`, and `plan_quantisation` of
             `jllm.models.weights.quantisation`.
     """
     chosen = chosen_quantisation(config)
@@ -77,12 +77,21 @@ def find_quantisation(
     if chosen is None:
         return None
     plan = plan_quantisation(origin, family, chosen, folder=config.model)
-    if (size := config.model_parallel_size) > 1:
-        [whole] = spans_of([0, count_layers(origin)])
-        first = TensorGroup(rank=0, size=size, handle=None, sharers=sharers(origin, size))
-        slices = stage_slices(origin, family, whole, functools.partial(slice_stage, group=first))
-        check_slices(plan, slices, f"--model_parallel_size {size}")
+    if config.model_parallel_size > 1:
+        check_cut(plan, origin, family, config.model_parallel_size)
     return plan
+
+
+def check_cut(plan: QuantisationPlan, origin: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
+    """See to it that so many slices have the whole weights' values.
+
+    Raises:
+        UserError: as `check_slices` of `jllm.models.weights.quantisation`.
+    """
+    [whole] = spans_of([0, count_layers(origin)])
+    first = TensorGroup(rank=0, size=size, handle=None, sharers=sharers(origin, size))
+    slices = stage_slices(origin, family, whole, functools.partial(slice_stage, group=first))
+    check_slices(plan, slices, f"--model_parallel_size {size}")
 
 
 def quantisation_record(config: TrainConfig) -> dict[str, Any] | None:

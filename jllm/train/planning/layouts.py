@@ -42,6 +42,7 @@ from jllm.parallel.mesh import Mesh
 from jllm.train.optim.optimizers import KINDS
 from jllm.train.options.optimizer import WITHOUT_MASTERS
 from jllm.train.planning.cluster import Cluster
+from jllm.train.quantisation import check_cut
 
 if TYPE_CHECKING:  # peft is not there in every installation
     from jllm.models.adapters.lora_plan import LoraPlan
@@ -304,6 +305,8 @@ def why_not_cut(wanted: Wanted, size: int) -> str | None:
 
     def check(config: PretrainedConfig, family: type[PreTrainedModel], size: int) -> None:
         check_tensor_parallel(config, family, size, sharded_norms=wanted.sharded_norms)
+        if wanted.quantised is not None:
+            check_cut(wanted.quantised, config, family, size)
         _costs(wanted, tensor=size, sequence=1, rows=1, interval=0)  # its layers may have parts that were not shown
 
     return _refusal(wanted, size, check)
