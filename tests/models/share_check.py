@@ -60,7 +60,7 @@ def shared_gradients(folders: list[Path]) -> list[dict[str, Answer]]:
                     answer: Answer = _summed_gradients(folder, boundaries, share)
                 except Exception as error:  # the same on every rank: they compute alike
                     answer = f"{type(error).__name__}: {error}"
-                found[f"{mode}, {len(boundaries) - 1} stages"] = answer
+                found[f"{mode}, {len(boundaries) - 1} stages"] = answer if dist.get_rank() == 0 else ""
         answers.append(found)
     return answers if dist.get_rank() == 0 else []
 
