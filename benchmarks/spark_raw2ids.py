@@ -50,7 +50,8 @@ def main(config: BenchmarkConfig) -> None:
             for name in sizes:
                 for way, found in seconds.items():
                     words = ["-i", folder / f"{name}.jsonl", "-o", folder / "out", "--tokenizer", tokenizer]
-                    words += ["-t", "pretrain", "--stack", "-C", "--max_len", ROW]
+                    shutil.rmtree(folder / "out", ignore_errors=True)
+                    words += ["-t", "pretrain", "--stack", "--max_len", ROW]
                     found[name].append(_ran(way, [*map(str, words)], folder, config.cores))
     finally:
         shutil.rmtree(folder)
