@@ -2,9 +2,11 @@
 
 import importlib.metadata
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from jllm.models import kernels
@@ -15,7 +17,13 @@ from tests.models import varlen_on_cpu
 @pytest.mark.parametrize("heads", [2, 4])
 def test_by_lengths(monkeypatch: pytest.MonkeyPatch, takes: frozenset[str], heads: int) -> None:
     """Values may be narrower than keys; each document is as it is alone. Whatever the version calls its arguments."""
-    monkeypatch.setattr(kernels, "varlen_attn", varlen_on_cpu.varlen_attn)
+
+    def of_this_version(*given: Any, **options: Any) -> Tensor:
+        assert options.keys() <= {*takes, "scale"}
+        assert ("enable_gqa" in options) == (heads < 4 and "enable_gqa" in takes)
+        return varlen_on_cpu.varlen_attn(*given, **options)
+
+    monkeypatch.setattr(kernels, "varlen_attn", of_this_version)
     monkeypatch.setattr(kernels, "_VARLEN_TAKES", takes)
     query, key, value = torch.randn(12, 4, 8), torch.randn(12, heads, 8), torch.randn(12, heads, 6)
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
