@@ -55,7 +55,8 @@ def main(config: BenchmarkConfig) -> None:
     seconds: dict[str, dict[str, list[float]]] = {each: {way: [] for way in WAYS} for each in ("known", "unknown")}
     try:
         write_corpus(folder / "data.jsonl", config.megabytes)
-        words = ["-i", folder / "data.jsonl", "-o", folder / "out", "--tokenizer", tokenizer, "-C", "--quiet", "-t", "pretrain"]
+        words = ["-i", folder / "data.jsonl", "-o", folder / "out", "--tokenizer", tokenizer]
+        words += ["-C", "--quiet", "-t", "pretrain"]
         for number in range(config.rounds + 1):
             for what, found in seconds.items():
                 for way, before in WAYS.items():
