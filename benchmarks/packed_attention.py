@@ -2,11 +2,14 @@
 
 Checks first (bf16, forward and backward, against fp32 with a block mask): grouped heads, a sliding window, values
 narrower than keys; that a Llama's loss agrees; and that no layer waits for the device. Then times one attention,
-forward and backward, 32 heads of 128 over 8 key heads, sequence 8192, documents of about 1000 tokens. Needs CUDA.
-Prints one JSON line; `ratio` is block mask / document lengths in time.
+forward and backward, 32 heads of 128 over 8 key heads, sequence 8192, documents of about 1000 tokens; and our kernel
+beside PyTorch's attention by lengths, in turn, for sizes and numbers of heads and lengths of documents. Needs CUDA.
+Prints one JSON line; `ratio` is block mask / document lengths in time, `kernels` the times of PyTorch's and of ours.
 """
 
+import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jllm.models.attention import VARLEN, packing, varlen_attention  # noqa: E402
+from jllm.models.kernels import available as kernels  # noqa: E402
 from jllm.models.pipeline.span import StageSpan  # noqa: E402
 from jllm.models.weights.loading import init_stage  # noqa: E402
 
@@ -126,6 +130,36 @@ def milliseconds(run: Any) -> float:
     return float(start.elapsed_time(end)) / 10
 
 
+def both_kernels(heads: int, key_heads: int, size: int, mean: int | None) -> dict[str, Any]:
+    """Forward and backward of 4 rows of 4,096 tokens: milliseconds of PyTorch's and of our kernel, medians of 5."""
+    positions = documents(4, 4096, mean) if mean else torch.arange(4096, device=DEVICE).repeat(4, 1)
+    is_start = positions.flatten() == 0
+    bounds = torch.nn.functional.pad(is_start.nonzero()[:, 0], (0, 1), value=len(is_start)).to(torch.int32)
+    longest = int(bounds.diff().max())
+    query, key, value = given = [
+        torch.randn(len(is_start), count, size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for count in (heads, key_heads, key_heads)
+    ]
+    slope = torch.randn_like(query)
+    ours = kernels.packed_attention
+
+    def run() -> None:
+        torch.autograd.grad(kernels.by_lengths(query, key, value, bounds, longest, None, None), given, slope)
+
+    times: dict[str, list[float]] = {"varlen": [], "ours": []}
+    for _ in range(5):
+        for name, module in (("varlen", None), ("ours", ours)):
+            kernels.packed_attention = module
+            times[name].append(milliseconds(run))
+    found = {name: round(statistics.median(each), 3) for name, each in times.items()}
+    return {
+        "heads": f"{heads} over {key_heads} of {size}",
+        "mean_document": mean or "whole rows",
+        **found,
+        "ratio": round(found["varlen"] / found["ours"], 2),
+    }
+
+
 def main() -> int:
     """Check, time, report."""
     if not torch.cuda.is_available():
@@ -134,7 +168,9 @@ def main() -> int:
     errors = {
         "heads": check(8, 8, 64, 64, None),
         "grouped": check(8, 2, 128, 128, None),
+        "odd_groups": check(14, 2, 64, 64, None),
         "window": check(8, 2, 64, 64, 32),
+        "wide_window": check(12, 4, 128, 128, 300),
         "narrow_values": check(8, 8, 192, 128, None),
     }
     difference, is_free = model_check()
@@ -159,6 +195,12 @@ def main() -> int:
         "benchmark": "packed_attention",
         "ratio": round(times["block_mask"] / times["document_lengths"], 2),
         "milliseconds": times,
+        "kernels": [
+            both_kernels(*shape, mean)
+            for shape, mean in itertools.product(
+                [(32, 8, 64), (32, 8, 128), (32, 32, 128), (14, 2, 64)], [100, 500, 2000, None]
+            )
+        ],
         "relative_errors": {name: round(error, 5) for name, error in errors.items()},
         "loss_difference": difference,
         "layers_never_wait": is_free,

@@ -173,6 +173,8 @@ TESTED_ELSEWHERE: dict[str, str] = {
     # What hostile folders show.
     "jllm/models/remote_code.py": "tests/security/test_code.py",
     "jllm/models/weight_index.py": "tests/security/test_names.py",
+    # What calls them.
+    "jllm/models/kernels/programs.py": "tests/models/kernels/test_packed_attention.py",
     # What only a run of several processes shows.
     "jllm/train/checkpoint/export.py": "tests/distributed/test_run.py",
     "jllm/train/checkpoint/state.py": "tests/distributed/test_resume.py",

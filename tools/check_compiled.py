@@ -29,7 +29,7 @@ from torch import Tensor  # noqa: E402
 from jllm.models.attention import choose_attention  # noqa: E402
 from jllm.models.compiled import Shape, compile_layers  # noqa: E402
 from jllm.models.families import NAMED  # noqa: E402
-from jllm.models.kernels import prefer_cudnn  # noqa: E402
+from jllm.models.kernels.available import prefer_cudnn  # noqa: E402
 from jllm.models.pipeline.structure import count_layers  # noqa: E402
 from jllm.models.weights.source import causal_class  # noqa: E402
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch  # noqa: E402

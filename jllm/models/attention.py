@@ -40,8 +40,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jllm.errors import UserError
-from jllm.models import kernels
 from jllm.models.families import shown_by_lengths
+from jllm.models.kernels import available as kernels
 
 VARLEN = "varlen"
 CHOICES = ("auto", VARLEN, *sorted(kernels.FLASH), "flex_attention", "sdpa", "eager")

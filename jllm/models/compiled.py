@@ -315,9 +315,13 @@ def _prepare_compiler(memory_budget: float) -> None:
     # A backward pass that cannot be compiled fails with its forward pass, which can still run as it is.
     graphs.force_non_lazy_backward_lowering = True
     graphs.activation_memory_budget = memory_budget
-    if torch.are_deterministic_algorithms_enabled():
-        from torch._inductor import config as inductor
+    from torch._inductor import config as inductor
 
+    from jllm.models.kept_sums import KeptSums
+
+    # Below 1, the budget alone says what is kept.
+    inductor.joint_custom_post_pass = KeptSums() if memory_budget == 1 else None
+    if torch.are_deterministic_algorithms_enabled():
         inductor.deterministic = True
 
 

@@ -14,7 +14,7 @@ from jllm.models.activation_checkpointing import Checkpointing, checkpoint_activ
 from jllm.models.dropout import set_dropout
 from jllm.models.embedding_noise import attach_noise
 from jllm.models.families import check_block_mask, check_split
-from jllm.models.kernels import prefer_cudnn
+from jllm.models.kernels.available import prefer_cudnn
 from jllm.models.pipeline.costs import Costs, Parameters, estimate_costs, state_bytes
 from jllm.models.pipeline.partition import StageFacts, partition, stage_facts, stage_table
 from jllm.models.pipeline.span import StageSpan, spans_of

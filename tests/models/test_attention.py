@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from jllm.errors import UserError
-from jllm.models import attention, kernels
+from jllm.models import attention
 from jllm.models.attention import VARLEN, DocumentBounds, choose_attention, packing, takes_varlen
 from jllm.models.families import shown_by_lengths
+from jllm.models.kernels import available as kernels
 from jllm.models.legacy.alibi import AlibiLlamaForCausalLM
 from jllm.models.weights.source import causal_class
 from tests.models.chain import chained_loss_and_gradients, load_chain, packed_batch
@@ -207,7 +208,7 @@ def test_flash_attention_4_is_for_heads_that_it_can_train(monkeypatch: pytest.Mo
 
 
 def _install_flash(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr("jllm.models.kernels.is_installed", lambda name: name in names)
+    monkeypatch.setattr("jllm.models.kernels.available.is_installed", lambda name: name in names)
 
 
 def test_flex_attention_has_no_backward_pass_on_cpu() -> None:

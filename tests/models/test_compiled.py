@@ -13,13 +13,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch import config as graphs_config
 
-from jllm.models import kernels
 from jllm.models.activation_checkpointing import checkpoint_activations
 from jllm.models.adapters.control import attach_control
 from jllm.models.adapters.lora import attach_lora
 from jllm.models.adapters.lora_plan import LoraChoice, plan_lora
 from jllm.models.attention import VARLEN
 from jllm.models.compiled import CompiledLayers, Shape, compile_layers
+from jllm.models.kernels import available as kernels
 from jllm.models.pipeline.bundle import CONTROL_CLASS, READ
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.stage import PipelineStage

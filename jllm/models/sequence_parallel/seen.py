@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from jllm.models import kernels
+from jllm.models.kernels import available as kernels
 
 BLOCK_ELEMENTS = 2**24
 """Scores of a block, over all rows and heads."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jllm.models import kernels
+from jllm.models.kernels import available as kernels
 from jllm.models.sequence_parallel import seen
 from jllm.models.sequence_parallel.seen import DocumentRuns, Scores, Seen, attend, takes_runs
 from tests.models.sequence_parallel.plain import plain_attention, random_heads, random_positions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from jllm.models import kernels
+from jllm.models.kernels import available as kernels
 from tests.models import varlen_on_cpu
 
 

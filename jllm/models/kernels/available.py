@@ -7,6 +7,7 @@ and later, and through PyTorch's flash-attention, memory-efficient and plain one
 import importlib.metadata
 import importlib.util
 import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ LARGEST_FOR_FLASH_4 = 128
 """Elements of a head."""
 _HALF = (torch.bfloat16, torch.float16)
 _LARGEST_FUSED = 256
+
+packed_attention: ModuleType | None = None
+"""Attention within documents by a kernel of our own, where there is a Triton to compile it with."""
+if importlib.util.find_spec("triton") is not None:
+    from jllm.models.kernels import packed_attention
 
 HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 """Whether this PyTorch has attention by document lengths."""
@@ -92,9 +98,14 @@ def by_lengths(
     window: int | None,
     keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """`torch.nn.attention.varlen` on CUDA: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all
+    """Attention by document lengths on CUDA: [T, heads, size] in, [T, heads, size of values] out, T the tokens of all
     rows; documents by their `bounds`, and the length of the `longest`. Both are also those of keys, unless documents
-    have more `keys`: the last query of a document then sees its last key."""
+    have more `keys`: the last query of a document then sees its last key.
+
+    Ours runs what it is for (`jllm.models.kernels.packed_attention`), and `torch.nn.attention.varlen` the rest."""
+    if keys is None and packed_attention is not None and packed_attention.fits(query, key, value):
+        own: Tensor = packed_attention.attend(query, key, value, bounds, scaling, window)
+        return own
     options: dict[str, Any] = {"scale": scaling}
     if query.shape[1] > key.shape[1] and "enable_gqa" in _VARLEN_TAKES:
         # Versions that have no such option take fewer key heads unasked.
