@@ -12,6 +12,7 @@ two moments, these divided by the data-parallel size. A gradient itself is there
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from jllm.errors import UserError
 from jllm.models.pipeline.carving import structure_of, tied_parameter
@@ -114,21 +116,17 @@ class TrainingEngine(PipelineEngine):
             grad_acc_dtype=torch.float32,
         )
 
-    def clip_fp32_gradients(self) -> None:
-        """Scale the gradients of all stages so that their joint norm is at most the limit."""
-        assert self._global_grad_norm is not None
-        # The host knows the norm: it has looked whether it is finite. A number is multiplied faster than a tensor.
-        scale = self.gradient_clipping() / (float(self._global_grad_norm) + 1e-6)
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if gradients and scale < 1.0:
-            torch._foreach_mul_(gradients, scale)
+    def allreduce_and_copy(self, small_bucket: list[Tensor], dp_group: Any, dp_world_size: int | None = None) -> None:
+        """Average gradients over pipelines. Of one pipeline they stay where they are: DeepSpeed would lay them end to
+        end, perhaps in another type, and copy them back."""
+        if max(dist.get_world_size(group=dp_group), dp_world_size or 1) > 1:
+            super().allreduce_and_copy(small_bucket, dp_group, dp_world_size)
 
-    def _fp32_gradient_norm(self) -> Tensor:
-        counted = [
-            p.grad
-            for p in self.module.parameters()
-            if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)
-        ]
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: where DeepSpeed asks for it, gradients were clipped with the number that tells whether to step."""
+
+    def _norm_of(self, parameters: list[Parameter]) -> Tensor:
+        counted = [each.grad for each in parameters if not getattr(each, "ds_pipe_replicated", False)]
         total = torch.zeros((), device=self.device)
         if counted:
             total = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)).square().sum()
@@ -137,11 +135,22 @@ class TrainingEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if not self.zero_optimization():
-            self._global_grad_norm = self._fp32_gradient_norm()
-            if not torch.isfinite(self._global_grad_norm):
+            # The device has nothing to do from when the host asks for the norm until it clips. So all that the host
+            # needs for that is at hand before: going through the modules takes it a millisecond.
+            parameters = [each for each in self.module.parameters() if each.grad is not None]
+            gradients = [each.grad for each in parameters]
+            self._global_grad_norm = self._norm_of(parameters)
+            norm = float(self._global_grad_norm)
+            if not math.isfinite(norm):
                 # ZeRO's optimizers make no step then; nor does this one, so that the weights stay good.
                 self.zero_grad()
                 return
+            if gradients and not (self.fp16_enabled() or self.bfloat16_enabled()):
+                # A number is multiplied faster than a tensor.
+                limit = self.gradient_clipping()
+                scale = limit / (norm + 1e-6) if limit > 0 else 1.0
+                if scale < 1.0:
+                    torch._foreach_mul_(gradients, scale)
         super()._exec_optimizer_step(lr_kwargs)
 
     def _train_schedule(self) -> Any:
