@@ -5,6 +5,7 @@
     flash_attention_3, ...  CUDA, half precision, a flash-attn package is installed and for the device, shown to be
                             right: 3, 4 (heads of at most 128 elements) or 2
     varlen                  CUDA, half precision, shown to be right: causal attention, perhaps with a window; it is
+                            a kernel of our own on Hopper, for heads of 64 and 128 elements, elsewhere
                             `torch.nn.attention.varlen`, and SDPA for rows of one document
     flex_attention          CUDA, half precision, families without SDPA: soft-capped scores, attention sinks
     sdpa                    elsewhere, CPU and fp32 included
