@@ -188,7 +188,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "jllm/train/limits.py": "tests/train/test_config.py",
     "jllm/train/data/open.py": "tests/distributed/test_data_path.py",
     "jllm/train/distributed/agreement.py": "tests/distributed/test_data_path.py",
-    "jllm/train/distributed/deepspeed_engine.py": "tests/distributed/test_equality.py",
     "jllm/train/distributed/tracing.py": "tests/distributed/test_trace.py",
     "jllm/train/evaluate.py": "tests/distributed/test_run.py",
     "jllm/train/setup.py": "tests/distributed/test_model_options.py",

@@ -126,7 +126,12 @@ class TrainingEngine(PipelineEngine):
         """Nothing: where DeepSpeed asks for it, gradients were clipped with the number that tells whether to step."""
 
     def _norm_of(self, parameters: list[Parameter]) -> Tensor:
-        counted = [each.grad for each in parameters if not getattr(each, "ds_pipe_replicated", False)]
+        """The joint norm of the gradients of all stages and slices, fp32; each of these parameters has one."""
+        counted = [
+            each.grad
+            for each in parameters
+            if each.grad is not None and not getattr(each, "ds_pipe_replicated", False)
+        ]
         total = torch.zeros((), device=self.device)
         if counted:
             total = torch.stack(torch._foreach_norm(counted, dtype=torch.float32)).square().sum()
