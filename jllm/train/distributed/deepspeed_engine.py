@@ -128,9 +128,7 @@ class TrainingEngine(PipelineEngine):
     def _norm_of(self, parameters: list[Parameter]) -> Tensor:
         """The joint norm of the gradients of all stages and slices, fp32; each of these parameters has one."""
         counted = [
-            each.grad
-            for each in parameters
-            if each.grad is not None and not getattr(each, "ds_pipe_replicated", False)
+            each.grad for each in parameters if each.grad is not None and not getattr(each, "ds_pipe_replicated", False)
         ]
         total = torch.zeros((), device=self.device)
         if counted:
