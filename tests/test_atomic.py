@@ -7,7 +7,7 @@ import pytest
 
 from jllm import atomic
 from jllm.errors import UserError
-from tests.odd_files import DAMAGED_JSON, bare_root
+from tests.odd_files import DAMAGED_JSON, bare_root, files_of_at_most
 
 
 def test_a_walk_follows_links_but_not_in_circles(tmp_path: Path) -> None:
@@ -45,3 +45,22 @@ def test_an_error_without_a_path_gets_that_of_the_file(tmp_path: Path) -> None:
         raise OSError(28, os.strerror(28))
     assert caught.value.filename == str(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def _fill(folder: Path) -> None:
+    with atomic.new_folder(folder) as new:
+        (new / "small").write_bytes(b"0" * 100)
+        (new / "large").write_bytes(b"0" * 101)
+
+
+def test_a_folder_that_a_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(100):
+        _fill(tmp_path / "x")
+    assert caught.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_known_stays() -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic.naming(Path("other")):
+        Path("/there/is/none").read_bytes()
+    assert caught.value.filename == "/there/is/none"

@@ -12,7 +12,7 @@ from jllm.guards import notation
 
 _ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
 DEEPEST = 100
-"""Levels of lists and objects in a call or a tool: far more than they have, far fewer than Python's calls may be deep."""
+"""Levels of lists and objects in a call or a tool: far more than they have, and far fewer than Python can call."""
 _KNOWN_OF_CALLS = frozenset(("name", "id", "type", "index", "call_id", "strict", *_ARGUMENTS))
 
 
