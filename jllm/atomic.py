@@ -23,6 +23,10 @@ from jllm.errors import UserError
 from jllm.guards import notation
 
 TEMPORARY_SUFFIX = ".tmp"
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says of an array that it could not write to its end, without the reason."""
+_FULL_BELOW = 1 << 20
+"""Bytes that are left of a disk that is full: a block may be, of which no file gets a part."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -116,7 +120,12 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if _CUT_SHORT.search(str(error)):
+            free = shutil.disk_usage(path.parent).free
+            reason = errno.EIO if free > _FULL_BELOW else errno.ENOSPC
+            raise OSError(reason, os.strerror(reason), str(path)) from error
+        # One without a number is no file system's, and with a path Python would show the path alone.
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
