@@ -23,6 +23,10 @@ from jllm.errors import UserError
 from jllm.guards import notation
 
 TEMPORARY_SUFFIX = ".tmp"
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says of an array that it could not write to its end, without the reason."""
+_FULL_BELOW = 1 << 20
+"""Bytes that are left of a disk that is full: a block may be, of which no file gets a part."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -110,6 +114,23 @@ def plain_name(name: object) -> str | None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a file system refuses in the block without a name, as a full disk in the middle of a file, is raised with
+    this one."""
+    try:
+        yield
+    except OSError as error:
+        if _CUT_SHORT.search(str(error)):
+            free = shutil.disk_usage(path.parent).free
+            reason = errno.EIO if free > _FULL_BELOW else errno.ENOSPC
+            raise OSError(reason, os.strerror(reason), str(path)) from error
+        # One without a number is no file system's, and with a path Python would show the path alone.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file to write to; when the block ends well it becomes `path`, otherwise it is removed.
 
@@ -118,16 +139,15 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        create(temporary)
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_file(path.parent)
-    except BaseException as error:
+        with naming(path):
+            create(temporary)
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_file(path.parent)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # as of a disk that is full
-            error.filename = str(path)
         raise
 
 
@@ -160,15 +180,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         _lock_folder(descriptor, folder)
         try:
-            for path in temporary.iterdir():
-                remove_tree(path)
-            yield temporary
-            for place, _, files in walk(temporary):
-                for name in files:
-                    sync_file(place / name)
-                sync_file(place)
-            os.replace(temporary, folder)
-            sync_file(folder.parent)
+            with naming(folder):
+                for path in temporary.iterdir():
+                    remove_tree(path)
+                yield temporary
+                for place, _, files in walk(temporary):
+                    for name in files:
+                        sync_file(place / name)
+                    sync_file(place)
+                os.replace(temporary, folder)
+                sync_file(folder.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 remove_tree(temporary)

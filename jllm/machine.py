@@ -135,8 +135,8 @@ def use_thrifty_allocator() -> None:
         pa.set_memory_pool(pa.system_memory_pool())
 
 
-def require_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Check that the disk of `folder` has room for `needed` bytes.
+def require_disk(folder: Path, needed: int, purpose: str, *, option: str = "") -> None:
+    """Check that the disk of `folder`, which `option` named, has room for `needed` bytes.
 
     Raises:
         UserError: it has not; the message says how much is missing.
@@ -147,7 +147,7 @@ def require_disk(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{folder}: {purpose} needs about {megabytes(needed)} of disk and {megabytes(free)} are free;"
+            f"{option}{folder}: {purpose} needs about {megabytes(needed)} of disk and {megabytes(free)} are free;"
             " free some, or write elsewhere"
         )
 

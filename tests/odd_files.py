@@ -6,6 +6,7 @@ import ctypes
 import gzip
 import lzma
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -107,3 +108,14 @@ def bare_root() -> Iterator[None]:
         yield
     finally:
         library.capset(header, before)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file that this process writes grows beyond so many bytes, as on a disk that is full; the error names none."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,13 +1,15 @@
 """Folders are walked whole; JSON of ours that is something else is named; what cannot be written names its path."""
 
 import os
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jllm import atomic
-from jllm.errors import UserError
-from tests.odd_files import DAMAGED_JSON, bare_root
+from jllm.errors import UserError, of_file_system
+from tests.odd_files import DAMAGED_JSON, bare_root, files_of_at_most
 
 
 def test_a_walk_follows_links_but_not_in_circles(tmp_path: Path) -> None:
@@ -45,3 +47,44 @@ def test_an_error_without_a_path_gets_that_of_the_file(tmp_path: Path) -> None:
         raise OSError(28, os.strerror(28))
     assert caught.value.filename == str(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def _fill(folder: Path) -> None:
+    with atomic.new_folder(folder) as new:
+        (new / "small").write_bytes(b"0" * 100)
+        (new / "large").write_bytes(b"0" * 101)
+
+
+def test_a_folder_that_a_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(100):
+        _fill(tmp_path / "x")
+    assert caught.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_known_stays() -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic.naming(Path("other")):
+        Path("/there/is/none").read_bytes()
+    assert caught.value.filename == "/there/is/none"
+
+
+@pytest.mark.parametrize(("free", "reason"), [(0, "No space"), (1 << 30, "Input/output error")])
+def test_an_array_that_is_cut_short_has_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, reason: str
+) -> None:
+    """numpy says how much it wrote, and not why that was not all."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
+    with (
+        pytest.raises(OSError, match=reason) as caught,
+        files_of_at_most(1000),
+        atomic.replacing(tmp_path / "x") as path,
+    ):
+        np.zeros(5000).tofile(path)
+    assert caught.value.filename == str(tmp_path / "x")
+    assert of_file_system(caught.value) is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_system_s_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="pages are damaged"), atomic.replacing(tmp_path / "x"):
+        raise OSError("pages are damaged")

@@ -27,6 +27,18 @@ def loads(text: str | bytes) -> Any:
         raise ValueError(_TOO_DEEP) from None
 
 
+def is_nested_beyond(value: Any, levels: int) -> bool:
+    """Whether lists and objects of a JSON value lie in one another more than so many levels deep. Nothing calls itself
+    here, so a value of any depth has an answer."""
+    holders = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        if not holders:
+            return False
+        inside = (holder.values() if isinstance(holder, dict) else holder for holder in holders)
+        holders = [item for items in inside for item in items if isinstance(item, dict | list)]
+    return bool(holders)
+
+
 def read_json(path: Path, *, largest: int = LARGEST_FILE) -> Any:
     """The value in a JSON file.
 

@@ -45,6 +45,7 @@ from jllm.train.checkpoint.resume import (
     load_weights_only,
     record_of_run,
 )
+from jllm.train.checks.room import check_room_for_all
 from jllm.train.checks.start import check_start, check_weights_if_asked
 from jllm.train.compiling import keep_code_private
 from jllm.train.config import (
@@ -58,6 +59,7 @@ from jllm.train.distributed import launch
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.distributed.deepspeed_engine import check_precision
 from jllm.train.evaluate import open_evaluation_sets
+from jllm.train.exporting import exported_folder
 from jllm.train.fp8 import fp8_notes, use_fp8
 from jllm.train.fused_loss import fused_loss_note
 from jllm.train.lifecycle.run_folders import check_folders_are_free
@@ -122,6 +124,7 @@ def dry_run(config: TrainConfig) -> None:
         load_weights_only(stage, config, agreement)
     if steps is not None and steps.resumed is not None:
         check_weights(steps.resumed, stage, agreement)
+    check_room_for_all(config, agreement.place, stage, exported_folder(config, model, family.adapters))
     notes += fp8_notes(config, agreement, stage.model, stage.span, is_compiled=family.compiling.is_on)
     notes += [fused_loss_note(config, is_plain=stage.plain_head is not None), *check_weights_if_asked(config)]
 

@@ -29,7 +29,7 @@ from jllm.train.checkpoint.resume import (
     other_length,
     record_of_run,
 )
-from jllm.train.checkpoint.run_saver import RunSaver
+from jllm.train.checkpoint.run_saver import saver_of_run
 from jllm.train.checkpoint.state import TrainingState
 from jllm.train.checks.start import check_start
 from jllm.train.config import TrainConfig, skipped_steps
@@ -147,10 +147,9 @@ class TrainingRun:
         self.requests = Requests(config, is_first=agreement.place.is_first, world_size=shape.mesh.world_size)
         self.nan_guard, self.spike_watch = NanGuard(config.on_nan), SpikeWatch()
         self.asked = self.told = Request.NOTHING
-        self.saver: RunSaver | None = None
-        if config.checkpoint is not None:
-            template = self.data.facts.chat_template
-            self.saver = RunSaver(config, agreement, self.state, self.stage, self.exported, chat_template=template)
+        self.saver = saver_of_run(
+            config, agreement, self.state, self.stage, self.exported, chat_template=self.data.facts.chat_template
+        )
         self.recorder = Recorder(
             config.resolved_log_dir,
             enabled=agreement.place.is_first,

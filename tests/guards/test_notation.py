@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -59,3 +60,13 @@ def test_nothing_else_reads_json_or_toml() -> None:
     reading = re.compile(r"(?<![.\w])(?:json\.loads?\((?!json\.dumps)|tomllib\.)")
     paths = [path for path in (ROOT / "jllm").rglob("*.py") if path.name != "notation.py"]
     assert not [str(path) for path in paths if reading.search(path.read_text(encoding="utf-8"))]
+
+
+@given(value=st.recursive(st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_how_deep_a_value_is_nested(value: Any) -> None:
+    def depth(item: Any) -> int:
+        if not isinstance(item, dict | list):
+            return 0
+        return 1 + max(map(depth, item.values() if isinstance(item, dict) else item), default=0)
+
+    assert [notation.is_nested_beyond(value, levels) for levels in range(9)] == [depth(value) > n for n in range(9)]

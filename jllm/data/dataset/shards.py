@@ -13,6 +13,7 @@ verifies. Row groups hold about `ROW_GROUP_TOKENS` tokens, fewer where further c
 Cost: writing about 80 M tokens/s on one core (zstd level 1, no dictionary).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -247,5 +248,6 @@ class ShardWriter:
                 largest_id=max((facts.largest_id for facts in self._facts), default=0),
             )
         else:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried again here, and is given up
+                self._file.close()
         self._replacing.__exit__(kind, error, trace)

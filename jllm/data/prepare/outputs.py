@@ -23,7 +23,7 @@ NOT_IN_THE_MANIFEST = (
 """Options that do not decide what is made, or that the manifest records in another place."""
 
 
-RULES = 3
+RULES = 4
 """The version of the rules by which the same input, options and tokenizer become the same rows. It is raised with every
 change of them, so that a run is never finished by other rules than it was begun by."""
 NAMES_OF_OUR_FOLDERS = (MANIFEST_NAME, WORK_NAME, ".plan.json")

@@ -202,7 +202,7 @@ class Work:
     def _in_file(self, parts: Sequence[Any]) -> Path:
         path = self._cache.folder / f".group-{os.getpid()}-{next(self._files)}.tmp"
         atomic.create(path)
-        with path.open("wb") as file:
+        with atomic.naming(path), path.open("wb") as file:
             for part in parts:
                 file.write(part)
         return path

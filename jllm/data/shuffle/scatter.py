@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jllm import atomic
 from jllm.data.dataset.columns import from_array, to_array
 
 POSITION = "_position"
@@ -78,7 +79,11 @@ class Scatter:
         for bucket, slices in self.slices.items():
             path = self.files.setdefault(bucket, self._scratch / f"{bucket:05d}-{self._worker:03d}.arrows")
             # Each spill appends one Arrow stream, so that no file stays open however many buckets there are.
-            with path.open("ab") as file, pa.ipc.new_stream(file, slices[0].schema, options=self._options) as stream:
+            with (
+                atomic.naming(path),
+                path.open("ab") as file,
+                pa.ipc.new_stream(file, slices[0].schema, options=self._options) as stream,
+            ):
                 for rows in slices:
                     stream.write_batch(rows)
         self.slices = {}

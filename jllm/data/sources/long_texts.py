@@ -152,12 +152,18 @@ def _mark_apart_from(parts: Sequence[bytes]) -> bytes:
 
 
 def _replaced(value: Any, marks: dict[str, LongText]) -> Any:
-    if isinstance(value, str):
-        return marks.get(value, value)
-    if isinstance(value, dict):
-        if not marks.keys().isdisjoint(value):
+    """The value with texts in place of their marks. Nothing calls itself here: values may be nested as deep as orjson
+    reads them, which is deeper than Python's calls."""
+    top = [value]
+    left: list[Any] = [top]
+    while left:
+        holder = left.pop()
+        if isinstance(holder, dict) and not marks.keys().isdisjoint(holder):
             raise ValueError("a long key")
-        return {key: _replaced(item, marks) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replaced(item, marks) for item in value]
-    return value
+        for place, item in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(item, str):
+                if item in marks:
+                    holder[place] = marks[item]
+            elif isinstance(item, dict | list):
+                left.append(item)
+    return top[0]

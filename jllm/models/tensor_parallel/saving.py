@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jllm import atomic
 from jllm.models.pipeline.carving import structure_of
 from jllm.models.pipeline.span import StageSpan
 from jllm.models.weights.kept import KeptDtypes
@@ -91,22 +92,25 @@ class SlicedFile:
     def begin(self, folder: Path) -> None:
         """Write the header, and make room for the rest. One rank does it, before the others write."""
         header, places = self._header()
-        with (folder / self.name).open("wb") as file:
+        path = folder / self.name
+        with atomic.naming(path), path.open("wb") as file:
             file.write(header)
             file.truncate(places[-1])
 
     def write(self, folder: Path, *, is_first: bool) -> None:
         """Write this rank's slices; with `is_first` also what all ranks of the stage have."""
         _, places = self._header()
-        descriptor = os.open(folder / self.name, os.O_WRONLY)
+        path = folder / self.name
+        descriptor = os.open(path, os.O_WRONLY)
         try:
-            for tensor, begin in zip(self.tensors, places, strict=False):
-                if tensor.place is None and not is_first:
-                    continue
-                stored = tensor.held.detach().to(tensor.dtype).cpu().contiguous()
-                for place, run in _with_held(tensor, stored).runs():
-                    _write_all(descriptor, tensor_bytes(run), begin + place * tensor.dtype.itemsize)
-            os.fsync(descriptor)
+            with atomic.naming(path):
+                for tensor, begin in zip(self.tensors, places, strict=False):
+                    if tensor.place is None and not is_first:
+                        continue
+                    stored = tensor.held.detach().to(tensor.dtype).cpu().contiguous()
+                    for place, run in _with_held(tensor, stored).runs():
+                        _write_all(descriptor, tensor_bytes(run), begin + place * tensor.dtype.itemsize)
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -118,8 +118,9 @@ class ModelFolder:
         return stage_files(model, span, dtype=self.dtype, source=self.source)
 
     def size(self, model: PreTrainedModel) -> int:
-        """Bytes of this stage's tensors, about."""
-        return sum(weight.numel() for weight in model.parameters()) * self.dtype.itemsize
+        """Bytes of this stage's tensors, about, without those that another process has too, and writes."""
+        own = (weight for weight in model.parameters() if not getattr(weight, "ds_pipe_replicated", False))
+        return sum(weight.numel() for weight in own) * self.dtype.itemsize
 
     def write_companions(self, model: PreTrainedModel, folder: Path, *, chat_template: str | None) -> None:
         """What is no tensor."""

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from jllm.errors import EXIT_CODE, UserError
-from jllm.machine import require_disk
 from jllm.models.pipeline.stage import PipelineStage
 from jllm.models.weights.saving import ExportedFolder
 from jllm.train.checkpoint import folders
@@ -18,6 +17,7 @@ from jllm.train.checkpoint.format import RunState
 from jllm.train.checkpoint.random_state import random_states
 from jllm.train.checkpoint.saver import CheckpointSaver, ranked
 from jllm.train.checkpoint.state import TrainingState
+from jllm.train.checks.room import check_room
 from jllm.train.config import TrainConfig
 from jllm.train.distributed.agreement import Agreement
 from jllm.train.lifecycle.ending import AGAIN_EXIT_CODE
@@ -53,33 +53,10 @@ class RunSaver:
         self.saves_alone = not agreement.sees_one_folder(config.checkpoint)
         ranks = agreement.ranks_of_node() if self.saves_alone else agreement.mesh.ranks
         self._saver = CheckpointSaver(config, rank=agreement.rank, ranks=ranks, barrier=agreement.barrier)
-        self._check_room()
         self._folder: Path | None = None
         self._begun = 0.0
         self._is_retry = False
         self.newest_step: int | None = None
-
-    def _check_room(self) -> None:
-        """Raises:
-        UserError: on every process: the disk is too full for a single checkpoint.
-        """
-        size = sum(piece.tensor.nbytes for piece in self._state.pieces(alone=self.saves_alone))
-        if self._config.only_exports:
-            size = self._kind.size(self._stage.model)
-        node = self._agreement.node if self.saves_alone else 0
-        sizes = self._agreement.gather((node, size))
-        needed = sum(each for other, each in sizes if other == node)
-
-        def mistake() -> str | None:
-            try:
-                require_disk(self.root, needed, "a checkpoint")
-            except UserError as error:
-                return f"--checkpoint {error}"
-            return None
-
-        found = self._agreement.gather_first(mistake)
-        if found is not None:
-            raise UserError(found)
 
     def request(self) -> Request:
         """What this process tells the others of the checkpoint that is being written."""
@@ -175,3 +152,25 @@ class RunSaver:
     def best(self) -> Path | None:
         """The complete checkpoint with the lowest evaluation loss."""
         return next(iter(ranked(self.complete(), marker=folders.marker_of(self._config))), None)
+
+
+def saver_of_run(
+    config: TrainConfig,
+    agreement: Agreement,
+    state: TrainingState,
+    stage: PipelineStage,
+    kind: ExportedFolder,
+    *,
+    chat_template: str | None,
+) -> RunSaver | None:
+    """What saves a run that has a `--checkpoint`, by the arguments of `RunSaver`. With or without one, all that the
+    run writes has room at its start.
+
+    Raises:
+        UserError: on every process: a disk is too full.
+    """
+    saver = None
+    if config.checkpoint is not None:
+        saver = RunSaver(config, agreement, state, stage, kind, chat_template=chat_template)
+    check_room(config, agreement, stage, kind, alone=saver is not None and saver.saves_alone)
+    return saver

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jllm.errors import EXIT_CODE, UserError, of_file_system, report, say
+from jllm.errors import UserError, of_file_system, report, say
 from jllm.parallel import meeting, peers
 from jllm.parallel.ports import free_port
 from jllm.train.distributed import operators
@@ -170,21 +170,15 @@ def _forget_buffer_name() -> None:
 def run_rank(function: Callable[[], int]) -> None:
     """Run one rank's work, which gives the exit code; does not return.
 
-    A `UserError` is one line, printed once, and its own exit code. So is a lack of device memory, with the
-    options that help. Any other exception is printed with the rank's number and its traceback, and exit code 1. A
+    A `UserError` is one line, printed once, and its own exit code. So is what the file system of one rank refuses, and
+    a lack of device memory, with the options that help: the others are told before this one ends, and say nothing.
+    Any other exception is printed with the rank's number and its traceback, and exit code 1. A
     rank that fails because another one is gone leaves the first word to that one, and says so in a line.
     """
     _watch_launcher()
     code = 0
     try:
         code = function()
-    except UserError as error:
-        _end_at_once_on_sigterm()
-        if (speaks := peers.may_speak()) is None:
-            tell_mistake(str(error), report)
-        else:
-            report(str(error), speaks=speaks)
-        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
@@ -192,12 +186,12 @@ def run_rank(function: Callable[[], int]) -> None:
     except BaseException as error:
         _end_at_once_on_sigterm()
         code = 1
-        if _is_out_of_memory(error):
-            say(f"error: rank {rank()} is out of memory: {out_of_memory_advice(error)}", file=sys.stderr)
-            code = EXIT_CODE
-        elif isinstance(error, OSError) and (mistake := of_file_system(error)) is not None:
-            say(f"error: rank {rank()}: {mistake}", file=sys.stderr)
-            code = EXIT_CODE
+        if (mistake := _mistake_of(error)) is not None:
+            if (speaks := peers.may_speak()) is None:
+                tell_mistake(str(mistake), report)
+            else:
+                report(str(mistake), speaks=speaks)
+            code = mistake.exit_code
         elif any(sign in str(error) for sign in SIGNS_OF_A_LOST_RANK):
             time.sleep(LOST_RANK_SECONDS)  # the launcher, which ends the others when one has failed, is quicker
             say(f"rank {rank()} ends: another rank is gone", file=sys.stderr)
@@ -208,6 +202,16 @@ def run_rank(function: Callable[[], int]) -> None:
     sys.stderr.flush()
     # Not sys.exit: process groups and their threads may wait for peers that will never answer.
     os._exit(code)
+
+
+def _mistake_of(error: BaseException) -> UserError | None:
+    """What a user can put right, in a line, which has the rank's number where one rank alone may have met it."""
+    if isinstance(error, UserError):
+        return error
+    if _is_out_of_memory(error):
+        return UserError(f"rank {rank()} is out of memory: {out_of_memory_advice(error)}")
+    refused = of_file_system(error) if isinstance(error, OSError) else None
+    return None if refused is None else UserError(f"rank {rank()}: {refused}")
 
 
 def _end_at_once_on_sigterm() -> None:

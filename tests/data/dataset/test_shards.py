@@ -15,6 +15,7 @@ from jllm.data.dataset.columns import Column, bytes_before
 from jllm.data.dataset.shards import ShardWriter
 from tests.data.sets import ALL_COLUMNS
 from tests.data.typed_sets import COLUMNS_OF_ANY_TYPE, EVERY_TYPE, typed_rows
+from tests.odd_files import files_of_at_most
 
 
 def write(path: Path, batches: list[pa.RecordBatch], further: list[Column] | tuple[Column, ...]) -> ShardWriter:
@@ -83,3 +84,14 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
 def test_other_columns_than_promised_are_a_defect(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names"), ShardWriter(tmp_path / "a.parquet", columns=ALL_COLUMNS) as writer:
         writer.write(typed_rows(0, 10, EVERY_TYPE))
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, 20_000, 100_000])
+def test_a_shard_that_a_disk_does_not_take_is_named(tmp_path: Path, size: int) -> None:
+    """Wherever it is met: in a row group, and at the end, where what waits to be written is tried again."""
+    path = tmp_path / "a.parquet"
+    batches = [typed_rows(start, 2000, EVERY_TYPE) for start in range(0, 8000, 2000)]
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(size):
+        write(path, batches, EVERY_TYPE)
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jllm.data.shuffle.scatter import Bucket, Scatter
 from tests.data.typed_sets import EVERY_TYPE, exact_rows, typed_rows
+from tests.odd_files import files_of_at_most
 
 IDS = ("input_ids",)
 
@@ -83,3 +84,14 @@ def test_rows_are_repeated_and_unwanted_ones_dropped(tmp_path: Path) -> None:
     expected = exact_rows([rows])
     found = exact_rows(held.ordered().between(0, 3, rows_at_once=10))
     assert found == [expected[1], expected[3], expected[1]]
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_scratch_file_that_a_disk_does_not_take_is_named(tmp_path: Path, size: int) -> None:
+    rows = typed_rows(0, 2000, EVERY_TYPE, columns=IDS)
+    scatter = Scatter(
+        bounds=np.array([0]), wanted=np.ones(1, bool), allowance=0, scratch=tmp_path, worker=3, compressed=False
+    )
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(size):
+        scatter.add(rows, np.arange(2000, dtype=np.uint32))
+    assert caught.value.filename == str(tmp_path / "00000-003.arrows")

@@ -81,6 +81,21 @@ def test_long_texts_are_kept() -> None:
     assert value == {"text": text}
 
 
+@pytest.mark.parametrize("depth", [1, 400, 900])
+@pytest.mark.parametrize("holder", ["[%s]", '{"in": %s}', '[{"in": %s}]'])
+def test_a_record_of_any_depth_is_read(holder: str, depth: int) -> None:
+    """A parser reads values deeper than Python's calls may be, and so does whatever looks for texts in them."""
+    nested, text = "0", "line of a text\n" * 9
+    for _ in range(depth // holder.count("%s") // (1 + holder.startswith("[{"))):
+        nested = holder % nested
+    row = f'{{"before": {nested}, "text": {json.dumps(text)}, "behind": {nested}}}'.encode()
+    plain, kept = json_values.parse([row], [1]), json_values.parse([row], [1], keep_long=True)
+    assert len(kept.values) == 1
+    [value] = kept.values
+    assert isinstance(value["text"], LongText)
+    assert json.dumps(value["before"]) == json.dumps(plain.values[0]["behind"]) == json.dumps(value["behind"])
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     record=records,

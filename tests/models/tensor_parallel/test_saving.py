@@ -15,6 +15,7 @@ from jllm.parallel.tensor.group import TensorGroup
 from tests.models.family_check import make_folder
 from tests.models.slice_check import SLICED
 from tests.models.tiny import tiny_config
+from tests.odd_files import files_of_at_most
 
 
 @pytest.mark.parametrize("family", [*SLICED, "deepseek_v3", "gpt_oss", "glm4", "olmo2", "aria_text"])
@@ -42,3 +43,20 @@ def test_files_are_those_of_whole_stages(tmp_path: Path, family: str) -> None:
     assert len(files) > 3
     for name in files:
         assert (whole / name).read_bytes() == (sliced / name).read_bytes(), name
+
+
+def test_a_file_that_a_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    """By the rank that makes room for it, and by one that writes its slices."""
+    make_folder(tiny_config("llama", tied=False), tmp_path / "source")
+    [span] = spans_of([0, 4])
+    model = load_stage(tmp_path / "source", span, dtype=torch.float32)
+    slice_stage(model, TensorGroup(rank=1, size=2, handle=None))
+    [file] = sliced_files(model, span, dtype=torch.float32, source=None, rank=1, ranks=2)
+    path = tmp_path / file.name
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(1000):
+        file.begin(tmp_path)
+    assert caught.value.filename == str(path)
+    file.begin(tmp_path)
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(5000):
+        file.write(tmp_path, is_first=False)
+    assert caught.value.filename == str(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jllm.parallel.ports import free_port
 from tests.distributed.ranks import Ranks
 
 
@@ -42,6 +43,55 @@ def test_out_of_memory_names_the_batch_and_what_helps(kind: str) -> None:
     assert line.startswith("error: rank 1 is out of memory: micro-batches of 4 x 2048 tokens: no room for 3 GiB; give")
     for name in ("--checkpoint_grad_interval", "--per_device_train_batch_size", "--pipe_parallel_size"):
         assert name in line
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("OSError(28, 'full', 'out/a.safetensors')", "error: rank {}: out/a.safetensors: the disk is full"),
+        ("MemoryError('no room')", "error: rank {} is out of memory: no room; give "),
+    ],
+)
+def test_what_one_rank_meets_is_one_line_of_a_run(error: str, line: str, failing: int) -> None:
+    """The others, which wait for it, say nothing, and outlive it, so that its exit code is the one of the run."""
+    code = f"""
+import datetime, os, sys, time
+import torch.distributed as dist
+from jllm.parallel import peers
+from jllm.train.distributed import launch
+peers.GRACE_SECONDS = 2.0
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=600))
+peers.join(rank=launch.rank(), world_size=2, timeout=600.0)
+dist.barrier()
+def work():
+    if launch.rank() == {failing}:
+        raise {error}
+    time.sleep(600)
+launch._watch_launcher = lambda: None
+launch.run_rank(work)
+"""
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **at, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[failing].wait(timeout=60) == 2
+        if failing:  # the first one ends by itself, and with it all others
+            assert ranks[0].poll() is None
+        texts = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2 if number == failing else 1 for number in range(2)]
+    [said] = [each for text in texts for each in text.splitlines() if each.startswith("error")]
+    assert said.startswith(line.format(failing))
 
 
 def test_a_rank_that_lost_another_leaves_the_first_word_to_it() -> None:

@@ -1,6 +1,7 @@
 """Tool calls and tool descriptions, in the one form that templates are given.
 
-Guarantees: arguments are values, not JSON text; a call or a tool that has no such form is refused, never passed on.
+Guarantees: arguments are values, not JSON text; a call or a tool that has no such form is refused, never passed on, and
+so is one that is nested more than `DEEPEST` levels deep: templates call themselves for every level.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ from jllm.data.sources.records import json_type
 from jllm.guards import notation
 
 _ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
+DEEPEST = 100
+"""Levels of lists and objects in a call or a tool: far more than they have, and far fewer than Python can call."""
 _KNOWN_OF_CALLS = frozenset(("name", "id", "type", "index", "call_id", "strict", *_ARGUMENTS))
 
 
@@ -22,7 +25,9 @@ def calls_of(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = _parsed(value, f"{where} has tool calls that are no JSON")
     calls = value if isinstance(value, list) else [value]
-    return [_call(_parsed(call, f"{where} has a tool call that is no JSON"), where) for call in calls]
+    made = [_call(_parsed(call, f"{where} has a tool call that is no JSON"), where) for call in calls]
+    _check_depth(made, f"{where} has a tool call")
+    return made
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -59,7 +64,9 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
         return None
     if not isinstance(value, list):
         raise BadRecordError("wrong type", f"{where} is {json_type(value)}, not a list")
-    return [_tool(_parsed(tool, f"{where} has a tool that is no JSON"), where, i) for i, tool in enumerate(value)]
+    tools = [_tool(_parsed(tool, f"{where} has a tool that is no JSON"), where, i) for i, tool in enumerate(value)]
+    _check_depth(tools, f"{where} has a tool")
+    return tools
 
 
 def _tool(tool: Any, where: str, number: int) -> dict[str, Any]:
@@ -73,6 +80,11 @@ def _tool(tool: Any, where: str, number: int) -> dict[str, Any]:
     if not named and ("function" in tool or not isinstance(tool.get("type"), str) or tool["type"] == "function"):
         raise BadRecordError("wrong type", f"{where} {number} has no name")
     return described
+
+
+def _check_depth(values: list[Any], what: str) -> None:
+    if notation.is_nested_beyond(values, 1 + DEEPEST):
+        raise BadRecordError("nested too deep", f"{what} with more than {DEEPEST} levels of lists and objects")
 
 
 def _parsed(value: Any, mistake: str) -> Any:

@@ -97,7 +97,7 @@ def write(path: Path, encoded: Encoded, vocab_size: int) -> Block:
     text += b" " * (-(len(text) + 16) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     atomic.create(temporary)
-    with temporary.open("wb") as file:
+    with atomic.naming(path), temporary.open("wb") as file:
         file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(_bytes(array))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jllm.data.chat.records.calls import calls_of, tools_of
+from jllm.data.chat.records.calls import DEEPEST, calls_of, tools_of
 from jllm.data.chat.records.conversation import BadRecordError
 
 arguments = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.booleans()))
@@ -56,3 +56,30 @@ def test_tools() -> None:
 def test_what_describes_no_tool_is_refused(tools: Any) -> None:
     with pytest.raises(BadRecordError):
         tools_of(tools, "it")
+
+
+@pytest.mark.parametrize("holder", ["[%s]", '{"in": %s}'])
+@pytest.mark.parametrize("over", [0, 1, 500, 800])
+def test_what_is_nested_too_deeply_is_refused(holder: str, over: int) -> None:
+    """As a value, and as JSON text of one: what templates do with each level is bounded."""
+
+    def nested(levels: int) -> str:
+        text = "0"
+        for _ in range(levels):
+            text = holder % text
+        return text
+
+    arguments, schema = nested(DEEPEST - 3 + over), nested(DEEPEST - 3 + over)
+    value = json.loads(arguments)
+    forms: list[Any] = [
+        lambda: calls_of([{"function": {"name": "f", "arguments": {"x": value}}}], "it"),
+        lambda: calls_of({"name": "f", "arguments": f'{{"x": {arguments}}}'}, "it"),
+        lambda: tools_of([{"name": "f", "parameters": {"x": value}}], "they"),
+        lambda: tools_of(f'[{{"name": "f", "parameters": {{"x": {schema}}}}}]', "they"),
+    ]
+    for form in forms:
+        if over:
+            with pytest.raises(BadRecordError, match="more than 100 levels of lists and objects"):
+                form()
+        else:
+            assert form()

@@ -13,6 +13,7 @@ from jllm.data.packing.documents import Documents
 from jllm.data.prepare.encoding import Encoded
 from jllm.data.prepare.saving.chunk_cache import ChunkCache, read, write
 from jllm.data.sources.records import BadRecord
+from tests.odd_files import files_of_at_most
 
 EXAMPLES = 40 * int(os.environ.get("JLLM_TEST_SIZE", "1"))
 
@@ -135,3 +136,12 @@ def test_where_pairs_are_cut(tmp_path: Path, classes: bool) -> None:
     assert taken.cuts.tolist() == [3, 2]
     assert cut.cuts is not None
     assert cut.cuts.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_a_chunk_that_a_disk_does_not_take_is_named(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "block-00000-0000000"
+    with pytest.raises(OSError, match="too large") as caught, files_of_at_most(size):
+        write(path, encoded_of([[5] * 20_000], True), 1 << 16)
+    assert caught.value.filename == str(path)
+    assert not path.exists()
