@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jllm.parallel.ports import free_port
 from tests.pages.blocks import ROOT
+from tests.spark import quick_java
 
 SECONDS = 240
 
@@ -33,6 +34,7 @@ class Session:
         (programs / "deepspeed").chmod(0o755)
         self._environment = {
             **os.environ,
+            **quick_java.ENVIRONMENT,
             "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
