@@ -6,7 +6,9 @@ one file of long tests that share nothing. What takes longest begins first, or o
 forks comes before what compiles: a process that has compiled is large, and a fork of it dear.
 """
 
+import collections
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -40,6 +42,20 @@ def pytest_collection_finish() -> None:
     """What all test files have imported is there to the end: collections before forks, and others, pass it over."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With `--durations=N`, the N slowest files too, set-ups included."""
+    count = terminalreporter.config.getoption("durations")
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+    if count is None or not seconds:
+        return
+    terminalreporter.section(f"slowest {count or len(seconds)} files")
+    for name, spent in sorted(seconds.items(), key=lambda entry: -entry[1])[: count or None]:
+        terminalreporter.write_line(f"{spent:8.2f}s  {name}")
 
 
 @pytest.fixture(scope="session")
