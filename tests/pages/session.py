@@ -92,7 +92,7 @@ class Session:
 def is_dear_to_start(command: str) -> bool:
     """Whether a command is ours alone, with nothing that only a shell knows, and takes seconds to start."""
     words = split(command)
-    if not command.startswith(("jllm ", "python -m jllm.")) or re.search(r"[|&;<>$*?`]", command):
+    if not command.startswith(("jllm ", "python -m jllm.")) or re.search(r"[|&;<>$*?`\\]", command):
         return False
     name = words[1] if words[0] == "jllm" else words[2].removeprefix("jllm.")
     return name in DEAR_TO_START or (name == "train" and "--dry_run" in words)
