@@ -1,7 +1,7 @@
 """Two nodes: what differs between them ends both with one line before anything is trained.
 
 The same code says all of it, so most ends are those of ranks alone; what the launchers make of one is shown with them.
-From JLLM_TEST_SIZE 2 on the launchers' on either side."""
+With JLLM_TEST_SIZE 2, ends through launchers are shown on either side."""
 
 import json
 import os
