@@ -322,16 +322,12 @@ def _result_of(work: Callable[[Any], Any], task: Any) -> tuple[Any, BaseExceptio
 
 @contextlib.contextmanager
 def _ready_to_fork() -> Iterator[None]:
-    """What is alive is passed over by the workers' garbage collection, which would write to all of it."""
+    """What is dead is not copied."""
     _prctl()
     gc.collect()
-    gc.freeze()
-    try:
-        with warnings.catch_warnings():  # of threads of the libraries here, which no worker needs
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        gc.unfreeze()
+    with warnings.catch_warnings():  # of threads of the libraries here, which no worker needs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def _prctl() -> Any:
@@ -350,7 +346,9 @@ def _let_go(kept: int) -> None:
 
 
 def _run_worker(work: Callable[[Any], Any], channel: socket.socket, parent: int) -> NoReturn:
-    """The whole life of a worker."""
+    """The whole life of a worker. What its parent has is passed over by its garbage collection, which would write to
+    all of it."""
+    gc.freeze()
     code = 1
     try:
         _prctl()(_PR_SET_PDEATHSIG, signal.SIGKILL)

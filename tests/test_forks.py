@@ -1,6 +1,7 @@
 """Worker processes: what they share, what they raise, and that none is left."""
 
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -70,6 +71,14 @@ def test_nothing_waits_behind_a_long_task(tmp_path: Path, threads: bool) -> None
             assert found.pop() == long
             long.unlink()
         assert workers.wants == 4
+
+
+def test_workers_pass_over_what_their_parent_has_and_leave_its_collector_as_it_is() -> None:
+    before = gc.get_freeze_count()
+    with Workers(1, lambda task: gc.get_freeze_count()) as workers:
+        [frozen] = results_of(workers, [0]).values()
+    assert frozen - before > 1000
+    assert gc.get_freeze_count() == before
 
 
 @pytest.mark.parametrize("threads", [False, True])

@@ -1,6 +1,7 @@
 """Conversations, templates, and an encoder for one template, for tests."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,20 +39,33 @@ END_OUTSIDE = TEMPLATES["chatml"].replace(
 )
 
 
+@functools.lru_cache(maxsize=4)
+def _reference(backend: str) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(backend)
+
+
+_known_lengths: dict[str, TokenLengths] = {}
+"""By the hash of the backend that they are made of, which takes a second for a real one."""
+
+
+def _lengths(facts: TokenizerFacts) -> TokenLengths:
+    if facts.sha256 not in _known_lengths:
+        _known_lengths[facts.sha256] = TokenLengths(facts)
+    return _known_lengths[facts.sha256]
+
+
 class Chat:
     """An encoder for one template."""
 
     def __init__(self, facts: TokenizerFacts, engine: CheckedEngine, template: str, **plan: Any) -> None:
-        import tokenizers
-
         assert facts.backend is not None
-        self.reference = tokenizers.Tokenizer.from_str(facts.backend)
+        self.reference = _reference(facts.backend)
         self.facts = facts
         self.plan = RenderPlan(
             template=template, special_tokens=facts.special_tokens, added=facts.added, date="2026-01-31",
             prefix=facts.prefix, eos_id=facts.eos_id, **plan,
         )  # fmt: skip
-        assembler = Assembler(engine=engine, lengths=TokenLengths(facts))
+        assembler = Assembler(engine=engine, lengths=_lengths(facts))
         self.encoder = ChatEncoder(assembler=assembler, plan=self.plan, formats=("messages",), fields={})
 
     def encode(

@@ -1,7 +1,10 @@
-"""Two launchers, as on two machines, each with a command line, a model and an environment of its own."""
+"""Nodes, as on several machines, each with a command line, a model and an environment of its own: through launchers, or
+as ranks alone, which start at once."""
 
 import base64
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,11 +13,12 @@ from pathlib import Path
 
 from jllm.parallel.ports import free_port
 from tests.distributed.launched import Run, end_group
+from tests.forks import context
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How one node ended: the launcher's exit code, all its output, and the seconds from its start."""
+    """How one node ended: its exit code, all its output, and the seconds from its start."""
 
     code: int
     output: str
@@ -40,7 +44,7 @@ def run_nodes(
     environment: Mapping[int, Mapping[str, str]] | None = None,
     timeout: float = 120,
 ) -> list[Ended]:
-    """Run a command line on each node, node 0 first, and wait for all.
+    """Run a command line on each node through its launcher, node 0 first, and wait for all.
 
     Args:
         folder: that all of them start in.
@@ -63,3 +67,56 @@ def run_nodes(
     finally:
         for run in runs:
             end_group(run)
+
+
+def _run_rank(folder: Path, variables: Mapping[str, str], line: Sequence[str], output: Path) -> None:
+    """The command as the launcher starts it, but for the interpreter."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(variables)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from jllm.commands.train_pipe import main
+
+    sys.argv = ["train_pipe.py", f"--local_rank={variables['LOCAL_RANK']}", *line]
+    main(prog_name="python -m jllm.train_pipe")
+
+
+def run_ranks(
+    folder: Path,
+    place: Path,
+    *lines: Sequence[str],
+    environment: Mapping[int, Mapping[str, str]] | None = None,
+    timeout: float = 120,
+) -> list[Ended]:
+    """Run a command line on each node of one rank, without launchers, and wait for all.
+
+    Args:
+        folder: that all of them start in.
+        place: a folder for what they say.
+        lines: a node's options.
+        environment: further variables of a node.
+        timeout: after which a node that has not ended is a failure.
+    """
+    port, ranks = free_port(), []
+    for number, line in enumerate(lines):
+        variables = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": str(len(lines)), "LOCAL_SIZE": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": str(number)}
+        variables |= {"CROSS_SIZE": str(len(lines)), **(environment or {}).get(number, {})}
+        rank = context.Process(target=_run_rank, args=(folder, variables, line, place / f"said-{number}"))
+        rank.start()
+        ranks.append((rank, time.monotonic()))
+    ended = []
+    try:
+        for number, (rank, start) in enumerate(ranks):
+            rank.join(timeout)
+            assert rank.exitcode is not None, (place / f"said-{number}").read_text()
+            output = (place / f"said-{number}").read_text()
+            ended.append(Ended(code=rank.exitcode, output=output, seconds=time.monotonic() - start))
+    finally:
+        for rank, _ in ranks:
+            if rank.exitcode is None and rank.pid is not None:
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.join()
+    return ended

@@ -1,6 +1,7 @@
-"""Two launchers, as on two nodes: what differs between them ends both with one line before anything is trained.
+"""Two nodes: what differs between them ends both with one line before anything is trained.
 
-From JLLM_TEST_SIZE 2 on every difference, on either side; a third of them otherwise."""
+The same code says all of it, so most ends are those of ranks alone; what the launchers make of one is shown with them.
+With JLLM_TEST_SIZE 2, ends through launchers are shown on either side."""
 
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.nodes import Ended, run_nodes
+from tests.distributed.nodes import Ended, run_nodes, run_ranks
 from tests.fixtures import random_rows, tiny_llama, write_rows
 
 LINE = ("--pipe_parallel_size", "2", "--precision", "fp32", "--max_steps", "2")
@@ -67,10 +68,10 @@ DIFFERENCES: dict[str, tuple[list[str], Mapping[str, str], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("what", list(DIFFERENCES)[:: 1 if IN_FULL else 3])
-def test_a_difference_is_one_line_on_both(folder: Path, what: str) -> None:
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_a_difference_is_one_line_on_both(folder: Path, tmp_path: Path, what: str) -> None:
     other, environment, parts = DIFFERENCES[what]
-    ended = run_nodes(folder, line(), other, environment={1: environment})
+    ended = run_ranks(folder, tmp_path, line(), other, environment={1: environment})
     assert_one_line(ended, "rank 1 on ", "differs from rank 0 on ", *parts)
 
 
@@ -94,14 +95,12 @@ def test_the_number_of_devices(folder: Path, devices: Mapping[int, Sequence[int]
 
 @pytest.mark.parametrize(
     ("mistake", "number"),
-    [(["--unknown"], 0), (["--model", "nowhere"], 1), (["--unknown"], 1), (["--model", "nowhere"], 0)][
-        : 4 if IN_FULL else 2
-    ],
+    [(["--unknown"], 0), (["--model", "nowhere"], 1), (["--unknown"], 1), (["--model", "nowhere"], 0)],
 )
-def test_a_mistake_on_one_side(folder: Path, mistake: list[str], number: int) -> None:
+def test_a_mistake_on_one_side(folder: Path, tmp_path: Path, mistake: list[str], number: int) -> None:
     lines = [line(), line()]
     lines[number] += mistake
-    ended = run_nodes(folder, *lines)
+    ended = run_ranks(folder, tmp_path, *lines)
     assert_one_line(ended, mistake[-1].lstrip("-"))
     assert f"rank {number} on " in ended[1 - number].errors[0]
     assert "does not start" in ended[1 - number].errors[0]

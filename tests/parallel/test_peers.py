@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jllm.parallel.ports import free_port
+from tests.forks import Program
 
 PROGRAM = """
 import sys, time, datetime
@@ -51,27 +50,22 @@ class Group:
 
     def __init__(self, folder: Path, *, world: int, timeout: float, end: str = "") -> None:
         port = str(free_port())
-        self.outputs = [(folder / f"rank-{rank}").open("w+b") for rank in range(world)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(rank), str(world), port, str(timeout), end],
-                stdout=output,
-                stderr=output,
-            )
-            for rank, output in enumerate(self.outputs)
+            Program(PROGRAM, str(rank), str(world), port, str(timeout), end, output=folder / f"rank-{rank}")
+            for rank in range(world)
         ]
 
     def ready(self) -> None:
-        for rank, output in enumerate(self.outputs):
-            while b"ready" not in Path(str(output.name)).read_bytes():
-                assert self.processes[rank].poll() is None
+        for process in self.processes:
+            while not process.output.exists() or b"ready" not in process.output.read_bytes():
+                assert process.poll() is None
                 time.sleep(0.05)
 
     def codes(self) -> list[int]:
         return [process.wait(timeout=60) for process in self.processes]
 
     def errors(self) -> list[str]:
-        lines = [line for output in self.outputs for line in Path(str(output.name)).read_text().splitlines()]
+        lines = [line for process in self.processes for line in process.output.read_text().splitlines()]
         return [line for line in lines if line.startswith("error")]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.spark import quick_java
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,6 +26,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     home = os.path.dirname(pyspark.__file__)
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick_java.ENVIRONMENT.items():
+            patch.setenv(name, value)
         patch.setenv("SPARK_HOME", home)
         patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
         patch.setenv("PYSPARK_PYTHON", sys.executable)

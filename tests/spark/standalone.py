@@ -16,6 +16,7 @@ import pytest
 
 from jllm.parallel.ports import free_port
 from tests.pages.session import kill_group
+from tests.spark import quick_java
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
@@ -90,6 +91,7 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SPARK_HOME")}
         path = f"{Path(sys.executable).parent}:{kept['PATH']}"
         scratch = {"SPARK_LOCAL_DIRS": str(self._folder / "scratch"), "TMPDIR": str(self._folder)}
+        kept |= quick_java.ENVIRONMENT
         return {**kept, **scratch, "PATH": path, "SPARK_LOCAL_IP": HOST, "SPARK_HOME": str(self._home), **more}
 
     def _state(self) -> dict[str, object] | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pyspark
 
+from tests.spark import quick_java
+
 ROOT = Path(__file__).parents[2]
 SUBMIT = (
     str(Path(pyspark.__file__).parent / "bin" / "spark-submit"), "--master", "local[2]",
     "--conf", "spark.ui.enabled=false", "--conf", "spark.sql.codegen.wholeStage=false", "--driver-memory", "512m",
-    "--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # a job of seconds is over before it pays
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def start(script: str, words: Sequence[str], cwd: Path) -> "subprocess.Popen[str
     """Start a job in a process group of its own."""
     environment = {
         **os.environ,
+        **quick_java.ENVIRONMENT,
         "PYTHONPATH": str(ROOT),
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,

@@ -87,7 +87,8 @@ def test_a_machine_that_is_switched_off_costs_nothing_but_time(cluster: Cluster,
     finally:
         finish(job, folder)
     check(folder / "ids", local(folder))
-
+    if SIZE < 2:  # the next test shuffles here, and `test_shuffle.py` from folder to folder
+        return
     cluster.run(folder, *CODE, "spark_jobs/shuffle.py", "-d", "ids", "-o", "ids-sf", "-n", 3, "--seed", 9)
     limits = Resources(cores=1, memory=1 << 30)
     shuffle_set(open_data_set(folder / "ids"), folder / "wanted", blocks=3, seed=9, resources=limits)
