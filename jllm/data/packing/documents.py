@@ -4,6 +4,7 @@ Cost: numpy over whole arrays, no Python object for a token.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jllm.data.dataset.columns import Int32, Int64
+
+LONG = 4096
+"""Tokens of documents, in the mean, that are worth copying one by one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,12 @@ def with_affixes(values: Int32, offsets: Int64, prefix: Int32, suffix: Int32) ->
     count = len(offsets) - 1
     moved = offsets + extra * np.arange(count + 1)
     result = np.empty(moved[-1], dtype=np.int32)
+    if len(values) > LONG * count:
+        for (start, end), (first, last) in zip(*map(itertools.pairwise, (offsets.tolist(), moved.tolist())), strict=True):
+            result[first : first + len(prefix)] = prefix
+            result[first + len(prefix) : last - len(suffix)] = values[start:end]
+            result[last - len(suffix) : last] = suffix
+        return result, moved
     own = np.ones(moved[-1], dtype=bool)
     for position, item in enumerate(prefix):
         result[moved[:-1] + position] = item

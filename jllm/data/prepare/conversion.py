@@ -304,7 +304,7 @@ def _in_order(run: Conversion, point: ResumePoint, tasks: _Queue) -> Generator[t
                     tasks.encode(number, item)
                 else:
                     tasks.results[number] = run.work.counted(*item, fresh=False)
-            plan.look_ahead()
+                plan.look_ahead()  # when some worker has something to do
             while (result := tasks.results.pop(taken, None)) is not None:
                 source = plan.sources.pop(taken)
                 if isinstance(result, BaseException):
@@ -331,6 +331,7 @@ class _Upcoming:
         self.found = 0
         self.begun = 0
         self.is_done = False
+        self._is_planned = False  # the last one that was found: its bytes are not here
         self.failure: UserError | None = None
         """What is to be raised when all that was found is done."""
 
@@ -347,8 +348,7 @@ class _Upcoming:
     def look_ahead(self) -> None:
         """Find some chunks more, where that costs next to nothing."""
         for _ in range(16):
-            waiting = self._next[-1][1] if self._next else None
-            if not (isinstance(waiting, Chunk) and isinstance(waiting.data, int)) or len(self._next) >= PLANNED_AHEAD:
+            if self.is_done or not self._is_planned or len(self._next) >= PLANNED_AHEAD:
                 return
             self._find()
 
@@ -363,6 +363,7 @@ class _Upcoming:
         except UserError as error:
             self.is_done, self.failure = True, error
             return
+        self._is_planned = isinstance(item, Chunk) and isinstance(item.data, int)
         is_large = isinstance(item, Chunk) and _size_of(item) > LARGE * chunks_.CHUNK_BYTES
         (self._large if is_large else self._next).append((self.found, item))
         self.sources[self.found] = source

@@ -10,6 +10,7 @@ in worker processes here and inside Spark executors elsewhere.
 Cost: dominated by the engine, or by rendering; the rest is numpy over whole chunks.
 """
 
+import contextlib
 import dataclasses
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from jllm.data.dataset.columns import IGNORE_INDEX, Int32
 from jllm.data.dataset.token_counts import length_bucket
 from jllm.data.packing.documents import Documents, with_affixes
 from jllm.data.sources.chunk import Chunk
-from jllm.data.sources.long_texts import LongText
+from jllm.data.sources.long_texts import BrokenTextError, LongText
 from jllm.data.sources.parsing import parse_chunk
 from jllm.data.sources.records import BadRecord, RefusedRecordError, texts_of
 from jllm.data.tokenizer.checked_engine import CheckedEngine
@@ -77,7 +78,12 @@ class PretrainEncoder:
     masked_ids: frozenset[int] = frozenset()
 
     def __call__(self, chunk: Chunk, kind: str) -> Encoded:
-        records = texts_of(parse_chunk(chunk, kind, keep_long=True), kind, self.field)
+        with contextlib.suppress(BrokenTextError):  # of a long text, which is then bad as short ones are
+            return self._encoded(chunk, kind, self.field)
+        return self._encoded(chunk, kind, None)
+
+    def _encoded(self, chunk: Chunk, kind: str, long_field: str | None) -> Encoded:
+        records = texts_of(parse_chunk(chunk, kind, long_field=long_field), kind, self.field)
         checks = self.engine.check(records.values, parse_special=self.parse_special, chunk=chunk.index)
         counts = {"records": len(records.values) + len(records.bad), "checks": checks}
         documents = self.documents(records.values)

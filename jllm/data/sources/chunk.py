@@ -4,6 +4,7 @@ Cost: a chunk of a plain local file may be planned without its bytes, which are 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from jllm.data.sources import text
@@ -44,18 +45,30 @@ class Chunk:
         Raises:
             UserError: it is no longer there.
         """
-        if not isinstance(self.data, int):
-            return self.data
+        return next(self.stretches(max(1, self.data))) if isinstance(self.data, int) else self.data
+
+    def stretches(self, size: int) -> Iterator[bytes]:
+        """The bytes of a chunk that came without them, as many as `size` at a time.
+
+        Raises:
+            UserError: they are no longer there.
+        """
         assert self.file is not None
+        left: int = self.data
         try:
             with open(self.file, "rb", buffering=0) as stream:
-                stream.seek(self.end - self.data)
-                found = read_exactly(stream, self.data)
+                stream.seek(self.end - left)
+                while True:
+                    found = read_exactly(stream, min(size, left), at_once=size)
+                    if len(found) < min(size, left):
+                        break
+                    yield found
+                    left -= len(found)
+                    if not left:
+                        return
         except OSError as error:
             raise UserError(f"-i {self.file}: cannot be read: {error.strerror or error}") from None
-        if len(found) < self.data:
-            raise UserError(f"-i {self.file}: became shorter while it was read; leave it as it is during a run")
-        return found
+        raise UserError(f"-i {self.file}: became shorter while it was read; leave it as it is during a run")
 
 
 def first_records(chunk: Chunk, kind: str, count: int) -> Chunk:

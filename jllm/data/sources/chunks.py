@@ -21,6 +21,7 @@ from jllm.data.sources.streams import open_source, read_exactly, reading_errors,
 from jllm.errors import UserError
 
 CHUNK_BYTES = 4 << 20
+_COUNTED_AT_ONCE = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LAST_BOUNDARY: dict[str, Callable[[bytes, int, int], int]] = {
     "text": text.last_boundary,
@@ -68,8 +69,8 @@ def read_chunks(
 
 
 def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
-    """A chunk with its bytes and lines, of which the first is 1 where it is planned. A large one is read again where it
-    is parsed: its bytes need not stay longer than that.
+    """A chunk with its bytes and lines, of which the first is 1 where it is planned. Of a large one the lines alone are
+    counted, some bytes at a time: it is read where it is parsed, and its bytes need not stay longer than that.
 
     Raises:
         RefusedRecordError: a record is larger than `most`.
@@ -77,6 +78,9 @@ def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
     """
     if chunk.is_counted:
         return chunk
+    if isinstance(chunk.data, int) and 4 * CHUNK_BYTES < chunk.data <= most:
+        lines = sum(map(json_lines.count_lines, chunk.stretches(_COUNTED_AT_ONCE)))
+        return dataclasses.replace(chunk, line=1, end_line=1 + lines)
     data = chunk.content
     if len(data) > most and (lines := _RECORD_BEYOND.get(kind, json_lines.record_beyond)(data, most)) is not None:
         raise too_large(most, 1 + lines)

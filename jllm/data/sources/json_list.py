@@ -99,10 +99,10 @@ def chunks(
         yield _chunk_of(number, index, line, elements, position + len(held))
 
 
-def parse(elements: Sequence[bytes], line: int, *, keep_long: bool = False) -> Records:
-    """The values of the elements, of which the first has the number `line` in its list; `keep_long` as for
+def parse(elements: Sequence[bytes], line: int, *, long_field: str | None = None) -> Records:
+    """The values of the elements, of which the first has the number `line` in its list; `long_field` as for
     `json_values`."""
-    return json_values.parse(elements, range(line, line + len(elements)), keep_long=keep_long)
+    return json_values.parse(elements, range(line, line + len(elements)), long_field=long_field)
 
 
 _TOO_MUCH = b"(something follows the list)"

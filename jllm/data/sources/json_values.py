@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from jllm.data.sources import long_texts
-from jllm.data.sources.records import BadRecord, Records
+from jllm.data.sources.records import BadRecord, Records, field_of, path_of
 from jllm.guards import notation
 
 
-def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, keep_long: bool = False) -> Records:
+def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, long_field: str | None = None) -> Records:
     """The value of each row, blank rows passed over; `numbers` are the rows' lines, or places in a list.
 
     Args:
-        keep_long: long strings may be `LongText`.
+        long_field: long strings may be `LongText`. That in this field, with dots, is read by the caller alone: where it
+            is broken, so is the record.
     """
     import orjson
 
@@ -26,7 +27,8 @@ def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, keep_lo
     loads = orjson.loads
     for row, number in zip(rows, numbers, strict=True):
         try:
-            value = _with_long_texts(row) if keep_long and len(row) > long_texts.LONG else loads(row)
+            is_long = long_field is not None and len(row) > long_texts.LONG
+            value = _with_long_texts(row, long_field) if is_long else loads(row)
         except orjson.JSONDecodeError as error:
             text = bytes(row)
             if not text or text.isspace():
@@ -39,13 +41,18 @@ def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, keep_lo
     return Records(values=values, lines=lines, bad=bad)
 
 
-def _with_long_texts(row: bytes | memoryview) -> Any:
+def _with_long_texts(row: bytes | memoryview, field: str) -> Any:
     import orjson
 
     try:
-        return long_texts.parse(memoryview(row))
+        value, texts = long_texts.parse(memoryview(row))
+        read_later = field_of(value, path_of(field))
+        for text in texts:
+            if text is not read_later:
+                text.check()
     except ValueError:
         return orjson.loads(row)
+    return value
 
 
 def _tolerant(row: bytes, number: int, message: str, bad: list[BadRecord]) -> Any:

@@ -5,13 +5,13 @@ from jllm.data.sources.chunk import Chunk
 from jllm.data.sources.records import Records
 
 
-def parse_chunk(chunk: Chunk, kind: str, *, keep_long: bool = False) -> Records:
+def parse_chunk(chunk: Chunk, kind: str, *, long_field: str | None = None) -> Records:
     """The records of a chunk: texts for a text source, JSON values for the others.
 
     Runs on any thread; nothing but the chunk is looked at.
 
     Args:
-        keep_long: long strings of JSON may be `long_texts.LongText`.
+        long_field: long strings of JSON may be `long_texts.LongText`, as for `json_values`.
     """
     content, line = chunk.content, chunk.line
     if kind == "text":
@@ -19,5 +19,5 @@ def parse_chunk(chunk: Chunk, kind: str, *, keep_long: bool = False) -> Records:
     if kind == "parquet":
         return parquet.parse(content, line)
     if isinstance(content, list):
-        return json_list.parse(content, line, keep_long=keep_long)
-    return json_lines.parse(content, line, keep_long=keep_long)
+        return json_list.parse(content, line, long_field=long_field)
+    return json_lines.parse(content, line, long_field=long_field)

@@ -167,11 +167,15 @@ def reading_errors() -> tuple[type[Exception], ...]:
 _ESTIMATED_FROM = 4 << 20
 
 
-def read_exactly(stream: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes; fewer only where the stream ends."""
+def read_exactly(stream: IO[bytes], size: int, *, at_once: int = 64 << 20) -> bytes:
+    """The next `size` bytes; fewer only where the stream ends.
+
+    Args:
+        at_once: bytes that are asked for at a time. What takes several is there twice while it is put together.
+    """
     found = []
     while size > 0:
-        data = stream.read(min(size, 64 << 20))
+        data = stream.read(min(size, at_once))
         if not data:
             break
         found.append(data)

@@ -15,6 +15,8 @@ Cost: the vocabulary is read once, when the first long text comes; a piece and i
 text in Python, in UTF-8, and split.
 """
 
+import contextlib
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from jllm.data.dataset.columns import Int32, Int64
-from jllm.data.sources.long_texts import PIECE, LongText, pieces_of
+from jllm.data.sources.long_texts import LONG, LongText, pieces_of
 from jllm.data.tokenizer import fast_json
 
 Encode = Callable[[list[str]], tuple[Int32, Int64]]
 
 NEAR = 1024
 """Characters on either side of a place that are looked at."""
+_LARGE_PAGE = 2 << 20
 _NORMALISERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
 _LINE_END = "Ċ"
 """In the alphabet of byte-level vocabularies."""
@@ -78,7 +81,7 @@ def encode_long(texts: Iterable[str | LongText], encode: Encode) -> tuple[Int32,
 
 def is_long(text: str | LongText) -> bool:
     """Whether a text is worth cutting."""
-    return isinstance(text, LongText) or len(text) > 4 * PIECE
+    return isinstance(text, LongText) or len(text) > LONG
 
 
 def _apart(pieces: Iterator[str], encode: Encode) -> Iterator[str]:
@@ -115,19 +118,21 @@ def _looks_forward(step: dict[str, Any]) -> bool:
 
 
 class _Grown:
-    """An array that grows in place: the system moves its pages, and nothing is copied."""
+    """An array that grows in place: the system moves its pages, which are large ones where it has such, and nothing is
+    copied."""
 
     def __init__(self) -> None:
         self.length = 0
-        self._room = np.empty(0, dtype=np.int32)
+        self._room = mmap.mmap(-1, _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def extend(self, ids: Int32) -> None:
         end = self.length + len(ids)
-        if end > len(self._room):
-            self._room.resize(max(end, len(self._room) * 5 // 4), refcheck=False)
-        self._room[self.length : end] = ids
+        if 4 * end > len(self._room):
+            self._room.resize(-(-max(4 * end, len(self._room) * 5 // 4) // _LARGE_PAGE) * _LARGE_PAGE)
+            with contextlib.suppress(OSError):  # a system without them
+                self._room.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(self._room, dtype=np.int32)[self.length : end] = ids
         self.length = end
 
     def taken(self) -> Int32:
-        self._room.resize(self.length, refcheck=False)
-        return self._room
+        return np.frombuffer(self._room, dtype=np.int32, count=self.length)

@@ -4,9 +4,11 @@ import itertools
 import os
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jllm.data.packing import documents as documents_
 from jllm.data.packing.documents import with_affixes
 from tests.data.packed_rows import documents_of
 
@@ -39,11 +41,14 @@ def test_documents_taken_are_those_documents(lengths: list[int], data: st.DataOb
     lengths=st.lists(st.integers(0, 4), max_size=8),
     prefix=st.lists(st.integers(90, 99), max_size=3),
     suffix=st.lists(st.integers(90, 99), max_size=3),
+    long=st.sampled_from([0, documents_.LONG]),
 )
-def test_affixes_stand_around_each(lengths: list[int], prefix: list[int], suffix: list[int]) -> None:
+def test_affixes_stand_around_each(lengths: list[int], prefix: list[int], suffix: list[int], long: int) -> None:
     documents = documents_of(lengths)
     around = [np.array(ids, dtype=np.int32) for ids in (prefix, suffix)]
-    values, offsets = with_affixes(documents.ids, documents.offsets, *around)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_, "LONG", long)
+        values, offsets = with_affixes(documents.ids, documents.offsets, *around)
     found = [values[a:b].tolist() for a, b in itertools.pairwise(offsets)]
     own = [documents.ids[a:b].tolist() for a, b in itertools.pairwise(documents.offsets)]
     assert found == [[*prefix, *ids, *suffix] for ids in own]

@@ -18,9 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jllm.data.prepare import conversion
 from jllm.data.prepare import run as prepare
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.data.sources import chunks
+from jllm.data.sources.chunk import Chunk
 from tests.data.raw2ids_runs import documents, finished_files, raw2ids, tree, write_jsonl
 
 CORES = (1, 2, 3, 8)
@@ -151,13 +153,32 @@ def test_any_documents(
     assert found[2] == found[0], "chunks are cut for workers, and are nowhere to be seen"
 
 
-def test_a_large_document_among_small_ones(tmp_path: Path, byte_tokenizer: Path, small_chunks: None) -> None:
+@pytest.mark.parametrize("places", [[0], [150], [299], [20, 200]])
+def test_large_documents_among_small_ones(
+    tmp_path: Path, byte_tokenizer: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, places: list[int]
+) -> None:
+    """They are begun as soon as some worker has something to do, wherever they stand."""
+    begun: list[tuple[int, int]] = []
+    encode = conversion._Queue.encode
+
+    def watched(self: conversion._Queue, number: int, chunk: Chunk) -> None:
+        begun.append((number, chunk.data))
+        encode(self, number, chunk)
+
+    monkeypatch.setattr(conversion._Queue, "encode", watched)
     texts = documents(300)
-    texts[40] = " ".join(documents(3000))  # begun before its turn
+    for place in places:
+        texts[place] = " ".join(documents(3000))
     source = write_jsonl(tmp_path / "some.jsonl", texts)
     for cores in (1, 3):
+        begun.clear()
         words = ["-i", source, "-o", tmp_path / str(cores) / "out", "--tokenizer", byte_tokenizer, "-t", "pretrain"]
         raw2ids(*words, "--stack", "--max_len", 65, "--batch_size", 100, "--cores", cores)
+        large = [turn for turn, (_, size) in enumerate(begun) if size > conversion.LARGE * chunks.CHUNK_BYTES]
+        assert len(large) == len(places)
+        assert large[0] <= 6
+        assert max(begun[turn][0] for turn in large) > 6 or places == [0]
+        assert sorted(number for number, _ in begun) == list(range(len(begun)))
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
 
 

@@ -69,8 +69,8 @@ def test_pieces_have_the_ids_of_the_whole(engines: list[tuple[CheckedEngine, boo
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LONG": 20, "PIECE": 8, "_WINDOW": 64}.items():
             patch.setattr(long_texts, name, value)
-        patch.setattr(cutting, "PIECE", 8)
-        [read] = json_values.parse([json.dumps({"text": text}).encode()], [1], keep_long=True).values
+        patch.setattr(cutting, "LONG", 20)
+        [read] = json_values.parse([json.dumps({"text": text}).encode()], [1], long_field="text").values
         for engine, _ in engines:
             wanted = engine.engine.encode([text, "", more])
             for given_text in (text, read["text"]):
@@ -80,10 +80,10 @@ def test_pieces_have_the_ids_of_the_whole(engines: list[tuple[CheckedEngine, boo
 
 
 def test_an_engine_is_given_pieces(engines: list[tuple[CheckedEngine, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in ((long_texts, "LONG", 200), (long_texts, "PIECE", 100), (cutting, "PIECE", 100)):
+    for module, name, value in ((long_texts, "LONG", 200), (long_texts, "PIECE", 100), (cutting, "LONG", 200)):
         monkeypatch.setattr(module, name, value)
     text = "a line of a text\n" * 100
-    [read] = json_values.parse([json.dumps(text).encode()], [1], keep_long=True).values
+    [read] = json_values.parse([json.dumps(text).encode()], [1], long_field="text").values
     assert isinstance(read, LongText)
     for engine, is_cut in engines:
         longest: list[int] = []
