@@ -93,7 +93,8 @@ def with_affixes(values: Int32, offsets: Int64, prefix: Int32, suffix: Int32) ->
     moved = offsets + extra * np.arange(count + 1)
     result = np.empty(moved[-1], dtype=np.int32)
     if len(values) > LONG * count:
-        for (start, end), (first, last) in zip(*map(itertools.pairwise, (offsets.tolist(), moved.tolist())), strict=True):
+        spans = zip(itertools.pairwise(offsets.tolist()), itertools.pairwise(moved.tolist()), strict=True)
+        for (start, end), (first, last) in spans:
             result[first : first + len(prefix)] = prefix
             result[first + len(prefix) : last - len(suffix)] = values[start:end]
             result[last - len(suffix) : last] = suffix
