@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from tests.forks import context
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How one node ended: its exit code, all its output, and the seconds from its start."""
+    """How one node ended: its exit code and all its output."""
 
     code: int
     output: str
-    seconds: float
 
     @property
     def errors(self) -> list[str]:
@@ -51,18 +49,17 @@ def run_nodes(
         lines: a node's options.
         devices: what a node believes of the devices of all; one each, where it is not given.
         environment: further variables of a node.
-        timeout: after which a node that has not ended is a failure.
+        timeout: after which a node that has not ended is a failure; far less than one waits for others by default.
     """
-    port, runs, begun = free_port(), [], []
+    port, runs = free_port(), []
     try:
         for number, line in enumerate(lines):
             command = node_command(number, port=port, devices=(devices or {}).get(number, [1] * len(lines)))
-            begun.append(time.monotonic())
             runs.append(Run([*command, *line], folder, environment=(environment or {}).get(number, {})))
         ended = []
-        for run, start in zip(runs, begun, strict=True):
+        for run in runs:
             output = run.output(timeout)
-            ended.append(Ended(code=run.returncode, output=output, seconds=time.monotonic() - start))
+            ended.append(Ended(code=run.returncode, output=output))
         return ended
     finally:
         for run in runs:
@@ -106,16 +103,16 @@ def run_ranks(
         variables |= {"CROSS_SIZE": str(len(lines)), **(environment or {}).get(number, {})}
         rank = context.Process(target=_run_rank, args=(folder, variables, line, place / f"said-{number}"))
         rank.start()
-        ranks.append((rank, time.monotonic()))
+        ranks.append(rank)
     ended = []
     try:
-        for number, (rank, start) in enumerate(ranks):
+        for number, rank in enumerate(ranks):
             rank.join(timeout)
             assert rank.exitcode is not None, (place / f"said-{number}").read_text()
             output = (place / f"said-{number}").read_text()
-            ended.append(Ended(code=rank.exitcode, output=output, seconds=time.monotonic() - start))
+            ended.append(Ended(code=rank.exitcode, output=output))
     finally:
-        for rank, _ in ranks:
+        for rank in ranks:
             if rank.exitcode is None and rank.pid is not None:
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.join()

@@ -18,8 +18,6 @@ from tests.fixtures import random_rows, tiny_llama, write_rows
 
 LINE = ("--pipe_parallel_size", "2", "--precision", "fp32", "--max_steps", "2")
 IN_FULL = int(os.environ.get("JLLM_TEST_SIZE", "1")) > 1
-JOIN_SECONDS = 45
-"""A third of it on an idle machine, most of it imports."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,6 @@ def assert_one_line(ended: list[Ended], *parts: str) -> None:
         assert len(node.errors) == 1, node.output
         assert all(part in node.errors[0] for part in parts), node.errors
         assert "Traceback" not in node.output
-        assert node.seconds < JOIN_SECONDS
 
 
 DIFFERENCES: dict[str, tuple[list[str], Mapping[str, str], tuple[str, ...]]] = {
