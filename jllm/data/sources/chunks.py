@@ -79,8 +79,8 @@ def opened(chunk: Chunk, kind: str, most: int) -> Chunk:
     if chunk.is_counted:
         return chunk
     if isinstance(chunk.data, int) and 4 * CHUNK_BYTES < chunk.data <= most:
-        lines = sum(map(json_lines.count_lines, chunk.stretches(_COUNTED_AT_ONCE)))
-        return dataclasses.replace(chunk, line=1, end_line=1 + lines)
+        counted = sum(map(json_lines.count_lines, chunk.stretches(_COUNTED_AT_ONCE)))
+        return dataclasses.replace(chunk, line=1, end_line=1 + counted)
     data = chunk.content
     if len(data) > most and (lines := _RECORD_BEYOND.get(kind, json_lines.record_beyond)(data, most)) is not None:
         raise too_large(most, 1 + lines)

@@ -27,8 +27,10 @@ def parse(rows: Sequence[bytes | memoryview], numbers: Sequence[int], *, long_fi
     loads = orjson.loads
     for row, number in zip(rows, numbers, strict=True):
         try:
-            is_long = long_field is not None and len(row) > long_texts.LONG
-            value = _with_long_texts(row, long_field) if is_long else loads(row)
+            if long_field is not None and len(row) > long_texts.LONG:
+                value = _with_long_texts(row, long_field)
+            else:
+                value = loads(row)
         except orjson.JSONDecodeError as error:
             text = bytes(row)
             if not text or text.isspace():
