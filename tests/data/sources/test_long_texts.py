@@ -89,7 +89,7 @@ def test_a_record_of_any_depth_is_read(holder: str, depth: int) -> None:
     for _ in range(depth // holder.count("%s") // (1 + holder.startswith("[{"))):
         nested = holder % nested
     row = f'{{"before": {nested}, "text": {json.dumps(text)}, "behind": {nested}}}'.encode()
-    plain, kept = json_values.parse([row], [1]), json_values.parse([row], [1], keep_long=True)
+    plain, kept = json_values.parse([row], [1]), json_values.parse([row], [1], long_field="text")
     assert len(kept.values) == 1
     [value] = kept.values
     assert isinstance(value["text"], LongText)
