@@ -139,11 +139,9 @@ def _attended(
     return output, sums
 
 
-@_attended.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+_attended.register_fake(
+    lambda query, *_: (query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32))
+)
 
 
 @torch.library.custom_op("jllm::packed_attention_backward", mutates_args=())
@@ -213,19 +211,7 @@ def _gradients(
     return found
 
 
-@_gradients.register_fake
-def _(
-    slope: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    sums: Tensor,
-    bounds: Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+_gradients.register_fake(lambda slope, *given: tuple(each.new_empty(each.shape) for each in given[:3]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

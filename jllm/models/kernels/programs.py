@@ -24,6 +24,25 @@ def _document(bounds, places, steps: tl.constexpr, count):  # type: ignore[no-un
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _seen_keys(  # type: ignore[no-untyped-def]
+    bounds, positions, begin, last, tokens, count, steps: tl.constexpr, window: tl.constexpr, keys: tl.constexpr
+):
+    # Of each row the first key that it sees, and keys from `start` to `end`, of which all rows see those between
+    # `unmasked` and `diagonal`; `begin` and `last` are the program's first and last position.
+    earliest = tl.load(bounds + _document(bounds, tl.minimum(positions, tokens - 1), steps, count))
+    start = tl.load(bounds + _document(bounds, begin, steps, count))
+    whole = tl.load(bounds + _document(bounds, last, steps, count))
+    if window is not None:
+        earliest = tl.maximum(earliest, positions - window + 1)
+        start = tl.maximum(start, begin - window + 1)
+        whole = tl.maximum(whole, last - window + 1)
+    end = last + 1
+    unmasked = tl.minimum(start + (whole - start + keys - 1) // keys * keys, end)
+    diagonal = unmasked + tl.maximum(begin + 1 - unmasked, 0) // keys * keys
+    return earliest, start, unmasked, diagonal, end
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     output, highest, total, query, k, v, k_step, v_step, start, end, positions, earliest, tokens, scale,
     keys: tl.constexpr, size: tl.constexpr, masked: tl.constexpr,
@@ -77,18 +96,9 @@ def output(  # type: ignore[no-untyped-def]
         mask=inside[:, None],
         other=0.0,
     )
-    last = tl.minimum(begin + width, tokens) - 1
-    earliest = tl.load(bounds + _document(bounds, tl.minimum(positions, tokens - 1), steps, count))
-    start = tl.load(bounds + _document(bounds, begin, steps, count))
-    whole = tl.load(bounds + _document(bounds, last, steps, count))
-    if window is not None:
-        earliest = tl.maximum(earliest, positions - window + 1)
-        start = tl.maximum(start, begin - window + 1)
-        whole = tl.maximum(whole, last - window + 1)
-    # Keys from `start` on; those between `unmasked` and `diagonal` are seen by all rows.
-    end = last + 1
-    unmasked = tl.minimum(start + (whole - start + keys - 1) // keys * keys, end)
-    diagonal = unmasked + tl.maximum(begin + 1 - unmasked, 0) // keys * keys
+    earliest, start, unmasked, diagonal, end = _seen_keys(
+        bounds, positions, begin, tl.minimum(begin + width, tokens) - 1, tokens, count, steps, window, keys
+    )
     found = tl.zeros((rows, size), tl.float32)
     highest = tl.full((rows,), lowest, tl.float32)
     total = tl.zeros((rows,), tl.float32)
@@ -163,17 +173,9 @@ def of_queries(  # type: ignore[no-untyped-def]
     delta = tl.sum(made.to(tl.float32) * slope.to(tl.float32), 1)
     tl.store(deltas + head * tokens + positions, delta, mask=inside)
     total = tl.load(sums + head * tokens + positions, mask=inside, other=0.0)
-    last = tl.minimum(begin + width, tokens) - 1
-    earliest = tl.load(bounds + _document(bounds, tl.minimum(positions, tokens - 1), steps, count))
-    start = tl.load(bounds + _document(bounds, begin, steps, count))
-    whole = tl.load(bounds + _document(bounds, last, steps, count))
-    if window is not None:
-        earliest = tl.maximum(earliest, positions - window + 1)
-        start = tl.maximum(start, begin - window + 1)
-        whole = tl.maximum(whole, last - window + 1)
-    end = last + 1
-    unmasked = tl.minimum(start + (whole - start + keys - 1) // keys * keys, end)
-    diagonal = unmasked + tl.maximum(begin + 1 - unmasked, 0) // keys * keys
+    earliest, start, unmasked, diagonal, end = _seen_keys(
+        bounds, positions, begin, tl.minimum(begin + width, tokens) - 1, tokens, count, steps, window, keys
+    )
     found = tl.zeros((rows, size), tl.float32)
     found = _query_gradient(
         found, query, slope, total, delta, k, v, k_step, v_step, start, unmasked, positions, earliest, tokens, scale,
