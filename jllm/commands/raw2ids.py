@@ -1,10 +1,14 @@
 """`python -m jllm.raw2ids`: text and chat files to token-id shards."""
 
 import os
+from typing import TYPE_CHECKING
 
 from jllm.data.prepare.config import Raw2IdsConfig
 from jllm.machine import collect_rarely, leave_at_once
 from jllm.options import command
+
+if TYPE_CHECKING:
+    from jllm.data.tokenizer.early import EarlyEngines
 
 
 @command(Raw2IdsConfig, name="raw2ids")
@@ -22,9 +26,20 @@ def main(config: Raw2IdsConfig) -> None:
 
         dry_run(config)
         return
+    begun = _begun_at_once(config)
     from jllm.data.prepare.run import prepare
 
-    prepare(config)
+    prepare(config, begun)
+
+
+def _begun_at_once(config: Raw2IdsConfig) -> "EarlyEngines | None":
+    """Engines for a new data set, built while all else is imported; none where the run may need none of them."""
+    is_new = config.clean or (config.output is not None and not config.output.exists())
+    if config.engine == "hf" or not is_new or not all(map(os.path.exists, config.input)):
+        return None
+    from jllm.data.tokenizer.early import begun_at_once
+
+    return begun_at_once(config.tokenizer, inert=config.is_chat)
 
 
 def run() -> None:

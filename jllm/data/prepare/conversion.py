@@ -6,7 +6,7 @@ plan rows; row groups are made by the same workers, and written. What can be red
 on disk until the file with its last row is finished, so a killed run encodes again only the chunks that were being
 encoded, two for each worker.
 
-A chunk of one large record is begun ahead of its turn, so that the others need not wait for it.
+A chunk of one large record is begun ahead of its turn, as soon as it is found, so that the others need not wait for it.
 
 Guarantees: everything written is a function of the sources, the tokenizer and the options; the number of workers and
 the moments at which runs were killed leave no trace.

@@ -53,8 +53,12 @@ from jllm.errors import UserError, of_file_system, say
 from jllm.machine import usable_cores
 
 
-def prepare(config: Raw2IdsConfig) -> Manifest:
+def prepare(config: Raw2IdsConfig, begun: EarlyEngines | None = None) -> Manifest:
     """Make the data set of `config`, or find it finished.
+
+    Args:
+        config: the options.
+        begun: engines that are being built already.
 
     Raises:
         UserError: anything the user can put right.
@@ -80,7 +84,9 @@ def prepare(config: Raw2IdsConfig) -> Manifest:
         with contextlib.ExitStack() as held:
             early = None
             if config.engine != "hf" and not is_done:
-                early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
+                early = begun
+                if early is None or not early.fits(inert=given.chat, known=loading.known):
+                    early = EarlyEngines(config.tokenizer, inert=given.chat, known=loading.known)
             # Before the tokenizer is there: a mistake need not wait for it.
             formats = recipes.formats_of(config, given.sources) if given.chat and not is_done else ()
             facts = loading.result()

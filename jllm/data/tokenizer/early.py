@@ -5,7 +5,7 @@ AutoTokenizer is loading in its own process; then they are used only if its back
 tokenizers it does; where it does not (Llama 2), the work was for nothing.
 
 Cost: none; it hides the second that a large vocabulary takes behind what else takes time. The reference holds the
-interpreter lock while it is built; it is begun when nothing else waits for the lock.
+interpreter lock while it is built; it is begun when nothing else waits for the lock, the fast engine neither.
 """
 
 import threading
@@ -14,7 +14,14 @@ from typing import Any
 
 from jllm.data.tokenizer.backend import encoding_of
 from jllm.data.tokenizer.engines import FastEngine, ReferenceEngine
-from jllm.data.tokenizer.facts import TokenizerFacts
+from jllm.data.tokenizer.facts import TokenizerFacts, known_facts
+
+
+def begun_at_once(name: str, *, inert: bool) -> "EarlyEngines | None":
+    """Engines of a tokenizer that an earlier command left something of, begun before a command has loaded what it
+    works with; None where there is nothing."""
+    known = known_facts(name)
+    return None if known is None or known.backend is None else EarlyEngines(name, inert=inert, known=known)
 
 
 class EarlyEngines:
@@ -33,6 +40,7 @@ class EarlyEngines:
         self._reference: ReferenceEngine | None = None
         self._meaning: Any = None
         self._threads: list[threading.Thread] = []
+        self._needs_no_lock = threading.Event()
         path = Path(name, "tokenizer.json")
         if self._backend is None and path.is_file():
             self._text = path.read_bytes().decode(errors="replace")
@@ -52,19 +60,30 @@ class EarlyEngines:
 
     def _build(self) -> None:
         try:
-            self._fast = FastEngine(self._text, inert=self._inert)
+            self._fast = FastEngine(self._text, inert=self._inert, before_building=self._needs_no_lock.set)
             if self._backend is None:
                 self._meaning = encoding_of(self._text)
         except Exception:
             self._fast = None
+        finally:
+            self._needs_no_lock.set()
 
     def _build_reference(self) -> None:
+        self._needs_no_lock.wait()
         try:
             reference = ReferenceEngine(self._text, inert=self._inert)
             reference.load()
             self._reference = reference
         except Exception:
             self._reference = None
+
+    def fits(self, *, inert: bool, known: TokenizerFacts | None) -> bool:
+        """Whether it is what these would make; where it is not, it is waited for, for nothing of it may be going on
+        when processes are forked."""
+        same = known is not None and self._backend == known.backend and self._inert == inert
+        for thread in () if same else self._threads:
+            thread.join()
+        return same
 
     def engines_of(self, backend: str) -> tuple[FastEngine | None, ReferenceEngine | None]:
         """Those engines that are there and encode as this backend does."""

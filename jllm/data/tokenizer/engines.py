@@ -11,13 +11,16 @@ lock while they encode, so threads of one process share the tables.
 
 import os
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jllm.data.dataset.columns import Int32, Int64
 from jllm.data.tokenizer.backend import as_inert, for_fastokens, rewritten, with_short_merges
 from jllm.data.tokenizer.facts import TokenizerFacts, auto_tokenizer, without_notices
+
+if TYPE_CHECKING:  # importing Arrow would be waited for by engines that are begun at once
+    from jllm.data.dataset.columns import Int32, Int64
 
 os.environ["FASTOKENS_BPE_THREADS"] = "1"
 """fastokens reads it when it first encodes. A text is encoded by the thread that asks for it: threads of its own would
@@ -30,7 +33,7 @@ class TokenizerEngine(Protocol):
     name: str
     version: str
 
-    def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
+    def encode(self, texts: list[str], *, parse_special: bool = False) -> "tuple[Int32, Int64]":
         """Ids of all texts, without the tokenizer's prefix and suffix.
 
         Args:
@@ -78,11 +81,11 @@ class ReferenceEngine:
         text comes: whole conversations with their control tokens where `inert`, else ordinary text."""
         self._backend(False, parse_special=self.inert)
 
-    def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
+    def encode(self, texts: list[str], *, parse_special: bool = False) -> "tuple[Int32, Int64]":
         encodings = self._backend(self.inert, parse_special).encode_batch_fast(texts, add_special_tokens=False)
         return _flat([encoding.ids for encoding in encodings])
 
-    def whole(self, text: str) -> Int32:
+    def whole(self, text: str) -> "Int32":
         """Ids of a text in which all control tokens are parsed, as AutoTokenizer encodes a rendered conversation."""
         ids = self._backend(False, True).encode(text, add_special_tokens=False).ids
         return np.array(ids, dtype=np.int32)
@@ -120,7 +123,7 @@ class SlowEngine:
         self._tokenizer = auto_tokenizer(facts.path, trust_remote_code=trust_remote_code)
         self._lock = threading.Lock()
 
-    def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
+    def encode(self, texts: list[str], *, parse_special: bool = False) -> "tuple[Int32, Int64]":
         with self._lock, without_notices():
             rows = [
                 self._tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special).input_ids
@@ -132,13 +135,20 @@ class SlowEngine:
 class FastEngine:
     """fastokens, built from the serialised backend; see `for_fastokens` for what is rewritten and why.
 
+    Args:
+        backend: the serialised backend.
+        inert: as for the reference.
+        before_building: is called when only the library has something left to do, which needs no interpreter lock.
+
     Raises:
         ValueError: fastokens cannot run this tokenizer; the message says why.
     """
 
     name = "fastokens"
 
-    def __init__(self, backend: str, *, inert: bool = False) -> None:
+    def __init__(
+        self, backend: str, *, inert: bool = False, before_building: Callable[[], object] | None = None
+    ) -> None:
         import importlib.metadata
 
         import fastokens
@@ -146,9 +156,12 @@ class FastEngine:
         self.version = importlib.metadata.version("fastokens")
         native: Any = fastokens._native
         changes = [as_inert, for_fastokens] if inert else [for_fastokens]
-        self._tokenizer = native.Tokenizer.from_json_str(with_short_merges(rewritten(backend, *changes)))
+        text = with_short_merges(rewritten(backend, *changes))
+        if before_building is not None:
+            before_building()
+        self._tokenizer = native.Tokenizer.from_json_str(text)
 
-    def encode(self, texts: list[str], *, parse_special: bool = False) -> tuple[Int32, Int64]:
+    def encode(self, texts: list[str], *, parse_special: bool = False) -> "tuple[Int32, Int64]":
         ids, offsets = self._tokenizer.encode_batch_flat(
             texts, add_special_tokens=False, split_special_tokens=not parse_special
         )
@@ -165,7 +178,7 @@ def use_cores(cores: int) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _flat(rows: list[list[int]]) -> tuple[Int32, Int64]:
+def _flat(rows: list[list[int]]) -> "tuple[Int32, Int64]":
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     ids = np.empty(offsets[-1], dtype=np.int32)

@@ -154,20 +154,12 @@ class TokenizerLoading:
         folder = Path(name)
         if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()):
             raise UserError(f"--tokenizer {name}: no such folder; give a Hugging Face folder or the name of one")
-        self._key = _state_of(folder, trust_remote_code)
+        try:
+            self._key, self._entry = _look_up(name, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise UserError(f"--tokenizer {name}: {error.filename}: {error.strerror}") from None
         if self._key in _loaded:
             return
-        self._entry = None
-        if folder.is_dir() and not trust_remote_code:
-            try:
-                self._entry = cache.entry_of(folder, (PROBES, _ASKED))
-            except OSError as error:
-                raise UserError(f"--tokenizer {name}: {error.filename}: {error.strerror}") from None
-            kept = cache.read(self._entry) if self._entry is not None else None
-            known = _known_facts(kept) if kept is not None else None
-            if known is not None:
-                _loaded[self._key] = dataclasses.replace(known, name=base_name(name), path=name)
-                return
         arguments = json.dumps({"name": name, "trust_remote_code": trust_remote_code})
         self._child = subprocess.Popen(
             children.python("-c", "from jllm.data.tokenizer import facts; facts.serve()", arguments),
@@ -258,6 +250,34 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 _loaded: dict[Any, TokenizerFacts] = {}
 """What this process has loaded, by the state of the folder."""
+
+
+def _look_up(name: str, *, trust_remote_code: bool) -> tuple[Any, Path | None]:
+    """What stands for a tokenizer in `_loaded`, where it is afterwards if an earlier command kept it; and where it is
+    kept.
+
+    Raises:
+        OSError: a file of it cannot be read.
+    """
+    folder = Path(name)
+    key = _state_of(folder, trust_remote_code)
+    if key in _loaded or key is None or trust_remote_code:
+        return key, None
+    entry = cache.entry_of(folder, (PROBES, _ASKED))
+    kept = cache.read(entry) if entry is not None else None
+    known = _known_facts(kept) if kept is not None else None
+    if known is not None:
+        _loaded[key] = dataclasses.replace(known, name=base_name(name), path=name)
+    return key, entry
+
+
+def known_facts(name: str) -> TokenizerFacts | None:
+    """The facts about the tokenizer in a folder, where an earlier command kept them; a mistake is told by who loads
+    it."""
+    try:
+        return _loaded.get(_look_up(name, trust_remote_code=False)[0])
+    except OSError:
+        return None
 
 
 def _state_of(folder: Path, trust_remote_code: bool) -> Any:

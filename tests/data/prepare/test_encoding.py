@@ -1,5 +1,6 @@
 """Chunks to documents: each good record one document, bad ones by their lines, in order."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jllm.data.prepare.encoding import PretrainEncoder, pretrain_affixes
+from jllm.data.sources import long_texts
 from jllm.data.sources.chunk import Chunk
 from jllm.data.tokenizer.checked_engine import CheckedEngine, open_engine
 from jllm.data.tokenizer.facts import TokenizerFacts, load_tokenizer
@@ -71,6 +73,26 @@ def test_documents_and_bad_records(
     assert (encoded.end, encoded.end_line) == (99, 5 + len(values))
 
 
+@pytest.mark.parametrize("broken", [b"\\x", b"\xff", b"\\ud800", b"\x01", b'"'])
+def test_a_long_text_that_is_broken_costs_itself(
+    facts: TokenizerFacts, engine: CheckedEngine, monkeypatch: pytest.MonkeyPatch, broken: bytes
+) -> None:
+    """It is found out where the text is read, and told as of a short one."""
+    encoder = PretrainEncoder(engine=engine, prefix=(), suffix=(9,))
+    texts = ["short", "a line of a long text\n" * 40, "a line of another one\n" * 50]
+    chunk = chunk_of([{"text": text} for text in texts])
+    at = chunk.data.rindex(b"another one")
+    chunk = dataclasses.replace(chunk, data=chunk.data[:at] + broken + chunk.data[at:])
+    wanted = encoder(chunk, "jsonl")
+    monkeypatch.setattr(long_texts, "LONG", 200)
+    monkeypatch.setattr(long_texts, "PIECE", 100)
+    found = encoder(chunk, "jsonl")
+    assert len(found.documents) == 2
+    assert found.documents.ids.tolist() == wanted.documents.ids.tolist()
+    assert found.bad == wanted.bad
+    assert found.bad
+
+
 def test_what_goes_around_documents(tmp_path: Path, facts: TokenizerFacts) -> None:
     end = next(token["id"] for token in facts.added if token["content"] == "<|endoftext|>")
     assert pretrain_affixes(facts) == ((), (end,))
@@ -80,8 +102,6 @@ def test_what_goes_around_documents(tmp_path: Path, facts: TokenizerFacts) -> No
 
 
 def test_long_conversations_are_dropped_or_refused(facts: TokenizerFacts) -> None:
-    import dataclasses
-
     encoder = Chat(facts, open_engine(facts, inert=True), PLAIN).encoder
     chunk = chunk_of([{"messages": [user("q"), assistant("word " * size)]} for size in (1, 90, 2)])
     dropping = dataclasses.replace(encoder, longest=60)(chunk, "jsonl")

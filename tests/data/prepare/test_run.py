@@ -14,6 +14,8 @@ from jllm.data.chat.builtin_templates import TEMPLATES
 from jllm.data.dataset.manifest import read_manifest
 from jllm.data.dataset.shards import CU_SEQLENS
 from jllm.data.prepare.encoding import pretrain_affixes
+from jllm.data.tokenizer import early
+from jllm.data.tokenizer.early import EarlyEngines
 from jllm.data.tokenizer.facts import load_tokenizer
 from tests.data.chats import END_OUTSIDE
 from tests.data.raw2ids_runs import (
@@ -53,6 +55,34 @@ def test_stacked_rows_are_the_definition(tmp_path: Path, byte_tokenizer: Path) -
     assert manifest.files[0].path == "some-00000/some-00000-00000.zstd.parquet"
     assert all(entry.rows <= 20 for entry in manifest.files)
     assert not (out / ".raw2ids").exists()
+
+
+def test_engines_are_begun_at_once_for_a_new_data_set(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not where the run may need none of them, or is a mistake."""
+    begun: list[EarlyEngines | None] = []
+    begin = early.begun_at_once
+
+    def watched(name: str, *, inert: bool) -> EarlyEngines | None:
+        begun.append(begin(name, inert=inert))
+        return begun[-1]
+
+    monkeypatch.setattr(early, "begun_at_once", watched)
+    load_tokenizer(str(byte_tokenizer))
+    source = write_jsonl(tmp_path / "some.jsonl", documents(20))
+    words = ["-i", source, "--tokenizer", byte_tokenizer, "-t", "pretrain"]
+    raw2ids(*words, "-o", tmp_path / "out")
+    raw2ids(*words, "-o", tmp_path / "out", "-C")
+    assert len(begun) == 2
+    assert None not in begun
+    raw2ids(*words, "-o", tmp_path / "out")
+    raw2ids(*words, "-o", tmp_path / "other", "--engine", "hf")
+    raw2ids("-i", tmp_path / "missing.jsonl", *words[2:], "-o", tmp_path / "none", check=False)
+    assert len(begun) == 2
+    assert (tmp_path / "out/some-00000/some-00000-00000.zstd.parquet").read_bytes() == (
+        tmp_path / "other/some-00000/some-00000-00000.zstd.parquet"
+    ).read_bytes()
 
 
 def test_the_manifest_records_what_checks_need(tmp_path: Path, byte_tokenizer: Path) -> None:
