@@ -116,7 +116,7 @@ def _attended(
     sums = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     tile = TILES[size].output
     options = _shared(heads, key.shape[1], window, bounds, tile)
-    grid = (heads // options["together"], triton.cdiv(tokens, tile.rows // options["together"]))
+    grid = (heads // options["together"] * triton.cdiv(tokens, tile.rows // options["together"]),)
     with torch.cuda.device_of(query):
         programs.output[grid](
             query,
@@ -168,7 +168,7 @@ def _gradients(
     with torch.cuda.device_of(query):
         options = _shared(heads, key.shape[1], window, bounds, tiles.queries)
         programs.of_queries[
-            (heads // options["together"], triton.cdiv(tokens, tiles.queries.rows // options["together"]))
+            (heads // options["together"] * triton.cdiv(tokens, tiles.queries.rows // options["together"]),)
         ](
             query,
             key,
@@ -189,7 +189,7 @@ def _gradients(
             **options,
         )
         options = _shared(heads, key.shape[1], window, bounds, tiles.keys)
-        programs.of_keys[(key.shape[1], triton.cdiv(tokens, tiles.keys.keys))](
+        programs.of_keys[(key.shape[1] * triton.cdiv(tokens, tiles.keys.keys),)](
             query,
             key,
             value,

@@ -81,8 +81,9 @@ def output(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, keys: tl.constexpr, size: tl.constexpr, lowest: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = rows // together
-    begin = tl.program_id(1) * width
-    first_head = tl.program_id(0) * together
+    # One dimension: a device takes 65,535 programs in the others, and rows may have a million tokens.
+    begin = tl.program_id(0) // (heads // together) * width
+    first_head = tl.program_id(0) % (heads // together) * together
     key_head = first_head // groups
     row = tl.arange(0, rows)
     positions = begin + row % width
@@ -153,8 +154,9 @@ def of_queries(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, keys: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = rows // together
-    begin = tl.program_id(1) * width
-    first_head = tl.program_id(0) * together
+    # One dimension: a device takes 65,535 programs in the others, and rows may have a million tokens.
+    begin = tl.program_id(0) // (heads // together) * width
+    first_head = tl.program_id(0) % (heads // together) * together
     key_head = first_head // groups
     row = tl.arange(0, rows)
     positions = begin + row % width
@@ -236,8 +238,8 @@ def of_keys(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, keys: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = rows // together
-    begin = tl.program_id(1) * keys
-    key_head = tl.program_id(0)
+    begin = tl.program_id(0) // key_heads * keys
+    key_head = tl.program_id(0) % key_heads
     places = begin + tl.arange(0, keys)
     inside = places < tokens
     elements = tl.arange(0, size)
