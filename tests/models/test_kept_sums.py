@@ -8,6 +8,8 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -76,17 +78,25 @@ def of_layer(layer: nn.Module, x: Tensor, angles: Tensor) -> Tensor:
     return output
 
 
-def test_a_product_that_is_read_again_keeps_its_place() -> None:
-    def run(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        made = x @ first
-        added = x + made
-        return added.sin() @ second + added.cos() + made.exp()
+@pytest.mark.parametrize("rows", [(2, 5), (10,)])
+def test_which_sums(rows: tuple[int, ...]) -> None:
+    """Those that several operations read, of a product that nothing else reads, itself or as a view."""
 
-    torch.manual_seed(0)
-    given = [torch.randn(shape, requires_grad=True) for shape in [(2, 5, 8), (8, 8), (8, 8)]]
-    before, after = (kept(run, given, with_pass=with_pass) for with_pass in (False, True))
-    assert [each.shape for each in after] == [each.shape for each in before]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, before, strict=True))
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        own = x + x @ weight
+        again = x @ weight
+        beside = own.sin() + again
+        return beside.cos() + beside.tanh() + own.cos() + again.exp() + (own.cos() + x @ weight)
+
+    graph = make_fx(run)(torch.randn(*rows, 8), torch.randn(8, 8)).graph
+    KeptSums()(graph)
+    first, *others = (node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert first.meta["recompute"] is CheckpointPolicy.MUST_SAVE
+    assert not any("recompute" in node.meta for node in others)
+    del first.meta["recompute"]
+    first.meta["partitioner_tag"] = "is_backward"
+    KeptSums()(graph)
+    assert "recompute" not in first.meta
 
 
 def test_graphs_are_cached_with_the_text_of_the_pass() -> None:
